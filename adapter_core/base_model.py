@@ -1,0 +1,186 @@
+"""The frozen base model: load it, name it by its bytes, find and replace its target modules.
+
+Knows nothing of adapters, Redis or HTTP. The model classes of transformers are used unmodified.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapter_core.errors import InvalidInput, UnsupportedModel
+
+#: The seven linear kinds of a Llama-like decoder layer: LoRA-XS, LoRA-SB and their peers adapt all of them.
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+#: Shipped with the repository so that nothing has to be downloaded; see its README for what it can do.
+BUNDLED_MODEL = Path(__file__).parent.parent / "models" / "tiny"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+#: What a model is made of, in the order in which it is digested. Pickled weights are never loaded.
+_WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model. `model_id` is `model_digest` of its files: the name that bases refer to."""
+
+    name: str
+    model_id: str
+    model: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_position(self) -> int:
+        """The longest sequence in tokens that the model was made for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 2048))
+
+
+def load_base_model(
+    source: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> BaseModel:
+    """Load frozen weights from a directory or a hub id.
+
+    device: "auto" takes CUDA if there is one. dtype: "auto" is bfloat16 on CUDA and float32 on CPU, where
+    half precision is slower and the reference results are wanted. Raises `UnsupportedModel`.
+    """
+    device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, device)
+    folder = model_folder(source, revision=revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot load the base model {source}: {error}", param="base_model") from error
+    model.requires_grad_(False)
+    model.eval()
+    return BaseModel(model_name(source), model_digest(folder), model.to(device))
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer (with its chat template) of a base model. Raises `UnsupportedModel`."""
+    try:
+        return AutoTokenizer.from_pretrained(model_folder(source, revision=revision), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot load the tokenizer of {source}: {error}", param="base_model") from error
+
+
+def resolve_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Raises `InvalidInput` for a name that is not a floating-point dtype."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise InvalidInput(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}", param="dtype")
+    return DTYPES[dtype]
+
+
+def model_name(source: str | Path) -> str:
+    """What clients call the base model: the last part of its directory or hub id."""
+    return Path(source).name if Path(source).exists() else str(source).split("/")[-1]
+
+
+def model_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """The local directory of a model, fetched from the hub if `source` is no directory."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = [*_WEIGHT_PATTERNS, "*.json", "*.jinja", "*.model"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{source} is neither a directory nor a model that the hub can deliver: {error}", param="base_model"
+        ) from error
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of config.json and the weight files, as hex.
+
+    A file of the hub's cache is a link to a blob named by its SHA-256: that name is used instead of reading
+    gigabytes again. Raises `UnsupportedModel` if the folder holds no safetensors file.
+    """
+    names = sorted({path.name for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)})
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UnsupportedModel(f"{folder} holds no *.safetensors file; pickled weights are not loaded")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\0{_file_digest(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    blob = path.resolve().name
+    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def iter_target_modules(
+    model: nn.Module, patterns: Sequence[str] = LLAMA_LINEARS
+) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers to adapt, in model order, as (dotted name, module).
+
+    A pattern matches the last part of the dotted name, or the whole of it, with shell wildcards: "q_proj",
+    "*.mlp.*", "all-linear" (every linear layer but the output head). Raises `UnsupportedModel` naming the
+    candidates if nothing matches, and for a matching layer whose weight is quantised or not two-dimensional.
+    """
+    found = False
+    candidates = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "weight") or name.split(".")[-1] in ("lm_head", "embed_out"):
+            continue
+        if isinstance(module, nn.Linear):
+            candidates.append(name.split(".")[-1])
+        if not _matches(name, module, patterns):
+            continue
+        if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+            raise UnsupportedModel(
+                f"target module {name} is a {type(module).__name__} with {module.weight.dtype} weights; "
+                "adapters need a torch.nn.Linear with floating-point weights",
+                param="target_modules",
+            )
+        found = True
+        yield name, module
+    if not found:
+        raise UnsupportedModel(
+            f"no linear layer matches {list(patterns)}; the model has {sorted(set(candidates))}",
+            param="target_modules",
+        )
+
+
+def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
+    if "all-linear" in patterns and isinstance(module, nn.Linear):
+        return True
+    last = name.split(".")[-1]
+    return any(fnmatch.fnmatchcase(last, p) or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def replace_module(model: nn.Module, name: str, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Put `make(old module)` in the place of the module called `name`; returns the new module."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    new = make(getattr(parent, child))
+    setattr(parent, child, new)
+    return new
+
+

@@ -1,0 +1,240 @@
+"""The basis: frozen factors A [r, d_in] and B [d_out, r] for every target module, shared by many adapters.
+
+Canonical form: the rows of every A and the columns of every B are **orthonormal**. Any pair of frozen factors
+A' = P_in A, B' = B P_out (QR) and any scale s give
+
+    s B' R' A' = B (s P_out R' P_in) A = B R A,
+
+so the methods differ, once trained, only in their two orthonormal factors. What they differ in while training
+is the preconditioner (P_in, P_out): the trainer steps on R', and `fold` turns it into the R that is stored and
+served. Scale, singular values and alpha / r never reach the serving path.
+
+A basis is a stored, hashed artifact. Two runs of the same SVD may differ by half of the subspace, so an
+adapter names the digest of its basis and is refused on any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_core.errors import CorruptRecord, InvalidInput
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: |A Aᵀ - I| above this is no rounding: bfloat16 storage gives 6e-4 (reference: methods, 5.2).
+MAX_ORTHONORMALITY_ERROR = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A target module: its dotted name in the base model and its widths."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class BasisManifest:
+    """Everything about a basis but its tensors; the only place where names and shapes are written.
+
+    basis_id: SHA-256 over the model id, the layout and the stored bytes of all factors, as hex. model_id: of
+    the base model it was built for. recipe: how it was built (method, options, seed, library versions); not
+    part of the digest, because two recipes that give the same bytes give the same basis.
+    """
+
+    basis_id: str
+    model_id: str
+    method: str
+    rank: int
+    dtype: str
+    modules: tuple[ModuleShape, ...]
+    recipe: dict[str, Any]
+    format: int = FORMAT
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of all A and B in the storage dtype."""
+        numbers = sum(self.rank * (m.d_in + m.d_out) for m in self.modules)
+        return numbers * DTYPES[self.dtype].itemsize
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> BasisManifest:
+        """Raises `CorruptRecord`."""
+        try:
+            fields = json.loads(text)
+            if fields["format"] != FORMAT:
+                raise CorruptRecord(f"basis manifest of format {fields['format']}; this build reads {FORMAT}")
+            modules = tuple(ModuleShape(**module) for module in fields.pop("modules"))
+            return cls(modules=modules, **fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptRecord(f"unreadable basis manifest: {error}") from error
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A basis with its tensors, all in the manifest's dtype on one device.
+
+    A[i]: [r, d_in], B[i]: [d_out, r] for module i of the manifest. P_in, P_out: [M, r, r] float32, the
+    training preconditioner.
+    """
+
+    manifest: BasisManifest
+    A: tuple[Tensor, ...]
+    B: tuple[Tensor, ...]
+    P_in: Tensor
+    P_out: Tensor
+
+    @property
+    def basis_id(self) -> str:
+        return self.manifest.basis_id
+
+    @property
+    def rank(self) -> int:
+        return self.manifest.rank
+
+    @property
+    def num_modules(self) -> int:
+        return len(self.manifest.modules)
+
+    def fold(self, R: Tensor) -> Tensor:
+        """P_out @ R @ P_in: from the trained core to the stored one. R: [..., M, r, r], any device."""
+        return self.P_out.to(R) @ R @ self.P_in.to(R)
+
+    def unfold(self, R: Tensor) -> Tensor:
+        """The inverse of `fold`: from a stored core to the trained one (warm start). R: [..., M, r, r]."""
+        return torch.linalg.solve(
+            self.P_in.to(R), torch.linalg.solve(self.P_out.to(R), R), left=False
+        )
+
+    def module_bytes(self) -> Iterator[bytes]:
+        """Per module the raw bytes of A, then of B: what the store keeps and the digest covers."""
+        for A, B in zip(self.A, self.B, strict=True):
+            yield raw_bytes(A) + raw_bytes(B)
+
+    def preconditioner_bytes(self) -> bytes:
+        return raw_bytes(self.P_in) + raw_bytes(self.P_out)
+
+    @classmethod
+    def from_bytes(cls, manifest: BasisManifest, modules: list[bytes], preconditioner: bytes) -> Basis:
+        """Rebuild from stored bytes. Raises `CorruptRecord` unless they give exactly the manifest's digest."""
+        dtype, rank, M = DTYPES[manifest.dtype], manifest.rank, len(manifest.modules)
+        A, B = [], []
+        for shape, blob in zip(manifest.modules, modules, strict=True):
+            if len(blob) != rank * (shape.d_in + shape.d_out) * dtype.itemsize:
+                raise CorruptRecord(f"factors of {shape.name} hold {len(blob)} bytes")
+            flat = torch.frombuffer(bytearray(blob), dtype=dtype)
+            A.append(flat[: rank * shape.d_in].view(rank, shape.d_in))
+            B.append(flat[rank * shape.d_in :].view(shape.d_out, rank))
+        if len(preconditioner) != 2 * M * rank * rank * 4:
+            raise CorruptRecord(f"the preconditioner holds {len(preconditioner)} bytes")
+        P = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32).view(2, M, rank, rank)
+        basis = cls(manifest, tuple(A), tuple(B), P[0], P[1])
+        if basis.digest() != manifest.basis_id:
+            raise CorruptRecord(f"stored factors do not give basis {manifest.basis_id}")
+        return basis
+
+    def digest(self) -> str:
+        """SHA-256 over the model id, the layout and the bytes of all tensors, as hex."""
+        manifest = self.manifest
+        layout = [[m.name, m.d_in, m.d_out] for m in manifest.modules]
+        head = json.dumps([FORMAT, manifest.model_id, manifest.rank, manifest.dtype, layout])
+        digest = hashlib.sha256(head.encode())
+        for blob in self.module_bytes():
+            digest.update(blob)
+        digest.update(self.preconditioner_bytes())
+        return digest.hexdigest()
+
+
+def make_basis(
+    *,
+    model_id: str,
+    method: str,
+    factors: dict[ModuleShape, tuple[Tensor, Tensor]],
+    recipe: dict[str, Any],
+    dtype: str = "float32",
+) -> Basis:
+    """A canonical basis from any frozen factors (A' [r, d_in], B' [d_out, r]) per module.
+
+    A' = P_in A and B' = B P_out by QR in float64; signs are canonical (`canonical_signs`), so equal subspaces
+    give equal bytes. Factors that are orthonormal already come back unchanged but for rounding, with
+    P = identity. Raises `InvalidInput` for a non-finite factor or one without full rank.
+    """
+    if dtype not in DTYPES:
+        raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
+    A, B, P_in, P_out = [], [], [], []
+    for module, (raw_A, raw_B) in factors.items():
+        _check_factors(module, raw_A, raw_B)
+        QA, LA = torch.linalg.qr(raw_A.double().T)  # Aᵀ = Q L, so P_in = Lᵀ
+        QB, LB = torch.linalg.qr(raw_B.double())
+        QA, LA = _positive_diagonal(QA, LA)
+        QB, LB = _positive_diagonal(QB, LB)
+        _check_rank(module, "A", LA)
+        _check_rank(module, "B", LB)
+        A.append(QA.T.to(DTYPES[dtype]).contiguous().cpu())
+        B.append(QB.to(DTYPES[dtype]).contiguous().cpu())
+        P_in.append(LA.T.float().cpu())
+        P_out.append(LB.float().cpu())
+    manifest = BasisManifest(
+        basis_id="", model_id=model_id, method=method, rank=A[0].shape[0], dtype=dtype,
+        modules=tuple(factors), recipe=recipe,
+    )  # fmt: skip
+    draft = Basis(manifest, tuple(A), tuple(B), torch.stack(P_in), torch.stack(P_out))
+    named = BasisManifest(**{**manifest.__dict__, "basis_id": draft.digest()})
+    return Basis(named, draft.A, draft.B, draft.P_in, draft.P_out)
+
+
+def canonical_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Flip each singular pair so that the entry of largest magnitude in every column of U is positive.
+
+    U: [d_out, k], Vh: [k, d_in]. An SVD is unique only up to these signs; LAPACK's choice differs between
+    builds, and an adapter served with other signs is garbage (reference: methods, F8).
+    """
+    pivot = U.abs().argmax(dim=0)
+    signs = torch.sign(U.gather(0, pivot[None])[0])
+    signs[signs == 0] = 1
+    return U * signs, Vh * signs[:, None]
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The tensor's memory, row-major, little-endian."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _positive_diagonal(Q: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """QR with a positive diagonal is unique, and leaves orthonormal input as it is."""
+    signs = torch.sign(torch.diagonal(L))
+    signs[signs == 0] = 1
+    return Q * signs, L * signs[:, None]
+
+
+def _check_factors(module: ModuleShape, A: Tensor, B: Tensor) -> None:
+    rank = A.shape[0]
+    if A.shape != (rank, module.d_in) or B.shape != (module.d_out, rank):
+        raise InvalidInput(
+            f"factors of {module.name} are {list(A.shape)} and {list(B.shape)}, "
+            f"expected [r, {module.d_in}] and [{module.d_out}, r]"
+        )
+    if rank > min(module.d_in, module.d_out):
+        raise InvalidInput(
+            f"rank {rank} exceeds the smaller side {min(module.d_in, module.d_out)} of {module.name}", param="rank"
+        )
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise InvalidInput(f"factors of {module.name} hold a value that is not finite")
+
+
+def _check_rank(module: ModuleShape, factor: str, L: Tensor) -> None:
+    diagonal = torch.diagonal(L).abs()
+    if float(diagonal.min()) <= 1e-10 * float(diagonal.max()):
+        raise InvalidInput(f"{factor} of {module.name} has linearly dependent vectors: its rank is below {len(L)}")

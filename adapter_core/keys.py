@@ -1,0 +1,120 @@
+"""Every Redis key, lifetime and limit. Units stand in the names.
+
+Everything that one atomic step touches carries one hash tag, so that it lies on one slot of a cluster:
+`{tenant:bucket}` for an adapter or a file with its index, `{basis:<id>}` for a basis, `{queue}` for the job
+queue. A tenant is spread over NUM_BUCKETS buckets, so one tenant with a million users still uses every shard.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+PREFIX = "tessera"
+
+#: 1024 buckets over 6 shards leave an imbalance of 5 %, 64 buckets 13 %, one bucket all on one shard.
+NUM_BUCKETS = 1024
+
+#: Clients choose adapter names; they appear in URLs, keys and `model`, so no "/", ":" or "@".
+ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TENANT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+#: Longer than any job may run and any cache keeps an adapter: a late trainer cannot resurrect a deleted one.
+TOMBSTONE_TTL_S = 30 * 24 * 3600
+#: How long a finished job can be read.
+JOB_TTL_S = 30 * 24 * 3600
+#: How long an idempotency key is remembered.
+IDEMPOTENCY_TTL_S = 24 * 3600
+#: Events kept per job.
+MAX_JOB_EVENTS = 2000
+#: Largest MGET reply asked for at once; above this Redis stalls other clients for tens of milliseconds.
+MAX_MGET_BYTES = 4 * 1024 * 1024
+
+
+def bucket(object_id: str) -> int:
+    return zlib.crc32(object_id.encode()) % NUM_BUCKETS
+
+
+def _tenant_tag(tenant: str, number: int) -> str:
+    return f"{PREFIX}:{{{tenant}:{number}}}"
+
+
+# Adapters: the record is a hash, each version one packed string, the index a zset (all scores 0) to page by name.
+
+
+def adapter_record(tenant: str, adapter_id: str) -> str:
+    return f"{_tenant_tag(tenant, bucket(adapter_id))}:adapter:{adapter_id}"
+
+
+def adapter_blob(tenant: str, adapter_id: str, version: int) -> str:
+    return f"{adapter_record(tenant, adapter_id)}:{version}"
+
+
+def adapter_tombstone(tenant: str, adapter_id: str) -> str:
+    return f"{_tenant_tag(tenant, bucket(adapter_id))}:tombstone:{adapter_id}"
+
+
+def adapter_index(tenant: str, number: int) -> str:
+    return f"{_tenant_tag(tenant, number)}:adapters"
+
+
+def tenant_buckets(tenant: str) -> str:
+    """A set of the buckets that may hold something: a superset, written before the first write to a bucket."""
+    return f"{PREFIX}:{{{tenant}}}:buckets"
+
+
+def tenants() -> str:
+    """A set of all tenants that ever stored something."""
+    return f"{PREFIX}:{{tenants}}"
+
+
+# Bases: manifest, one string per module (A then B), the preconditioner; and the name of a built recipe.
+
+
+def basis_manifest(basis_id: str) -> str:
+    return f"{PREFIX}:{{basis:{basis_id}}}:manifest"
+
+
+def basis_module(basis_id: str, index: int) -> str:
+    return f"{PREFIX}:{{basis:{basis_id}}}:module:{index}"
+
+
+def basis_preconditioner(basis_id: str) -> str:
+    return f"{PREFIX}:{{basis:{basis_id}}}:preconditioner"
+
+
+def basis_index() -> str:
+    """A hash: recipe key (model id, method, rank, options) → basis id. The first to build it wins."""
+    return f"{PREFIX}:{{bases}}"
+
+
+# Files: the record is a hash, the content one string, the index per tenant a zset by creation time.
+
+
+def file_record(tenant: str, file_id: str) -> str:
+    return f"{PREFIX}:{{{tenant}:files}}:file:{file_id}"
+
+
+def file_content(tenant: str, file_id: str) -> str:
+    return f"{PREFIX}:{{{tenant}:files}}:content:{file_id}"
+
+
+def file_index(tenant: str) -> str:
+    return f"{PREFIX}:{{{tenant}:files}}:index"
+
+
+# Training jobs: all under one tag, because a claim looks at every tenant's backlog in one step.
+
+QUEUE = f"{PREFIX}:{{queue}}"
+
+
+def job_record(job_id: str) -> str:
+    return f"{QUEUE}:job:{job_id}"
+
+
+def job_events(job_id: str) -> str:
+    return f"{QUEUE}:events:{job_id}"
+
+
+def job_checkpoint(job_id: str) -> str:
+    return f"{QUEUE}:checkpoint:{job_id}"

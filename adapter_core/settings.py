@@ -1,0 +1,60 @@
+"""Settings that the service and the worker share, read from the environment once.
+
+Every variable starts with TESSERA_. The service adds TESSERA_SERVICE_* and TESSERA_ENGINE_*, the worker
+TESSERA_WORKER_*. A variable that nobody knows is refused, with the nearest known name: a misspelt limit must
+not silently be the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapter_core.base_model import BUNDLED_MODEL, LLAMA_LINEARS
+from adapter_core.errors import InvalidInput
+
+PREFIX = "TESSERA_"
+#: Sections owned by one process each; the others pass them over.
+SECTIONS = ("TESSERA_SERVICE_", "TESSERA_ENGINE_", "TESSERA_WORKER_")
+
+
+class CommonSettings(BaseSettings):
+    """What both processes must agree on."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    store_url: str | None = Field(
+        None, description="redis://, rediss:// or unix:// URL of Redis >= 7 or Valkey >= 7.2; unset: embedded"
+    )
+    store_timeout_s: float = Field(2.0, gt=0, description="connect and read time-out of one store call")
+    data_dir: Path = Field(Path(".tessera"), description="embedded store, caches and sockets live here")
+    base_model: str = Field(str(BUNDLED_MODEL), description="directory or hub id of the base model")
+    base_model_revision: str | None = Field(None, description="commit of a hub id")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
+    method: str = Field("lora_xs", description="method of the default basis")
+    rank: int = Field(16, ge=1, le=512, description="rank of the default basis")
+    target_modules: tuple[str, ...] = Field(LLAMA_LINEARS, description="name patterns, as a JSON list")
+    adapter_dtype: str = Field("float16", description="float32, float16, bfloat16 or int8: how R is stored")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+
+def refuse_unknown_variables(*known: type[BaseSettings], sections: tuple[str, ...]) -> None:
+    """Raise `InvalidInput` for a TESSERA_ variable that no field of `known` reads.
+
+    Variables of sections other than `sections` belong to another process and are passed over.
+    """
+    names = {
+        f"{cls.model_config.get('env_prefix', '')}{field}".upper() for cls in known for field in cls.model_fields
+    }
+    foreign = tuple(section for section in SECTIONS if section not in sections)
+    for variable in sorted(os.environ):
+        if not variable.startswith(PREFIX) or variable.startswith(foreign) or variable in names:
+            continue
+        nearest = difflib.get_close_matches(variable, names, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise InvalidInput(f"unknown environment variable {variable}{hint}", param=variable)
