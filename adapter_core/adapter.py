@@ -1,9 +1,9 @@
 """One user's adapter: an `r × r` matrix for every target module, and its packed binary form.
 
-What is stored, cached and moved to the GPU is always one contiguous tensor `R [M, r, r]` in the module order
-of the basis manifest; names and shapes live there, once, and not in a million adapters. All scalars of the
-training methods (alpha / r, singular values, …) are folded into R when an adapter is made (`basis.py`), so the
-delta needs no scale.
+What is stored, cached and moved to the GPU is always one contiguous tensor `R [M, r, r]` in the module
+order of the basis manifest; names and shapes live there, once, and not in a million adapters. All scalars
+of the training methods (alpha / r, singular values, …) are folded into R when an adapter is made
+(`basis.py`), so the delta needs no scale.
 
 Packed form, little-endian, all in one Redis string:
 
@@ -180,21 +180,27 @@ class Header:
 def read_header(blob: bytes) -> Header:
     """Parse and bound-check the first 128 bytes. Raises `CorruptRecord`; does not verify the checksum."""
     if len(blob) < HEADER_BYTES:
-        raise CorruptRecord(f"adapter record of {len(blob)} bytes is shorter than its {HEADER_BYTES}-byte header")
+        raise CorruptRecord(
+            f"adapter record of {len(blob)} bytes is shorter than its {HEADER_BYTES}-byte header"
+        )
     magic, fmt, code, flags, version, modules, rank, metadata_bytes, payload_bytes, basis, checksum = (
         _HEADER.unpack(blob[:HEADER_BYTES])
     )
     if magic != MAGIC:
         raise CorruptRecord("not an adapter record: wrong magic bytes")
     if fmt != FORMAT or flags != 0:
-        raise CorruptRecord(f"adapter record of format {fmt}, flags {flags}; this build reads format {FORMAT}")
+        raise CorruptRecord(
+            f"adapter record of format {fmt}, flags {flags}; this build reads format {FORMAT}"
+        )
     if code not in _DTYPES or not 0 < rank <= MAX_RANK or not 0 < modules <= MAX_MODULES:
         raise CorruptRecord(f"adapter header out of range: dtype {code}, rank {rank}, modules {modules}")
     header = Header(
         version, _DTYPES[code], modules, rank, metadata_bytes, payload_bytes, basis.hex(), checksum
     )
     if metadata_bytes > MAX_METADATA_BYTES or payload_bytes != payload_size(modules, rank, header.dtype):
-        raise CorruptRecord(f"adapter header out of range: metadata {metadata_bytes} B, payload {payload_bytes} B")
+        raise CorruptRecord(
+            f"adapter header out of range: metadata {metadata_bytes} B, payload {payload_bytes} B"
+        )
     return header
 
 
@@ -220,7 +226,9 @@ def _pack(R: Tensor, dtype: torch.dtype) -> bytes:
         return _raw(scales) + _raw(values)
     values = R.to(dtype)
     if not bool(torch.isfinite(values).all()):
-        raise InvalidInput(f"R does not fit {dtype}: largest magnitude {float(R.abs().max()):g}", param="dtype")
+        raise InvalidInput(
+            f"R does not fit {dtype}: largest magnitude {float(R.abs().max()):g}", param="dtype"
+        )
     return _raw(values)
 
 

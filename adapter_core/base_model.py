@@ -41,7 +41,7 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def max_position(self) -> int:
@@ -76,7 +76,9 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
     try:
         return AutoTokenizer.from_pretrained(model_folder(source, revision=revision), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot load the tokenizer of {source}: {error}", param="base_model") from error
+        raise UnsupportedModel(
+            f"cannot load the tokenizer of {source}: {error}", param="base_model"
+        ) from error
 
 
 def resolve_device(device: str) -> str:
@@ -108,7 +110,8 @@ def model_folder(source: str | Path, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise UnsupportedModel(
-            f"{source} is neither a directory nor a model that the hub can deliver: {error}", param="base_model"
+            f"{source} is neither a directory nor a model that the hub can deliver: {error}",
+            param="base_model",
         ) from error
 
 
@@ -182,5 +185,3 @@ def replace_module(model: nn.Module, name: str, make: Callable[[nn.Linear], nn.M
     new = make(getattr(parent, child))
     setattr(parent, child, new)
     return new
-
-

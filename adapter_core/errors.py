@@ -47,7 +47,7 @@ class InvalidInput(TesseraError):
 
 @dataclass(frozen=True)
 class LineError:
-    """One problem in a training file: 1-based `line`, a stable `code`, and a sentence that says what to do."""
+    """One problem in a training file: 1-based `line`, a stable `code`, a sentence that says what to do."""
 
     line: int
     code: str

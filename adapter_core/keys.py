@@ -39,7 +39,7 @@ def _tenant_tag(tenant: str, number: int) -> str:
     return f"{PREFIX}:{{{tenant}:{number}}}"
 
 
-# Adapters: the record is a hash, each version one packed string, the index a zset (all scores 0) to page by name.
+# Adapters: the record is a hash, each version one packed string, the index a zset (scores 0) to page by name.
 
 
 def adapter_record(tenant: str, adapter_id: str) -> str:
@@ -59,7 +59,7 @@ def adapter_index(tenant: str, number: int) -> str:
 
 
 def tenant_buckets(tenant: str) -> str:
-    """A set of the buckets that may hold something: a superset, written before the first write to a bucket."""
+    """A set of the buckets that may hold something: a superset, written before the first write to one."""
     return f"{PREFIX}:{{{tenant}}}:buckets"
 
 

