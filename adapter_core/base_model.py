@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from adapter_core.errors import InvalidInput, UnsupportedModel
 
@@ -60,6 +61,7 @@ def load_base_model(
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
     folder = model_folder(source, revision=revision)
+    transformers_logging.disable_progress_bar()  # a log is no place for a moving bar
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False

@@ -1,8 +1,8 @@
 """Which slot every token of a batch uses: the workload axis of a multi-adapter server.
 
-Definitions after Punica's benchmarks: distinct (every token its own adapter), identical (one for all), uniform
-(sqrt(T) adapters of equal share), zipf (shares 1/k over T adapters), skewed (one adapter has half of the
-tokens), and none (the base model alone, slot 0).
+Definitions after Punica's benchmarks: distinct (every token its own adapter), identical (one for all),
+uniform (sqrt(T) adapters of equal share), zipf (shares 1/k over T adapters), skewed (one adapter has half of
+the tokens), and none (the base model alone, slot 0).
 """
 
 from __future__ import annotations
