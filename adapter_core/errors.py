@@ -58,13 +58,25 @@ class LineError:
 
 
 class InvalidTrainingData(InvalidInput):
-    """A training file with problems. Carries all of them (up to the limit that the validator states)."""
+    """A training file with problems. Carries all of them (up to the limit that the validator states).
+
+    num_problems: how many there are, where `errors` does not list every one.
+    """
 
     code = "invalid_training_file"
 
-    def __init__(self, errors: list[LineError], *, param: str = "file") -> None:
+    def __init__(
+        self,
+        errors: list[LineError],
+        *,
+        param: str = "file",
+        code: str | None = None,
+        num_problems: int | None = None,
+    ) -> None:
         shown = "; ".join(str(error) for error in errors)
-        super().__init__(f"{len(errors)} problem(s) in the training file: {shown}", param=param)
+        self.num_problems = len(errors) if num_problems is None else num_problems
+        message = f"{self.num_problems} problem(s) in the training file: {shown}"
+        super().__init__(message, param=param, code=code)
         self.errors = errors
 
 

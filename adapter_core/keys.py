@@ -103,6 +103,11 @@ def file_index(tenant: str) -> str:
     return f"{PREFIX}:{{{tenant}:files}}:index"
 
 
+def idempotency(tenant: str, digest: str) -> str:
+    """What a creation request was about, by the digest of its idempotency key or its body."""
+    return f"{PREFIX}:{{{tenant}}}:idempotency:{digest}"
+
+
 # Training jobs: all under one tag, because a claim looks at every tenant's backlog in one step.
 
 QUEUE = f"{PREFIX}:{{queue}}"
@@ -118,3 +123,47 @@ def job_events(job_id: str) -> str:
 
 def job_checkpoint(job_id: str) -> str:
     return f"{QUEUE}:checkpoint:{job_id}"
+
+
+def job_backlog(tenant: str) -> str:
+    """A zset of the tenant's claimable jobs by their sequence number: they run in the order of submission."""
+    return f"{QUEUE}:backlog:{tenant}"
+
+
+def job_running(tenant: str) -> str:
+    """A set of the tenant's running jobs, counted against its cap."""
+    return f"{QUEUE}:running:{tenant}"
+
+
+def job_index(tenant: str) -> str:
+    """A zset (all scores 0) of all the tenant's jobs; job ids sort by the time of submission."""
+    return f"{QUEUE}:jobs:{tenant}"
+
+
+def job_dedupe(digest: str) -> str:
+    """The job id that a submission with this digest of (tenant, dedupe key) led to."""
+    return f"{QUEUE}:dedupe:{digest}"
+
+
+def worker_claim(worker_id: str) -> str:
+    """The worker's last claim, so that one whose reply was lost can be asked for again."""
+    return f"{QUEUE}:claim:{worker_id}"
+
+
+QUEUE_RING = f"{QUEUE}:ring"  # zset: tenant with claimable jobs → virtual time at which its next job starts
+QUEUE_TAGS = f"{QUEUE}:tags"  # zset: tenant → virtual time up to which it has used its share
+QUEUE_CLOCK = f"{QUEUE}:clock"  # the virtual time: the start of the job claimed last
+QUEUE_SEQUENCE = f"{QUEUE}:sequence"  # the last job's sequence number: microseconds, strictly rising
+QUEUE_WAITING = f"{QUEUE}:waiting"  # zset: claimable job → when it became so, ms
+QUEUE_DELAYED = f"{QUEUE}:delayed"  # zset: job that may not run yet → when it may, ms
+QUEUE_PAUSED = f"{QUEUE}:paused"  # set of paused jobs
+QUEUE_LEASES = f"{QUEUE}:leases"  # zset: running job → the lease's deadline, ms
+QUEUE_FINISHED = f"{QUEUE}:finished"  # zset: "tenant job" → when it ended, ms; to trim the indexes
+QUEUE_COST = f"{QUEUE}:cost"  # summed cost of all queued jobs, tokens
+QUEUE_TOTALS = f"{QUEUE}:totals"  # hash: final status → jobs that ever ended so
+QUEUE_SHARES = f"{QUEUE}:shares"  # hash: "tenant:weight", "tenant:cap" → number, where not the default
+QUEUE_DEAD = f"{QUEUE}:dead"  # stream of the jobs given up on after all attempts
+QUEUE_DOORBELL = f"{QUEUE}:doorbell"  # list that idle workers block on
+
+#: Entries kept in the stream of jobs given up on.
+MAX_DEAD_JOBS = 10_000

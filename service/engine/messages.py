@@ -27,9 +27,11 @@ class Message:
 class SamplingParams(Message):
     """How one sequence is continued. Already validated (`service/routes/schemas.py`).
 
-    temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed None draws one from the operating system. logprobs: how many
-    of the most likely tokens to report beside the chosen one (None: report nothing), from the model's own
-    distribution, before temperature and penalties. stop_token_ids end the sequence and are not part of the text; eos is among them unless ignore_eos was asked for.
+    max_tokens 0 scores the prompt only. temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed None
+    draws one from the operating system. logprobs: how many of the most likely tokens to report beside the
+    chosen one (None: report nothing), from the model's own distribution, before temperature and penalties.
+    stop_token_ids end the sequence and are not part of the text; eos is among them unless ignore_eos was
+    asked for.
     """
 
     max_tokens: int = 16
@@ -86,10 +88,11 @@ class TokenLogprobs(Message):
 class TokenOutput(Message):
     """What one step brought one request.
 
-    finish_reason: None while running, else "stop", "length", "cancelled" or "error". error: (code, message)
-    where finish_reason is "error". prompt_logprobs: for tokens 1.. of the prompt, sent once, with the first
-    output. num_cached_tokens: prompt tokens found in the prefix cache. num_distinct: how many different models
-    (adapters, and the base if present) shared the step.
+    token_ids: the new tokens; a stop token is never among them. finish_reason: None while running, else
+    "stop", "length", "cancelled" or "error". error: (code, message) where finish_reason is "error".
+    prompt_logprobs: for tokens 1.. of the prompt, sent once, with the first output. num_cached_tokens: prompt
+    tokens found in the prefix cache. num_distinct: how many different models (adapters, and the base if
+    present) shared the step.
     """
 
     request_id: str
@@ -137,6 +140,8 @@ class EngineInfo(Message):
 class EngineStats(Message):
     """The engine's figures: gauges as they are now, counters since its start (names end in _total).
 
+    num_waiting includes num_waiting_for_adapter. slots: over all resident bases. adapter_loads_total,
+    adapter_evictions_total: by tier, "cached" (host memory) and "resident" (slots).
     memory_bytes by kind: weights, kv, adapters (slots), bases, workspace, free (CUDA) or process_rss (CPU).
     """
 

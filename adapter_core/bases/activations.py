@@ -1,0 +1,118 @@
+"""What the calibration passes keep of a module's inputs, in memory that does not grow with the data.
+
+Each rule is fed the inputs of one module, or of several that read the same tensor (query, key and value; gate
+and up), batch by batch. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Up to this width sums are kept in float64: the extra memory is below 34 MB a module.
+MAX_DOUBLE_WIDTH = 2048
+
+
+class InputRule(Protocol):
+    """Learns from inputs as they pass by."""
+
+    def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
+        """x: [T, d_in], the rows' tokens one after another without padding; lengths: tokens of each row."""
+
+
+class SecondMoment:
+    """Z = mean x xᵀ and μ = mean x over all tokens (LoRA-DA's K-FAC factor; EVA's covariance is Z - μ μᵀ).
+
+    Sums are taken about the mean of the first batch, or the covariance of inputs with a large mean would be
+    the difference of two large numbers.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._sum: Tensor | None = None
+        self.num_tokens = 0
+
+    def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
+        if not len(x):
+            return
+        if self._sum is None:
+            dtype = torch.float64 if self._width <= MAX_DOUBLE_WIDTH else torch.float32
+            self._shift = x.mean(0)
+            self._sum = torch.zeros(self._width, dtype=dtype, device=x.device)
+            self._outer = torch.zeros(self._width, self._width, dtype=dtype, device=x.device)
+        centred = (x - self._shift).to(self._sum.dtype)
+        self._sum += centred.sum(0)
+        self._outer.addmm_(centred.mT, centred)
+        self.num_tokens += len(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """μ: [d_in]."""
+        assert self._sum is not None
+        return self._shift.to(self._sum) + self._sum / self.num_tokens
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[(x - μ)(x - μ)ᵀ]: [d_in, d_in], symmetric."""
+        assert self._sum is not None
+        offset = self._sum / self.num_tokens
+        return self._outer / self.num_tokens - torch.outer(offset, offset)
+
+    @property
+    def moment(self) -> Tensor:
+        """Z = E[x xᵀ], uncentred: [d_in, d_in], symmetric."""
+        return self.covariance + torch.outer(self.mean, self.mean)
+
+
+class ScaledMoment:
+    """CorDA's C: the mean over examples of x̃ᵀ x̃ with x̃ = x / |max x| of the example."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._outer: Tensor | None = None
+        self.num_examples = 0
+
+    def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
+        if self._outer is None:
+            dtype = torch.float64 if self._width <= MAX_DOUBLE_WIDTH else torch.float32
+            self._outer = torch.zeros(self._width, self._width, dtype=dtype, device=x.device)
+        for part in x.to(self._outer.dtype).split(list(lengths)):
+            scaled = part / part.max().abs()
+            self._outer.addmm_(scaled.mT, scaled)
+            self.num_examples += 1
+
+    @property
+    def moment(self) -> Tensor:
+        """C: [d_in, d_in], symmetric."""
+        assert self._outer is not None
+        return self._outer / self.num_examples
+
+
+class OutputMoment:
+    """Y = (1 / N) Σ_t δ_t δ_tᵀ over all tokens, N the number of tokens to learn; or only its diagonal.
+
+    δ_t = ∂(-log p of the example) / ∂y_t. The sum over all positions divided by the tokens to *learn* is what
+    makes Y ⊗ Z the Fisher information of one such token: the information of an example adds up over all its
+    positions, and is shared by its tokens to learn (`lora_da.py`).
+    """
+
+    def __init__(self, width: int, *, diagonal: bool) -> None:
+        self._width, self._is_diagonal = width, diagonal
+        self._sum: Tensor | None = None
+
+    def observe(self, delta: Tensor) -> None:
+        """delta: [T, d_out], the gradient at the module's output."""
+        if self._sum is None:
+            shape = (self._width,) if self._is_diagonal else (self._width, self._width)
+            dtype = torch.float64 if self._width <= MAX_DOUBLE_WIDTH else torch.float32
+            self._sum = torch.zeros(shape, dtype=dtype, device=delta.device)
+        delta = delta.to(self._sum.dtype)
+        self._sum += delta.square().sum(0) if self._is_diagonal else delta.mT @ delta
+
+    def mean(self, num_tokens: int) -> Tensor:
+        """[d_out] or [d_out, d_out]."""
+        assert self._sum is not None
+        return self._sum / num_tokens

@@ -1,0 +1,134 @@
+"""What every method of building a basis is: a description, checked options, and a function of one module.
+
+A method sees one module at a time: its weight and what the calibration passes collected for it. It returns the
+factors A' and B' of the paper, with the paper's own scales; the canonical form is made of them elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adapter_core.bases.collected import Needs, Statistics
+from adapter_core.bases.decomposition import Decomposition
+from adapter_core.basis import Basis, ModuleShape, make_basis
+from adapter_core.errors import InvalidInput
+
+Calibration = Literal["none", "text", "labelled"]
+#: All options of a method by name, defaults filled in and checked.
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. A default of None means that another option decides it; `kind` then says what may be given.
+
+    choices: of a string. minimum, maximum: of a number, inclusive.
+    """
+
+    default: bool | int | float | str | None
+    description: str
+    kind: type | None = None
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def value_type(self) -> type:
+        return self.kind or type(self.default)
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value, as the option's type. Raises `InvalidInput` naming the option and what it may be."""
+        if value is None and self.default is None:
+            return None
+        wanted = self.value_type
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not wanted:
+            raise InvalidInput(f"{name} must be a {wanted.__name__}, got {value!r}", param=name)
+        if self.choices and value not in self.choices:
+            raise InvalidInput(f"{name} must be {', '.join(self.choices)}; got {value!r}", param=name)
+        if wanted in (int, float):
+            self._check_number(name, value)
+        return value
+
+    def _check_number(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise InvalidInput(f"{name} must be finite, got {value}", param=name)
+        if self.minimum is not None and value < self.minimum:
+            raise InvalidInput(f"{name} must be at least {self.minimum:g}, got {value:g}", param=name)
+        if self.maximum is not None and value > self.maximum:
+            raise InvalidInput(f"{name} must be at most {self.maximum:g}, got {value:g}", param=name)
+
+
+def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults and the given values, checked. Raises `InvalidInput`, for an unknown name with the known ones."""
+    for name in given:
+        if name not in known:
+            hint = ", ".join(sorted(known)) or "none"
+            raise InvalidInput(f"{owner} has no option {name!r}; its options: {hint}", param=name)
+    return {name: option.check(name, given.get(name, option.default)) for name, option in known.items()}
+
+
+@dataclass(frozen=True)
+class ModuleData:
+    """What a method knows of one module. weight: [d_out, d_in]; seed: of this module, method, rank and run."""
+
+    shape: ModuleShape
+    weight: Tensor
+    rank: int
+    seed: int
+    statistics: Statistics
+    decomposition: Decomposition
+
+    def generator(self) -> torch.Generator:
+        """On the CPU, so that the numbers do not depend on the device."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class ModuleFactors:
+    """A': [r, d_in] and B': [d_out, r], frozen; what is trained is R' in delta_W = B' R' A'.
+
+    step: [r, r], the method's own first step in these coordinates, for a learning rate of one, if it has one.
+    notes: finite numbers about this module that belong in the recipe.
+    """
+
+    A: Tensor
+    B: Tensor
+    step: Tensor | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+def no_needs(rank: int, options: Options) -> Needs:
+    return Needs()
+
+
+def no_check(rank: int, options: Options) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published way to build a basis.
+
+    needs_calibration: the least that its default options need (`needs` knows what given options need). factorise:
+    the method itself. check: raises `InvalidInput` for a rank or a combination of options that cannot work.
+    select: the part of the data to use, where that is not just `num_examples`. assemble: from factors to basis.
+    """
+
+    name: str
+    description: str
+    paper: str
+    factorise: Callable[[ModuleData, Options], ModuleFactors]
+    needs_calibration: Calibration = "none"
+    options: Mapping[str, Option] = field(default_factory=dict)
+    needs: Callable[[int, Options], Needs] = no_needs
+    check: Callable[[int, Options], None] = no_check
+    select: Callable[[CalibrationSet, Options], CalibrationSet] | None = None
+    assemble: Callable[..., Basis] = make_basis

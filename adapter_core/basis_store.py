@@ -1,0 +1,219 @@
+"""Bases in Redis: a manifest, one string per module, a preconditioner; and the name of each built recipe.
+
+A basis is found by what it was built from (`recipe_key`) and named by its digest. Factors are written before
+the manifest and the manifest before the name, so whoever finds a basis can read all of it. A copy on the disk
+saves the transfer; it is verified like the stored bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adapter_core import keys
+from adapter_core.base_model import BaseModel
+from adapter_core.bases import build_basis
+from adapter_core.basis import DTYPES, Basis, BasisManifest
+from adapter_core.errors import CorruptRecord, NotFound
+from adapter_core.redis_client import Client, translate_errors
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BASIS_ID = re.compile(r"[0-9a-f]{64}")
+#: A file of the disk cache: manifest length, manifest as JSON, factors of each module, preconditioner.
+_LENGTH_BYTES = 8
+_MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+
+
+def recipe_key(
+    model_id: str, *, method: str, rank: int, target_modules: Sequence[str], **options: Any
+) -> str:
+    """One name for one way to build a basis; the order of the patterns and of the options does not matter."""
+    recipe = {
+        "model_id": model_id,
+        "method": method,
+        "rank": rank,
+        "target_modules": sorted(set(target_modules)),
+        "options": options,
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return f"{method}:{rank}:{digest}"
+
+
+async def ensure_basis(
+    store: BasisStore,
+    base: BaseModel,
+    *,
+    method: str,
+    rank: int,
+    target_modules: Sequence[str],
+    **options: Any,
+) -> Basis:
+    """The basis of this recipe: found, or built in a thread and stored. Two racers end with the same one.
+
+    A stored basis that cannot be read is built again: where that gives the same bytes, it is mended. Raises
+    `InvalidInput`, `UnsupportedModel`, `CorruptRecord`, `StoreUnavailable`, `StoreFull`.
+    """
+    name = recipe_key(base.model_id, method=method, rank=rank, target_modules=target_modules, **options)
+    found = await store.find(name)
+    if found is not None:
+        try:
+            return await store.get(found)
+        except (NotFound, CorruptRecord) as error:
+            log.error("basis %s is built again: %s", found, error)
+    built = await asyncio.to_thread(
+        build_basis, base, method=method, rank=rank, target_modules=target_modules, **options
+    )
+    winner = await store.put(built, recipe_key=name)
+    return built if winner == built.basis_id else await store.get(winner)
+
+
+class BasisStore:
+    """The bases of all base models. Every method raises `StoreUnavailable`, `put` also `StoreFull`."""
+
+    def __init__(self, redis: Client, *, cache_dir: Path | None = None) -> None:
+        self._redis = redis
+        self._cache = None if cache_dir is None else _DiskCache(cache_dir)
+
+    async def put(self, basis: Basis, *, recipe_key: str | None = None) -> str:
+        """Store a basis; returns the basis that the recipe names, an earlier one if there is one."""
+        basis_id = basis.basis_id
+        modules = ((keys.basis_module(basis_id, i), blob) for i, blob in enumerate(basis.module_bytes()))
+        name = f"id:{basis_id}" if recipe_key is None else recipe_key
+        with translate_errors():
+            for batch in _batches(modules, basis.manifest):
+                pipeline = self._redis.pipeline(transaction=False)
+                for key, blob in batch:
+                    pipeline.set(key, blob)
+                await pipeline.execute()
+            await self._redis.set(keys.basis_preconditioner(basis_id), basis.preconditioner_bytes())
+            await self._redis.set(keys.basis_manifest(basis_id), basis.manifest.to_json())
+            await self._redis.hsetnx(keys.basis_index(), name, basis_id)
+            winner: Any = await self._redis.hget(keys.basis_index(), name)
+        return str(winner.decode())
+
+    async def find(self, recipe_key: str) -> str | None:
+        """The id of the basis that this recipe gave."""
+        with translate_errors():
+            basis_id: Any = await self._redis.hget(keys.basis_index(), recipe_key)
+        return None if basis_id is None else basis_id.decode()
+
+    async def manifest(self, basis_id: str) -> BasisManifest:
+        """Raises `NotFound`, `CorruptRecord`."""
+        if not BASIS_ID.fullmatch(basis_id):
+            raise _not_found(basis_id)
+        with translate_errors():
+            text: Any = await self._redis.get(keys.basis_manifest(basis_id))
+        if text is None:
+            raise _not_found(basis_id)
+        return _parse_manifest(basis_id, text)
+
+    async def get(self, basis_id: str) -> Basis:
+        """Read a basis from the disk cache or the store, verified. Raises `NotFound`, `CorruptRecord`."""
+        if self._cache is not None and BASIS_ID.fullmatch(basis_id):
+            cached = await asyncio.to_thread(self._cache.load, basis_id)
+            if cached is not None:
+                return cached
+        manifest = await self.manifest(basis_id)
+        modules, preconditioner = await self._factors(manifest)
+        basis = await asyncio.to_thread(Basis.from_bytes, manifest, modules, preconditioner)
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.save, basis)
+        return basis
+
+    async def _factors(self, manifest: BasisManifest) -> tuple[list[bytes], bytes]:
+        basis_id = manifest.basis_id
+        modules: list[Any] = []
+        with translate_errors():
+            names = (keys.basis_module(basis_id, i) for i in range(len(manifest.modules)))
+            for batch in _batches(names, manifest):
+                modules.extend(await self._redis.mget(batch))
+            preconditioner: Any = await self._redis.get(keys.basis_preconditioner(basis_id))
+        missing = [m.name for m, blob in zip(manifest.modules, modules, strict=True) if blob is None]
+        if preconditioner is None:
+            missing.append("preconditioner")
+        if missing:
+            raise CorruptRecord(f"basis {basis_id} has lost {', '.join(missing[:5])}")
+        return modules, preconditioner
+
+    async def list(self) -> list[BasisManifest]:
+        """The manifests of all bases, by method and rank."""
+        with translate_errors():
+            ids: Any = await self._redis.hvals(keys.basis_index())
+        manifests = [await self.manifest(basis_id.decode()) for basis_id in sorted(set(ids))]
+        return sorted(manifests, key=lambda m: (m.model_id, m.method, m.rank, m.basis_id))
+
+
+class _DiskCache:
+    """Bases as files named by their digest. A file that fails its digest is dropped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, basis_id: str) -> Basis | None:
+        path = self._folder / f"{basis_id}.basis"
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+                manifest = _parse_manifest(basis_id, file.read(min(length, _MAX_MANIFEST_BYTES)))
+                modules = [file.read(size) for size in _module_sizes(manifest)]
+                return Basis.from_bytes(manifest, modules, file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, CorruptRecord) as error:
+            log.warning("dropping %s from the cache: %s", path, error)
+            path.unlink(missing_ok=True)
+            return None
+
+    def save(self, basis: Basis) -> None:
+        """Best effort: a full disk costs a transfer next time, nothing else."""
+        manifest = basis.manifest.to_json().encode()
+        part = self._folder / f"{basis.basis_id}.{secrets.token_hex(4)}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(len(manifest).to_bytes(_LENGTH_BYTES, "little") + manifest)
+                for blob in basis.module_bytes():
+                    file.write(blob)
+                file.write(basis.preconditioner_bytes())
+            part.replace(self._folder / f"{basis.basis_id}.basis")
+        except OSError as error:
+            log.warning("basis %s is not cached: %s", basis.basis_id, error)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _module_sizes(manifest: BasisManifest) -> list[int]:
+    """Bytes of A and B per module."""
+    item = DTYPES[manifest.dtype].itemsize
+    return [manifest.rank * (m.d_in + m.d_out) * item for m in manifest.modules]
+
+
+def _batches(items: Iterable[T], manifest: BasisManifest) -> Iterator[list[T]]:
+    """Groups of per-module items, so that the factors of one group stay within MAX_MGET_BYTES."""
+    size = max(1, keys.MAX_MGET_BYTES // max(_module_sizes(manifest)))
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def _parse_manifest(basis_id: str, text: bytes) -> BasisManifest:
+    manifest = BasisManifest.from_json(text)
+    if manifest.basis_id != basis_id or manifest.dtype not in DTYPES or not manifest.modules:
+        raise CorruptRecord(f"the manifest of basis {basis_id} is not its own")
+    return manifest
+
+
+def _not_found(basis_id: str) -> NotFound:
+    return NotFound(f"there is no basis {basis_id!r}", param="basis_id", code="basis_not_found")

@@ -1,0 +1,154 @@
+"""The application: the one place where engine, store, queue and routes meet.
+
+Everything that a route uses comes in as an argument of `create_app`, so that a test can put a fake engine
+where the real one would be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from redis.asyncio import Redis
+
+from adapter_core.base_model import model_name
+from adapter_core.basis_store import BasisStore
+from adapter_core.file_store import FileStore
+from adapter_core.job_queue import JobQueue
+from adapter_core.settings import CommonSettings
+from adapter_core.store import AdapterStore
+from service.auth import ApiKeys
+from service.generation import Generator
+from service.idempotency import Idempotency
+from service.metrics import Metrics, service_version
+from service.metrics_collector import ServiceCollector, StoreSampler
+from service.middleware import Authentication, BodyLimit, BodyLimits, RequestContext
+from service.model_names import Models
+from service.routes import (
+    adapters,
+    bases,
+    chat,
+    completions,
+    errors,
+    files,
+    fine_tuning,
+    models,
+    ops,
+    score,
+)
+from service.routes.deps import Services, Stores
+from service.settings import ServiceSettings
+from service.text import TextCodec
+from service.token_engine import TokenEngine
+from service.training_jobs import TrainingJobs
+
+TITLE = "Tessera"
+DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."
+
+TENANT_ROUTERS = (models, completions, chat, score, files, fine_tuning, adapters, bases)
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
+    """The stores of one Redis."""
+    cache_dir = settings.data_dir / "cache" / "bases"
+    return Stores(redis, AdapterStore(redis), BasisStore(redis, cache_dir=cache_dir), FileStore(redis))
+
+
+def create_app(
+    *,
+    engine: TokenEngine,
+    stores: Stores,
+    codec: TextCodec,
+    settings: ServiceSettings,
+    common: CommonSettings,
+) -> FastAPI:
+    """The application. It starts and closes the engine with itself; the Redis client is the caller's.
+
+    Raises `InvalidInput` for a key file that cannot be used.
+    """
+    services = _services(engine, stores, codec, settings, common)
+    sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
+    services.metrics.registry.register(ServiceCollector(engine, sampler))
+    app = FastAPI(
+        title=TITLE,
+        description=DESCRIPTION,
+        version=service_version(),
+        lifespan=_lifespan(engine, sampler, settings.sample_interval_s),
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    app.state.services = services
+    errors.install(app)
+    for module in TENANT_ROUTERS:
+        app.include_router(module.router, responses=errors.RESPONSES)
+    app.include_router(ops.router)
+    _add_middleware(app, settings, services.metrics)
+    _describe_errors(app)
+    return app
+
+
+def _services(
+    engine: TokenEngine,
+    stores: Stores,
+    codec: TextCodec,
+    settings: ServiceSettings,
+    common: CommonSettings,
+) -> Services:
+    metrics, queue = Metrics(), JobQueue(stores.redis)
+    names = Models(model_name(common.base_model), stores.adapters, engine)
+    jobs = TrainingJobs(queue, names, stores.adapters, stores.bases, stores.files, settings=common)
+    return Services(
+        settings=settings,
+        engine=engine,
+        stores=stores,
+        queue=queue,
+        models=names,
+        generator=Generator(engine, codec, metrics, request_timeout_s=settings.request_timeout_s),
+        jobs=jobs,
+        idempotency=Idempotency(stores.redis),
+        metrics=metrics,
+    )
+
+
+def _lifespan(engine: TokenEngine, sampler: StoreSampler, interval_s: float) -> Lifespan:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        sampling = asyncio.create_task(sampler.run(interval_s))
+        try:
+            yield
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
+            await engine.close()
+
+    return lifespan
+
+
+def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
+    """Innermost first."""
+    limits = BodyLimits(settings.max_body_bytes, settings.max_upload_bytes, settings.body_timeout_s)
+    app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(Authentication, api_keys=ApiKeys.load(settings.api_keys_file))
+    app.add_middleware(RequestContext, metrics=metrics)
+
+
+def _describe_errors(app: FastAPI) -> None:
+    """Take the framework's own error, 422, out of the OpenAPI schema: here a wrong request is a 400."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = original()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

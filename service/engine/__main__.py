@@ -1,0 +1,57 @@
+"""`python -m service.engine --socket PATH --parent PID`: what `EngineClient` starts.
+
+Settings come from the environment, in which the client put its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m service.engine", description="The engine process of Tessera."
+    )
+    parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen at")
+    parser.add_argument("--parent", type=int, required=True, help="process with which this one ends")
+    arguments = parser.parse_args()
+    die_with(arguments.parent)
+    asyncio.run(run(arguments.socket, arguments.parent))
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel end this process when the thread that started it ends; exit if that is so already."""
+    if sys.platform == "linux":  # elsewhere `EngineProcess` notices within a second
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    if os.getppid() != parent:
+        sys.exit(f"process {parent} did not start this one, or is gone")
+
+
+async def run(socket: Path, parent: int) -> None:
+    # Only now, because it takes seconds: torch and transformers.
+    from adapter_core.settings import CommonSettings, refuse_unknown_variables
+    from service.engine.process import EngineProcess
+    from service.engine.settings import PREFIX, EngineSettings
+
+    refuse_unknown_variables(CommonSettings, EngineSettings, sections=(PREFIX,))
+    settings = CommonSettings()
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s"
+    )
+    status = await EngineProcess(settings, EngineSettings()).run(socket, parent=parent)
+    logging.shutdown()
+    # Not sys.exit: that waits for the threads, and one may be loading a model or be stuck in a CUDA call.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Attention over the paged KV cache, as an attention function of transformers: plain torch, any device.
+
+    o[t] = Σ_l softmax_l(cap(scaling · q[t] · k[l])) v[l]     over l <= position[t], l > position[t] - window
+
+Models call the function registered as `NAME`; it hands over to the `paged_step` that the engine passes to the
+model as a keyword argument, and which the model passes on. This is the slow truth: it gathers K and V, so it
+serves every model and checks faster kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from adapter_core.errors import UnsupportedModel
+from service.engine.kv_cache import KVShape, PagedKV
+
+NAME = "tessera_paged"
+
+#: Arguments of attention functions that change the result and that we do not implement.
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "score_mod")
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a layer asks for. sliding_window: how many positions back a query sees, its own included. softcap:
+    scores become softcap * tanh(score / softcap)."""
+
+    scaling: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+
+class AttentionStep(Protocol):
+    """One step's attention: what a model's layers find under `paged_step`."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v]; returns [T, Hq, D_v]."""
+        ...
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged_step: AttentionStep | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query, key, value: [1, heads, T, D]; returns [1, T, Hq, D_v]. Raises `UnsupportedModel`."""
+    asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
+    if paged_step is None or attention_mask is not None or asked:
+        raise UnsupportedModel(
+            f"the attention of {type(module).__name__} cannot be paged: "
+            + (f"it needs {', '.join(asked)}" if asked else "it does not pass on its keyword arguments"),
+            param="base_model",
+        )
+    options = AttentionOptions(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return paged_step.attend(layer, query[0], key[0], value[0], options)[None], None
+
+
+AttentionInterface.register(NAME, paged_attention)
+
+
+class AttentionTile:
+    """Some rows of the batch that attend together: n sequences with Q queries each.
+
+    start: their first row. table: int64 [n, blocks], padded with block 0. positions: int64 [n, Q].
+    """
+
+    def __init__(self, start: int, table: Tensor, positions: Tensor) -> None:
+        self.start = start
+        self.table = table
+        self.positions = positions
+        self._masks: dict[int | None, Tensor] = {}
+        self._pages: dict[int, Tensor] = {}
+
+    def pages(self, kv: PagedKV, num_kv_heads: int) -> Tensor:
+        if num_kv_heads not in self._pages:
+            self._pages[num_kv_heads] = kv.pages(num_kv_heads, self.table)
+        return self._pages[num_kv_heads]
+
+    def hidden(self, length: int, window: int | None) -> Tensor:
+        """Which of `length` keys a query does not see: bool [n, 1, 1, Q, length]."""
+        if window not in self._masks:
+            keys = torch.arange(length, device=self.positions.device)
+            queries = self.positions[:, None, None, :, None]
+            hidden = keys > queries
+            if window is not None:
+                hidden |= keys <= queries - window
+            self._masks[window] = hidden
+        return self._masks[window]
+
+
+class PagedAttention:
+    """The attention of one step. blocks, offsets: int64 [T], where each token's KV belongs."""
+
+    def __init__(self, kv: PagedKV, blocks: Tensor, offsets: Tensor, tiles: list[AttentionTile]) -> None:
+        self._kv = kv
+        self._blocks = blocks
+        self._offsets = offsets
+        self._tiles = tiles
+        self._rows: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        num_kv_heads = k.shape[0]
+        if num_kv_heads not in self._rows:
+            self._rows[num_kv_heads] = self._kv.rows(num_kv_heads, self._blocks, self._offsets)
+        self._kv.write(layer, k, v, self._rows[num_kv_heads])
+        out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
+        for tile in self._tiles:
+            n, Q = tile.positions.shape
+            K, V = self._kv.read(layer, tile.pages(self._kv, num_kv_heads))
+            rows = slice(tile.start, tile.start + n * Q)
+            queries = q[:, rows].reshape(num_kv_heads, -1, n, Q, q.shape[-1]).permute(2, 0, 1, 3, 4)
+            hidden = tile.hidden(K.shape[2], options.sliding_window)
+            out[rows] = attend(queries, K, V, hidden, options).flatten(0, 1)
+        return out
+
+
+def attend(q: Tensor, K: Tensor, V: Tensor, hidden: Tensor, options: AttentionOptions) -> Tensor:
+    """Grouped-query attention of n sequences.
+
+    q: [n, Hkv, G, Q, D_k]; K: [n, Hkv, L, D_k]; V: [n, Hkv, L, D_v]; hidden: bool [n, 1, 1, Q, L]; returns
+    [n, Q, Hkv * G, D_v]. The softmax is in float32, as in transformers.
+    """
+    n, heads, G, Q, _ = q.shape
+    scores = (q.flatten(2, 3) @ K.transpose(2, 3)) * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores.view(n, heads, G, Q, -1).masked_fill_(hidden, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(V.dtype)
+    out = weights.flatten(2, 3) @ V  # [n, Hkv, G * Q, D_v]
+    return out.view(n, heads, G, Q, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class AttentionProbe:
+    """Stands in for a step to learn what every layer keeps, from the shapes that it hands over."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+        self.num_calls = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        self.shapes[layer] = KVShape(k.shape[0], k.shape[-1], v.shape[-1])
+        self.num_calls += 1
+        return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])

@@ -1,0 +1,258 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+A synchronous core. It drives an unmodified transformers model on one device and knows no network, no Redis,
+no text and no thread: its owner calls `step` while there is work, fetches what is missing, and provides it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+
+import torch
+
+from adapter_core.adapter import Adapter, AdapterRef
+from adapter_core.base_model import BaseModel
+from adapter_core.basis import Basis
+from adapter_core.errors import EngineOverloaded, InvalidInput, TesseraError
+from service.engine.adapter_cache import AdapterCache
+from service.engine.blocks import BlockPool
+from service.engine.config import EngineConfig
+from service.engine.in_flight import InFlight
+from service.engine.kv_cache import PagedKV
+from service.engine.limits import RequestLimits
+from service.engine.memory import add_remainder, module_bytes, num_kv_blocks
+from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
+from service.engine.plan import StepPlan
+from service.engine.prefix_keys import root_key
+from service.engine.residency import Residency
+from service.engine.resident_bases import ResidentBases
+from service.engine.runner import ChunkResult, ModelRunner, adopt
+from service.engine.sampling import make_generator
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Sequence
+
+__all__ = ["Engine", "EngineConfig"]
+
+logger = logging.getLogger(__name__)
+
+#: Logits of prompt positions computed in one step: bounds their memory, in the model's dtype.
+MAX_LOGITS_BYTES = 256 * 1024**2
+
+
+class Engine:
+    """Serves one base model and any number of adapters. Takes the model over until `close`.
+
+    Raises `UnsupportedModel` for a model that cannot be served, `InvalidInput` for a configuration that
+    cannot hold one block.
+    """
+
+    def __init__(self, base: BaseModel, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        self._base = base
+        self._config = config
+        self._attention_before = base.model.config._attn_implementation
+        facts = adopt(base.model)
+        device, dtype = base.model.device, base.model.dtype
+        num_blocks = num_kv_blocks(
+            facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
+        )
+        max_model_len = min(config.max_model_len or base.max_position, num_blocks * config.block_size)
+        self._limits = RequestLimits(facts.vocab_size, max_model_len)
+        self._weight_bytes = module_bytes(base.model)
+        self.kv = PagedKV(
+            facts.kv_shapes, num_blocks=num_blocks, block_size=config.block_size, device=device, dtype=dtype
+        )
+        self.pool = BlockPool(num_blocks, config.block_size)
+        self.bases = ResidentBases(base.model, base.model_id, config, device=device, dtype=dtype)
+        self.residency = Residency(self.bases, AdapterCache(config.host_cache_bytes))
+        self.scheduler = Scheduler(
+            config,
+            self.pool,
+            self.residency,
+            max_logit_rows=max(1, MAX_LOGITS_BYTES // (facts.vocab_size * dtype.itemsize)),
+        )
+        self._runner = ModelRunner(base.model, self.kv, self.bases)
+        self._in_flight = InFlight(self.scheduler)
+        self._orders = itertools.count()
+        self._num_steps = self._num_failed_steps = 0
+
+    def step(self) -> list[TokenOutput]:
+        """One iteration: decode, prefill and admit as much as fits, and return what that brought whom.
+
+        Raises nothing but an accelerator's own errors: after one of them the process is of no more use.
+        """
+        self._in_flight.expire()
+        plan = self.scheduler.schedule()
+        if plan.chunks:
+            try:
+                self._deliver(plan, self._runner.run(plan))
+            except Exception as error:
+                self._fail_step(plan, error)
+        return self._in_flight.take_outputs()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step`, or fetching what is missing, would get something on. A request that waits for an
+        adapter on its way is no work until its deadline has passed, so ask at least once a second."""
+        return self._in_flight.has_news or self.scheduler.has_work or self.residency.has_missing
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Let a request wait for its turn. Raises `InvalidInput` or `EngineOverloaded`, and nothing waits."""
+        self._limits.check(request)
+        if request.request_id in self._in_flight:
+            raise InvalidInput(f"request {request.request_id} is in flight already", param="request_id")
+        if len(self.scheduler.waiting) >= self._config.max_waiting:
+            raise EngineOverloaded(f"{self._config.max_waiting} requests are waiting already")
+        ref = request.adapter
+        if ref is not None and not self.bases.can_ever_hold(ref.basis_id):
+            raise InvalidInput(
+                f"the basis of adapter {ref.adapter_id} is not resident and may not become so: all "
+                f"{self._config.max_resident_bases} places are taken for good",
+                param="model",
+                code="basis_not_resident",
+            )
+        sequence = Sequence(
+            request,
+            order=next(self._orders),
+            root_key=root_key(self._base.model_id, request.tenant, ref),
+            generator=make_generator(request.sampling, self._base.device),
+        )
+        self._in_flight.add(sequence)
+        self.scheduler.submit(sequence)
+        if ref is not None:
+            self._settle(ref)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its last output says so. Nothing happens if it has ended already."""
+        self._in_flight.cancel(request_id)
+
+    def missing_adapters(self) -> list[AdapterRef]:
+        """Adapters that requests wait for and nobody has been asked for yet."""
+        return self.residency.take_missing()
+
+    def missing_bases(self) -> list[str]:
+        """Bases that requests wait for, that there is place for, and nobody has been asked for yet."""
+        return self.bases.take_missing()
+
+    def provide_adapter(self, ref: AdapterRef, adapter: Adapter | TesseraError) -> None:
+        """Hand over what was missing, or why it cannot be had: then the requests that wait for it fail."""
+        try:
+            self.residency.provide(ref, adapter)
+        except TesseraError as error:
+            self._fail_parked(ref, error)
+        else:
+            self._settle(ref)
+
+    def provide_basis(self, basis_id: str, basis: Basis | TesseraError) -> None:
+        """Hand over what was missing, or why it cannot be had: then the requests that wait for it fail."""
+        waiting = self.scheduler.waiting.parked_refs(basis_id)
+        try:
+            self.bases.provide(basis_id, basis)
+        except TesseraError as error:
+            for ref in waiting:
+                self._fail_parked(ref, error)
+        else:
+            for ref in waiting:
+                self._settle(ref)
+
+    def add_basis(self, basis: Basis) -> None:
+        """Make a basis resident for good. Raises `BasisMismatch`, or `InvalidInput` if there is no place."""
+        self.bases.add(basis, is_permanent=True)
+
+    def unload(self, tenant: str, adapter_id: str) -> None:
+        """Drop every version of an adapter: host copies and idle slots now, slots in use when their requests
+        have ended."""
+        self.residency.unload(tenant, adapter_id)
+
+    def close(self) -> None:
+        """Give the model back as it was. The engine is of no more use."""
+        self.bases.close()
+        self._base.model.set_attn_implementation(self._attention_before)
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model_name=self._base.name,
+            model_id=self._base.model_id,
+            vocab_size=self._limits.vocab_size,
+            max_model_len=self._limits.max_model_len,
+            device=str(self._base.device),
+            dtype=str(self._base.model.dtype).removeprefix("torch."),
+            default_basis_id=self.bases.default_id,
+            pid=os.getpid(),
+        )
+
+    def stats(self) -> EngineStats:
+        scheduler, pool, bases, cache = self.scheduler, self.pool, self.bases, self.residency.cache
+        tables = list(bases.tables.values())
+        used = {
+            "weights": self._weight_bytes,
+            "kv": self.kv.nbytes,
+            "adapters": sum(table.nbytes for table in tables),
+            "bases": bases.factor_bytes,
+        }
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_for_adapter=scheduler.waiting.num_parked,
+            kv_blocks=pool.num_blocks,
+            kv_blocks_used=pool.num_used,
+            kv_blocks_cached=pool.num_cached,
+            slots=sum(table.num_slots for table in tables),
+            slots_resident=sum(table.num_resident for table in tables),
+            slots_pinned=sum(table.num_pinned for table in tables),
+            host_cache_bytes=cache.num_bytes,
+            host_cache_entries=len(cache),
+            resident_bases=len(bases),
+            memory_bytes=add_remainder(used, self._base.device),
+            steps_total=self._num_steps,
+            prompt_tokens_total=scheduler.num_prompt_tokens,
+            generation_tokens_total=self._in_flight.num_generated,
+            cached_prompt_tokens_total=scheduler.num_cached_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            adapter_loads_total={"cached": cache.num_loads, "resident": bases.num_slot_loads},
+            adapter_load_failures_total=self.residency.num_load_failures,
+            adapter_evictions_total={"cached": cache.num_evictions, "resident": bases.num_slot_evictions},
+            step_failures_total=self._num_failed_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that everything that is owned is owned once, and that all of it is accounted for."""
+        self.scheduler.check_integrity()
+        self._in_flight.check_integrity()
+
+    def _deliver(self, plan: StepPlan, results: list[ChunkResult]) -> None:
+        """Turn the results of a step into outputs, and end what is complete."""
+        self._num_steps += 1
+        num_distinct = plan.num_distinct
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            sequence = chunk.sequence
+            if not result.is_finite:
+                message = "the model's output is not finite; the adapter holds extreme values"
+                self._in_flight.fail(sequence, "non_finite_logits", message)
+                continue
+            self.scheduler.commit(chunk)
+            sequence.prompt_logprobs += result.prompt_logprobs
+            if chunk.is_last:
+                self._in_flight.deliver(sequence, result, num_distinct)
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """The step failed: so do the requests that were in it, and no others."""
+        logger.exception("a step of %d tokens failed", plan.num_tokens)
+        self._num_failed_steps += 1
+        for chunk in plan.chunks:
+            self._in_flight.fail(chunk.sequence, "step_failed", f"the step failed: {error}")
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+
+    def _settle(self, ref: AdapterRef) -> None:
+        """Something arrived that requests wait for: let them go on if all is there now."""
+        try:
+            self.scheduler.settle(ref)
+        except TesseraError as error:
+            self._fail_parked(ref, error)
+
+    def _fail_parked(self, ref: AdapterRef, error: TesseraError) -> None:
+        for sequence in self.scheduler.waiting.parked(ref):
+            self._in_flight.fail(sequence, error.code, error.message)

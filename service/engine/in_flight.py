@@ -1,0 +1,107 @@
+"""The requests in flight, and what is to be told to those who sent them.
+
+Every request that was taken in gets exactly one last output, whatever ends it, and is forgotten with it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+
+from service.engine.messages import TokenOutput
+from service.engine.runner import ChunkResult
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Sequence
+
+
+class InFlight:
+    """Owns every sequence from submission to its last output; `scheduler` is told when one has ended."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.num_generated = 0
+        self._scheduler = scheduler
+        self._sequences: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, int, str]] = []  # a heap
+        self._outputs: list[TokenOutput] = []
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are outputs to be taken, or a deadline has passed."""
+        return bool(self._outputs or (self._deadlines and self._deadlines[0][0] <= time.monotonic()))
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in; its deadline runs from now."""
+        self._sequences[sequence.request_id] = sequence
+        if sequence.request.deadline_s is not None:
+            expires_at = time.monotonic() + sequence.request.deadline_s
+            heapq.heappush(self._deadlines, (expires_at, sequence.order, sequence.request_id))
+
+    def deliver(self, sequence: Sequence, result: ChunkResult, num_distinct: int) -> None:
+        """Send what a completed chunk brought: a token, the prompt's log-probabilities, the end."""
+        is_stop = result.token_id in sequence.sampling.stop_token_ids
+        if result.token_id is not None:
+            sequence.append(result.token_id)
+            self.num_generated += 1
+        is_full = sequence.num_output >= sequence.sampling.max_tokens
+        finish_reason = "stop" if is_stop else "length" if is_full else None
+        output = TokenOutput(
+            sequence.request_id,
+            token_ids=[] if result.token_id is None or is_stop else [result.token_id],
+            logprobs=[] if result.logprobs is None or is_stop else [result.logprobs],
+            prompt_logprobs=sequence.prompt_logprobs if sequence.needs_prompt_logprobs else None,
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            num_distinct=num_distinct,
+        )
+        sequence.has_sent_prompt_logprobs = True
+        self._outputs.append(output)
+        if finish_reason is not None:
+            self._forget(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, unless it has ended already."""
+        if request_id in self._sequences:
+            self._end(self._sequences[request_id], "cancelled", None)
+
+    def fail(self, sequence: Sequence, code: str, message: str) -> None:
+        """End a sequence with an error, unless it has ended already."""
+        if sequence.request_id in self._sequences:
+            self._end(sequence, "error", (code, message))
+
+    def expire(self) -> None:
+        """Fail those whose deadline has passed."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, order, request_id = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(request_id)
+            if sequence is not None and sequence.order == order:
+                self.fail(
+                    sequence, "deadline_exceeded", f"not finished within {sequence.request.deadline_s:g} s"
+                )
+
+    def take_outputs(self) -> list[TokenOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def check_integrity(self) -> None:
+        scheduled = [s.request_id for s in (*self._scheduler.running, *self._scheduler.waiting)]
+        assert sorted(scheduled) == sorted(self._sequences)
+
+    def _end(self, sequence: Sequence, finish_reason: str, error: tuple[str, str] | None) -> None:
+        num_cached_tokens = sequence.num_cached_tokens or 0
+        self._outputs.append(
+            TokenOutput(
+                sequence.request_id,
+                finish_reason=finish_reason,
+                error=error,
+                num_cached_tokens=num_cached_tokens,
+            )
+        )
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._scheduler.remove(sequence)

@@ -1,0 +1,94 @@
+"""The paged KV tensors: keys and values of every layer, in blocks.
+
+    K[layer]: [num_blocks + 1, Hkv, block_size, D_k]      V[layer]: [num_blocks + 1, Hkv, block_size, D_v]
+
+Block 0 is the null block and stays zero. A block is cleared when it gets a new holder: positions beyond a
+sequence's end are read under a mask, and a NaN that another user left there would pass any mask (0 · NaN).
+Knows nothing of who holds which block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one layer keeps per token."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class PagedKV:
+    """KV of `num_blocks` blocks for layers of the given shapes."""
+
+    def __init__(
+        self,
+        shapes: Sequence[KVShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.block_size = block_size
+        self.shapes = tuple(shapes)
+        self._K: list[Tensor] = [torch.empty(0)] * len(self.shapes)
+        self._V: list[Tensor] = [torch.empty(0)] * len(self.shapes)
+        self._stacks: list[Tensor] = []
+        for shape in dict.fromkeys(
+            self.shapes
+        ):  # layers of one shape share a tensor, cleared by one operation
+            layers = [index for index, other in enumerate(self.shapes) if other == shape]
+            size = (len(layers), num_blocks + 1, shape.num_kv_heads, block_size)
+            K = torch.zeros(*size, shape.key_dim, device=device, dtype=dtype)
+            V = torch.zeros(*size, shape.value_dim, device=device, dtype=dtype)
+            self._stacks += [K, V]
+            for place, index in enumerate(layers):
+                self._K[index], self._V[index] = K[place], V[place]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.nbytes for stack in self._stacks)
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zero these blocks in every layer. blocks: int64 [n]."""
+        for stack in self._stacks:
+            stack.index_fill_(1, blocks, 0)
+
+    def write(self, layer: int, K: Tensor, V: Tensor, rows: Tensor) -> None:
+        """Keep the KV of T tokens. K: [Hkv, T, D_k], V: [Hkv, T, D_v]; rows: int64 [Hkv * T], see `rows`."""
+        self._K[layer].flatten(0, 2).index_copy_(0, rows, K.flatten(0, 1))
+        self._V[layer].flatten(0, 2).index_copy_(0, rows, V.flatten(0, 1))
+
+    def read(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """K [n, Hkv, L, D_k] and V [n, Hkv, L, D_v] of n sequences, L = pages each * block_size.
+
+        pages: int64 [n, Hkv, L / block_size], see `pages`.
+        """
+        n, heads, count = pages.shape
+        K, V = (
+            stack[layer].flatten(0, 1).flatten(1).index_select(0, pages.flatten())
+            for stack in (self._K, self._V)
+        )
+        length = count * self.block_size
+        return K.view(n, heads, length, -1), V.view(n, heads, length, -1)
+
+    def rows(self, num_kv_heads: int, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """Where `write` puts each head's entry of T tokens. blocks, offsets: int64 [T]; returns [Hkv * T]."""
+        heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
+        return ((blocks * num_kv_heads + heads) * self.block_size + offsets).flatten()
+
+    def pages(self, num_kv_heads: int, table: Tensor) -> Tensor:
+        """Where `read` finds each head's blocks. table: int64 [n, blocks each], padded with block 0."""
+        heads = torch.arange(num_kv_heads, device=table.device)[:, None]
+        return table[:, None, :] * num_kv_heads + heads

@@ -1,0 +1,210 @@
+"""The engine process: starts the engine, serves it at a unix socket, and ends with its parent.
+
+    main thread    asyncio: socket, store, signals
+    engine thread  the engine's loop (`engine_thread.py`)
+
+It listens before it can serve, so that the API can tell why it is not ready. What the engine does not survive
+(a CUDA error, out of memory) ends the process with a non-zero status: the API's side starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapter_core.adapter import Adapter, AdapterRef
+from adapter_core.base_model import BaseModel, load_base_model
+from adapter_core.basis import Basis
+from adapter_core.basis_store import BasisStore, ensure_basis
+from adapter_core.errors import EngineUnavailable, TesseraError, Unavailable
+from adapter_core.redis_client import connect
+from adapter_core.settings import CommonSettings
+from adapter_core.store import AdapterStore
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_thread import EngineThread, Turn
+from service.engine.server import EngineServer
+from service.engine.settings import EngineSettings
+from service.engine.store_reader import StoreReader
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED = 0, 1
+
+#: The kernel signals the parent's death at once; this catches what it misses (another system, a lost race).
+PARENT_CHECK_S = 1.0
+#: How long the running step may take when the process is told to end.
+STOP_TIMEOUT_S = 3.0
+FLUSH_TIMEOUT_S = 1.0
+#: Between two attempts to reach the store at start.
+_FIRST_STORE_DELAY_S, _MAX_STORE_DELAY_S = 0.2, 5.0
+
+
+class EngineProcess:
+    """One run of the engine process. `run` returns its exit status."""
+
+    def __init__(self, settings: CommonSettings, engine_settings: EngineSettings) -> None:
+        assert settings.store_url, "the API process passes the URL on, also that of the embedded store"
+        self._settings = settings
+        self._engine_settings = engine_settings
+        redis = connect(settings.store_url, timeout_s=settings.store_timeout_s)
+        self._bases = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
+        self._reader = StoreReader(AdapterStore(redis), self._bases)
+        self._server = EngineServer()
+        self._thread: EngineThread | None = None
+        self._exit_status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, socket: Path, *, parent: int) -> int:
+        """Serve at `socket` until SIGTERM, the death of process `parent`, or a failure."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._end, EXIT_OK)
+        await self._server.listen(socket)
+        for task in (self._start(), self._server.keep_beating(), self._watch(parent)):
+            self._spawn(task)
+        status = await self._exit_status
+        logger.info("engine process %d ends with status %d", os.getpid(), status)
+        await self._server.flush(timeout_s=FLUSH_TIMEOUT_S)
+        await self._server.close()
+        if self._thread is not None and status == EXIT_OK:
+            await asyncio.to_thread(self._thread.stop, timeout_s=STOP_TIMEOUT_S)
+        return status
+
+    async def _start(self) -> None:
+        """Model, default basis, engine; then ready. A fault that waiting does not mend ends the process."""
+        try:
+            self._server.announce_starting("the engine is loading the base model")
+            base = await asyncio.to_thread(_load, self._settings, self._engine_settings)
+            self._server.announce_starting("the engine is preparing the default basis")
+            basis = await self._default_basis(base)
+            engine = await asyncio.to_thread(_build_engine, base, basis, engine_config(self._engine_settings))
+        except Exception as error:
+            self._fail(error)
+            return
+        self._thread = EngineThread(engine, on_turn=self._on_turn, on_failure=self._fail)
+        info = engine.info()
+        self._thread.post(
+            partial(_bind_thread, device=base.device, num_threads=self._engine_settings.threads)
+        )
+        self._thread.start()
+        self._server.announce_ready(info, self._thread)
+        logger.info("engine process %d serves %s on %s", os.getpid(), info.model_name, info.device)
+
+    async def _default_basis(self, base: BaseModel) -> Basis:
+        """The default basis from the store, built if nobody has; waits for the store as long as it takes."""
+        delay_s = _FIRST_STORE_DELAY_S
+        while True:
+            try:
+                return await ensure_basis(
+                    self._bases,
+                    base,
+                    method=self._settings.method,
+                    rank=self._settings.rank,
+                    target_modules=self._settings.target_modules,
+                )
+            except Unavailable as error:
+                logger.warning("the default basis cannot be had yet: %s", error)
+                self._server.announce_starting(f"the engine waits for the store: {error}")
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _MAX_STORE_DELAY_S)
+
+    def _on_turn(self, turn: Turn) -> None:
+        self._server.deliver(turn)
+        if turn.missing_adapters:
+            self._spawn(self._fetch_adapters(turn.missing_adapters))
+        for basis_id in turn.missing_bases:
+            self._spawn(self._fetch_basis(basis_id))
+
+    async def _fetch_adapters(self, refs: Sequence[AdapterRef]) -> None:
+        for ref, result in zip(refs, await self._reader.read_adapters(refs), strict=True):
+            self._provide_adapter(ref, result)
+
+    def _provide_adapter(self, ref: AdapterRef, result: Adapter | TesseraError) -> None:
+        def reply(error: TesseraError | None) -> None:
+            if error is not None:  # the engine cannot use it: then its requests get that for an answer
+                self._provide_adapter(ref, error)
+
+        assert self._thread is not None
+        command = partial(Engine.provide_adapter, ref=ref, adapter=result)
+        self._thread.post(command, None if isinstance(result, TesseraError) else reply)
+
+    async def _fetch_basis(self, basis_id: str) -> None:
+        self._provide_basis(basis_id, await self._reader.read_basis(basis_id))
+
+    def _provide_basis(self, basis_id: str, result: Basis | TesseraError) -> None:
+        def reply(error: TesseraError | None) -> None:
+            if error is not None:
+                self._provide_basis(basis_id, error)
+
+        assert self._thread is not None
+        command = partial(Engine.provide_basis, basis_id=basis_id, basis=result)
+        self._thread.post(command, None if isinstance(result, TesseraError) else reply)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the API why, and end."""
+        if isinstance(error, TesseraError):
+            logger.critical("the engine process fails: %s", error)
+        else:
+            logger.critical("the engine process fails: %r", error, exc_info=error)
+            error = EngineUnavailable(f"the engine failed: {error!r}")
+        self._server.announce_failure(error)
+        self._end(EXIT_FAILED)
+
+    async def _watch(self, parent: int) -> None:
+        while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of another process' end
+            await asyncio.sleep(PARENT_CHECK_S)
+        logger.warning("process %d, which started the engine, is gone", parent)
+        self._end(EXIT_OK)
+
+    def _end(self, status: int) -> None:
+        if not self._exit_status.done():
+            self._exit_status.set_result(status)
+
+    def _spawn(self, task: Coroutine[Any, Any, None]) -> None:
+        running = asyncio.create_task(task)
+        self._tasks.add(running)  # the event loop itself keeps only weak references
+        running.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+
+def engine_config(settings: EngineSettings) -> EngineConfig:
+    """The core's configuration: the settings of the same names."""
+    process_only = {"threads", "heartbeat_timeout_s"}
+    return EngineConfig(**settings.model_dump(exclude=process_only))
+
+
+def _bind_thread(_: Engine, *, device: torch.device, num_threads: int | None) -> None:
+    """What torch keeps per thread: the current CUDA device, and the number of threads for one operation."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseModel:
+    if engine_settings.threads is not None:
+        torch.set_num_threads(engine_settings.threads)
+    return load_base_model(
+        settings.base_model,
+        revision=settings.base_model_revision,
+        device=settings.device,
+        dtype=settings.dtype,
+    )
+
+
+def _build_engine(base: BaseModel, basis: Basis, config: EngineConfig) -> Engine:
+    engine = Engine(base, config)
+    engine.add_basis(basis)
+    return engine

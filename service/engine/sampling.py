@@ -1,0 +1,80 @@
+"""From logits to tokens, each row by its own request's parameters and its own random generator.
+
+    token = argmax_v  p[v] / e[v],   e ~ Exp(1)       is a draw from p   (the exponential-noise trick)
+
+A row's result depends on its logits, its parameters and its generator, never on the other rows of the batch.
+Order: rules (`logit_rules.py`), temperature, top_k, top_p, min_p.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from service.engine.logit_rules import apply_rules
+from service.engine.messages import SamplingParams
+from service.engine.sequence import Sequence
+
+#: Below this a temperature is greedy: dividing by it would overflow float32.
+MIN_TEMPERATURE = 1e-5
+
+
+def make_generator(sampling: SamplingParams, device: torch.device) -> torch.Generator | None:
+    """The random generator of one request; None if it draws nothing."""
+    if is_greedy(sampling):
+        return None
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed & (2**63 - 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    return sampling.temperature < MIN_TEMPERATURE
+
+
+def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """The next token of each sequence. logits: float32 [N, V], left as they are."""
+    logits = apply_rules(logits, sequences)
+    tokens = logits.argmax(-1)
+    drawn = [index for index, sequence in enumerate(sequences) if sequence.generator is not None]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        tokens[rows] = _draw(logits[rows], [sequences[index] for index in drawn])
+    token_ids: list[int] = tokens.tolist()
+    return token_ids
+
+
+def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    """logits: [N, V] of sequences that all have a generator; returns int64 [N]."""
+    temperature = _column([s.sampling.temperature for s in sequences], logits)
+    probs = _truncate((logits / temperature).softmax(-1), [s.sampling for s in sequences])
+    noise = torch.empty_like(probs)
+    for row, sequence in zip(noise, sequences, strict=True):
+        row.exponential_(generator=sequence.generator)
+    # An exponential may come out as 0, and 0 / 0 would choose a token of probability 0.
+    return (probs / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(-1)
+
+
+def _truncate(probs: Tensor, samplings: Rows[SamplingParams]) -> Tensor:
+    """Probabilities [N, V] with the tokens that top_k, top_p and min_p exclude set to 0, not renormalised."""
+    vocab_size = probs.shape[-1]
+    if any(s.top_k > 0 or s.top_p < 1 for s in samplings):
+        top_k = _column([min(s.top_k, vocab_size) if s.top_k > 0 else vocab_size for s in samplings], probs)
+        top_p = _column([s.top_p for s in samplings], probs)
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(vocab_size, device=probs.device)
+        ranked = ranked.masked_fill(rank >= top_k, 0)
+        # of what top_k left, the fewest tokens that reach top_p of its mass; the first always stays
+        mass_before = ranked.cumsum(-1) - ranked
+        is_cut = (mass_before >= top_p * ranked.sum(-1, keepdim=True)) & (top_p < 1) & (rank > 0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, ranked.masked_fill(is_cut, 0))
+    if any(s.min_p > 0 for s in samplings):
+        min_p = _column([s.min_p for s in samplings], probs)
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    return probs
+
+
+def _column(values: Rows[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]

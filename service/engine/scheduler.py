@@ -1,0 +1,234 @@
+"""Which sequences run, and which tokens of theirs the next step computes.
+
+    1. decode     every running sequence with one token to compute, oldest first; if no block is free for it,
+                  the newest running sequence is preempted: its blocks go, its tokens and random state stay
+    2. prefill    the others that run, in chunks
+    3. admission  waiting sequences in the order of their turns, as far as tokens, blocks and slots reach
+
+It never deadlocks: the oldest running sequence is preempted only by its own lack of blocks when it is alone,
+and then they suffice, because longer requests are refused at submission. Nobody waits for ever: admission
+stops at the first sequence that lacks blocks, and one that has long lacked a slot closes its basis to others.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator
+
+from adapter_core.adapter import AdapterRef
+from service.engine.blocks import BlockPool
+from service.engine.config import EngineConfig
+from service.engine.plan import Chunk, StepPlan
+from service.engine.residency import Residency
+from service.engine.resident_bases import MAX_BLOCKED_PASSES
+from service.engine.sequence import Sequence
+from service.engine.waiting_line import WaitingLine
+
+#: While others run, admission leaves this share of the pool for them to grow into, or each admission would
+#: soon cost a preemption.
+RESERVED_SHARE = 0.01
+
+
+class Scheduler:
+    """Owns the sequences from submission to their end."""
+
+    def __init__(
+        self, config: EngineConfig, pool: BlockPool, residency: Residency, *, max_logit_rows: int
+    ) -> None:
+        self.waiting = WaitingLine()
+        self.running: list[Sequence] = []  # oldest first, by order
+        self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
+        self._config = config
+        self._pool = pool
+        self._residency = residency
+        self._max_logit_rows = max_logit_rows
+        self._closed_bases: set[str] = set()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` would find something to do."""
+        return bool(self.running or self.waiting.num_in_line)
+
+    def submit(self, sequence: Sequence) -> None:
+        if sequence.adapter is not None:
+            self._residency.enlist(sequence.adapter)
+            self.waiting.park(sequence, sequence.adapter)
+        else:
+            self.waiting.append(sequence)
+
+    def settle(self, ref: AdapterRef) -> None:
+        """Let those that are parked for `ref` join their lines if it is ready. Raises `BasisMismatch`."""
+        if self._residency.is_ready(ref):
+            self.waiting.wake(ref)
+        elif self.waiting.parked(ref):
+            self._residency.want(ref)  # the other half may have been evicted meanwhile
+
+    def schedule(self) -> StepPlan:
+        """Decide on the next step."""
+        step = _StepBuilder(self._config.max_batch_tokens, self._max_logit_rows)
+        has_preempted = self._schedule_decodes(step)
+        self._schedule_prefills(step)
+        if not has_preempted:  # else the victim would come back at once
+            self._admit(step)
+        return step.finish()
+
+    def commit(self, chunk: Chunk) -> None:
+        """The chunk is computed: its full blocks may be shared from now on."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.end
+        if self._config.enable_prefix_cache:
+            for index in range(sequence.num_registered, sequence.num_computed // self._pool.block_size):
+                key = sequence.block_key(index, self._pool.block_size)
+                self._pool.register(sequence.blocks[index], key)
+                sequence.num_registered = index + 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence has ended: free all that it holds."""
+        if sequence.is_running:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        if sequence.adapter is not None:
+            self._residency.dismiss(sequence.adapter, is_pinned=sequence.is_pinned)
+
+    def check_integrity(self) -> None:
+        self.waiting.check_integrity()
+        self._residency.check_integrity()
+        assert not any(sequence.blocks for sequence in self.waiting)
+        self._pool.check_integrity([sequence.blocks for sequence in self.running])
+        assert len(self.running) <= self._config.max_running
+        orders = [sequence.order for sequence in self.running]
+        assert orders == sorted(set(orders))
+        pinned = {s.adapter for s in (*self.running, *self.waiting) if s.is_pinned}
+        assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
+
+    def _schedule_decodes(self, step: _StepBuilder) -> bool:
+        """Returns whether a sequence was preempted."""
+        has_preempted = False
+        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+            while sequence.is_running and not self._grow(sequence, step):
+                self._preempt(self.running[-1])
+                has_preempted = True
+            if sequence.is_running:
+                step.add(sequence, 1)
+        return has_preempted
+
+    def _schedule_prefills(self, step: _StepBuilder) -> None:
+        prefills = [s for s in self.running if s.num_uncomputed > 1]
+        for index, sequence in enumerate(prefills):
+            if step.num_tokens_left == 0:
+                return
+            is_alone = index == len(prefills) - 1 and not self.waiting.num_in_line
+            step.add_prefill(sequence, is_alone=is_alone)
+
+    def _admit(self, step: _StepBuilder) -> None:
+        closing_basis = self._residency.bases.begin_pass()
+        closed, self._closed_bases = self._closed_bases | {closing_basis}, set()
+        for sequence in self.waiting.in_turn():
+            if step.num_tokens_left == 0 or len(self.running) >= self._config.max_running:
+                return
+            if not self._may_begin(sequence, closed):
+                continue
+            if not self._begin(sequence, step):
+                return
+            step.add_prefill(sequence, is_alone=not self.waiting.num_in_line)
+
+    def _may_begin(self, sequence: Sequence, closed: set[str | None]) -> bool:
+        """Whether its adapter is here and has, or now gets, a slot. Parks it if the adapter is gone."""
+        ref = sequence.adapter
+        if ref is None or sequence.is_pinned:
+            return True
+        if not self._residency.is_ready(ref):
+            self.waiting.park(sequence, ref)
+            self._residency.want(ref)
+            return False
+        if ref.basis_id in closed and sequence.num_blocked_passes <= MAX_BLOCKED_PASSES:
+            return False
+        slot = self._residency.pin(ref)
+        if slot is None:
+            sequence.num_blocked_passes += 1
+            if sequence.num_blocked_passes > MAX_BLOCKED_PASSES:
+                self._closed_bases.add(ref.basis_id)
+            return False
+        sequence.slot, sequence.is_pinned = slot, True
+        return True
+
+    def _begin(self, sequence: Sequence, step: _StepBuilder) -> bool:
+        """Give it its blocks, shared ones first. False, and it stays in line, if they do not suffice."""
+        shared = self._pool.match(self._readable_keys(sequence))
+        num_new = self._pool.blocks_for(sequence.num_tokens) - len(shared)
+        reserve = math.ceil(self._pool.num_blocks * RESERVED_SHARE) if self.running else 0
+        blocks = self._pool.acquire(shared, num_new, reserve=reserve)
+        if blocks is None:
+            return False
+        step.fresh_blocks += blocks[len(shared) :]
+        sequence.blocks = blocks
+        sequence.num_registered = len(shared)
+        sequence.num_computed = len(shared) * self._pool.block_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.num_prompt_tokens += sequence.num_prompt
+            self.num_cached_tokens += sequence.num_computed
+        self.waiting.take(sequence)
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+        sequence.is_running = True
+        return True
+
+    def _readable_keys(self, sequence: Sequence) -> Iterator[bytes]:
+        """Prefix keys of the blocks that it may take from the cache. Its last token must be computed, for its
+        logits are wanted; for log-probabilities of the prompt all of them must."""
+        if self._config.enable_prefix_cache and not sequence.needs_prompt_logprobs:
+            for index in range((sequence.num_tokens - 1) // self._pool.block_size):
+                yield sequence.block_key(index, self._pool.block_size)
+
+    def _grow(self, sequence: Sequence, step: _StepBuilder) -> bool:
+        """Make sure that its last token has a block."""
+        if self._pool.blocks_for(sequence.num_tokens) > len(sequence.blocks):
+            blocks = self._pool.acquire([], 1)
+            if blocks is None:
+                return False
+            sequence.blocks += blocks
+            step.fresh_blocks += blocks
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the front of its line; it keeps its slot, and with it the version it began with."""
+        self._stop(sequence)
+        self.waiting.push_front(sequence)
+        self.num_preemptions += 1
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.is_running = False
+        self._pool.release(sequence.blocks)
+        sequence.forget_kv()
+
+
+class _StepBuilder:
+    """A plan that grows within the limits of one step."""
+
+    def __init__(self, max_tokens: int, max_logit_rows: int) -> None:
+        self.num_tokens_left = max_tokens
+        self.fresh_blocks: list[int] = []
+        self._num_logit_rows_left = max_logit_rows
+        self._chunks: list[Chunk] = []
+
+    def add(self, sequence: Sequence, length: int) -> None:
+        chunk = Chunk(sequence, sequence.num_computed, length)
+        self._chunks.append(chunk)
+        self.num_tokens_left -= length
+        self._num_logit_rows_left -= len(chunk.prompt_positions)
+        assert self.num_tokens_left >= 0
+
+    def add_prefill(self, sequence: Sequence, *, is_alone: bool) -> None:
+        """As many tokens as are left; half of them if others could use some, so that a long prompt does not
+        hold up short ones that come after it."""
+        share = self.num_tokens_left if is_alone else -(-self.num_tokens_left // 2)
+        if sequence.needs_prompt_logprobs:  # one row of logits per token
+            share = min(share, max(1, self._num_logit_rows_left))
+        self.add(sequence, min(sequence.num_uncomputed, share))
+
+    def finish(self) -> StepPlan:
+        self._chunks.sort(key=lambda chunk: (0, -chunk.end) if chunk.length == 1 else (1, 0))
+        return StepPlan(self._chunks, self.fresh_blocks)

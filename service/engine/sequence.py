@@ -1,0 +1,107 @@
+"""One request inside the engine: its tokens, its KV blocks, its slot, its randomness.
+
+Knows no queue and no tensor but its own random generator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from adapter_core.adapter import AdapterRef
+from service.engine.messages import GenerationRequest, SamplingParams, TokenLogprobs
+from service.engine.prefix_keys import chain_key
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request and how far it has come.
+
+    order: running number of its submission. token_ids: prompt, then output. num_computed: leading tokens
+    whose KV is in `blocks`. slot: index into its basis' slot table, 0 for the base model. generator: its own,
+    so that what it draws does not depend on who shares the batch; it survives a preemption, as do the tokens.
+    """
+
+    request: GenerationRequest
+    order: int
+    root_key: bytes
+    generator: torch.Generator | None = None
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    num_registered: int = 0
+    slot: int = 0
+    is_pinned: bool = False
+    is_running: bool = False
+    num_cached_tokens: int | None = None
+    num_blocked_passes: int = 0
+    output_counts: Counter[int] = field(default_factory=Counter)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    has_sent_prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.token_ids)
+        self._block_keys: list[bytes] = []
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return self.request.adapter
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and not self.has_sent_prompt_logprobs
+
+    @cached_property
+    def prompt_set(self) -> frozenset[int]:
+        return frozenset(self.request.token_ids)
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+
+    def block_key(self, index: int, block_size: int) -> bytes:
+        """The prefix key of block `index`, all of whose tokens must be known."""
+        while len(self._block_keys) <= index:
+            start = len(self._block_keys) * block_size
+            assert start + block_size <= self.num_tokens
+            parent = self._block_keys[-1] if self._block_keys else self.root_key
+            self._block_keys.append(chain_key(parent, self.token_ids[start : start + block_size]))
+        return self._block_keys[index]
+
+    def forget_kv(self) -> None:
+        """Begin again without any KV; tokens, slot and random state stay."""
+        self.blocks = []
+        self.num_computed = self.num_registered = 0
+        if not self.has_sent_prompt_logprobs:
+            self.prompt_logprobs = []

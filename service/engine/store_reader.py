@@ -1,0 +1,96 @@
+"""What the engine lacks, from the store: adapters by one MGET, bases one at a time, each or its error.
+
+A store that does not answer is asked again for a few seconds; a request that waits for an adapter is worth
+that, and the others go on meanwhile. Nothing is remembered here, so what was missing once is looked up again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from adapter_core.adapter import Adapter, AdapterRef, read_header
+from adapter_core.basis import Basis
+from adapter_core.basis_store import BasisStore
+from adapter_core.errors import (
+    BasisMismatch,
+    CorruptRecord,
+    NotFound,
+    RequestFailed,
+    TesseraError,
+    Unavailable,
+)
+from adapter_core.store import AdapterStore
+
+logger = logging.getLogger(__name__)
+
+#: How long a store outage may last before it costs the requests that wait for it. A restart takes about 1 s.
+RETRY_S = 5.0
+_FIRST_DELAY_S = 0.1
+_MAX_DELAY_S = 1.0
+
+T = TypeVar("T")
+
+
+class StoreReader:
+    """Reads adapters and bases; a failure is a value, because each belongs to other requests."""
+
+    def __init__(self, adapters: AdapterStore, bases: BasisStore) -> None:
+        self._adapters = adapters
+        self._bases = bases
+
+    async def read_adapters(self, refs: Sequence[AdapterRef]) -> list[Adapter | TesseraError]:
+        """Per ref the adapter, or NotFound, CorruptRecord, BasisMismatch or StoreUnavailable."""
+        fetched = await _attempt(lambda: self._adapters.fetch(refs))
+        if isinstance(fetched, TesseraError):
+            return [fetched] * len(refs)
+        return await asyncio.to_thread(parse_adapters, refs, fetched)
+
+    async def read_basis(self, basis_id: str) -> Basis | TesseraError:
+        """The basis, or NotFound, CorruptRecord or StoreUnavailable."""
+        return await _attempt(lambda: self._bases.get(basis_id))
+
+
+def parse_adapters(refs: Sequence[AdapterRef], blobs: Sequence[bytes | None]) -> list[Adapter | TesseraError]:
+    return [parse_adapter(ref, blob) for ref, blob in zip(refs, blobs, strict=True)]
+
+
+def parse_adapter(ref: AdapterRef, blob: bytes | None) -> Adapter | TesseraError:
+    """The adapter in `blob` if it is the one that `ref` names, else what is wrong with it."""
+    if blob is None:
+        return NotFound(
+            f"version {ref.version} of adapter {ref.adapter_id} is no longer stored",
+            code="model_not_found",
+            param="model",
+        )
+    try:
+        version = read_header(blob).version
+        if version != ref.version:
+            raise CorruptRecord(f"the record says that it is version {version}")
+        return Adapter.from_bytes(blob, basis_id=ref.basis_id)
+    except (CorruptRecord, BasisMismatch) as error:
+        return type(error)(f"adapter {ref.adapter_id}, version {ref.version}: {error.message}")
+    except Exception as error:  # whatever the bytes of one record do, they do it to that record's requests
+        return CorruptRecord(f"adapter {ref.adapter_id}, version {ref.version}: unreadable record: {error!r}")
+
+
+async def _attempt(read: Callable[[], Awaitable[T]]) -> T | TesseraError:
+    """`read()`, again and again for RETRY_S while the store is unavailable; any failure as a value."""
+    give_up_at = time.monotonic() + RETRY_S
+    delay_s = _FIRST_DELAY_S
+    while True:
+        try:
+            return await read()
+        except Unavailable as error:
+            if time.monotonic() + delay_s > give_up_at:
+                return error
+        except TesseraError as error:
+            return error
+        except Exception as error:  # a request that waits for this must end, whatever happened
+            logger.exception("reading from the store failed")
+            return RequestFailed(f"reading from the store failed: {error!r}")
+        await asyncio.sleep(delay_s)
+        delay_s = min(2 * delay_s, _MAX_DELAY_S)

@@ -1,0 +1,156 @@
+"""The engine process as its parent sees it: where it listens, how it is started and ended, whether it lives.
+
+Knows nothing of what is said over the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from adapter_core.errors import EngineUnavailable
+from adapter_core.settings import PREFIX, CommonSettings
+from service.engine.settings import EngineSettings, to_environment
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "service.engine")
+
+#: `sun_path` holds 108 bytes on Linux, 104 on macOS.
+MAX_SOCKET_PATH_BYTES = 100
+#: The end of the connection tells of the process' death first; this finds the cases without a connection.
+EXIT_POLL_S = 0.1
+#: From SIGTERM to SIGKILL. The process itself gives a running step 3 s.
+END_TIMEOUT_S = 5.0
+FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.2, 10.0
+#: A process that was ready for this long did not fail at its start: the next one is started without delay.
+STABLE_S = 10.0
+#: Silence is counted in looks, not read off the clock: after a pause of the whole API process (a suspended
+#: machine) it is one look long, however long the pause was.
+LOOK_S = 0.25
+
+
+class EngineChild:
+    """One engine process."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], socket: Path) -> None:
+        self.socket = socket
+        self._command = command
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process. It dies with the calling *thread*, so call this from one that lives on."""
+        place = ["--socket", str(self.socket), "--parent", str(os.getpid())]
+        self._process = subprocess.Popen(
+            [*self._command, *place],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the API, which then ends the engine in order
+        )
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def exited(self) -> int:
+        """Wait for the end of the process; its exit status, negative if a signal ended it."""
+        assert self._process is not None
+        while (status := self._process.poll()) is None:  # noqa: ASYNC110 - the only portable way
+            await asyncio.sleep(EXIT_POLL_S)
+        return status
+
+    async def end(self, *, kill: bool = False) -> None:
+        """SIGTERM, and SIGKILL after END_TIMEOUT_S or at once; returns when the process is gone."""
+        if self._process is None:
+            return
+        try:
+            if not kill:
+                self._process.terminate()
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    await self.exited()
+        except TimeoutError:
+            logger.warning("engine process %d does not end; killed", self._process.pid)
+        finally:
+            self._process.kill()
+        await self.exited()
+        self.socket.unlink(missing_ok=True)
+
+
+class Heartbeat:
+    """Notices silence. `timeout_s` may be changed at any time."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._beats = 0
+
+    def beat(self) -> None:
+        self._beats += 1
+
+    async def missed(self) -> None:
+        """Return once there has been no beat for `timeout_s`."""
+        seen, silent_s = self._beats, 0.0
+        while silent_s < self.timeout_s:
+            await asyncio.sleep(LOOK_S)
+            seen, silent_s = (seen, silent_s + LOOK_S) if seen == self._beats else (self._beats, 0.0)
+
+
+class RestartDelay:
+    """How long to wait before the next start: nothing at first, then doubling, for as long as starts fail."""
+
+    def __init__(self) -> None:
+        self._next_s = FIRST_RESTART_DELAY_S
+        self._ready_at: float | None = None
+
+    def note_ready(self) -> None:
+        self._ready_at = time.monotonic()
+
+    def next_s(self) -> float:
+        if self._ready_at is not None and time.monotonic() - self._ready_at >= STABLE_S:
+            self._next_s = FIRST_RESTART_DELAY_S
+        self._ready_at = None
+        delay_s, self._next_s = self._next_s, min(2 * self._next_s, MAX_RESTART_DELAY_S)
+        return delay_s
+
+
+def child_environment(
+    settings: CommonSettings, engine_settings: EngineSettings, store_url: str
+) -> dict[str, str]:
+    """This process' environment with the engine's settings, and without those of other processes."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    own = to_environment([settings, engine_settings])
+    own.pop("TESSERA_STORE_PASSWORD_FILE", None)  # store_url has the password by now
+    return {**inherited, **own, "TESSERA_STORE_URL": store_url}
+
+
+def socket_path(data_dir: Path) -> Path:
+    """A new path for the engine's socket, in a private folder; sockets of dead parents there are removed.
+
+    `<data_dir>/run/engine-<pid>-<random>.sock`, or a short one under the system's temporary folder where that
+    is too long for a socket. Raises `EngineUnavailable` if the folder is open to other users.
+    """
+    folder = data_dir.resolve() / "run"
+    name = f"engine-{os.getpid()}-{secrets.token_hex(3)}.sock"
+    if len(os.fsencode(folder / name)) > MAX_SOCKET_PATH_BYTES:
+        digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"tessera-run-{os.getuid()}-{digest}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise EngineUnavailable(f"{folder} belongs to someone else or is open to others; remove it")
+    for stale in folder.glob("engine-*.sock"):
+        pid = stale.name.split("-")[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            stale.unlink(missing_ok=True)
+    return folder / name

@@ -1,0 +1,29 @@
+"""The errors that only the HTTP side knows; the tree of all others stands in `adapter_core/errors.py`.
+
+TesseraError
+  Unauthenticated    no API key, or one that is not known
+  BodyTooLarge       more bytes than the limit, counted as they come
+  BodyTimeout        the body did not arrive in time
+"""
+
+from __future__ import annotations
+
+from adapter_core.errors import TesseraError
+
+
+class Unauthenticated(TesseraError):
+    """The request carries no API key, or one that is not known."""
+
+    code = "invalid_api_key"
+
+
+class BodyTooLarge(TesseraError):
+    """The request's body has more bytes than the limit; counted, not believed from a header."""
+
+    code = "body_too_large"
+
+
+class BodyTimeout(TesseraError):
+    """The request's body did not arrive in time."""
+
+    code = "body_timeout"

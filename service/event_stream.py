@@ -1,0 +1,127 @@
+"""Server-sent events: an answer that grows while the client listens, and ends when it stops listening.
+
+Knows nothing of what the events say. A stream cut without its last event looks like success to a client, so
+whatever goes wrong after the headers is said in an event of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+PING = ": ping\n\n"
+DONE = "data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+def event(value: Any) -> str:
+    """One event that carries a JSON value. Raises `ValueError` for NaN."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return f"data: {text}\n\n"
+
+
+class EventStream(Response):
+    """An answer made of events. error_event: how a failure is said once the headers are out.
+
+    The first event is awaited before the headers (for up to one ping interval), so that what fails at once
+    still gets its own status. After that a comment is sent whenever nothing happens for `ping_interval_s`:
+    proxies cut silent connections.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        *,
+        error_event: Callable[[Exception], str],
+        ping_interval_s: float,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._error_event = error_event
+        self._ping_interval_s = ping_interval_s
+        self._next: asyncio.Task[str | None] | None = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def begin(self) -> EventStream:
+        """Wait for the first event. Raises what the events raise before it."""
+        self._next = _fetch(self._events)
+        try:
+            await asyncio.wait({self._next}, timeout=self._ping_interval_s)
+            if self._next.done() and self._next.exception() is not None:
+                await self._next
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send_all(send))
+        finally:
+            await self._close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._with_pings()) as texts:
+            async for text in texts:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _with_pings(self) -> AsyncGenerator[str, None]:
+        while True:
+            self._next = self._next or _fetch(self._events)
+            await asyncio.wait({self._next}, timeout=self._ping_interval_s)
+            if not self._next.done():
+                yield PING
+                continue
+            ready, self._next = self._next, None
+            if (error := ready.exception()) is not None:
+                if not isinstance(error, Exception):
+                    raise error
+                yield self._error_event(error)
+                return
+            if (text := ready.result()) is None:
+                return
+            yield text
+
+    async def _close(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
+            self._next = None
+        await self._events.aclose()
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T | None:
+    """The result of `work`, which is cancelled when the client goes away; then None."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for unfinished in (task, watcher):
+            unfinished.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _fetch(events: AsyncGenerator[str, None]) -> asyncio.Task[str | None]:
+    async def fetch() -> str | None:
+        return await anext(events, None)
+
+    return asyncio.create_task(fetch())

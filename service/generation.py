@@ -1,0 +1,142 @@
+"""From a prompt and options to sequences in flight: tokens, limits, the engine's requests.
+
+Knows no HTTP: what is wrong with a request is an `InvalidInput` that names the parameter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from adapter_core.errors import InvalidInput
+from service.engine.messages import EngineInfo, GenerationRequest, SamplingParams
+from service.metrics import Metrics
+from service.model_names import Target
+from service.sequences import Generation, LiveSequence
+from service.text import TextCodec
+from service.token_engine import TokenEngine
+
+#: Tokenising 16 k characters takes about 5 ms, as long as the event loop may stand still.
+MAX_INLINE_CHARACTERS = 16 * 1024
+#: Sequences of one request: prompts × n.
+MAX_SEQUENCES = 256
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a prompt is continued. max_tokens: None as far as the context goes, 0 not at all."""
+
+    n: int = 1
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+class Generator:
+    """Starts generations."""
+
+    def __init__(
+        self, engine: TokenEngine, codec: TextCodec, metrics: Metrics, *, request_timeout_s: float
+    ) -> None:
+        self.codec = codec
+        self.engine = engine
+        self._metrics = metrics
+        self._request_timeout_s = request_timeout_s
+
+    async def text_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of raw prompts, as the trainer would encode them. Raises `InvalidInput`."""
+        size = sum(len(text) for text in texts)
+        return await off_loop(size, lambda: [self.codec.chat.text_ids(text) for text in texts])
+
+    async def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to the assistant's turn. Raises `InvalidInput`."""
+        size = sum(len(message["content"]) for message in messages)
+        return await off_loop(size, lambda: self.codec.chat.prompt_ids(messages))
+
+    def start(
+        self, target: Target, prompts: Sequence[list[int]], options: Options, *, param: str
+    ) -> Generation:
+        """n sequences for every prompt, prompts outermost; the engine sees them when the pieces are read.
+
+        param: the field that held the prompts. Raises `InvalidInput`, `EngineUnavailable`.
+        """
+        info = self.engine.info
+        if len(prompts) * options.n > MAX_SEQUENCES:
+            raise InvalidInput(f"prompts × n must be at most {MAX_SEQUENCES}", param=param)
+        self._check_token_ids(options.sampling, info)
+        sequences: list[LiveSequence] = []
+        for token_ids in prompts:
+            sampling = self._sampling(token_ids, options, info, param)
+            for choice in range(options.n):
+                sequences.append(self._sequence(len(sequences), token_ids, target, sampling, choice, options))
+        return Generation(sequences, self.engine, self._metrics, options.n)
+
+    def _sequence(
+        self,
+        index: int,
+        token_ids: list[int],
+        target: Target,
+        sampling: SamplingParams,
+        choice: int,
+        options: Options,
+    ) -> LiveSequence:
+        if sampling.seed is not None:  # the choices of one prompt must differ
+            sampling = replace(sampling, seed=(sampling.seed + choice) % 2**63)
+        request = GenerationRequest(
+            request_id=uuid.uuid4().hex,
+            tenant=target.tenant,
+            token_ids=token_ids,
+            sampling=sampling,
+            adapter=target.adapter,
+            deadline_s=self._request_timeout_s,
+        )
+        text = self.codec.stream(token_ids, stop=options.stop, min_tokens=sampling.min_tokens)
+        return LiveSequence(index, request, text, self._metrics, prompt_only=options.max_tokens == 0)
+
+    def _sampling(
+        self, token_ids: list[int], options: Options, info: EngineInfo, param: str
+    ) -> SamplingParams:
+        """The parameters for one prompt: how many tokens it may have, what ends it."""
+        if not token_ids:
+            raise InvalidInput("the prompt is empty", param=param, code="empty_prompt")
+        if not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
+            raise InvalidInput(f"token ids must be from 0 to {info.vocab_size - 1}", param=param)
+        room = info.max_model_len - len(token_ids)
+        max_tokens = room if options.max_tokens is None else max(1, options.max_tokens)
+        if max_tokens > room or room < 1:
+            raise too_long(len(token_ids), max_tokens, info.max_model_len, param)
+        if options.sampling.min_tokens > max_tokens:
+            raise InvalidInput("min_tokens exceeds max_tokens", param="min_tokens")
+        eos = () if options.ignore_eos else self.codec.eos_token_ids
+        stop_token_ids = tuple(dict.fromkeys((*options.sampling.stop_token_ids, *eos)))
+        return replace(options.sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+
+    def _check_token_ids(self, sampling: SamplingParams, info: EngineInfo) -> None:
+        for param, token_ids in (
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < info.vocab_size:
+                    last = info.vocab_size - 1
+                    raise InvalidInput(f"{token_id} is no token id; they are 0 to {last}", param=param)
+
+
+def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> InvalidInput:
+    return InvalidInput(
+        f"the context holds {max_model_len} tokens; the prompt has {num_prompt} and up to {max(num_more, 1)} "
+        "more were asked for",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, in a thread if `size` (characters) says that it would hold up the event loop."""
+    return await asyncio.to_thread(work) if size > MAX_INLINE_CHARACTERS else work()

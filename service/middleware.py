@@ -1,0 +1,159 @@
+"""What every request passes on its way to a route: a name and a count, the check who calls, limits on bodies.
+
+Plain ASGI, so that streams and disconnects pass untouched. In this order, outermost first:
+
+    RequestContext   request id, metrics, log line, the last catch for what nobody caught
+    Authentication   before a body is read, so that strangers cannot make us keep one
+    BodyLimit        reads the whole body: counted, not believed; in time, or not at all
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapter_core.errors import TesseraError
+from service.auth import ApiKeys
+from service.errors import BodyTimeout, BodyTooLarge
+from service.metrics import Metrics
+from service.routes.errors import response_of
+
+logger = logging.getLogger(__name__)
+
+#: Everything under it belongs to a tenant; health, metrics and documentation belong to nobody.
+TENANT_PREFIX = "/v1"
+UPLOAD_PATH = "/v1/files"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+#: Asked every few seconds by machines: not worth a line each.
+_QUIET = {"/health/live", "/health/ready", "/metrics"}
+
+
+class RequestContext:
+    """Names, counts, times and logs each request; answers 500 for what nobody caught."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        inbound = Headers(scope=scope).get("x-request-id", "")
+        request_id = inbound if _REQUEST_ID.fullmatch(inbound) else f"req_{uuid.uuid4().hex}"
+        started_at, status = time.monotonic(), 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        self._metrics.http_in_flight.inc()
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if not status:
+                await response_of(error)(scope, receive, send_named)
+        finally:
+            self._metrics.http_in_flight.dec()
+            self._note(scope, request_id, status or 499, time.monotonic() - started_at)
+
+    def _note(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
+        """status 499: the client went away before there was an answer."""
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.http_answered(route, method, status, duration_s)
+        if route not in _QUIET:
+            logger.info("%s %s %s %d %.3f s", request_id, method, route, status, duration_s)
+
+
+class Authentication:
+    """Lets a request to the API pass if its key is known, and notes its tenant in `request.state.tenant`."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: ApiKeys) -> None:
+        self._app = app
+        self._api_keys = api_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "http" and (path == TENANT_PREFIX or path.startswith(TENANT_PREFIX + "/")):
+            try:
+                tenant = self._api_keys.tenant_of(Headers(scope=scope).get("authorization"))
+            except TesseraError as error:
+                await response_of(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """max_bytes: of any body; max_upload_bytes: of one sent to the upload path."""
+
+    max_bytes: int
+    max_upload_bytes: int
+    timeout_s: float
+
+
+class BodyLimit:
+    """Hands on a request whose body has come whole, in time and within its limit."""
+
+    def __init__(self, app: ASGIApp, *, limits: BodyLimits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        limit = self._limits.max_upload_bytes if is_upload else self._limits.max_bytes
+        try:
+            messages = await self._read(Headers(scope=scope), receive, limit)
+        except TesseraError as error:
+            response = response_of(error)
+            response.headers["connection"] = "close"  # the rest of the body is not read
+            await response(scope, receive, send)
+            return
+
+        async def replay() -> Message:
+            return messages.popleft() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, headers: Headers, receive: Receive, limit: int) -> deque[Message]:
+        """The body's messages. Raises `BodyTooLarge`, `BodyTimeout`."""
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+            raise _too_large(limit)
+        messages: deque[Message] = deque()
+        num_bytes = 0
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                while True:
+                    message = await receive()
+                    messages.append(message)
+                    num_bytes += len(message.get("body", b""))
+                    if num_bytes > limit:
+                        raise _too_large(limit)
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return messages
+        except TimeoutError as error:
+            raise BodyTimeout(f"the body did not arrive within {self._limits.timeout_s:g} s") from error
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body exceeds {limit} bytes")

@@ -1,0 +1,108 @@
+"""What the `model` of a request means: the base model, or one of the caller's adapters at some version.
+
+    <base>              the base model alone
+    <adapter>           the active version of the caller's adapter; also `<base>:<adapter>`
+    <adapter>@<version> that version
+
+Another tenant's adapter looks exactly like one that does not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from adapter_core.adapter import AdapterRef
+from adapter_core.errors import EngineUnavailable, InvalidInput, NotFound
+from adapter_core.keys import ADAPTER_ID
+from adapter_core.store import AdapterRecord, AdapterStore
+from service.token_engine import TokenEngine
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+#: `GET /v1/models` has no pages in OpenAI's clients; all of a tenant's adapters are at `GET /v1/adapters`.
+MAX_LISTED_ADAPTERS = 100
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who asks for what: `name` as the caller wrote it; adapter None means the base model alone."""
+
+    tenant: str
+    name: str
+    adapter: AdapterRef | None
+
+
+class Models:
+    """The base model and the adapters, by the names that callers use."""
+
+    def __init__(self, base_name: str, adapters: AdapterStore, engine: TokenEngine) -> None:
+        self.base_name = base_name
+        self._adapters = adapters
+        self._engine = engine
+
+    async def resolve(self, tenant: str, name: str) -> Target:
+        """Raises `NotFound` with param "model"."""
+        if name == self.base_name:
+            return Target(tenant, name, None)
+        adapter_id, version = self.parse(name)
+        return Target(tenant, name, await self._adapters.resolve(tenant, adapter_id, version))
+
+    def parse(self, name: str) -> tuple[str, int | None]:
+        """Adapter id and version in a name. Raises `NotFound` for what can be no adapter's name."""
+        adapter_id, at, version = name.removeprefix(f"{self.base_name}:").partition("@")
+        if not ADAPTER_ID.fullmatch(adapter_id) or (at and not _VERSION.fullmatch(version)):
+            raise unknown_model(name)
+        return adapter_id, int(version) if at else None
+
+    def check_new_id(self, adapter_id: str) -> str:
+        """`adapter_id`, if an adapter may have this name. Raises `InvalidInput`."""
+        if not ADAPTER_ID.fullmatch(adapter_id):
+            raise InvalidInput(
+                f"an adapter id is 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit; "
+                f"got {adapter_id!r}",
+                param="adapter.id",
+            )
+        if adapter_id == self.base_name:
+            raise InvalidInput(f"{adapter_id!r} is the name of the base model", param="adapter.id")
+        return adapter_id
+
+    async def get(self, tenant: str, name: str) -> AdapterRecord | None:
+        """The adapter that `name` means; None if it is the base model. Raises `NotFound`."""
+        if name == self.base_name:
+            return None
+        adapter_id, version = self.parse(name)
+        record = await self._adapters.get(tenant, adapter_id)
+        if version is not None and all(v.version != version for v in record.versions):
+            raise unknown_model(name)
+        return record
+
+    async def delete(self, tenant: str, name: str) -> str:
+        """Delete an adapter with all its versions, here and in the engine; returns its id.
+
+        Raises `NotFound`, and `InvalidInput` for the base model and for a single version.
+        """
+        if name == self.base_name:
+            raise InvalidInput("the base model cannot be deleted", param="model")
+        adapter_id, version = self.parse(name)
+        if version is not None:
+            raise InvalidInput("a single version cannot be deleted, only the adapter", param="model")
+        if not await self._adapters.delete(tenant, adapter_id):
+            raise unknown_model(name)
+        await self.forget(tenant, adapter_id)
+        return adapter_id
+
+    async def forget(self, tenant: str, adapter_id: str) -> None:
+        """Make the engine drop its copies. One that is down has none, and the store is the truth."""
+        try:
+            await self._engine.unload(tenant, adapter_id)
+        except EngineUnavailable:
+            return
+
+
+def unknown_model(name: str) -> NotFound:
+    return NotFound(
+        f"the model {name[:200]!r} does not exist, or you have no access to it",
+        param="model",
+        code="model_not_found",
+    )

@@ -1,0 +1,62 @@
+"""/v1/adapters: the caller's adapters with all their versions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fastapi import APIRouter
+
+from adapter_core.store import AdapterRecord, AdapterVersion
+from service.routes.deps import AfterDep, LimitDep, ModelsDep, StoresDep, TenantDep
+from service.routes.json_routes import JsonRoute
+from service.routes.schemas import Deleted, Page, page_of
+from service.routes.schemas_resources import AdapterObject, AdapterPatchRequest, AdapterVersionObject
+
+router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JsonRoute)
+
+
+@router.get("/adapters", operation_id="list_adapters")
+async def list_adapters(
+    tenant: TenantDep, stores: StoresDep, after: AfterDep = None, limit: LimitDep = 20
+) -> Page[AdapterObject]:
+    """The caller's adapters, in a fixed order that is not that of their names."""
+    records, has_more = await stores.adapters.list(tenant, after=after, limit=limit)
+    return page_of([_object(record) for record in records], has_more)
+
+
+@router.get("/adapters/{adapter_id}", operation_id="get_adapter")
+async def get_adapter(adapter_id: str, tenant: TenantDep, stores: StoresDep) -> AdapterObject:
+    """One adapter with all its versions."""
+    return _object(await stores.adapters.get(tenant, adapter_id))
+
+
+@router.patch("/adapters/{adapter_id}", operation_id="update_adapter")
+async def update_adapter(
+    adapter_id: str, body: AdapterPatchRequest, tenant: TenantDep, stores: StoresDep
+) -> AdapterObject:
+    """Make another version the active one: requests that name no version get it from now on."""
+    return _object(await stores.adapters.activate(tenant, adapter_id, body.active_version))
+
+
+@router.delete("/adapters/{adapter_id}", operation_id="delete_adapter")
+async def delete_adapter(adapter_id: str, tenant: TenantDep, models: ModelsDep) -> Deleted:
+    """Delete an adapter with all its versions, in the store and in the engine."""
+    return Deleted(id=await models.delete(tenant, adapter_id), object="adapter")
+
+
+def _object(record: AdapterRecord) -> AdapterObject:
+    return AdapterObject(
+        id=record.adapter_id,
+        created_at=int(record.created_at),
+        updated_at=int(record.updated_at),
+        base_model_id=record.base_model_id,
+        active_version=record.active_version,
+        latest_version=record.latest_version,
+        versions=[_version(version) for version in record.versions],
+    )
+
+
+def _version(version: AdapterVersion) -> AdapterVersionObject:
+    fields = asdict(version)
+    fields |= {"created_at": int(version.created_at), "basis": version.basis_id, "job": version.job_id}
+    return AdapterVersionObject(**{name: fields[name] for name in AdapterVersionObject.model_fields})

@@ -1,0 +1,120 @@
+"""/v1/chat/completions: continue a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from service.generation import Generator
+from service.model_names import Target
+from service.routes.completions import STREAMED
+from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
+from service.routes.json_routes import CancellableRoute
+from service.routes.replies import Reply, json_logprob, options_of, usage_report
+from service.routes.schemas_generation import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
+from service.sequences import Piece, Token
+from service.text import TextCodec
+
+router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
+
+
+@router.post(
+    "/chat/completions",
+    operation_id="create_chat_completion",
+    response_model=ChatCompletion,
+    responses=STREAMED,
+)
+async def create_chat_completion(
+    body: ChatCompletionRequest,
+    tenant: TenantDep,
+    models: ModelsDep,
+    generator: GeneratorDep,
+    services: ServicesDep,
+) -> ChatCompletion | Response:
+    """Continue a conversation with the base model, or with the adapter named in `model`."""
+    target = await models.resolve(tenant, body.model)
+    reply = await _start(body, target, generator)
+    return await services.stream(reply.events()) if body.stream else await reply.whole()
+
+
+async def _start(body: ChatCompletionRequest, target: Target, generator: Generator) -> ChatReply:
+    prompt = await generator.chat_prompt([message.to_template() for message in body.messages])
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    options = options_of(body, max_tokens=max_tokens, logprobs=logprobs)
+    generation = generator.start(target, [prompt], options, param="messages")
+    return ChatReply(body, target, generation, generator.codec)
+
+
+class ChatReply(Reply):
+    """A chat completion in OpenAI's shape."""
+
+    id_prefix = "chatcmpl"
+    chunk_object = "chat.completion.chunk"
+    body: ChatCompletionRequest
+
+    async def whole(self) -> ChatCompletion:
+        finished = await self.generation.collect()
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AssistantMessage(content=sequence.text),
+                logprobs=self._logprobs(sequence.tokens),
+                finish_reason=sequence.finish_reason,
+            )
+            for index, sequence in enumerate(finished)
+        ]
+        usage = usage_report(self.generation.usage)
+        return ChatCompletion(**self.head(), choices=choices, usage=usage, **self.ending())
+
+    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+        chosen = []
+        if self.begins(piece):
+            chosen.append(_chunk_choice(piece.index, {"role": "assistant", "content": ""}))
+        if piece.text or piece.tokens:
+            logprobs = self._logprobs(piece.tokens)
+            chosen.append(_chunk_choice(piece.index, {"content": piece.text}, logprobs))
+        if piece.finish_reason:
+            chosen.append(_chunk_choice(piece.index, {}, None, piece.finish_reason))
+        return chosen
+
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return ChatLogprobs(content=[_token_logprob(token, self.codec) for token in tokens])
+
+
+def _token_logprob(token: Token, codec: TextCodec) -> TokenLogprob:
+    chosen = token.logprobs
+    top = [_top_logprob(token_id, logprob, codec) for token_id, logprob in chosen.top]
+    own = _top_logprob(chosen.token_id, chosen.logprob, codec)
+    return TokenLogprob(**own.model_dump(), top_logprobs=top)
+
+
+def _top_logprob(token_id: int, logprob: float, codec: TextCodec) -> TopLogprob:
+    text = codec.token_text(token_id)
+    return TopLogprob(token=text, logprob=json_logprob(logprob), bytes=list(codec.token_bytes(token_id)))
+
+
+def _chunk_choice(
+    index: int,
+    delta: dict[str, Any],
+    logprobs: ChatLogprobs | None = None,
+    finish_reason: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": None if logprobs is None else logprobs.model_dump(),
+        "finish_reason": finish_reason,
+    }

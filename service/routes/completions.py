@@ -1,0 +1,159 @@
+"""/v1/completions: continue a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from service.engine.messages import TokenLogprobs
+from service.generation import Generator
+from service.model_names import Target
+from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
+from service.routes.json_routes import CancellableRoute
+from service.routes.replies import Reply, json_logprob, options_of, usage_report
+from service.routes.schemas_generation import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from service.sequences import Finished, Piece, Token
+
+router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
+
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+
+
+@router.post("/completions", operation_id="create_completion", response_model=Completion, responses=STREAMED)
+async def create_completion(
+    body: CompletionRequest,
+    tenant: TenantDep,
+    models: ModelsDep,
+    generator: GeneratorDep,
+    services: ServicesDep,
+) -> Completion | Response:
+    """Continue one or several prompts with the base model, or with the adapter named in `model`."""
+    target = await models.resolve(tenant, body.model)
+    reply = await _start(body, target, generator)
+    return await services.stream(reply.events()) if body.stream else await reply.whole()
+
+
+async def _start(body: CompletionRequest, target: Target, generator: Generator) -> CompletionReply:
+    texts = body.texts
+    prompts = body.token_lists if texts is None else await generator.text_prompts(texts)
+    prompt_logprobs = body.logprobs if body.echo else None
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    options = options_of(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
+    generation = generator.start(target, prompts, options, param="prompt")
+    reply = CompletionReply(body, target, generation, generator.codec)
+    if body.echo:
+        reply.echoes = texts or [generator.codec.decode(token_ids) for token_ids in prompts]
+    return reply
+
+
+class CompletionReply(Reply):
+    """A completion in OpenAI's legacy shape. echoes: the prompts, if they go before their choices."""
+
+    id_prefix = "cmpl"
+    chunk_object = "text_completion"
+    body: CompletionRequest
+    echoes: list[str] | None = None
+
+    async def whole(self) -> Completion:
+        finished = await self.generation.collect()
+        choices = [self._choice(index, sequence) for index, sequence in enumerate(finished)]
+        usage = usage_report(self.generation.usage)
+        return Completion(**self.head(), choices=choices, usage=usage, **self.ending())
+
+    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+        first = self.begins(piece)
+        text = self._echo(piece.index) + piece.text if first else piece.text
+        chosen = []
+        logprobs = self._logprobs(piece.index, piece.tokens, piece.prompt_logprobs or (), first)
+        if text or piece.tokens or not piece.finish_reason:
+            chosen.append(_chunk_choice(piece.index, text, logprobs))
+        if piece.finish_reason:
+            chosen.append(_chunk_choice(piece.index, "", None, piece.finish_reason))
+        return chosen
+
+    def _choice(self, index: int, sequence: Finished) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=self._echo(index) + sequence.text,
+            logprobs=self._logprobs(index, sequence.tokens, sequence.prompt_logprobs, first=True),
+            finish_reason=sequence.finish_reason,
+        )
+
+    def _echo(self, index: int) -> str:
+        return "" if self.echoes is None else self.echoes[index // self.generation.n]
+
+    def _logprobs(
+        self, index: int, tokens: Sequence[Token], prompt: Sequence[TokenLogprobs], first: bool
+    ) -> CompletionLogprobs | None:
+        """Of the generated tokens; in an echo's first chunk those of the prompt before them."""
+        if self.body.logprobs is None:
+            return None
+        report = _LogprobsReport(self, is_top_wanted=self.body.logprobs > 0)
+        if self.echoes is not None and first:
+            report.add_prompt(self.generation.sequences[index].request.token_ids, prompt)
+        for token in tokens:
+            report.add(token.logprobs, len(self._echo(index)) + token.offset)
+        return report.done()
+
+
+class _LogprobsReport:
+    """Four lists that grow together."""
+
+    def __init__(self, reply: Reply, *, is_top_wanted: bool) -> None:
+        self._codec = reply.codec
+        self._is_top_wanted = is_top_wanted
+        self._tokens: list[str] = []
+        self._logprobs: list[float | None] = []
+        self._top: list[dict[str, float] | None] = []
+        self._offsets: list[int] = []
+
+    def add_prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        """The first token of a prompt has no log-probability: nothing predicts it."""
+        text = self._codec.stream([])
+        for position, token_id in enumerate(token_ids):
+            offset = text.length
+            text.push(token_id)
+            if position == 0 or position > len(logprobs):
+                self._append(token_id, None, None, offset)
+            else:
+                self.add(logprobs[position - 1], offset)
+
+    def add(self, token: TokenLogprobs, offset: int) -> None:
+        top = {self._codec.token_text(token_id): json_logprob(value) for token_id, value in token.top}
+        self._append(token.token_id, json_logprob(token.logprob), top, offset)
+
+    def done(self) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            tokens=self._tokens,
+            token_logprobs=self._logprobs,
+            top_logprobs=self._top if self._is_top_wanted else None,
+            text_offset=self._offsets,
+        )
+
+    def _append(
+        self, token_id: int, logprob: float | None, top: dict[str, float] | None, offset: int
+    ) -> None:
+        self._tokens.append(self._codec.token_text(token_id))
+        self._logprobs.append(logprob)
+        self._top.append(top)
+        self._offsets.append(offset)
+
+
+def _chunk_choice(
+    index: int, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None if logprobs is None else logprobs.model_dump(),
+        "finish_reason": finish_reason,
+    }

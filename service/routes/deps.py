@@ -1,0 +1,112 @@
+"""What routes ask for, as types: a route's signature says what it uses.
+
+Everything comes from the `Services` that `create_app` put together; nothing is global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request, Security
+from fastapi.security import HTTPBearer
+from redis.asyncio import Redis
+
+from adapter_core.basis_store import BasisStore
+from adapter_core.file_store import FileStore
+from adapter_core.job_queue import JobQueue
+from adapter_core.store import AdapterStore
+from service.event_stream import EventStream, event
+from service.generation import Generator
+from service.idempotency import Idempotency
+from service.metrics import Metrics
+from service.model_names import Models
+from service.routes.errors import body_of, response_of
+from service.settings import ServiceSettings
+from service.token_engine import TokenEngine
+from service.training_jobs import TrainingJobs
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What is kept in Redis, one object per kind, over one client."""
+
+    redis: Redis
+    adapters: AdapterStore
+    bases: BasisStore
+    files: FileStore
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts that answer requests."""
+
+    settings: ServiceSettings
+    engine: TokenEngine
+    stores: Stores
+    queue: JobQueue
+    models: Models
+    generator: Generator
+    jobs: TrainingJobs
+    idempotency: Idempotency
+    metrics: Metrics
+
+    async def stream(self, events: AsyncGenerator[str, None]) -> EventStream:
+        """An SSE answer that has begun. Raises what the events raise before the first of them."""
+        answer = EventStream(events, error_event=_error_event, ping_interval_s=self.settings.ping_interval_s)
+        return await answer.begin()
+
+
+def _error_event(error: Exception) -> str:
+    response_of(error)  # logs what the caller is not told
+    return event(body_of(error))
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+#: For the documentation; `middleware.Authentication` has checked the key before the body was read.
+_bearer = Security(HTTPBearer(auto_error=False, description="API key; none if the service has no keys"))
+
+
+def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
+    tenant: str = request.state.tenant
+    return tenant
+
+
+TenantDep = Annotated[str, Depends(_tenant)]
+
+
+def _models(services: ServicesDep) -> Models:
+    return services.models
+
+
+def _generator(services: ServicesDep) -> Generator:
+    return services.generator
+
+
+def _stores(services: ServicesDep) -> Stores:
+    return services.stores
+
+
+def _queue(services: ServicesDep) -> JobQueue:
+    return services.queue
+
+
+def _jobs(services: ServicesDep) -> TrainingJobs:
+    return services.jobs
+
+
+ModelsDep = Annotated[Models, Depends(_models)]
+GeneratorDep = Annotated[Generator, Depends(_generator)]
+StoresDep = Annotated[Stores, Depends(_stores)]
+QueueDep = Annotated[JobQueue, Depends(_queue)]
+JobsDep = Annotated[TrainingJobs, Depends(_jobs)]
+
+AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
+LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]

@@ -1,0 +1,123 @@
+"""/v1/fine_tuning/jobs: training jobs, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+
+from adapter_core.job_queue import JobEvent
+from service.event_stream import DONE, event
+from service.idempotency import fingerprint_of
+from service.routes.deps import AfterDep, JobsDep, LimitDep, QueueDep, ServicesDep, TenantDep
+from service.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
+from service.routes.json_routes import JsonRoute
+from service.routes.schemas import Page, page_of
+from service.routes.schemas_training import (
+    Checkpoint,
+    FineTuningJob,
+    FineTuningJobRequest,
+    JobEventObject,
+)
+
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=JsonRoute)
+
+#: How often a stream of events looks for new ones.
+FOLLOW_INTERVAL_S = 0.5
+
+
+@router.post("/jobs", operation_id="create_fine_tuning_job")
+async def create_job(
+    body: FineTuningJobRequest,
+    tenant: TenantDep,
+    services: ServicesDep,
+    idempotency_key: Annotated[str | None, Header()] = None,
+    x_stainless_retry_count: Annotated[str, Header()] = "0",
+) -> FineTuningJob:
+    """Queue the training of an adapter. A repeated `Idempotency-Key`, or a retry, gives the same job."""
+    fingerprint = fingerprint_of(body.model_dump_json())
+    if idempotency_key is not None:
+        key = await services.idempotency.for_key(tenant, idempotency_key, fingerprint)
+    else:
+        is_retry = x_stainless_retry_count not in ("", "0")
+        key = await services.idempotency.for_retry(tenant, fingerprint, is_retry=is_retry)
+    job = await services.jobs.submit(tenant, order_of(body), dedupe_key=key)
+    return job_object(job)
+
+
+@router.get("/jobs", operation_id="list_fine_tuning_jobs")
+async def list_jobs(
+    tenant: TenantDep, queue: QueueDep, after: AfterDep = None, limit: LimitDep = 20
+) -> Page[FineTuningJob]:
+    """The caller's jobs, newest first."""
+    jobs, has_more = await queue.list(tenant, after, limit)
+    return page_of([job_object(job) for job in jobs], has_more)
+
+
+@router.get("/jobs/{job_id}", operation_id="get_fine_tuning_job")
+async def get_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """One job as it is now."""
+    return job_object(await queue.get(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
+async def cancel_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """End a job: at once if no worker has it, else at its next step."""
+    return job_object(await queue.cancel(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/pause", operation_id="pause_fine_tuning_job")
+async def pause_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """Set a job aside; a running one keeps what it has learned."""
+    return job_object(await queue.pause(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/resume", operation_id="resume_fine_tuning_job")
+async def resume_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """Queue a paused job again."""
+    return job_object(await queue.resume(tenant, job_id))
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    operation_id="list_fine_tuning_events",
+    response_model=Page[JobEventObject],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def list_events(
+    job_id: str,
+    tenant: TenantDep,
+    services: ServicesDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
+    stream: Annotated[bool, Query(description="follow the job until it ends, oldest first")] = False,
+) -> Page[JobEventObject] | Response:
+    """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
+    if stream:
+        return await services.stream(_follow(services.jobs, tenant, job_id))
+    events, has_more = await services.queue.events(tenant, job_id, after, limit)
+    return page_of([event_object(event) for event in events], has_more)
+
+
+@router.get("/jobs/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")
+async def list_checkpoints(job_id: str, tenant: TenantDep, queue: QueueDep) -> Page[Checkpoint]:
+    """The published state of a job that has succeeded; nothing else can be served."""
+    return page_of(checkpoints_of(await queue.get(tenant, job_id)), has_more=False)
+
+
+async def _follow(jobs: JobsDep, tenant: str, job_id: str) -> AsyncGenerator[str, None]:
+    async with aclosing(jobs.follow(tenant, job_id)) as looks:
+        async for events, has_ended in looks:
+            for found in events:
+                yield _line(found)
+            if has_ended:
+                break
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
+    yield DONE
+
+
+def _line(found: JobEvent) -> str:
+    return event(event_object(found).model_dump())

@@ -1,0 +1,277 @@
+"""Requests and answers of /v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from adapter_core.errors import InvalidInput
+from service.generation import MAX_SEQUENCES
+from service.routes.schemas import (
+    MODEL_FIELD,
+    AdapterUsed,
+    Answer,
+    IsHarmless,
+    Measured,
+    OpenAIRequest,
+    Strict,
+    UsageReport,
+    absent,
+    one_of,
+)
+
+MAX_CHOICES = 16
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_MESSAGES = 2048
+_MAX_INT64 = 2**63 - 1
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+def _kind_of(value: Any) -> str:
+    return "string" if isinstance(value, str) else "list"
+
+
+def _kind_of_prompt(value: Any) -> str:
+    """Which of the four forms is meant, so that a mistake is reported once and not four times."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list) else "tokens"
+
+
+def _kind_of_content(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "text"
+
+
+#: The tags of the unions below: they are no part of a parameter's name.
+UNION_TAGS = {"string", "list", "text", "texts", "tokens", "token_lists", "parts"}
+
+Stop = Annotated[
+    Annotated[StopString, Tag("string")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("list")],
+    Discriminator(_kind_of),
+]
+TokenIds = Annotated[list[int], Field(min_length=1)]
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("texts")]
+    | Annotated[TokenIds, Tag("tokens")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("token_lists")],
+    Discriminator(_kind_of_prompt),
+]
+
+#: Parameters of vLLM that change what is generated.
+_VLLM_PARAMETERS = (
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "use_beam_search",
+    "prompt_embeds", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "prompt_logprobs",
+)  # fmt: skip
+
+
+class StreamOptions(OpenAIRequest):
+    include_usage: bool = False
+
+
+class GenerationFields(OpenAIRequest):
+    """What both endpoints have. Null means the default."""
+
+    model: str = MODEL_FIELD
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | None = Field(None, description=f"up to {MAX_STOP_STRINGS} strings; not part of the text")
+    seed: int | None = Field(None, ge=-_MAX_INT64, le=_MAX_INT64)
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy")
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MAX_BIASES, description="by token id"
+    )
+    top_k: int | None = Field(0, ge=-1, le=_MAX_INT64, description="0 and -1: off")
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    min_tokens: int | None = Field(0, ge=0, le=_MAX_INT64)
+    ignore_eos: bool | None = False
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_BIASES)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_keys(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
+        for key in biases or {}:
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise ValueError("the keys must be token ids")
+        return biases
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationFields:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidInput("stream_options is only for stream: true", param="stream_options")
+        return self
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationFields):
+    """A prompt to continue: text, token ids, or a list of either."""
+
+    prompt: Prompt = Field(description="text, token ids, or a list of either")
+    max_tokens: int | None = Field(16, ge=0, le=_MAX_INT64, description="0 only with echo")
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    unsupported: ClassVar[dict[str, IsHarmless]] = {
+        "best_of": lambda value, body: value is None or value == (body.get("n") or 1),
+        "suffix": absent,
+        "response_format": one_of({"type": "text"}),
+        **dict.fromkeys(_VLLM_PARAMETERS, absent),
+    }
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidInput("max_tokens 0 is only for echo: true", param="max_tokens")
+        return self
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The prompts, if they are text."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return self.prompt if isinstance(self.prompt[0], str) else None  # type: ignore[return-value]
+
+    @property
+    def token_lists(self) -> list[list[int]]:
+        """The prompts, if they are token ids."""
+        return self.prompt if isinstance(self.prompt[0], list) else [self.prompt]  # type: ignore[return-value,list-item]
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1), Tag("parts")],
+    Discriminator(_kind_of_content),
+]
+
+
+class ChatMessage(OpenAIRequest):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    unsupported: ClassVar[dict[str, IsHarmless]] = {
+        "tool_calls": absent,
+        "function_call": absent,
+        "audio": absent,
+        "refusal": absent,
+    }
+
+    def to_template(self) -> dict[str, Any]:
+        """As chat templates want it; "developer" is OpenAI's newer word for "system"."""
+        parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+
+
+class ChatCompletionRequest(GenerationFields):
+    """A conversation that the assistant is to continue."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="unset: as far as the context goes")
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="goes before max_tokens")
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    unsupported: ClassVar[dict[str, IsHarmless]] = {
+        "tools": absent,
+        "tool_choice": one_of("none", "auto"),
+        "functions": absent,
+        "function_call": one_of("none", "auto"),
+        "response_format": one_of({"type": "text"}),
+        "audio": absent,
+        "modalities": one_of(["text"]),
+        "web_search_options": absent,
+        "chat_template": absent,
+        "continue_final_message": absent,
+        "add_generation_prompt": one_of(True),
+        **dict.fromkeys(_VLLM_PARAMETERS, absent),
+    }
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidInput("top_logprobs is only for logprobs: true", param="top_logprobs")
+        return self
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Generated(Answer):
+    """What the answers of both endpoints end with."""
+
+    id: str
+    created: int
+    model: str
+    usage: UsageReport
+    adapter: AdapterUsed | None
+    x_tessera: Measured
+
+
+class Completion(Generated):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletion(Generated):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]

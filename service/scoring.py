@@ -1,0 +1,82 @@
+"""How likely a model finds a given text: the measure by which an adapter is judged.
+
+The engine reads each text as a prompt and reports the log-probability of every token after the first; which
+of them count is decided by the same mask that decides what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapter_core.chat_format import EncodedExample
+from adapter_core.errors import InvalidInput, RequestFailed
+from adapter_core.examples import Example
+from service.engine.messages import SamplingParams, TokenLogprobs
+from service.generation import Generator, Options, off_loop
+from service.model_names import Target
+from service.sequences import Finished, Generation
+
+#: The prompt's own log-probabilities and nothing beside; no token is kept.
+_PROMPT_ONLY = Options(max_tokens=0, sampling=SamplingParams(temperature=0.0, prompt_logprobs=0))
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """logprobs: of tokens 1.. in nats; is_counted: the mask over the same tokens."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+    is_counted: tuple[bool, ...]
+
+    @property
+    def num_counted(self) -> int:
+        return sum(self.is_counted)
+
+    @property
+    def sum_logprob(self) -> float:
+        return sum(t.logprob for t, counts in zip(self.logprobs, self.is_counted, strict=True) if counts)
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-probability of the counted tokens, in nats."""
+        return -self.sum_logprob / self.num_counted
+
+
+async def score(
+    generator: Generator, target: Target, examples: Sequence[Example]
+) -> tuple[list[ScoredText], Generation]:
+    """Score all examples at once; also what it took. Raises `InvalidInput` (param "input.<i>")."""
+    limit = generator.engine.info.max_model_len - 1  # the engine makes one token more
+    size = sum(_size(example) for example in examples)
+    encoded = await off_loop(
+        size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]
+    )
+    generation = generator.start(target, [e.token_ids for e in encoded], _PROMPT_ONLY, param="input")
+    finished = await generation.collect()
+    return [_scored(e, f) for e, f in zip(encoded, finished, strict=True)], generation
+
+
+def _encode(generator: Generator, example: Example, index: int, limit: int) -> EncodedExample:
+    param = f"input.{index}"
+    try:
+        encoded = generator.codec.chat.encode_example(example, max_tokens=limit)
+    except InvalidInput as error:
+        raise InvalidInput(error.message, param=param, code=error.code) from error
+    if encoded.truncated:
+        raise InvalidInput(
+            f"the text has more than {limit} tokens, which is all that the context holds",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return encoded
+
+
+def _scored(encoded: EncodedExample, finished: Finished) -> ScoredText:
+    if len(finished.prompt_logprobs) != len(encoded.token_ids) - 1:
+        raise RequestFailed("the engine did not report every token of the prompt")
+    return ScoredText(tuple(finished.prompt_logprobs), tuple(encoded.loss_mask[1:]))
+
+
+def _size(example: Example) -> int:
+    texts = [message["content"] for message in example.messages or ()]
+    return sum(map(len, [*texts, example.prompt or "", example.completion or "", example.text or ""]))

@@ -1,0 +1,250 @@
+"""Sequences in flight: the engine's tokens become pieces of text, and several sequences one stream.
+
+Knows the engine's messages and the text codec; no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from adapter_core.errors import NotFound, RequestFailed, TesseraError
+from service.engine.messages import GenerationRequest, TokenLogprobs, TokenOutput
+from service.metrics import Metrics
+from service.text import TextStream
+from service.token_engine import TokenEngine
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token with its log-probability; offset: where its text begins in the sequence's text."""
+
+    logprobs: TokenLogprobs
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became certain of one sequence: text, and the tokens whose text began to show."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class Finished:
+    """A whole sequence, put together from its pieces."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of one API request. A prompt that is continued n times counts once."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class LiveSequence:
+    """One sequence that the engine continues. `pieces` ends it, however it is left.
+
+    prompt_only: only the prompt's log-probabilities are wanted. The engine makes at least one token, which is
+    thrown away.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        text: TextStream,
+        metrics: Metrics,
+        *,
+        prompt_only: bool = False,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.max_distinct = 0
+        self.ttft_s: float | None = None
+        self._text = text
+        self._prompt_only = prompt_only
+        self._metrics = metrics
+        self._newest_at = time.monotonic()
+        self._shown = 0
+        self._waiting: list[Token] = []
+
+    async def pieces(self, engine: TokenEngine) -> AsyncGenerator[Piece, None]:
+        """Pieces up to the one with a finish_reason. Raises what the engine gave up with."""
+        async with aclosing(engine.generate(self.request)) as outputs:
+            async for output in outputs:
+                piece = self._read(output)
+                if piece.text or piece.finish_reason or piece.prompt_logprobs:
+                    yield piece
+                if piece.finish_reason:
+                    return
+        raise RequestFailed("the engine ended a sequence without saying why")
+
+    def _read(self, output: TokenOutput) -> Piece:
+        if output.error is not None or output.finish_reason in ("error", "cancelled"):
+            raise error_of(output)
+        self._time(len(output.token_ids))
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.max_distinct = max(self.max_distinct, output.num_distinct)
+        prompt = None if output.prompt_logprobs is None else tuple(output.prompt_logprobs)
+        finish_reason = output.finish_reason
+        if self._prompt_only:
+            return Piece(self.index, "", (), prompt, finish_reason and "length")
+        text = ""
+        for position, token_id in enumerate(output.token_ids):
+            self.num_tokens += 1
+            ends = finish_reason == "stop" and position == len(output.token_ids) - 1
+            if ends and token_id in self.request.sampling.stop_token_ids:
+                break  # it ends the text and is no part of it
+            if output.logprobs:
+                self._waiting.append(Token(output.logprobs[position], self._text.length))
+            text += self._text.push(token_id)
+            if self._text.is_stopped:
+                finish_reason = "stop"
+                break
+        if finish_reason is not None:
+            text += self._text.flush()
+        return Piece(self.index, text, self._shown_tokens(text, finish_reason), prompt, finish_reason)
+
+    def _time(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now = time.monotonic()
+        waited_s, self._newest_at = now - self._newest_at, now
+        if self.ttft_s is None:
+            self.ttft_s = waited_s
+            self._metrics.time_to_first_token.observe(waited_s)
+        else:
+            self._metrics.inter_token_latency.observe(waited_s / num_tokens)
+
+    def _shown_tokens(self, text: str, finish_reason: str | None) -> tuple[Token, ...]:
+        """The waiting tokens whose text has begun to show; at the end all but those after a stop string."""
+        self._shown += len(text)
+        is_cut = finish_reason is None or self._text.is_stopped
+        shown = [token for token in self._waiting if not is_cut or token.offset < self._shown]
+        self._waiting = self._waiting[len(shown) :]
+        return tuple(shown)
+
+
+@dataclass
+class Generation:
+    """All sequences of one API request: n for each prompt, prompts outermost."""
+
+    sequences: list[LiveSequence]
+    engine: TokenEngine
+    metrics: Metrics
+    n: int = 1
+    started_at: float = field(default_factory=time.monotonic)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The pieces of all sequences as they come. Leaving it cancels what still runs."""
+        outcome = "cancelled"
+        try:
+            async with aclosing(merge([s.pieces(self.engine) for s in self.sequences])) as merged:
+                async for piece in merged:
+                    yield piece
+            outcome = "finished"
+        except TesseraError:
+            outcome = "failed"
+            raise
+        finally:
+            duration_s = time.monotonic() - self.started_at
+            self.metrics.generation_ended(outcome, duration_s, self.max_distinct)
+
+    async def collect(self) -> list[Finished]:
+        """All sequences, whole, in order."""
+        finished = [Finished() for _ in self.sequences]
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                whole = finished[piece.index]
+                whole.text += piece.text
+                whole.tokens += piece.tokens
+                whole.prompt_logprobs += piece.prompt_logprobs or ()
+                whole.finish_reason = piece.finish_reason
+        return finished
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Until the first token of any sequence, in milliseconds."""
+        times = [1000 * s.ttft_s for s in self.sequences if s.ttft_s is not None]
+        return min(times, default=None)
+
+    @property
+    def max_distinct(self) -> int:
+        return max((s.max_distinct for s in self.sequences), default=0)
+
+    @property
+    def usage(self) -> Usage:
+        first_of_prompt = self.sequences[:: self.n]
+        return Usage(
+            prompt_tokens=sum(len(s.request.token_ids) for s in first_of_prompt),
+            completion_tokens=sum(s.num_tokens for s in self.sequences),
+            cached_tokens=sum(s.num_cached_tokens for s in first_of_prompt),
+        )
+
+
+async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """The items of all sources as they come; the first error of any ends all. Closing it closes them."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as only:
+            async for piece in only:
+                yield piece
+        return
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | Exception | None]) -> None:
+    async with aclosing(source):
+        try:
+            async for item in source:
+                queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+
+def error_of(output: TokenOutput) -> TesseraError:
+    """The exception that an engine's error output stands for: the class whose `code` it carries."""
+    if output.error is None:
+        return RequestFailed("the request was cancelled", code="cancelled")
+    code, message = output.error
+    fallback = NotFound if code.endswith("_not_found") else RequestFailed
+    return _BY_CODE.get(code, fallback)(message, code=code)
+
+
+def _error_classes(root: type[TesseraError]) -> list[type[TesseraError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _error_classes(child))]
+
+
+_BY_CODE = {cls.code: cls for cls in _error_classes(TesseraError) if cls.__name__ != "InvalidTrainingData"}

@@ -1,0 +1,52 @@
+"""Settings of the HTTP service, read from TESSERA_SERVICE_* once."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapter_core.errors import InvalidInput
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+class ServiceSettings(BaseSettings):
+    """Where the service listens, whom it lets in, and what it refuses."""
+
+    model_config = SettingsConfigDict(env_prefix="TESSERA_SERVICE_", frozen=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_keys_file: Path | None = Field(None, description="lines `<tenant> <sha256 hex of the key>`, or JSON")
+    allow_anonymous: bool = Field(False, description="serve other machines although no API keys are set")
+    max_body_bytes: int = Field(4 * MIB, ge=KIB, description="largest JSON body (128 k token ids are 0.8 MB)")
+    max_upload_bytes: int = Field(32 * MIB, ge=KIB, description="largest multipart upload, framing included")
+    body_timeout_s: float = Field(30.0, gt=0, description="a request's body must be complete by then")
+    request_timeout_s: float = Field(600.0, gt=0, description="the engine gives up on a request after this")
+    ping_interval_s: float = Field(10.0, gt=0, description="a waiting stream gets an SSE comment this often")
+    sample_interval_s: float = Field(10.0, gt=0, description="how often store and queue figures are read")
+    shutdown_timeout_s: float = Field(15.0, ge=0, description="running requests may finish within this")
+    max_concurrent_requests: int = Field(10_000, ge=1, description="connections beyond it get 503")
+
+
+def refuse_open_door(settings: ServiceSettings) -> None:
+    """Raise `InvalidInput` when other machines could reach a service that asks nobody for a key."""
+    if settings.api_keys_file is not None or settings.allow_anonymous or _is_loopback(settings.host):
+        return
+    raise InvalidInput(
+        f"refusing to listen on {settings.host} without API keys: set TESSERA_SERVICE_API_KEYS_FILE, "
+        "or TESSERA_SERVICE_ALLOW_ANONYMOUS=1 if something in front of the service checks who calls",
+        param="TESSERA_SERVICE_HOST",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,38 @@
+"""Training files on their way in: checked whole before they are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from adapter_core.errors import InvalidInput
+from adapter_core.examples import parse_examples
+from adapter_core.file_store import FileRecord, FileStore
+
+PURPOSE = "fine-tune"
+MAX_FILENAME = 255
+
+
+async def keep_training_file(
+    files: FileStore, tenant: str, *, filename: str | None, purpose: str, content: bytes
+) -> FileRecord:
+    """Check a JSONL file and store it.
+
+    Raises `InvalidTrainingData` with every problem by line, `InvalidInput` for another purpose.
+    """
+    if purpose != PURPOSE:
+        raise InvalidInput(f"files are for {PURPOSE!r} only, not for {purpose[:64]!r}", param="purpose")
+    examples = await asyncio.to_thread(parse_examples, content)
+    return await files.put(
+        tenant,
+        filename=plain_name(filename or ""),
+        purpose=purpose,
+        content=content,
+        num_examples=len(examples),
+    )
+
+
+def plain_name(filename: str) -> str:
+    """The last part of a path, printable: it comes back in a header when the file is downloaded."""
+    name = re.split(r"[/\\]", filename)[-1]
+    return re.sub(r"[^\w .()+-]", "_", name)[:MAX_FILENAME].strip() or "file.jsonl"

@@ -1,0 +1,100 @@
+"""A whole Tessera on loopback: the real store, service, engine and worker, as `make serve` starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import redis
+
+from service.local import is_ready
+from tests.waiting import wait_until_sync
+
+DATA = Path(__file__).parents[2] / "examples" / "data"
+START_TIMEOUT_S = 90
+
+
+class Stack:
+    """A running stack and its processes."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = data_dir / "stack.log"
+        environment = {
+            **os.environ,
+            "TESSERA_DATA_DIR": str(data_dir),
+            "TESSERA_SERVICE_PORT": str(self.port),
+            "TESSERA_WORKER_METRICS_PORT": "0",
+            "TESSERA_WORKER_LEASE_S": "3",
+            "TESSERA_WORKER_CHECKPOINT_EVERY_S": "1",
+        }
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service.local"], env=environment, stdout=log, stderr=log
+            )
+        wait_until_sync(self.has_started, timeout_s=START_TIMEOUT_S)
+
+    def has_started(self) -> bool:
+        assert self.process.poll() is None, self.log_path.read_text()[-4000:]
+        return is_ready(self.url)
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    def store(self) -> redis.Redis:
+        """A client of the embedded store, to look at it or to damage it."""
+        return redis.Redis.from_url(f"unix://{self.store_socket()}")
+
+    def store_socket(self) -> str:
+        command = self.find("valkey-server", "redis-server").cmdline()
+        return next(word.split(":", 1)[1] for word in command if word.startswith("unixsocket:"))
+
+    def find(self, *words: str) -> psutil.Process:
+        """The descendant whose command line holds one of `words`."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                command = process.cmdline()
+            except psutil.Error:
+                continue
+            if process.status() != psutil.STATUS_ZOMBIE and any(w in part for w in words for part in command):
+                return process
+        raise LookupError(f"no process with {words}; log: {self.log_path.read_text()[-2000:]}")
+
+    def kill(self, *words: str) -> int:
+        """kill -9 of one part; returns the pid that was killed."""
+        process = self.find(*words)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        return process.pid
+
+    def stop(self) -> None:
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        self.process.wait(60)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    running = Stack(tmp_path_factory.mktemp("stack"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(stack: Stack) -> openai.OpenAI:
+    return stack.client

@@ -1,0 +1,156 @@
+"""Small models with adapters that matter, and the oracle: the same model with merged weights, run alone.
+
+No pytest in here, so that the same checks can run on a machine that has only torch and transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from adapter_core.adapter import Adapter, AdapterRef
+from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_base_model
+from adapter_core.bases import build_basis
+from adapter_core.basis import Basis
+
+#: Shorter than every test's context, so that a window that is ignored, or off by one, shows.
+SLIDING_WINDOW = 11
+VOCAB_SIZE = 211
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,  # at the usual 0.02 every logit is nearly the same
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "tiny")
+
+
+@dataclass
+class Served:
+    """A base model, two bases for it, adapters of the first, and what each of them must say."""
+
+    base: BaseModel
+    basis: Basis
+    other_basis: Basis
+    adapters: dict[AdapterRef, Adapter] = field(default_factory=dict)
+    _merged: dict[AdapterRef | None, PreTrainedModel] = field(default_factory=dict)
+
+    @property
+    def refs(self) -> list[AdapterRef]:
+        return [ref for ref in self.adapters if ref.basis_id == self.basis.basis_id]
+
+    @property
+    def other_refs(self) -> list[AdapterRef]:
+        return [ref for ref in self.adapters if ref.basis_id == self.other_basis.basis_id]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.base.model.config.vocab_size)
+
+    def prompts(self, *lengths: int, seed: int = 0) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(3, self.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+    def merged(self, ref: AdapterRef | None) -> PreTrainedModel:
+        """The model with W + B R A in the place of W."""
+        if ref not in self._merged:
+            model = copy.deepcopy(self.pristine)
+            if ref is not None:
+                basis = self.basis if ref.basis_id == self.basis.basis_id else self.other_basis
+                R = self.adapters[ref].R
+                for index, module in enumerate(basis.manifest.modules):
+                    weight = model.get_submodule(module.name).weight
+                    weight.data += (basis.B[index] @ R[index] @ basis.A[index]).to(weight)
+            self._merged[ref] = model
+        return self._merged[ref]
+
+    def __post_init__(self) -> None:
+        self.pristine = copy.deepcopy(self.base.model)  # the engine takes `base.model` over
+        self.pristine.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+
+    def oracle(self, ref: AdapterRef | None, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy tokens of the merged model run alone, and their log-probabilities."""
+        model = self.merged(ref)
+        output = model.generate(
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = output.sequences[0, len(prompt) :].tolist()
+        logprobs = [
+            float(row[0].float().log_softmax(-1)[token]) for row, token in zip(output.logits, tokens, strict=True)
+        ]
+        return tokens, logprobs
+
+    def prompt_oracle(self, ref: AdapterRef | None, prompt: list[int]) -> torch.Tensor:
+        """Log-probabilities [len(prompt) - 1, V] for the tokens 1.. of the prompt."""
+        model = self.merged(ref)
+        with torch.inference_mode():
+            logits: torch.Tensor = model(torch.tensor([prompt], device=model.device)).logits
+        return logits[0, :-1].float().log_softmax(-1)
+
+
+def make_served(base: BaseModel, *, rank: int = 4, num_adapters: int = 4, scale: float = 1.0) -> Served:
+    """Random adapters for `base`: `num_adapters` in a basis of all linear layers and two in one of attention's."""
+    basis = build_basis(base, rank=rank)
+    other = build_basis(base, rank=rank + 1, target_modules=("q_proj", "v_proj"))
+    served = Served(base, basis, other)
+    generator = torch.Generator().manual_seed(7)
+    for name, (own, count) in {"a": (basis, num_adapters), "b": (other, 2)}.items():
+        for index in range(count):
+            R = scale * torch.randn(own.num_modules, own.rank, own.rank, generator=generator)
+            ref = AdapterRef("default", f"{name}{index}", 1, own.basis_id)
+            served.adapters[ref] = Adapter(own.basis_id, R)
+    return served
+
+
+@functools.cache
+def family(name: str, device: str = "cpu") -> Served:
+    """One of FAMILIES: random small models with fixed seeds, and the bundled one."""
+    if name == "tiny":
+        return make_served(load_base_model(BUNDLED_MODEL, device=device, dtype="float32"), rank=8, scale=0.4)
+    return make_served(BaseModel(name, f"random-{name}", random_model(name).to(device)))
+
+
+def random_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(3)
+    if name == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    elif name == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**_SIZES))
+    elif name == "mistral":
+        model = MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=SLIDING_WINDOW))
+    else:
+        caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+        model = Gemma2ForCausalLM(
+            Gemma2Config(**_SIZES, **caps, sliding_window=SLIDING_WINDOW, query_pre_attn_scalar=16)
+        )
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,304 @@
+"""The client and its supervision, against processes that are quick to start and wrong in chosen ways."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adapter_core.errors import EngineUnavailable, InvalidInput
+from adapter_core.settings import CommonSettings
+from service.engine.client import EngineClient
+from service.engine.messages import GenerationRequest, SamplingParams, TokenOutput
+from service.engine.settings import EngineSettings, to_environment
+from service.engine.supervisor import MAX_SOCKET_PATH_BYTES, RestartDelay, socket_path
+from tests.waiting import wait_until
+
+STRANGE_ENGINE = Path(__file__).with_name("strange_engine.py")
+
+
+@pytest.fixture
+def client_of(tmp_path: Path) -> Callable[..., EngineClient]:
+    """Makes a client of a strange engine that is not started yet."""
+
+    def make(behaviour: str, *, heartbeat_timeout_s: float = 30.0) -> EngineClient:
+        return EngineClient(
+            CommonSettings(data_dir=tmp_path),
+            "unix:///nowhere",
+            engine_settings=EngineSettings(heartbeat_timeout_s=heartbeat_timeout_s),
+            command=[sys.executable, str(STRANGE_ENGINE), behaviour],
+        )
+
+    return make
+
+
+@asynccontextmanager
+async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def request(request_id: str = "r", first_token: int = 5) -> GenerationRequest:
+    return GenerationRequest(request_id, "default", [first_token, 2], SamplingParams())
+
+
+async def collect(client: EngineClient, wanted: GenerationRequest) -> list[TokenOutput]:
+    return [output async for output in client.generate(wanted)]
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if str(STRANGE_ENGINE) in p.cmdline()]
+
+
+async def test_before_the_start_there_is_no_engine(client_of: Callable[..., EngineClient]) -> None:
+    client = client_of("answers")
+
+    assert not client.is_ready
+    assert client.stats is None
+    assert client.starting_error == "the engine has not been started"
+    with pytest.raises(EngineUnavailable, match="starting"):
+        _ = client.info
+    with pytest.raises(EngineUnavailable):
+        await collect(client, request())
+    await client.unload("default", "tone")
+    await client.close()
+
+
+async def test_generates_and_ends_with_a_finish_reason(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        info = await client.wait_ready(20)
+        outputs = await collect(client, request())
+
+    assert info.model_name == "strange"
+    assert [token for output in outputs for token in output.token_ids] == [0, 1, 2]
+    assert outputs[-1].finish_reason == "stop"
+    assert {output.finish_reason for output in outputs[:-1]} <= {None}
+
+
+async def test_a_slow_reader_gets_everything_in_fewer_outputs(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        stream = client.generate(request())
+        tokens = (await anext(stream)).token_ids
+        await collect(client, request("another"))  # all of the first one's outputs have come by now
+        rest = [output async for output in stream]
+
+    assert len(rest) <= 1
+    assert tokens + [token for output in rest for token in output.token_ids] == [0, 1, 2]
+
+
+async def test_a_refusal_is_raised_as_what_the_engine_raised(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        with pytest.raises(InvalidInput) as caught:
+            await collect(client, request(first_token=0))
+        outputs = await collect(client, request())
+
+    assert (caught.value.code, caught.value.message, caught.value.param) == (
+        "bad_token",
+        "no zeros",
+        "prompt",
+    )
+    assert outputs[-1].finish_reason == "stop"
+
+
+async def test_closing_the_iterator_cancels_the_request(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        stream = client.generate(request(first_token=1))
+        await anext(stream)
+        await stream.aclose()
+
+        await wait_until(lambda: client.stats is not None and client.stats.preemptions_total == 1)
+
+
+async def test_a_cancelled_task_cancels_its_request(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        reading = asyncio.create_task(collect(client, request(first_token=1)))
+        await asyncio.sleep(0.05)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+        await wait_until(lambda: client.stats is not None and client.stats.preemptions_total == 1)
+
+
+async def test_a_request_that_cannot_be_packed_is_invalid(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        broken = GenerationRequest("r", "default", [1], SamplingParams(seed=2**70))
+        with pytest.raises(InvalidInput):
+            await collect(client, broken)
+        await collect(client, request())
+
+
+async def test_unload_waits_for_the_confirmation(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        await client.unload("default", "tone")
+
+
+async def test_the_death_of_the_process_ends_all_requests_and_it_is_started_again(
+    client_of: Callable[..., EngineClient],
+) -> None:
+    async with running(client_of("answers")) as client:
+        await client.wait_ready(20)
+        readings = [asyncio.create_task(collect(client, request(f"r{i}", first_token=1))) for i in range(5)]
+        await asyncio.sleep(0.05)
+        [child] = children()
+        child.kill()
+        results = await asyncio.gather(*readings, return_exceptions=True)
+        await wait_until(lambda: client.restarts_total == 1 and client.is_ready)
+        outputs = await collect(client, request())
+
+    assert all(isinstance(result, EngineUnavailable) for result in results)
+    assert outputs[-1].finish_reason == "stop"
+
+
+async def test_a_process_that_speaks_nonsense_is_replaced(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("garbage")) as client:
+        await client.wait_ready(20)
+        with pytest.raises(EngineUnavailable):
+            await collect(client, request())
+        await wait_until(lambda: client.restarts_total == 1 and client.is_ready)
+        assert len(children()) == 1
+
+
+async def test_a_cut_connection_is_made_again_without_a_restart(
+    client_of: Callable[..., EngineClient],
+) -> None:
+    async with running(client_of("hangs_up")) as client:
+        for number in range(3):
+            await client.wait_ready(20)
+            with pytest.raises(EngineUnavailable):
+                await collect(client, request(f"r{number}"))
+        await client.wait_ready(20)
+
+        assert client.restarts_total == 0
+
+
+@pytest.mark.parametrize("behaviour", ["stuck_in_a_step", "silent"])
+async def test_a_hung_engine_is_killed_and_started_again(
+    client_of: Callable[..., EngineClient], behaviour: str
+) -> None:
+    async with running(client_of(behaviour, heartbeat_timeout_s=1.0)) as client:
+        await client.wait_ready(20)
+        [child] = children()
+        with pytest.raises(EngineUnavailable, match="ended"):
+            await collect(client, request())
+        await wait_until(lambda: client.restarts_total == 1)
+
+        assert not child.is_running()
+
+
+async def test_an_engine_that_cannot_start_says_why_and_is_tried_again(
+    client_of: Callable[..., EngineClient],
+) -> None:
+    async with running(client_of("dies_at_start")) as client:
+        await wait_until(lambda: client.restarts_total >= 2)
+
+        assert "no such model" in (client.starting_error or "")
+        assert "status 3" in (client.starting_error or "")
+        assert not client.is_ready
+
+
+async def test_who_waits_for_an_engine_in_vain_is_told_why(client_of: Callable[..., EngineClient]) -> None:
+    async with running(client_of("dies_at_start")) as client:
+        await wait_until(lambda: client.restarts_total >= 1)
+
+        with pytest.raises(EngineUnavailable, match="no such model"):
+            await client.wait_ready(0.01)
+        with pytest.raises(EngineUnavailable, match="starting"):
+            await collect(client, request())
+
+
+async def test_a_command_that_does_not_exist_is_reported(tmp_path: Path) -> None:
+    client = EngineClient(CommonSettings(data_dir=tmp_path), "unix:///nowhere", command=["/no/such/program"])
+    async with running(client):
+        await wait_until(lambda: "cannot be started" in (client.starting_error or ""))
+
+
+async def test_close_leaves_no_process_and_no_socket(
+    client_of: Callable[..., EngineClient], tmp_path: Path
+) -> None:
+    async with running(client_of("deaf_to_sigterm")) as client:
+        await client.wait_ready(20)
+        await wait_until(lambda: client.stats is not None)
+        reading = asyncio.create_task(collect(client, request()))
+        await asyncio.sleep(0.05)
+    with pytest.raises(EngineUnavailable):
+        await reading
+
+    assert children() == []
+    assert list((tmp_path / "run").iterdir()) == []
+    await client.close()
+
+
+async def test_close_during_the_start_leaves_no_process(client_of: Callable[..., EngineClient]) -> None:
+    client = client_of("answers")
+    await client.start()
+    await asyncio.sleep(0)
+    await client.close()
+
+    assert children() == []
+
+
+def test_restarts_wait_longer_and_longer_up_to_a_limit() -> None:
+    delay = RestartDelay()
+
+    assert [delay.next_s() for _ in range(8)] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+
+
+def test_the_socket_is_private_and_its_path_short(tmp_path: Path) -> None:
+    deep = tmp_path / ("long" * 30)
+
+    for data_dir in (tmp_path, deep):
+        path = socket_path(data_dir)
+        assert len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+    path.parent.rmdir()
+
+
+def test_a_folder_open_to_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o755)
+
+    with pytest.raises(EngineUnavailable, match="open to others"):
+        socket_path(tmp_path)
+
+
+def test_sockets_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    path = socket_path(tmp_path)
+    stale, own = (
+        path.with_name("engine-999999999-abcdef.sock"),
+        path.with_name(f"engine-{os.getpid()}-abcdef.sock"),
+    )
+    stale.touch()
+    own.touch()
+
+    socket_path(tmp_path)
+
+    assert not stale.exists()
+    assert own.exists()
+
+
+def test_settings_pass_through_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    common = CommonSettings(data_dir=tmp_path, rank=4, target_modules=("q_proj", "v_proj"), device="cpu")
+    engine = EngineSettings(
+        num_slots=3, kv_cache_bytes=1 << 20, enable_prefix_cache=False, heartbeat_timeout_s=2.5
+    )
+
+    for name, value in to_environment([common, engine]).items():
+        monkeypatch.setenv(name, value)
+
+    assert CommonSettings() == common
+    assert EngineSettings() == engine

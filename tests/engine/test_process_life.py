@@ -1,0 +1,138 @@
+"""How an engine process starts and ends: with its parent, without its store, without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adapter_core.base_model import BaseModel
+from adapter_core.basis import Basis
+from adapter_core.basis_store import BasisStore
+from adapter_core.embedded_store import EmbeddedStore
+from adapter_core.redis_client import connect
+from adapter_core.settings import CommonSettings
+from adapter_core.store import AdapterStore
+from service.engine import ipc
+from service.engine.client import EngineClient
+from service.engine.config import EngineConfig
+from service.engine.process import engine_config
+from service.engine.settings import EngineSettings
+from service.engine.supervisor import COMMAND, child_environment, socket_path
+from tests.engine.engine_process import (
+    RANK,
+    START_S,
+    complete,
+    make_adapter,
+    make_request,
+    publish,
+    running,
+    store_basis,
+)
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> CommonSettings:
+    return CommonSettings(data_dir=tmp_path, rank=RANK, device="cpu", log_level="WARNING")
+
+
+async def read_ready(path: Path) -> None:
+    """Wait until an engine listens at `path` and says that it is ready."""
+    await wait_until(path.exists, START_S)
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        async with asyncio.timeout(START_S):
+            while (message := await ipc.read_frame(reader)) is not None and message["type"] != "ready":
+                pass
+        assert message is not None
+    finally:
+        writer.close()
+
+
+def has_ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+async def test_the_engine_ends_with_its_parent(redis_url: str, settings: CommonSettings) -> None:
+    path = socket_path(settings.data_dir)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("engine_parent.py")),
+        *COMMAND,
+        "--socket",
+        str(path),
+    ]
+    environment = child_environment(settings, EngineSettings(threads=1), redis_url)
+    parent = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
+    assert parent.stdout is not None
+    pid = int(await parent.stdout.readline())
+    try:
+        await read_ready(path)
+        assert not has_ended(pid)
+    finally:
+        parent.kill()
+        await parent.communicate()
+
+    await wait_until(lambda: has_ended(pid))
+
+
+async def test_the_engine_outlives_its_store(
+    settings: CommonSettings,
+    tiny: BaseModel,
+    tiny_basis: Basis,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = EmbeddedStore(tmp_path)
+    url = await asyncio.to_thread(store.start)
+    redis = connect(url)
+    try:
+        await store_basis(BasisStore(redis), settings, tiny, tiny_basis)
+        adapters = AdapterStore(redis)
+        resident, other = [await publish(adapters, n, make_adapter(tiny_basis, 51)) for n in ("near", "far")]
+        await asyncio.to_thread(store.stop)
+
+        async with running(EngineClient(settings, url, engine_settings=EngineSettings(threads=1))) as client:
+            await wait_until(lambda: "store" in (client.starting_error or ""), START_S)
+            await asyncio.to_thread(store.start)
+            await client.wait_ready(START_S)
+            before = await complete(client, make_request("before", resident))
+            await asyncio.to_thread(store.stop)
+
+            waiting = asyncio.create_task(complete(client, make_request("far", other)))
+            during = await complete(client, make_request("during", resident))
+            assert not waiting.done()
+            lost = await waiting
+            await asyncio.to_thread(store.start)
+            found = await complete(client, make_request("far again", other))
+    finally:
+        await redis.aclose()
+        await asyncio.to_thread(store.stop)
+
+    assert "killed" not in caplog.text  # it ended when it was asked to
+    assert before.token_ids == during.token_ids == found.token_ids
+    assert lost.error is not None
+    assert lost.error[0] == "store_unavailable"
+
+
+async def test_a_base_model_that_does_not_exist_is_told(
+    redis_url: str, settings: CommonSettings, tmp_path: Path
+) -> None:
+    wrong = settings.model_copy(update={"base_model": str(tmp_path / "nothing")})
+    async with running(EngineClient(wrong, redis_url)) as client:
+        await wait_until(lambda: "status 1" in (client.starting_error or ""), START_S)
+
+        assert "nothing is neither a directory nor a model" in (client.starting_error or "")
+
+
+def test_every_setting_reaches_the_core() -> None:
+    settings = EngineSettings(num_slots=5, block_size=8, num_blocks=9, enable_prefix_cache=False)
+
+    assert engine_config(settings) == EngineConfig(
+        num_slots=5, block_size=8, num_blocks=9, enable_prefix_cache=False
+    )
+    assert engine_config(EngineSettings()) == EngineConfig()

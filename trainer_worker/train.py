@@ -1,0 +1,186 @@
+"""The training step: one optimisation step of every resident user, in one pass through the frozen model.
+
+Knows no Redis, no clock and no asyncio. Runs join and leave between steps. What a run becomes does not depend
+on who shares its batches, but for rounding: a user's loss is the sum over the tokens to learn divided by the
+user's own number of them, and only the step in the rank knows users apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from adapter_core.base_model import BaseModel
+from adapter_core.basis import Basis
+from adapter_core.chat_format import EncodedExample
+from adapter_core.errors import BasisMismatch
+from trainer_worker.adamw import BatchedAdamW, UserStep, clip_factor
+from trainer_worker.data import micro_batches
+from trainer_worker.loss import token_losses
+from trainer_worker.run import RunUpdate, TrainRun
+from trainer_worker.trainable_linear import Delta, RowOwners, trainable_modules
+
+
+class Trainer:
+    """The runs that are trained together, all in one basis.
+
+    Its memory for K = `max_runs` users: R', m, v, the gradient and the folded core, each [K, M, r, r] (in
+    float32 4.6 MB per user for an 8B Llama at r = 16), and A and B on the model's device. `token_budget`:
+    tokens with padding in one pass through the model.
+    """
+
+    def __init__(self, base: BaseModel, basis: Basis, *, max_runs: int, token_budget: int) -> None:
+        if basis.manifest.model_id != base.model_id:
+            raise BasisMismatch(f"basis {basis.basis_id} belongs to model {basis.manifest.model_id}")
+        self.base, self.basis, self.token_budget = base, basis, token_budget
+        self._layers = trainable_modules(base.model, [module.name for module in basis.manifest.modules])
+        device, layer_dtype = base.device, self._layers[0].weight.dtype
+        dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
+        M, r = basis.num_modules, basis.rank
+        self._runs: list[TrainRun | None] = [None] * max_runs
+        self._optimizer = BatchedAdamW((max_runs, M, r, r), dtype=dtype, device=device)
+        self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
+        # Module-major: each layer's part is contiguous, and all layers' gradients gather in one tensor.
+        self._core = torch.zeros(M, max_runs, r, r, dtype=dtype, device=device)
+        self._grad = torch.zeros_like(self._core)
+        self._owners = RowOwners(torch.zeros(0, dtype=torch.int64, device=device))
+        self._deltas = [
+            Delta(A.to(device, layer_dtype), B.to(device, layer_dtype), self._leaf(m), self._owners)
+            for m, (A, B) in enumerate(zip(basis.A, basis.B, strict=True))
+        ]
+
+    @property
+    def runs(self) -> list[TrainRun]:
+        return [run for run in self._runs if run is not None]
+
+    @property
+    def has_room(self) -> bool:
+        return None in self._runs
+
+    def join(self, run: TrainRun) -> None:
+        """Make a run resident. Raises `BasisMismatch`."""
+        if run.basis_id != self.basis.basis_id:
+            raise BasisMismatch(f"run {run.run_id} trains in basis {run.basis_id}")
+        assert self.has_room, "more runs than max_runs"
+        slot = self._runs.index(None)
+        self._runs[slot] = run
+        for name in ("R", "m", "v"):
+            memory = getattr(self._optimizer, name)[slot]
+            memory.copy_(getattr(run, name))
+            setattr(run, name, memory)
+
+    def leave(self, run_id: str) -> TrainRun | None:
+        """Take a run out, with its tensors; None if it is not resident. Its slot keeps no trace of it."""
+        for slot, run in enumerate(self._runs):
+            if run is None or run.run_id != run_id:
+                continue
+            self._runs[slot] = None
+            for name in ("R", "m", "v"):
+                memory = getattr(run, name)
+                setattr(run, name, memory.cpu().clone())
+                memory.zero_()
+            return run
+        return None
+
+    def step(self) -> list[RunUpdate]:
+        """Evaluate the runs that are due, then make one optimisation step of all that go on."""
+        updates = {slot: RunUpdate(run.run_id) for slot, run in self._active()}
+        with self._attached():
+            self._evaluate([slot for slot, run in self._active() if run.needs_evaluation], updates)
+            self._train([slot for slot, _ in self._active()], updates)
+        for slot, update in updates.items():
+            run = self._at(slot)
+            update.step, update.total_steps = run.progress.step, run.plan.total_steps
+            update.trained_tokens = run.progress.trained_tokens
+            update.finish_reason = run.progress.finish_reason
+        return list(updates.values())
+
+    def _evaluate(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+        items = [(slot, example) for slot in slots for example in self._at(slot).data.valid]
+        with torch.no_grad():
+            losses, accuracies = self._pass(items)
+        for slot in slots:
+            run, update = self._at(slot), updates[slot]
+            if run.data.valid:
+                update.valid_loss, update.valid_accuracy = losses[slot], accuracies[slot]
+            run.record_evaluation(update.valid_loss)
+
+    def _train(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+        batches = {slot: self._at(slot).next_batch() for slot in slots}
+        losses, accuracies = self._pass(
+            [(slot, e) for slot, batch in batches.items() for e in batch], learn=True
+        )
+        core_grad = self._grad.transpose(0, 1)  # [K, M, r, r]
+        grad = self._P_out.mT @ core_grad @ self._P_in.mT
+        norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
+        users = []
+        for slot, batch in batches.items():
+            run, update = self._at(slot), updates[slot]
+            update.learning_rate = run.learning_rate
+            if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
+                update.warnings.append(run.record_nonfinite())
+                continue
+            update.train_loss, update.train_accuracy = losses[slot], accuracies[slot]
+            clip = clip_factor(norms[slot], run.plan.max_grad_norm)
+            run.record_step(losses[slot], sum(len(example.token_ids) for example in batch))
+            users.append(
+                UserStep(slot, update.learning_rate, run.progress.num_updates, clip, run.plan.weight_decay)
+            )
+        self._optimizer.step(grad, users)
+
+    def _pass(
+        self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
+    ) -> tuple[list[float], list[float]]:
+        """Mean loss and token accuracy per slot, both [K], over (slot, example) pairs.
+
+        With `learn` the gradient of each slot's loss with respect to its core is left in `_grad`.
+        """
+        K, device = len(self._runs), self.base.device
+        num_tokens = torch.zeros(K)
+        for slot, example in items:
+            num_tokens[slot] += example.num_loss_tokens
+        num_tokens = num_tokens.to(device).clamp_min(1)
+        sums = torch.zeros(2, K, dtype=torch.float64, device=device)
+        self._grad.zero_()
+        for batch in micro_batches(items, token_budget=self.token_budget):
+            batch = batch.to(device)
+            self._owners.rows = batch.rows
+            losses, is_correct = token_losses(self.base.model, batch)
+            if learn:
+                torch.autograd.backward((losses / num_tokens[batch.owners]).sum())
+            measured = torch.stack([losses.detach(), is_correct]).double()
+            sums.index_add_(1, batch.owners, measured)
+        mean_loss, accuracy = (sums / num_tokens).tolist()
+        return mean_loss, accuracy
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """The model with this basis and the current cores in its layers; afterwards the base model again."""
+        with torch.no_grad():
+            core = self._P_out @ self._optimizer.R @ self._P_in
+            self._core.copy_(core.transpose(0, 1))
+        for layer, delta in zip(self._layers, self._deltas, strict=True):
+            layer.delta = delta
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.delta = None
+
+    def _leaf(self, module: int) -> Tensor:
+        """R of one module for all users, [K, r, r]: a leaf whose gradient is a part of `_grad`."""
+        leaf = self._core[module].requires_grad_()
+        leaf.grad = self._grad[module]
+        return leaf
+
+    def _active(self) -> list[tuple[int, TrainRun]]:
+        return [(slot, run) for slot, run in enumerate(self._runs) if run is not None and not run.is_finished]
+
+    def _at(self, slot: int) -> TrainRun:
+        run = self._runs[slot]
+        assert run is not None
+        return run
