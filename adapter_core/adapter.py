@@ -160,7 +160,7 @@ class Adapter:
         R = _unpack(body[header.metadata_bytes :], header)
         if not bool(torch.isfinite(R).all()):
             raise CorruptRecord("adapter record holds a value that is not finite")
-        return cls(header.basis_id, R, json.loads(bytes(body[: header.metadata_bytes]) or b"{}"))
+        return cls(header.basis_id, R, _read_metadata(bytes(body[: header.metadata_bytes])))
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,18 @@ def payload_size(num_modules: int, rank: int, dtype: torch.dtype) -> int:
     return scales + num_modules * rank * rank * dtype.itemsize
 
 
+def _read_metadata(text: bytes) -> dict[str, Any]:
+    """A checksum can be forged along with what it covers, so the content is checked all the same."""
+    try:
+        metadata = json.loads(text or b"{}")
+        json.dumps(metadata, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise CorruptRecord(f"adapter record with unreadable metadata: {error}") from error
+    if not isinstance(metadata, dict):
+        raise CorruptRecord("adapter record whose metadata is no JSON object")
+    return metadata
+
+
 def _checksum(header: bytes | bytearray, body: bytes | memoryview) -> bytes:
     digest = xxhash.xxh3_128(bytes(header))
     digest.update(body)
@@ -233,7 +245,7 @@ def _pack(R: Tensor, dtype: torch.dtype) -> bytes:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _unpack(payload: memoryview, header: Header) -> Tensor:

@@ -206,7 +206,7 @@ def canonical_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 
 def raw_bytes(tensor: Tensor) -> bytes:
     """The tensor's memory, row-major, little-endian."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _positive_diagonal(Q: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,8 @@ class _DiskCache:
             return None
         except (OSError, CorruptRecord) as error:
             log.warning("dropping %s from the cache: %s", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
 
     def save(self, basis: Basis) -> None:

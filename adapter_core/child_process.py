@@ -1,47 +1,61 @@
-"""Start a process that does not outlive the one that started it."""
+"""Start a process that does not outlive the one that started it.
 
-from __future__ import annotations
+What has to happen between fork and exec (ask the kernel to end the child with its parent, take a lock that
+lives as long as the child) must not run in the forked copy of a threaded process, so this file is also a
+script, run in between; standard library only.
+
+    python -I -S child_process.py <pid of the parent> <lock file or ""> <program> <argument> ...
+"""
 
 import ctypes
+import fcntl
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 
 
 def start_child(
     command: Sequence[str],
     *,
-    environment: dict[str, str] | None = None,
-    stdout: int | IO[bytes] | None = None,
-    stderr: int | IO[bytes] | None = None,
+    environment: Mapping[str, str] | None = None,
+    output: int | IO[bytes] | None = None,
+    lock_file: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`; on Linux the kernel sends it SIGTERM when the calling *thread* ends, however it ends.
+    """Start `command`; on Linux it gets SIGTERM when the calling *thread* ends, however that ends.
 
-    Call it from a thread that lives as long as the child should (the main thread, or one that tends the
-    child). The child gets its own session, so that Ctrl-C reaches the parent alone, which then stops its
-    children in order.
+    So call it from a thread that lives as long as the child should. The child gets its own session: Ctrl-C
+    reaches the parent alone, which then stops its children in order. lock_file: locked (flock) before the
+    program begins and until it ends; waited for. command[0] is an absolute path.
     """
+    launcher = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(lock_file or "")]
     return subprocess.Popen(
-        list(command),
+        [*launcher, *command],
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
+        stdout=output,
+        stderr=output,
         start_new_session=True,
-        preexec_fn=_die_with_parent(),
     )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
+def main(parent: int, lock_file: str, command: list[str]) -> None:
+    """Replace this process by `command`; return instead if the parent is gone already."""
+    if sys.platform == "linux":  # elsewhere the child must look after its parent by itself
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    if os.getppid() != parent:
+        return
+    if lock_file:
+        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the one before this may still be writing its last bytes
+        os.set_inheritable(lock, True)
+    os.execv(command[0], command)
 
-    def arrange() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    return arrange
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

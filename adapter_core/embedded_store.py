@@ -19,7 +19,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from adapter_core.child_process import start_child
 from adapter_core.errors import StoreUnavailable
 from adapter_core.store_binary import find_binary
 
@@ -46,16 +46,17 @@ _STARTED_S = 5.0
 #: `start` gives up after this many starts in a row that ended at once: the data or the machine is at fault.
 _MAX_FAILED_STARTS = 3
 _STOP_TIMEOUT_S = 15.0
-_LAUNCHER = Path(__file__).with_name("store_process.py")
 
-#: Acknowledged writes survive a crash of every Tessera process; a crash of the server or the machine can lose
-#: the last second or two (everysec). Compression takes 23 s instead of 5 s for 2 GB and floats do not shrink.
+#: appendfsync always: an acknowledged write survives a kill -9 of the server and a power cut. Measured on a
+#: virtual disk, one writer of 28 KB records: SET 0.37 ms at p50 (everysec: 0.10), GET beside it 0.33 (0.12).
+#: everysec keeps writes back while a sync runs, and a kill then loses them. Compression takes 23 s instead of
+#: 5 s for 2 GB, and floats do not shrink.
 _SERVER_OPTIONS = (
     "--port", "0",
     "--unixsocketperm", "700",
     "--daemonize", "no",
     "--appendonly", "yes",
-    "--appendfsync", "everysec",
+    "--appendfsync", "always",
     "--save", "",
     "--rdbcompression", "no",
     "--maxmemory-policy", "noeviction",
@@ -170,24 +171,14 @@ class EmbeddedStore:
         binary = find_binary(self._binary)
         if self._server is None and _answers(self._socket):
             _shut_down(self._socket)  # its parent was killed on a system without PR_SET_PDEATHSIG
-        launcher = [
-            sys.executable,
-            "-I",
-            "-S",
-            str(_LAUNCHER),
-            str(os.getpid()),
-            str(self._folder / "server.lock"),
-        ]
         place = ["--dir", str(self._folder), "--unixsocket", str(self._socket)]
         with (self._folder / "server.log").open("ab") as output, self._server_guard:
             if self._stopping.is_set():
                 return 0
-            self._server = subprocess.Popen(
-                [*launcher, str(binary), *_SERVER_OPTIONS, *place],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us: we still write while shutting down
+            self._server = start_child(
+                [str(binary), *_SERVER_OPTIONS, *place],
+                output=output,
+                lock_file=self._folder / "server.lock",
             )
         return self._server.wait()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from adapter_core import keys
 from adapter_core.errors import CorruptRecord, NotFound, StoreUnavailable
-from adapter_core.redis_client import Client, Script, translate_errors
+from adapter_core.redis_client import Argument, Client, Script, translate_errors
 
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 #: Of content, per command: a reply of this size holds up the other clients for 2 to 7 ms.
@@ -25,8 +25,19 @@ CHUNK_BYTES = keys.MAX_MGET_BYTES
 #: An upload that takes longer than this between two pieces is gone.
 UPLOAD_TTL_S = 600
 
+# KEYS: content. ARGV: offset, piece, lifetime in s. Reply: 1, or 0 if what comes before the offset expired
+# (SETRANGE alone would put zeros there).
+_WRITE_PIECE = Script("""
+if redis.call('STRLEN', KEYS[1]) < tonumber(ARGV[1]) then
+  return 0
+end
+redis.call('SETRANGE', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+""")
+
 # KEYS: record, content, index. ARGV: file id, created_at, bytes, then the fields of the record.
-# Reply: 1, or 0 if the content is not complete: it expired before the upload ended.
+# Reply: 1, or 0 if the content has expired.
 _FINISH = Script("""
 local record, content, index = KEYS[1], KEYS[2], KEYS[3]
 if redis.call('STRLEN', content) ~= tonumber(ARGV[3]) then
@@ -95,18 +106,18 @@ class FileStore:
         )
         with translate_errors():
             await self._redis.sadd(keys.tenants(), tenant)
-            await self._upload(keys.file_content(tenant, record.file_id), content)
-        args = [record.file_id, record.created_at, record.bytes, *_to_fields(record)]
-        if not await _FINISH(self._redis, keys=_names(tenant, record.file_id), args=args):
+        if not await self._upload(record, content):
             raise StoreUnavailable(f"the upload of {filename!r} was interrupted for over {UPLOAD_TTL_S} s")
         return record
 
-    async def _upload(self, key: str, content: bytes) -> None:
+    async def _upload(self, record: FileRecord, content: bytes) -> bool:
+        names = _names(record.tenant, record.file_id)
         for start in range(0, len(content), CHUNK_BYTES):
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.setrange(key, start, content[start : start + CHUNK_BYTES])  # type: ignore[arg-type]
-            pipeline.expire(key, UPLOAD_TTL_S)
-            await pipeline.execute()
+            piece: list[Argument] = [start, content[start : start + CHUNK_BYTES], UPLOAD_TTL_S]
+            if not await _WRITE_PIECE(self._redis, keys=names[1:2], args=piece):
+                return False
+        args = [record.file_id, record.created_at, record.bytes, *_to_fields(record)]
+        return bool(await _FINISH(self._redis, keys=names, args=args))
 
     async def get(self, tenant: str, file_id: str) -> FileRecord:
         """Raises `NotFound`, `CorruptRecord`."""

@@ -41,8 +41,8 @@ def store_users(password: str) -> str:
 def make_secrets(directory: Path, *, tenant: str) -> list[Path]:
     """Create what is missing in `directory`; return the files written. Existing secrets stay as they are.
 
-    store_password and store_users belong together, as do api_key (for you, not mounted) and api_keys (lines
-    "<tenant> <sha256 of the key>"): a second file is made anew only if the first one is.
+    store_users follows from store_password. api_keys holds the SHA-256 of api_key, which is for you, mounted
+    nowhere, and may be moved elsewhere. hf_token is empty; a gated base model needs one of the Hugging Face hub.
     """
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(DIRECTORY_MODE)
@@ -56,15 +56,18 @@ def make_secrets(directory: Path, *, tenant: str) -> list[Path]:
         written.append(path)
 
     if not (directory / "store_password").exists():
-        password = secrets.token_urlsafe(32)
-        write("store_users", store_users(password))
-        write("store_password", password + "\n")
+        write("store_password", secrets.token_urlsafe(32) + "\n")
+    users = store_users((directory / "store_password").read_text().strip())
+    if not (directory / "store_users").exists() or (directory / "store_users").read_text() != users:
+        write("store_users", users)
     if not (directory / "api_keys").exists():
         key = "tsk-" + secrets.token_urlsafe(32)
         write("api_key", key + "\n", PRIVATE_MODE)
         write("api_keys", f"{tenant} {sha256(key)}\n")
     if not (directory / "grafana_admin_password").exists():
         write("grafana_admin_password", secrets.token_urlsafe(24) + "\n")
+    if not (directory / "hf_token").exists():
+        write("hf_token", "")
     return written
 
 

@@ -1,14 +1,16 @@
 """The errors that only the HTTP side knows; the tree of all others stands in `adapter_core/errors.py`.
 
 TesseraError
-  Unauthenticated    no API key, or one that is not known
-  BodyTooLarge       more bytes than the limit, counted as they come
-  BodyTimeout        the body did not arrive in time
+  Unauthenticated      no API key, or one that is not known
+  BodyTooLarge         more bytes than the limit, counted as they come
+  BodyTimeout          the body did not arrive in time
+  RequestFailed
+    DeadlineExceeded   the engine did not finish in the time that a request has
 """
 
 from __future__ import annotations
 
-from adapter_core.errors import TesseraError
+from adapter_core.errors import RequestFailed, TesseraError
 
 
 class Unauthenticated(TesseraError):
@@ -27,3 +29,9 @@ class BodyTimeout(TesseraError):
     """The request's body did not arrive in time."""
 
     code = "body_timeout"
+
+
+class DeadlineExceeded(RequestFailed):
+    """The engine did not finish in the time that a request has."""
+
+    code = "deadline_exceeded"

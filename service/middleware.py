@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 TENANT_PREFIX = "/v1"
 UPLOAD_PATH = "/v1/files"
 
+#: Of a body that is refused, so much is still read and thrown away: a client that is cut off while it sends
+#: never sees the answer.
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 #: Asked every few seconds by machines: not worth a line each.
@@ -125,7 +129,7 @@ class BodyLimit:
             messages = await self._read(Headers(scope=scope), receive, limit)
         except TesseraError as error:
             response = response_of(error)
-            response.headers["connection"] = "close"  # the rest of the body is not read
+            response.headers["connection"] = "close"  # what was not read until now is not read
             await response(scope, receive, send)
             return
 
@@ -137,22 +141,27 @@ class BodyLimit:
     async def _read(self, headers: Headers, receive: Receive, limit: int) -> deque[Message]:
         """The body's messages. Raises `BodyTooLarge`, `BodyTimeout`."""
         declared = headers.get("content-length", "")
-        if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit + MAX_DISCARDED_BYTES):
             raise _too_large(limit)
         messages: deque[Message] = deque()
         num_bytes = 0
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                while True:
+                has_more = True
+                while has_more and num_bytes <= limit + MAX_DISCARDED_BYTES:
                     message = await receive()
-                    messages.append(message)
                     num_bytes += len(message.get("body", b""))
-                    if num_bytes > limit:
-                        raise _too_large(limit)
-                    if message["type"] != "http.request" or not message.get("more_body", False):
-                        return messages
+                    if num_bytes <= limit:
+                        messages.append(message)
+                    else:
+                        messages.clear()
+                    has_more = message["type"] == "http.request" and message.get("more_body", False)
         except TimeoutError as error:
-            raise BodyTimeout(f"the body did not arrive within {self._limits.timeout_s:g} s") from error
+            if num_bytes <= limit:
+                raise BodyTimeout(f"the body did not arrive within {self._limits.timeout_s:g} s") from error
+        if num_bytes > limit:
+            raise _too_large(limit)
+        return messages
 
 
 def _too_large(limit: int) -> BodyTooLarge:

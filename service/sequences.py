@@ -11,8 +11,16 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from adapter_core.errors import NotFound, RequestFailed, TesseraError
+from adapter_core.errors import (
+    Conflict,
+    CorruptRecord,
+    InvalidTrainingData,
+    NotFound,
+    RequestFailed,
+    TesseraError,
+)
 from service.engine.messages import GenerationRequest, TokenLogprobs, TokenOutput
+from service.errors import DeadlineExceeded
 from service.metrics import Metrics
 from service.text import TextStream
 from service.token_engine import TokenEngine
@@ -239,12 +247,20 @@ def error_of(output: TokenOutput) -> TesseraError:
     if output.error is None:
         return RequestFailed("the request was cancelled", code="cancelled")
     code, message = output.error
-    fallback = NotFound if code.endswith("_not_found") else RequestFailed
-    return _BY_CODE.get(code, fallback)(message, code=code)
+    cls = _BY_CODE.get(code, NotFound if code.endswith("_not_found") else RequestFailed)
+    is_adapters = issubclass(cls, NotFound | Conflict | CorruptRecord)
+    return cls(message, code=code, param="model" if is_adapters else None)
 
 
 def _error_classes(root: type[TesseraError]) -> list[type[TesseraError]]:
     return [root, *(found for child in root.__subclasses__() for found in _error_classes(child))]
 
 
-_BY_CODE = {cls.code: cls for cls in _error_classes(TesseraError) if cls.__name__ != "InvalidTrainingData"}
+#: A class without a code of its own shares its parent's, and the parent comes first. `InvalidTrainingData` is
+#: never the engine's, and is made of a list of problems.
+_BY_CODE: dict[str, type[TesseraError]] = {
+    cls.code: cls
+    for cls in reversed(_error_classes(TesseraError))
+    if not issubclass(cls, InvalidTrainingData)
+}
+_BY_CODE[DeadlineExceeded.code] = DeadlineExceeded

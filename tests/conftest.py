@@ -13,7 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in [name for name in os.environ if name.startswith("TESSERA_")]:
     del os.environ[_name]  # a developer's settings must not change what is tested
 
+import contextlib
 import re
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import RedisError
 
 from adapter_core.redis_client import connect
 from tests.servers import run_server
@@ -49,9 +53,9 @@ OWN_KEY = re.compile(rb"tessera:\{[^{}]+\}")
 def redis_url() -> Iterator[str]:
     """The URL of a real server, one per test process (xdist worker), without persistence."""
     with tempfile.TemporaryDirectory(prefix="tessera-test-") as folder:
-        socket = Path(folder) / "redis.sock"
-        with run_server(Path(folder), "--port", "0", "--unixsocket", str(socket)):
-            yield f"unix://{socket}"
+        path = Path(folder) / "redis.sock"
+        with run_server(Path(folder), "--port", "0", "--unixsocket", str(path)):
+            yield f"unix://{path}"
 
 
 @pytest_asyncio.fixture
@@ -65,6 +69,44 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.flushall()
     await client.aclose()
     assert not foreign, f"keys that keys.py does not name: {foreign}"
+
+
+@pytest.fixture(scope="session")
+def cluster_port() -> Iterator[int]:
+    """The port of a cluster of one node: it owns all slots, yet refuses keys of two slots in one command."""
+    with tempfile.TemporaryDirectory(prefix="tessera-test-") as folder:
+        port, bus_port = free_ports(2)
+        options = ["--bind", "127.0.0.1", "--port", str(port), "--cluster-port", str(bus_port)]
+        with run_server(Path(folder), *options, "--cluster-enabled", "yes"):
+            yield port
+
+
+@pytest_asyncio.fixture
+async def cluster(cluster_port: int) -> AsyncIterator[RedisCluster]:
+    """A client of an empty cluster."""
+    async with connect(f"redis://127.0.0.1:{cluster_port}") as node:
+        await wait_until(lambda: owns_all_slots(node))
+        await node.flushall()
+    async with RedisCluster(host="127.0.0.1", port=cluster_port) as client:
+        yield client
+
+
+async def owns_all_slots(node: Redis) -> bool:
+    try:
+        if (await node.cluster("INFO"))["cluster_state"] == "ok":
+            return True
+        await node.cluster("ADDSLOTSRANGE", 0, 16383)
+    except RedisError:  # not up yet, or the slots are taken already and the state is about to be ok
+        pass
+    return False
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="session")

@@ -48,9 +48,9 @@ async def check_queue(redis: Redis) -> None:
 
     cost = 0
     prefix = keys.job_record("")
-    async for key in redis.scan_iter(match=f"{prefix}*", count=1000):
-        job_id = key.removeprefix(prefix.encode())
-        record = await redis.hgetall(key)
+    found = [key async for key in redis.scan_iter(match=f"{prefix}*", count=1000)]
+    job_ids = [key.decode().removeprefix(prefix) for key in found]
+    for job_id, record, ttl in await _records(redis, job_ids):
         tenant, status = record[b"tenant"].decode(), record[b"status"]
         places = {
             "waiting": job_id in waiting,
@@ -64,14 +64,21 @@ async def check_queue(redis: Redis) -> None:
         assert held[0] in PLACES.get(status, ["finished"]), (job_id, record)
         assert (job_id in backlog.get(tenant, set())) == (job_id in waiting)
         assert (job_id in running.get(tenant, set())) == (job_id in leased)
-        assert (await redis.ttl(key) > 0) == (status in FINAL)
+        assert (ttl > 0) == (status in FINAL)
         assert (b"worker" in record) == (status == b"running")
-        assert await redis.zscore(keys.job_index(tenant), job_id) is not None
         cost += int(record[b"cost"]) if status == b"queued" else 0
     assert cost == int(await redis.get(keys.QUEUE_COST) or 0)
     assert ring <= set(backlog), "a tenant without claimable jobs stands in the ring"
     for tenant in set(backlog) - ring:
         assert running.get(tenant), f"nothing will ever put {tenant} back into the ring"
+
+
+async def _records(redis: Redis, job_ids: list[str]) -> list[tuple[bytes, dict[bytes, bytes], int]]:
+    async with redis.pipeline() as pipeline:
+        for job_id in job_ids:
+            pipeline.hgetall(keys.job_record(job_id)).ttl(keys.job_record(job_id))
+        replies = await pipeline.execute()
+    return [(job_id.encode(), *replies[2 * i : 2 * i + 2]) for i, job_id in enumerate(job_ids)]
 
 
 async def _members_by_tenant(redis: Redis, prefix: str) -> dict[str, set[bytes]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ from trainer_worker.data import micro_batches
 from trainer_worker.loss import token_losses
 from trainer_worker.run import RunUpdate, TrainRun
 from trainer_worker.trainable_linear import Delta, RowOwners, trainable_modules
+
+
+@dataclass
+class TokenCounts:
+    """Tokens that went through the model."""
+
+    train: int = 0
+    eval: int = 0
+    pad: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.train + other.train, self.eval + other.eval, self.pad + other.pad)
+
+    def __sub__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.train - other.train, self.eval - other.eval, self.pad - other.pad)
 
 
 class Trainer:
@@ -41,6 +57,7 @@ class Trainer:
         device, layer_dtype = base.device, self._layers[0].weight.dtype
         dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         M, r = basis.num_modules, basis.rank
+        self.tokens = TokenCounts()
         self._runs: list[TrainRun | None] = [None] * max_runs
         self._optimizer = BatchedAdamW((max_runs, M, r, r), dtype=dtype, device=device)
         self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
@@ -149,6 +166,8 @@ class Trainer:
         for batch in micro_batches(items, token_budget=self.token_budget):
             batch = batch.to(device)
             self._owners.rows = batch.rows
+            trained = batch.num_tokens if learn else 0
+            self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
             losses, is_correct = token_losses(self.base.model, batch)
             if learn:
                 torch.autograd.backward((losses / num_tokens[batch.owners]).sum())

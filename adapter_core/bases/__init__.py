@@ -6,14 +6,65 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from adapter_core.base_model import LLAMA_LINEARS, BaseModel
-from adapter_core.bases import lora_xs
+from adapter_core.bases import (
+    corda,
+    eva,
+    gradient_svd,
+    lolora,
+    lora_da,
+    lora_ga,
+    lora_one,
+    lora_sb,
+    lora_xs,
+    loram,
+    milora,
+    olora,
+    pissa,
+    random_factors,
+)
+from adapter_core.bases.build import BuildRequest, BuiltBasis, build
+from adapter_core.bases.calibration import CalibrationSet
+from adapter_core.bases.method import Method, Option
+from adapter_core.bases.rebasing import rebase
 from adapter_core.basis import Basis
 from adapter_core.errors import InvalidInput
 
-#: (base, *, rank, target_modules, dtype, progress, **the method's own options) -> Basis
-BuildBasis = Callable[..., Basis]
+__all__ = [
+    "METHODS",
+    "BuiltBasis",
+    "CalibrationSet",
+    "Method",
+    "Option",
+    "build_basis",
+    "build_basis_and_step",
+    "find_method",
+    "rebase",
+]
 
-METHODS: dict[str, BuildBasis] = {"lora_xs": lora_xs.build}
+_FILES = (
+    lora_xs,
+    lora_sb,
+    lora_da,
+    loram,
+    lolora,
+    pissa,
+    milora,
+    olora,
+    lora_ga,
+    lora_one,
+    corda,
+    eva,
+    gradient_svd,
+    random_factors,
+)
+METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name. Raises `InvalidInput` naming the known ones."""
+    if name not in METHODS:
+        raise InvalidInput(f"unknown method {name!r}; known: {', '.join(METHODS)}", param="method")
+    return METHODS[name]
 
 
 def build_basis(
@@ -22,16 +73,36 @@ def build_basis(
     method: str = "lora_xs",
     rank: int = 16,
     target_modules: Sequence[str] = LLAMA_LINEARS,
+    calibration: CalibrationSet | None = None,
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Basis:
     """Build a basis by one of `METHODS`. progress(done, total) is called after each module.
 
-    Raises `InvalidInput` (unknown method, rank out of range) or `UnsupportedModel` (no target module).
+    The base model is left as it was; the caller must have it for itself meanwhile. Raises `InvalidInput`
+    (unknown method or option, rank out of range, no or too little calibration data, values that are not
+    finite) or `UnsupportedModel` (no target module, or one with a quantised or tied weight).
     """
-    if method not in METHODS:
-        raise InvalidInput(f"unknown method {method!r}; known: {', '.join(METHODS)}", param="method")
-    return METHODS[method](
-        base, rank=rank, target_modules=target_modules, dtype=dtype, progress=progress, **options
-    )
+    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
+    return build(base, find_method(method), request).basis
+
+
+def build_basis_and_step(
+    base: BaseModel,
+    *,
+    method: str,
+    rank: int = 16,
+    target_modules: Sequence[str] = LLAMA_LINEARS,
+    calibration: CalibrationSet | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> BuiltBasis:
+    """As `build_basis`, with the method's own first step, which `starts.make_start` takes instead of the
+    data.
+
+    So LoRA-SB, LoRA-DA and LoRA-One, whose start comes from the same gradients as the basis, need one pass.
+    """
+    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
+    return build(base, find_method(method), request)

@@ -1,4 +1,5 @@
-"""The one way from a method to a basis: check everything, pass over the data group by group, factorise, record.
+"""The one way from a method to a basis: check everything, pass over the data group by group, factorise,
+record.
 
 Knows no single method. All that can be refused is refused before the first pass over the data; a basis is
 returned whole or not at all.
@@ -20,29 +21,23 @@ from adapter_core.bases.collected import Counts, Needs, Statistics
 from adapter_core.bases.decomposition import Decomposition, module_seed
 from adapter_core.bases.gradients import collect
 from adapter_core.bases.losses import check_fits
-from adapter_core.bases.method import Method, ModuleData, ModuleFactors, Option, fill_options
+from adapter_core.bases.method import Method, ModuleData, ModuleFactors, Options, fill_options
 from adapter_core.bases.targets import Target, find_targets, layer_groups
 from adapter_core.basis import DTYPES, Basis, ModuleShape
 from adapter_core.errors import InvalidInput
 
-Progress = Callable[[int, int], None]
 
-#: Statistics of one pass over the data. One layer of an 8B model needs 0.9 GB for its gradients and 1.9 GB with
-#: LoRA-DA's factors; at least one layer is always taken, so this bounds memory for small models and time for large.
-STATISTICS_BYTES = 2**30
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build by some method. options: as given, not checked yet. progress(done, total) counts
+    modules."""
 
-#: Of every method: how singular vectors are found, and the scale s of s B' R' A', which under Adam multiplies the
-#: learning rate (LoRAM proposition 1) and never reaches serving.
-COMMON_OPTIONS = {
-    "svd": Option("auto", "how singular vectors are found", choices=("auto", "exact", "randomised")),
-    "scale": Option(1.0, "s in s B' R' A', as alpha / r of the papers: multiplies the learning rate", minimum=1e-12),
-    "seed": Option(0, "of everything random in it"),
-}
-#: Of methods that read calibration data.
-DATA_OPTIONS = {
-    "num_examples": Option(0, "at most so many of the calibration examples, at random; 0 is all", minimum=0),
-    "statistics_bytes": Option(STATISTICS_BYTES, "memory for statistics in one pass over the data", minimum=1),
-}
+    rank: int
+    target_modules: Sequence[str]
+    calibration: CalibrationSet | None
+    dtype: str
+    progress: Callable[[int, int], None] | None
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,49 +51,37 @@ class BuiltBasis:
     step: Tensor | None
 
 
-def build(
-    base: BaseModel,
-    method: Method,
-    *,
-    rank: int,
-    target_modules: Sequence[str],
-    calibration: CalibrationSet | None,
-    dtype: str,
-    progress: Progress | None,
-    given: Mapping[str, Any],
-) -> BuiltBasis:
+def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
     """Build a basis by `method`. Raises `InvalidInput`, `UnsupportedModel`."""
-    if dtype not in DTYPES:
-        raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
-    options = fill_options(method.name, method.options, given)
-    targets = find_targets(base.model, target_modules, rank)
-    method.check(rank, options)
-    needs = method.needs(rank, options)
-    chosen = choose_calibration(base, method.name, needs, calibration, options, method.select)
+    if request.dtype not in DTYPES:
+        raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {request.dtype}", param="dtype")
+    options = fill_options(method.name, method.options, request.options)
+    targets = find_targets(base.model, request.target_modules, request.rank)
+    method.check(request.rank, options)
+    needs = method.needs(request.rank, options)
+    usable = usable_calibration(base, method.name, needs, request.calibration)
+    chosen = None if usable is None else method.select(usable, options)
+    check_size(chosen, request.rank)
     found: dict[ModuleShape, ModuleFactors] = {}
-    for target, statistics in _passes(base, targets, needs, chosen, calibration, options):
-        found[target.shape] = _factorise(method, target, statistics, rank, options)
-        if progress is not None:
-            progress(len(found), len(targets))
-    recipe = _recipe(method, rank, target_modules, options, chosen, calibration, found)
+    for target, statistics in passes(base, targets, needs, chosen, population=usable, options=options):
+        found[target.shape] = _factorise(method, target, statistics, request.rank, options)
+        if request.progress is not None:
+            request.progress(len(found), len(targets))
+    recipe = _recipe(method, request, options, chosen, found)
     factors = {shape: (f.A, f.B * options["scale"]) for shape, f in found.items()}
     basis = method.assemble(
-        model_id=base.model_id, method=method.name, factors=factors, recipe=recipe, dtype=dtype
+        model_id=base.model_id, method=method.name, factors=factors, recipe=recipe, dtype=request.dtype
     )
-    return BuiltBasis(basis, _stack_steps(found.values(), options["scale"]))
+    steps = [f.step / options["scale"] for f in found.values() if f.step is not None]
+    return BuiltBasis(basis, torch.stack(steps).float() if steps else None)
 
 
-def choose_calibration(
-    base: BaseModel,
-    owner: str,
-    needs: Needs,
-    calibration: CalibrationSet | None,
-    options: Mapping[str, Any],
-    select: Callable[[CalibrationSet, Mapping[str, Any]], CalibrationSet] | None = None,
+def usable_calibration(
+    base: BaseModel, owner: str, needs: Needs, calibration: CalibrationSet | None
 ) -> CalibrationSet | None:
-    """The part of the data to pass over; None for a method that needs none.
+    """The examples that `owner` can use; None if it needs none.
 
-    Raises `InvalidInput` if there is none although `owner` needs it, or if the model cannot read it.
+    Raises `InvalidInput` if there is no set although `owner` needs one, or the model cannot read it.
     """
     if not needs.any:
         return None
@@ -107,40 +90,47 @@ def choose_calibration(
         raise InvalidInput(f"{owner} needs a calibration set of {kind}", param="calibration")
     usable = calibration.labelled() if needs.labels or needs.input_tokens == "label" else calibration
     check_fits(base, usable)
-    if select is not None:
-        return select(usable, options)
-    return usable.take(options["num_examples"] or len(usable), seed=options["seed"])
+    return usable
 
 
-def group_targets(targets: Sequence[Target], needs: Needs, limit_bytes: int) -> list[list[Target]]:
-    """The targets in whole layers whose statistics fit the limit together (one layer always does)."""
-    sizes = [needs.bytes_for(target) for target in targets]
-    return [[targets[i] for i in group] for group in layer_groups(targets, sizes, limit_bytes)]
+def check_size(chosen: CalibrationSet | None, rank: int) -> None:
+    """Raises `InvalidInput` for fewer tokens than directions: no statistic of them has the rank."""
+    if chosen is not None and chosen.num_tokens <= rank:
+        raise InvalidInput(
+            f"the calibration set holds {chosen.num_tokens} tokens, too few for rank {rank}",
+            param="calibration",
+            code="calibration_too_small",
+        )
 
 
-def _passes(
+def passes(
     base: BaseModel,
     targets: Sequence[Target],
     needs: Needs,
     chosen: CalibrationSet | None,
+    *,
     population: CalibrationSet | None,
-    options: Mapping[str, Any],
+    options: Options,
 ) -> Iterator[tuple[Target, Statistics]]:
-    """Each target with its statistics; those of a group are dropped before the next group's pass."""
+    """Each target with its statistics, one pass over `chosen` per group of layers that fits the memory limit.
+
+    A group's statistics are dropped, module by module, before the next pass.
+    """
     if chosen is None:
         for target in targets:
             yield target, Statistics(Counts())
         return
-    for group in group_targets(targets, needs, options["statistics_bytes"]):
-        statistics = collect(base, group, chosen, needs, population=population)
-        for index, target in enumerate(group):
-            yield target, statistics[index]
-            statistics[index] = Statistics(Counts())  # its memory goes when the caller is done with it
+    sizes = [needs.bytes_for(target) for target in targets]
+    for group in layer_groups(targets, sizes, options["statistics_bytes"]):
+        members = [targets[index] for index in group]
+        statistics = collect(base, members, chosen, needs, population=population)
+        for target in members:
+            yield target, statistics.pop(0)
 
 
 @torch.no_grad()
 def _factorise(
-    method: Method, target: Target, statistics: Statistics, rank: int, options: Mapping[str, Any]
+    method: Method, target: Target, statistics: Statistics, rank: int, options: Options
 ) -> ModuleFactors:
     data = ModuleData(
         shape=target.shape,
@@ -155,18 +145,11 @@ def _factorise(
     return ModuleFactors(factors.A.cpu(), factors.B.cpu(), step, factors.notes)
 
 
-def _stack_steps(factors: Iterator[ModuleFactors] | Any, scale: float) -> Tensor | None:
-    steps = [f.step / scale for f in factors if f.step is not None]
-    return torch.stack(steps).float() if steps else None
-
-
 def _recipe(
     method: Method,
-    rank: int,
-    target_modules: Sequence[str],
-    options: Mapping[str, Any],
+    request: BuildRequest,
+    options: Options,
     chosen: CalibrationSet | None,
-    calibration: CalibrationSet | None,
     found: Mapping[ModuleShape, ModuleFactors],
 ) -> dict[str, Any]:
     """How the basis was built. notes: per name one number a module, in the manifest's order."""
@@ -174,8 +157,8 @@ def _recipe(
     notes = {name: [factors.notes[name] for factors in found.values()] for name in names}
     recipe: dict[str, Any] = {
         "method": method.name,
-        "rank": rank,
-        "target_modules": list(target_modules),
+        "rank": request.rank,
+        "target_modules": list(request.target_modules),
         "options": dict(options),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -183,12 +166,12 @@ def _recipe(
     }
     if "relative_gap" in notes:
         recipe["min_relative_gap"] = min(notes["relative_gap"])
-    if chosen is not None and calibration is not None:
+    if chosen is not None and request.calibration is not None:
         recipe["calibration"] = {
-            "digest": calibration.digest,
+            "digest": request.calibration.digest,
             "num_examples": len(chosen),
             "num_tokens": chosen.num_tokens,
             "num_label_tokens": chosen.num_label_tokens,
-            "drawn_from_examples": len(calibration),
+            "drawn_from_examples": len(request.calibration),
         }
     return recipe

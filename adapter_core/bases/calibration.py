@@ -20,8 +20,8 @@ from adapter_core.errors import InvalidInput
 if TYPE_CHECKING:
     from adapter_core.chat_format import EncodedExample
 
-#: Tokens with padding in one pass. Enough to fill the matrix units of an 8B model; at 4096 wide the inputs that
-#: are kept until their gradient comes are then 33 MB a module.
+#: Tokens with padding in one pass. Enough to fill the matrix units of an 8B model; at 4096 wide the inputs
+#: that are kept until their gradient comes are then 33 MB a module.
 MAX_BATCH_TOKENS = 2048
 #: An example shorter than this part of its batch's longest goes into the next batch.
 MIN_FILL = 0.5
@@ -29,7 +29,8 @@ MIN_FILL = 0.5
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Examples as (token ids [T], loss mask [T]) pairs. The mask's first entry is ignored: nothing predicts it.
+    """Examples as (token ids [T], loss mask [T]) pairs. The mask's first entry is ignored: nothing predicts
+    it.
 
     Raises `InvalidInput` if there is no example, or one whose mask does not fit its tokens or that has none.
     """
@@ -85,7 +86,11 @@ class CalibrationSet:
                 break
             chosen.append(index)
             label_tokens += sum(self.examples[index][1][1:])
-        return self if len(chosen) == len(self) else CalibrationSet(tuple(self.examples[i] for i in sorted(chosen)))
+        return (
+            self
+            if len(chosen) == len(self)
+            else CalibrationSet(tuple(self.examples[i] for i in sorted(chosen)))
+        )
 
     def labelled(self) -> CalibrationSet:
         """The examples that have a token to learn. Raises `InvalidInput` if none has."""
@@ -147,6 +152,4 @@ class CalibrationBatch:
         return self.labels.sum(1).float()
 
     def to(self, device: torch.device) -> CalibrationBatch:
-        return CalibrationBatch(
-            self.token_ids.to(device), self.labels.to(device), self.lengths, self.indices
-        )
+        return CalibrationBatch(self.token_ids.to(device), self.labels.to(device), self.lengths, self.indices)

@@ -18,9 +18,10 @@ Tokens = Literal["all", "label"]
 class Needs:
     """What a method wants to know of its modules.
 
-    inputs: makes the rule for a module from its name and d_in. input_tokens: which tokens it sees. outputs: the
-    second moment of the output gradients; output_units: of the log-likelihood per token to learn, or (as some
-    authors' code) of the mean loss over all tokens. A method that needs nothing runs without a calibration pass.
+    inputs: makes the rule for a module from its name and d_in. input_tokens: which tokens it sees. outputs:
+    the second moment of the output gradients; output_units: of the log-likelihood per token to learn, or
+    (as some authors' code) of the mean loss over all tokens. A method that needs nothing runs without a
+    calibration pass.
     """
 
     gradient: bool = False

@@ -1,12 +1,15 @@
-"""One calibration pass over a group of layers: weight gradients and activations, in memory that does not grow.
+"""One calibration pass over a group of layers: weight gradients and activations, in memory that does not
+grow.
 
 For each target module of the group, and for nothing else,
 
-    g = Σ_examples δᵀ x,    δ = ∂L / ∂y [T, d_out],   x [T, d_in],   L the example's mean loss per token to learn
+    g = Σ_examples δᵀ x,    δ = ∂L / ∂y [T, d_out],   x [T, d_in],   L the example's mean loss per token to
+    learn
 
-is summed in float32 as the gradients arrive (LoRA-SB, arXiv 2411.19557, algorithm 1, collects `p.grad` of *all*
-parameters, in the model's dtype; the sum over examples of mean losses is theirs). The autograd graph begins at
-the group's first module: layers below it keep no activations, layers above it only what a frozen layer needs.
+is summed in float32 as the gradients arrive (LoRA-SB, arXiv 2411.19557, algorithm 1, collects `p.grad` of
+*all* parameters, in the model's dtype; the sum over examples of mean losses is theirs). The autograd graph
+begins at the group's first module: layers below it keep no activations, layers above it only what a frozen
+layer needs.
 
 The model is left as it was: weights are never written, no parameter gets a gradient, hooks go with the pass,
 also when it fails. The caller must have the model for itself meanwhile.
@@ -114,7 +117,8 @@ def _hooked(taps: Sequence[_Tap], shared: _SharedInputs) -> Iterator[None]:
 
 
 class _SharedInputs:
-    """Tells which modules read the very same tensor: those are called one after another, and one rule serves all.
+    """Tells which modules read the very same tensor: those are called one after another, and one rule
+    serves all.
 
     The last input is kept until the next one comes, so that its address cannot be used again meanwhile.
     """
@@ -141,7 +145,7 @@ class _SharedInputs:
         leader = self._last_leader if is_same else name
         if self._leaders.setdefault(name, leader) != leader:
             raise UnsupportedModel(
-                f"target module {name} reads the input of {self._leaders[name]} in one batch and not in another",
+                f"target module {name} reads the input of {self._leaders[name]} in one batch only",
                 param="target_modules",
             )
         self._last, self._last_version, self._last_leader = x, x._version, leader
@@ -192,7 +196,7 @@ class _Tap:
             return None
         if not output.requires_grad:  # the first of the group: the graph begins here
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(partial(self._on_gradient, x))
+        output.register_hook(partial(self._on_gradient, x))  # type: ignore[no-untyped-call]
         return output
 
     def _show(self, shared: _SharedInputs, x: Tensor) -> None:
@@ -227,14 +231,19 @@ class _Tap:
             )
 
     def finish(self) -> Statistics:
-        """What was collected. Raises `InvalidInput` if the module was never run or its gradient is unusable."""
+        """What was collected. Raises `InvalidInput` if the module was never run or its gradient is
+        unusable."""
         name, statistics = self.target.name, self._statistics
         if not self._num_calls:
-            raise InvalidInput(f"target module {name} took no part in the forward pass", param="target_modules")
+            raise InvalidInput(
+                f"target module {name} took no part in the forward pass", param="target_modules"
+            )
         if self._outputs is not None:
             counts = statistics.counts
             is_per_token = self._needs.output_units == "token"
-            statistics.outputs = self._outputs.mean(counts.num_label_tokens if is_per_token else counts.num_tokens)
+            statistics.outputs = self._outputs.mean(
+                counts.num_label_tokens if is_per_token else counts.num_tokens
+            )
             _check_finite(statistics.outputs, f"the output gradient of {name}")
         if statistics.gradient is not None:
             _check_finite(statistics.gradient, f"the gradient of {name}")

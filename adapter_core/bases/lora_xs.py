@@ -1,89 +1,87 @@
 """LoRA-XS (arXiv 2405.17604): the basis is the truncated SVD of each frozen weight. Needs no data.
 
-    W = U Σ Vᵀ,   A = Σ_r V_rᵀ,   B = U_r      (paper section 3; Σ on the input side, as the authors' code)
+    W = U Σ Vᵀ,   A' = Σ_r V_rᵀ,   B' = U_r      (section 3)
 
-In canonical form A = V_rᵀ and B = U_r, and Σ_r becomes the training preconditioner P_in.
+In canonical form A = V_rᵀ and B = U_r, and Σ_r becomes the training preconditioner P_in. Σ stands on the
+*input* side: the paper writes W for the transposed weight (h = x W + x A R B with A = U_r Σ_r), and the
+authors' code takes `TruncatedSVD.transform(W.T)` = V_r Σ_r for lora_A.
+
+The ablations are options: bottom and middle vectors (appendix G), without Σ (appendix H), random factors
+and the SVD of a random matrix (table 4, appendix F). Two notes on what the paper leaves open:
+
+* appendix G's bottom vectors carry Σ_bottom, which also shrinks the step of Adam: part of "top beats
+bottom" is a
+  learning rate (measured: still improving at the largest rate). `with_sigma=False` separates the two.
+* the authors' random factors call `kaiming_uniform_(a=√5)` on tensors [n, r] and [r, m], whose fan-in to
+torch is
+  r and m: A' is U(-1/√r, 1/√r), B' is U(-1/√m, 1/√m). `vectors="random"` has these scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from adapter_core.base_model import BaseModel, iter_target_modules
-from adapter_core.basis import Basis, ModuleShape, canonical_signs, make_basis
-from adapter_core.errors import InvalidInput
-
-#: Up to this smaller side the SVD is exact; above it randomised, with 4 r vectors and 4 iterations. Measured
-#: on 768 x 768: excess over Eckart-Young 1e-6, chordal error of the subspace 0.02 of at most 5.66.
-MAX_EXACT_SIDE = 4096
-SEED = 20240527
+from adapter_core.bases.decomposition import Decomposition, check_numerical_rank, relative_gap
+from adapter_core.bases.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
 
 
-def build(
-    base: BaseModel,
-    *,
-    rank: int,
-    target_modules: Sequence[str],
-    dtype: str = "float32",
-    progress: Callable[[int, int], None] | None = None,
-    with_sigma: bool = True,
-) -> Basis:
-    """The LoRA-XS basis of `base`. with_sigma=False trains in the orthonormal basis itself (paper app. H).
+def factorise(data: ModuleData, options: Options) -> ModuleFactors:
+    """A' [r, d_in], B' [d_out, r] of one weight [d_out, d_in]."""
+    if options["vectors"] == "random":
+        return repo_random(data)
+    weight = random_weight(data) if options["vectors"] == "svd_of_random" else data.weight
+    U, S, Vh, gap = singular_triplets(weight, data, which=options["vectors"])
+    A = Vh * S[:, None] if options["with_sigma"] else Vh
+    return ModuleFactors(A, U, notes={"relative_gap": gap})
 
-    Raises `InvalidInput` if the rank is below 1 or above the smaller side of a target module (named).
+
+def singular_triplets(X: Tensor, data: ModuleData, *, which: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """U [d_out, r], S [r], Vh [r, d_in] of X at the top, middle or bottom, and the relative gap below them.
+
+    Raises `InvalidInput` if X is rank-deficient there: the vectors of a null space are arbitrary.
     """
-    modules = list(iter_target_modules(base.model, target_modules))
-    shapes = [ModuleShape(name, linear.in_features, linear.out_features) for name, linear in modules]
-    for shape in shapes:
-        check_rank(rank, shape)
-    factors: dict[ModuleShape, tuple[Tensor, Tensor]] = {}
-    gaps: list[float] = []
-    for done, (shape, (_, linear)) in enumerate(zip(shapes, modules, strict=True), start=1):
-        U, S, Vh = truncated_svd(linear.weight, rank)
-        gaps.append(float((S[rank - 1] - S[rank]) / S[rank - 1]) if len(S) > rank else 1.0)
-        A = Vh[:rank] * S[:rank, None] if with_sigma else Vh[:rank]
-        factors[shape] = (A, U[:, :rank])
-        if progress is not None:
-            progress(done, len(modules))
-    recipe: dict[str, Any] = {
-        "method": "lora_xs",
-        "rank": rank,
-        "target_modules": list(target_modules),
-        "with_sigma": with_sigma,
-        "seed": SEED,
-        "torch": torch.__version__,
-        "min_relative_gap": min(gaps),
-    }
-    return make_basis(model_id=base.model_id, method="lora_xs", factors=factors, recipe=recipe, dtype=dtype)
+    rank = data.rank
+    is_top = which not in ("middle", "bottom")
+    decomposition = data.decomposition if is_top else Decomposition("exact")
+    U, S, Vh = decomposition.svd(X, rank, seed=data.seed)
+    first = 0 if is_top else len(S) - rank if which == "bottom" else (len(S) - rank) // 2
+    check_numerical_rank(S, first + rank, f"the weight of {data.shape.name}")
+    part = slice(first, first + rank)
+    return U[:, part], S[part], Vh[part], relative_gap(S, first + rank)
 
 
-def check_rank(rank: int, module: ModuleShape) -> None:
-    """Raises `InvalidInput` naming the module whose smaller side the rank exceeds."""
-    side = min(module.d_in, module.d_out)
-    if not 1 <= rank <= side:
-        raise InvalidInput(
-            f"rank must be between 1 and {side}, the smaller side of {module.name}; got {rank}", param="rank"
-        )
+def repo_random(data: ModuleData) -> ModuleFactors:
+    """Uniform factors at the authors' scales: entries of A' within 1/√r, of B' within 1/√d_out."""
+    generator = data.generator()
+    r, d_in, d_out = data.rank, data.shape.d_in, data.shape.d_out
+    A = (2 * torch.rand(r, d_in, generator=generator, dtype=torch.float64) - 1) / r**0.5
+    B = (2 * torch.rand(d_out, r, generator=generator, dtype=torch.float64) - 1) / d_out**0.5
+    return ModuleFactors(A, B)
 
 
-def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [d_out, k], S [k], Vh [k, d_in] with k > rank where the matrix has more, in canonical signs.
+def random_weight(data: ModuleData) -> Tensor:
+    """[d_out, d_in] with the entries of an untrained linear layer: U(-1/√d_in, 1/√d_in)."""
+    d_out, d_in = data.shape.d_out, data.shape.d_in
+    uniform = 2 * torch.rand(d_out, d_in, generator=data.generator(), dtype=torch.float64) - 1
+    weight: Tensor = (uniform / d_in**0.5).to(data.weight.device)
+    return weight
 
-    Exact in float64 for small matrices; else randomised with a fixed seed that leaves the caller's generator
-    untouched.
-    """
-    W = W.detach()
-    if min(W.shape) <= MAX_EXACT_SIDE:
-        precision = torch.float64 if min(W.shape) <= 2048 else torch.float32
-        U, S, Vh = torch.linalg.svd(W.to(precision), full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-            torch.manual_seed(SEED)
-            U, S, V = torch.svd_lowrank(W.float(), q=min(max(4 * rank, rank + 16), min(W.shape)), niter=4)
-        Vh = V.T
-    U, Vh = canonical_signs(U, Vh)
-    return U, S, Vh
+
+METHOD = Method(
+    name="lora_xs",
+    description="the SVD of each weight: no data, one basis for everybody",
+    paper="LoRA-XS, arXiv 2405.17604, section 3",
+    factorise=factorise,
+    options={
+        **COMMON_OPTIONS,
+        "vectors": Option(
+            "top",
+            "which singular vectors, or random factors",
+            choices=("top", "middle", "bottom", "random", "svd_of_random"),
+        ),
+        "with_sigma": Option(
+            True, "singular values in A', as the paper; without, train in the orthonormal basis"
+        ),
+    },
+)

@@ -21,18 +21,21 @@ from adapter_core.errors import InvalidInput
 
 
 def check_fits(base: BaseModel, calibration: CalibrationSet) -> None:
-    """Raises `InvalidInput` naming the first example that the model cannot read: too long, or unknown tokens."""
+    """Raises `InvalidInput` naming the first example that the model cannot read: too long, or unknown
+    tokens."""
     size = int(base.model.config.get_text_config().vocab_size)
     for index, (token_ids, _) in enumerate(calibration.examples):
         if len(token_ids) > base.max_position:
             raise InvalidInput(
-                f"calibration example {index} has {len(token_ids)} tokens, the base model reads {base.max_position}",
+                f"calibration example {index} has {len(token_ids)} tokens, more than the {base.max_position} "
+                "that the base model reads",
                 param="calibration",
             )
-        if not (0 <= min(token_ids) and max(token_ids) < size):
+        if not (min(token_ids) >= 0 and max(token_ids) < size):
             bad = next(token for token in token_ids if not 0 <= token < size)
             raise InvalidInput(
-                f"calibration example {index} holds token {bad}, the vocabulary has {size}", param="calibration"
+                f"calibration example {index} holds token {bad}, the vocabulary has {size}",
+                param="calibration",
             )
 
 
@@ -66,7 +69,8 @@ def mean_loss(base: BaseModel, calibration: CalibrationSet) -> float:
 
 @contextmanager
 def attached(base: BaseModel, basis: Basis, core: Tensor) -> Iterator[None]:
-    """While this lasts, every target module adds B M A x for its part of `core` [M, r, r] (the served core)."""
+    """While this lasts, every target module adds B M A x for its part of `core` [M, r, r] (the served
+    core)."""
     handles = []
     try:
         for index, shape in enumerate(basis.manifest.modules):
@@ -88,7 +92,8 @@ class _Addition:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         x = inputs[0]
-        return output + x @ self.A.mT.to(x) @ self.left.mT.to(x)
+        added: Tensor = output + x @ self.A.mT.to(x) @ self.left.mT.to(x)
+        return added
 
 
 def _logits(base: BaseModel, batch: CalibrationBatch, positions: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What every method of building a basis is: a description, checked options, and a function of one module.
 
-A method sees one module at a time: its weight and what the calibration passes collected for it. It returns the
-factors A' and B' of the paper, with the paper's own scales; the canonical form is made of them elsewhere.
+A method sees one module at a time: its weight and what the calibration passes collected for it. It returns
+the factors A' and B' of the paper, with the paper's own scales; the canonical form is made of them
+elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from adapter_core.bases.calibration import CalibrationSet
 from adapter_core.bases.collected import Needs, Statistics
 from adapter_core.bases.decomposition import Decomposition
 from adapter_core.basis import Basis, ModuleShape, make_basis
@@ -47,13 +49,13 @@ class Option:
         if value is None and self.default is None:
             return None
         wanted = self.value_type
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        if wanted is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not wanted:
             raise InvalidInput(f"{name} must be a {wanted.__name__}, got {value!r}", param=name)
         if self.choices and value not in self.choices:
             raise InvalidInput(f"{name} must be {', '.join(self.choices)}; got {value!r}", param=name)
-        if wanted in (int, float):
+        if isinstance(value, int | float):
             self._check_number(name, value)
         return value
 
@@ -67,7 +69,8 @@ class Option:
 
 
 def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults and the given values, checked. Raises `InvalidInput`, for an unknown name with the known ones."""
+    """Defaults and the given values, checked. Raises `InvalidInput`, for an unknown name with the known
+    ones."""
     for name in given:
         if name not in known:
             hint = ", ".join(sorted(known)) or "none"
@@ -77,7 +80,8 @@ def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, An
 
 @dataclass(frozen=True)
 class ModuleData:
-    """What a method knows of one module. weight: [d_out, d_in]; seed: of this module, method, rank and run."""
+    """What a method knows of one module. weight: [d_out, d_in]; seed: of this module, method, rank and
+    run."""
 
     shape: ModuleShape
     weight: Tensor
@@ -113,13 +117,36 @@ def no_check(rank: int, options: Options) -> None:
     return None
 
 
+def take_num_examples(calibration: CalibrationSet, options: Options) -> CalibrationSet:
+    """At most `num_examples` of the examples, at random; 0 is all."""
+    return calibration.take(options["num_examples"] or len(calibration), seed=options["seed"])
+
+
+#: Of methods that need nothing but weights. The scale multiplies the learning rate under Adam (LoRAM,
+#: proposition 1) and never reaches serving.
+COMMON_OPTIONS: Mapping[str, Option] = {
+    "svd": Option("auto", "how singular vectors are found", choices=("auto", "exact", "randomised")),
+    "scale": Option(1.0, "s in delta_W = s B' R' A', as the papers' alpha / r", minimum=1e-12),
+    "seed": Option(0, "of everything random in it"),
+}
+#: Of methods that read calibration data. Statistics: one layer of an 8B model needs 0.9 GB for its
+#: gradients and 1.9 GB with LoRA-DA's factors; one layer is always taken, so the default bounds memory for
+#: small models.
+DATA_OPTIONS: Mapping[str, Option] = {
+    **COMMON_OPTIONS,
+    "num_examples": Option(0, "at most so many of the calibration examples, at random; 0 is all", minimum=0),
+    "statistics_bytes": Option(2**30, "memory for statistics in one pass over the data", minimum=1),
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """One published way to build a basis.
 
-    needs_calibration: the least that its default options need (`needs` knows what given options need). factorise:
-    the method itself. check: raises `InvalidInput` for a rank or a combination of options that cannot work.
-    select: the part of the data to use, where that is not just `num_examples`. assemble: from factors to basis.
+    needs_calibration: the least that its default options need (`needs` knows what given options need).
+    factorise: the method itself. check: raises `InvalidInput` for a rank or a combination of options that
+    cannot work. select: the part of the data to use, where that is not just `num_examples`. assemble: from
+    factors to basis.
     """
 
     name: str
@@ -130,5 +157,5 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     needs: Callable[[int, Options], Needs] = no_needs
     check: Callable[[int, Options], None] = no_check
-    select: Callable[[CalibrationSet, Options], CalibrationSet] | None = None
+    select: Callable[[CalibrationSet, Options], CalibrationSet] = take_num_examples
     assemble: Callable[..., Basis] = make_basis

@@ -44,8 +44,8 @@ class Target:
 def find_targets(model: nn.Module, patterns: Sequence[str], rank: int) -> list[Target]:
     """All target modules, in model order, fit for a basis of this rank.
 
-    Raises `UnsupportedModel` (nothing matches; a quantised or a tied weight) and `InvalidInput` (the rank, or a
-    weight that is not finite), naming the module and the value.
+    Raises `UnsupportedModel` (nothing matches; a quantised or a tied weight) and `InvalidInput` (the rank,
+    or a weight that is not finite), naming the module and the value.
     """
     owners = _owners_of_weights(model)
     targets = []
@@ -66,8 +66,11 @@ def check_rank(rank: int, module: ModuleShape) -> None:
         )
 
 
-def layer_groups(targets: Sequence[Target], bytes_per_target: Sequence[int], limit_bytes: int) -> Iterator[range]:
-    """Runs of whole layers as ranges of indices, each of at most `limit_bytes` unless one layer exceeds it."""
+def layer_groups(
+    targets: Sequence[Target], bytes_per_target: Sequence[int], limit_bytes: int
+) -> Iterator[range]:
+    """Runs of whole layers as ranges of indices, each of at most `limit_bytes` unless one layer exceeds
+    it."""
     start = size = layer_start = 0
     for index in range(1, len(targets) + 1):
         if index < len(targets) and targets[index].layer == targets[layer_start].layer:
@@ -100,8 +103,11 @@ def _check_weight(name: str, linear: nn.Linear, owners: dict[int, list[str]]) ->
     others = [other for other in owners.get(weight.data_ptr(), []) if other != f"{name}.weight"]
     if others and weight.numel() and not weight.is_meta:
         raise UnsupportedModel(
-            f"the weight of target module {name} is tied to {', '.join(others)}; leave it out", param="target_modules"
+            f"the weight of target module {name} is tied to {', '.join(others)}; leave it out",
+            param="target_modules",
         )
     if not bool(torch.isfinite(weight).all()):
         bad = float(weight.detach()[~torch.isfinite(weight)][0])
-        raise InvalidInput(f"the weight of target module {name} holds the value {bad}", param="target_modules")
+        raise InvalidInput(
+            f"the weight of target module {name} holds the value {bad}", param="target_modules"
+        )

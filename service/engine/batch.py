@@ -20,12 +20,17 @@ from service.engine.plan import Chunk, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
-#: Keys gathered at once: 64 Ki tokens are 256 MB of K and V at 8B geometry in bfloat16.
-MAX_TILE_KEYS = 64 * 1024
-#: Scores (queries × keys of one head) computed at once: 256 MB at 32 heads in float32.
-MAX_TILE_SCORES = 2 * 1024 * 1024
 #: Tables up to this many blocks are not split for the sake of shorter sequences among them.
 _SMALL_TABLE = 8
+
+
+@dataclass(frozen=True)
+class TileLimits:
+    """Bound the memory of an attention tile. keys: gathered at once; 64 Ki tokens are 256 MB of K and V at 8B
+    geometry in bfloat16. scores: queries × keys of one head; 2 Mi are 256 MB at 32 heads in float32."""
+
+    keys: int = 64 * 1024
+    scores: int = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class StepBatch:
     slots: dict[str, Tensor]
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
+def build_batch(
+    plan: StepPlan, block_size: int, device: torch.device, limits: TileLimits = TileLimits()
+) -> StepBatch:
     chunks = plan.chunks
     starts = [0, *np.cumsum([chunk.length for chunk in chunks]).tolist()]
     positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
@@ -59,7 +66,7 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBa
         [table[np.arange(c.start, c.end) // block_size] for c, table in zip(chunks, tables, strict=True)]
     )
     rows, targets = _logit_rows(chunks, starts)
-    tiles = list(_tiles(chunks, tables, starts, block_size))
+    tiles = list(_tiles(chunks, tables, starts, block_size, limits))
     slots = _slots(chunks)
     pieces = iter(
         upload(
@@ -125,11 +132,15 @@ def _logit_rows(chunks: Sequence[Chunk], starts: Sequence[int]) -> tuple[list[in
 
 
 def _tiles(
-    chunks: Sequence[Chunk], tables: Sequence[Ints], starts: Sequence[int], block_size: int
+    chunks: Sequence[Chunk],
+    tables: Sequence[Ints],
+    starts: Sequence[int],
+    block_size: int,
+    limits: TileLimits,
 ) -> Iterator[tuple[int, Ints, Ints]]:
     """First row, block table and positions of each tile."""
     num_single = sum(chunk.length == 1 for chunk in chunks)
-    for first, last in _groups([len(table) for table in tables[:num_single]], block_size):
+    for first, last in _groups([len(table) for table in tables[:num_single]], limits.keys // block_size):
         padded = np.full((last - first, len(tables[first])), NULL_BLOCK, np.int64)
         for index, table in enumerate(tables[first:last]):
             padded[index, : len(table)] = table
@@ -137,21 +148,21 @@ def _tiles(
     for chunk, table, row in zip(
         chunks[num_single:], tables[num_single:], starts[num_single:-1], strict=True
     ):
-        step = max(1, MAX_TILE_SCORES // (len(table) * block_size))
+        step = max(1, limits.scores // (len(table) * block_size))
         for start in range(chunk.start, chunk.end, step):
             end = min(start + step, chunk.end)
             visible = table[None, : -(-end // block_size)]
             yield row + start - chunk.start, visible, np.arange(start, end, dtype=np.int64)[None]
 
 
-def _groups(num_blocks: Sequence[int], block_size: int) -> Iterator[tuple[int, int]]:
+def _groups(num_blocks: Sequence[int], max_blocks: int) -> Iterator[tuple[int, int]]:
     """Runs of sequences, given longest first, that attend in one tile: within its memory, and none of them
     less than half as long as the first, or most of what is gathered would be padding."""
     first = 0
     for index, count in enumerate(num_blocks):
         longest = num_blocks[first]
         is_too_short = longest > _SMALL_TABLE and 2 * count < longest
-        if is_too_short or (index > first and (index + 1 - first) * longest * block_size > MAX_TILE_KEYS):
+        if is_too_short or (index > first and (index + 1 - first) * longest > max_blocks):
             yield first, index
             first = index
     if num_blocks:

@@ -24,7 +24,7 @@ from adapter_core.adapter import Adapter, AdapterRef
 from adapter_core.base_model import BaseModel, load_base_model
 from adapter_core.basis import Basis
 from adapter_core.basis_store import BasisStore, ensure_basis
-from adapter_core.errors import EngineUnavailable, TesseraError, Unavailable
+from adapter_core.errors import EngineUnavailable, InvalidInput, TesseraError, Unavailable
 from adapter_core.redis_client import connect
 from adapter_core.settings import CommonSettings
 from adapter_core.store import AdapterStore
@@ -52,10 +52,12 @@ class EngineProcess:
     """One run of the engine process. `run` returns its exit status."""
 
     def __init__(self, settings: CommonSettings, engine_settings: EngineSettings) -> None:
-        assert settings.store_url, "the API process passes the URL on, also that of the embedded store"
+        url = settings.store_url_with_password()
+        if url is None:
+            raise InvalidInput("the engine process needs the URL of a store", param="TESSERA_STORE_URL")
         self._settings = settings
         self._engine_settings = engine_settings
-        redis = connect(settings.store_url, timeout_s=settings.store_timeout_s)
+        redis = connect(url, timeout_s=settings.store_timeout_s)
         self._bases = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
         self._reader = StoreReader(AdapterStore(redis), self._bases)
         self._server = EngineServer()

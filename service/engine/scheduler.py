@@ -43,7 +43,8 @@ class Scheduler:
         self._pool = pool
         self._residency = residency
         self._max_logit_rows = max_logit_rows
-        self._closed_bases: set[str] = set()
+        self._num_passes = 0
+        self._starved: dict[str, Sequence] = {}  # per basis who gets its next slot, before anyone else
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +91,8 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         if sequence.adapter is not None:
+            if self._starved.get(sequence.adapter.basis_id) is sequence:
+                del self._starved[sequence.adapter.basis_id]
             self._residency.dismiss(sequence.adapter, is_pinned=sequence.is_pinned)
 
     def check_integrity(self) -> None:
@@ -100,6 +103,7 @@ class Scheduler:
         assert len(self.running) <= self._config.max_running
         orders = [sequence.order for sequence in self.running]
         assert orders == sorted(set(orders))
+        assert all(not s.is_pinned and not s.is_running for s in self._starved.values())
         pinned = {s.adapter for s in (*self.running, *self.waiting) if s.is_pinned}
         assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
 
@@ -123,18 +127,18 @@ class Scheduler:
             step.add_prefill(sequence, is_alone=is_alone)
 
     def _admit(self, step: _StepBuilder) -> None:
+        self._num_passes += 1
         closing_basis = self._residency.bases.begin_pass()
-        closed, self._closed_bases = self._closed_bases | {closing_basis}, set()
         for sequence in self.waiting.in_turn():
             if step.num_tokens_left == 0 or len(self.running) >= self._config.max_running:
                 return
-            if not self._may_begin(sequence, closed):
+            if not self._may_begin(sequence, closing_basis):
                 continue
             if not self._begin(sequence, step):
                 return
             step.add_prefill(sequence, is_alone=not self.waiting.num_in_line)
 
-    def _may_begin(self, sequence: Sequence, closed: set[str | None]) -> bool:
+    def _may_begin(self, sequence: Sequence, closing_basis: str | None) -> bool:
         """Whether its adapter is here and has, or now gets, a slot. Parks it if the adapter is gone."""
         ref = sequence.adapter
         if ref is None or sequence.is_pinned:
@@ -143,16 +147,21 @@ class Scheduler:
             self.waiting.park(sequence, ref)
             self._residency.want(ref)
             return False
-        if ref.basis_id in closed and sequence.num_blocked_passes <= MAX_BLOCKED_PASSES:
+        if ref.basis_id == closing_basis or self._starved.get(ref.basis_id, sequence) is not sequence:
             return False
         slot = self._residency.pin(ref)
         if slot is None:
-            sequence.num_blocked_passes += 1
-            if sequence.num_blocked_passes > MAX_BLOCKED_PASSES:
-                self._closed_bases.add(ref.basis_id)
+            self._note_lack_of_slot(sequence, ref.basis_id)
             return False
         sequence.slot, sequence.is_pinned = slot, True
+        self._starved.pop(ref.basis_id, None)
         return True
+
+    def _note_lack_of_slot(self, sequence: Sequence, basis_id: str) -> None:
+        if sequence.blocked_since_pass is None:
+            sequence.blocked_since_pass = self._num_passes
+        elif self._num_passes - sequence.blocked_since_pass > MAX_BLOCKED_PASSES:
+            self._starved[basis_id] = sequence
 
     def _begin(self, sequence: Sequence, step: _StepBuilder) -> bool:
         """Give it its blocks, shared ones first. False, and it stays in line, if they do not suffice."""

@@ -37,7 +37,7 @@ class Sequence:
     is_pinned: bool = False
     is_running: bool = False
     num_cached_tokens: int | None = None
-    num_blocked_passes: int = 0
+    blocked_since_pass: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     has_sent_prompt_logprobs: bool = False

@@ -31,11 +31,8 @@ from adapter_core.errors import (
     TesseraError,
     Unavailable,
 )
-from service.errors import BodyTimeout, BodyTooLarge, Unauthenticated
-from service.routes.schemas import ErrorBody
-from service.routes.schemas_generation import UNION_TAGS
-from service.routes.schemas_score import ITEM_TAGS
-from service.routes.schemas_training import NUMBER_TAGS
+from service.errors import BodyTimeout, BodyTooLarge, DeadlineExceeded, Unauthenticated
+from service.routes.schemas import UNION_TAG, ErrorBody
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +57,7 @@ TABLE: dict[type[Exception], Row] = {
     CorruptRecord: Row(409, "conflict_error"),
     BodyTooLarge: Row(413, "invalid_request_error"),
     RequestFailed: Row(500, "server_error", "the engine gave up on this request"),
+    DeadlineExceeded: Row(504, "timeout_error"),
     StoreUnavailable: Row(503, "unavailable_error", "the store does not answer; try again", 1),
     StoreFull: Row(503, "unavailable_error", "the store is full", 30),
     EngineUnavailable: Row(503, "unavailable_error", "the engine is starting or restarting; try again", 2),
@@ -75,7 +73,6 @@ HTTP_CODES = {400: "invalid_body", 404: "unknown_route", 405: "method_not_allowe
 PERMANENT = {409, 429}
 
 MAX_ERRORS_SHOWN = 20
-_UNION_TAGS = UNION_TAGS | ITEM_TAGS | NUMBER_TAGS
 _CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
@@ -91,6 +88,7 @@ _NAMES = {
     413: "the body is too large",
     500: "internal error",
     503: "try again later",
+    504: "not finished in time",
 }
 
 #: For OpenAPI: what every route may answer.
@@ -131,13 +129,9 @@ def response_of(error: Exception) -> JSONResponse:
     """The HTTP answer to any exception. What the caller is not told is logged."""
     row = row_of(error)
     if row.status >= 500:
-        logger.log(
-            logging.WARNING if row.status == 503 else logging.ERROR,
-            "answered %d: %s",
-            row.status,
-            error,
-            exc_info=None if row.status == 503 else error,
-        )
+        is_bug = row.status == 500
+        level = logging.ERROR if is_bug else logging.WARNING
+        logger.log(level, "answered %d: %s", row.status, error, exc_info=error if is_bug else None)
     headers = {} if row.retry_after_s is None else {"retry-after": str(row.retry_after_s)}
     if row.status in PERMANENT:
         headers["x-should-retry"] = "false"
@@ -195,4 +189,4 @@ def _param(problem: Mapping[str, Any]) -> str | None:
         return None
     _, *path = problem["loc"]
     names = [str(part)[:64].encode("ascii", "backslashreplace").decode() for part in path]
-    return ".".join(name for name in names if name not in _UNION_TAGS) or None
+    return ".".join(name for name in names if not name.startswith(UNION_TAG)) or None

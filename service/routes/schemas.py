@@ -17,6 +17,9 @@ from adapter_core.errors import InvalidInput
 Item = TypeVar("Item")
 IsHarmless = Callable[[Any, Mapping[str, Any]], bool]
 
+#: What the tags of unions begin with: they turn up in the path of an error, but are no part of a name.
+UNION_TAG = "~"
+
 MAX_MODEL_NAME = 256
 MODEL_FIELD = Field(
     max_length=MAX_MODEL_NAME, description="the base model, `<adapter>` or `<adapter>@<version>`"

@@ -32,35 +32,32 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 def _kind_of(value: Any) -> str:
-    return "string" if isinstance(value, str) else "list"
+    return "~string" if isinstance(value, str) else "~list"
 
 
 def _kind_of_prompt(value: Any) -> str:
     """Which of the four forms is meant, so that a mistake is reported once and not four times."""
     if not isinstance(value, list):
-        return "text"
+        return "~text"
     first = value[0] if value else None
-    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list) else "tokens"
+    return "~texts" if isinstance(first, str) else "~token_lists" if isinstance(first, list) else "~tokens"
 
 
 def _kind_of_content(value: Any) -> str:
-    return "parts" if isinstance(value, list) else "text"
+    return "~parts" if isinstance(value, list) else "~text"
 
-
-#: The tags of the unions below: they are no part of a parameter's name.
-UNION_TAGS = {"string", "list", "text", "texts", "tokens", "token_lists", "parts"}
 
 Stop = Annotated[
-    Annotated[StopString, Tag("string")]
-    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("list")],
+    Annotated[StopString, Tag("~string")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("~list")],
     Discriminator(_kind_of),
 ]
 TokenIds = Annotated[list[int], Field(min_length=1)]
 Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("texts")]
-    | Annotated[TokenIds, Tag("tokens")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("token_lists")],
+    Annotated[str, Tag("~text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("~texts")]
+    | Annotated[TokenIds, Tag("~tokens")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("~token_lists")],
     Discriminator(_kind_of_prompt),
 ]
 
@@ -93,7 +90,7 @@ class GenerationFields(OpenAIRequest):
     )
     top_k: int | None = Field(0, ge=-1, le=_MAX_INT64, description="0 and -1: off")
     min_p: float | None = Field(0.0, ge=0, le=1)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=10)
     min_tokens: int | None = Field(0, ge=0, le=_MAX_INT64)
     ignore_eos: bool | None = False
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_BIASES)
@@ -161,7 +158,7 @@ class TextPart(Strict):
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1), Tag("parts")],
+    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1), Tag("~parts")],
     Discriminator(_kind_of_content),
 ]
 

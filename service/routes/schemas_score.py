@@ -39,15 +39,13 @@ class PlainText(Strict):
 
 def _kind_of_item(value: Any) -> str:
     keys = value if isinstance(value, dict) else {}
-    return "conversation" if "messages" in keys else "plain" if "text" in keys else "pair"
+    return "~conversation" if "messages" in keys else "~plain" if "text" in keys else "~pair"
 
-
-ITEM_TAGS = {"conversation", "pair", "plain"}
 
 Item = Annotated[
-    Annotated[Conversation, Tag("conversation")]
-    | Annotated[PromptAndCompletion, Tag("pair")]
-    | Annotated[PlainText, Tag("plain")],
+    Annotated[Conversation, Tag("~conversation")]
+    | Annotated[PromptAndCompletion, Tag("~pair")]
+    | Annotated[PlainText, Tag("~plain")],
     Discriminator(_kind_of_item),
 ]
 

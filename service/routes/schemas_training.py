@@ -28,22 +28,21 @@ class FileObject(Answer):
 
 
 def _kind_of_number(value: Any) -> str:
-    return "auto" if isinstance(value, str) else "number"
+    return "~auto" if isinstance(value, str) else "~number"
 
 
-NUMBER_TAGS = {"auto", "number"}
-Auto = Annotated[Literal["auto"], Tag("auto")]
+Auto = Annotated[Literal["auto"], Tag("~auto")]
 
 
 class Hyperparameters(OpenAIRequest):
     n_epochs: Annotated[
-        Auto | Annotated[int, Field(ge=1, le=50), Tag("number")], Discriminator(_kind_of_number)
+        Auto | Annotated[int, Field(ge=1, le=50), Tag("~number")], Discriminator(_kind_of_number)
     ] = "auto"
     batch_size: Annotated[
-        Auto | Annotated[int, Field(ge=1, le=256), Tag("number")], Discriminator(_kind_of_number)
+        Auto | Annotated[int, Field(ge=1, le=256), Tag("~number")], Discriminator(_kind_of_number)
     ] = "auto"
     learning_rate_multiplier: Annotated[
-        Auto | Annotated[float, Field(gt=0, le=1000), Tag("number")], Discriminator(_kind_of_number)
+        Auto | Annotated[float, Field(gt=0, le=1000), Tag("~number")], Discriminator(_kind_of_number)
     ] = "auto"
 
     unsupported: ClassVar[dict[str, IsHarmless]] = {"beta": absent}

@@ -195,7 +195,6 @@ def test_unknown_dtype_and_oversized_metadata_are_refused() -> None:
         Adapter(BASIS, torch.zeros(1, 1, 1), {"x": "y" * MAX_METADATA_BYTES}).to_bytes(version=1)
 
 
-@pytest.mark.xfail(strict=True, reason="from_bytes hands the metadata to json.loads unguarded")
 @pytest.mark.parametrize("metadata", [b"{broken", b"[1]", b"1", b'{"a":NaN}', b"\xff", b"[" * 30_000])
 def test_forged_metadata_is_refused(metadata: bytes) -> None:
     blob = Adapter(BASIS, torch.zeros(1, 1, 1)).to_bytes(version=1)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from adapter_core.base_model import BaseModel, iter_target_modules
 from adapter_core.bases import build_basis
-from adapter_core.bases.lora_xs import MAX_EXACT_SIDE, truncated_svd
 from adapter_core.basis import (
     Basis,
     BasisManifest,
@@ -186,7 +185,6 @@ def test_manifest_of_a_newer_format_says_so() -> None:
         BasisManifest.from_json(json.dumps(fields))
 
 
-@pytest.mark.xfail(strict=True, reason="raw_bytes cannot view B [d_out, 1], whose last stride is not 1")
 def test_rank_one_is_stored_like_any_other() -> None:
     basis = small_basis(1)
     read = Basis.from_bytes(basis.manifest, list(basis.module_bytes()), basis.preconditioner_bytes())
@@ -214,8 +212,8 @@ def test_unfit_factors_are_refused_with_the_module(A: Tensor, B: Tensor, message
 
 
 def test_unknown_method_and_dtype_are_refused(tiny: BaseModel) -> None:
-    with pytest.raises(InvalidInput, match="unknown method 'pissa'") as refused:
-        build_basis(tiny, method="pissa")
+    with pytest.raises(InvalidInput, match="unknown method 'no_such_method'") as refused:
+        build_basis(tiny, method="no_such_method")
     assert refused.value.param == "method"
     with pytest.raises(InvalidInput, match="float64") as refused:
         build_basis(tiny, rank=2, target_modules=["q_proj"], dtype="float64")
@@ -224,7 +222,7 @@ def test_unknown_method_and_dtype_are_refused(tiny: BaseModel) -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 100_000])
 def test_a_rank_out_of_range_names_the_module(tiny: BaseModel, rank: int) -> None:
-    with pytest.raises(InvalidInput, match=r"smaller side of model\.layers\.0\.\S+proj") as refused:
+    with pytest.raises(InvalidInput, match=r"model\.layers\.0\.\S+proj") as refused:
         build_basis(tiny, rank=rank)
     assert refused.value.param == "rank"
 
@@ -278,22 +276,3 @@ def test_a_basis_at_full_rank_spans_everything(tiny: BaseModel) -> None:
     basis = build_basis(tiny, rank=side, target_modules=[name])
     W, A, B = linear.weight.double(), basis.A[0].double(), basis.B[0].double()
     torch.testing.assert_close(B @ (B.T @ W @ A.T) @ A, W, rtol=0, atol=1e-5)
-
-
-def test_the_svd_of_a_big_weight_is_repeatable_and_near_the_best() -> None:
-    """Above MAX_EXACT_SIDE the SVD is randomised: still the same every time, still nearly the best."""
-    side, known, rank = MAX_EXACT_SIDE + 4, 64, 8
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(side, known, generator=generator))[0] for _ in range(2))
-    sigma = 0.9 ** torch.arange(known)
-    W = left * sigma @ right.T
-    U, S, Vh = truncated_svd(W, rank)
-    torch.manual_seed(7)
-    again = truncated_svd(W, rank)
-    assert torch.equal(again[0], U)
-    assert torch.equal(again[2], Vh)
-    # ‖W - U S Vᵀ‖² from the small factors: the big difference is not needed
-    captured = 2 * (U[:, :rank].T @ W @ Vh[:rank].T).diag() @ S[:rank] - S[:rank].square().sum()
-    rest = float(sigma.square().sum() - captured)
-    best = float(sigma[rank:].square().sum())
-    assert rest == pytest.approx(best, rel=1e-3)

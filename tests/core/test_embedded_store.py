@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from adapter_core.embedded_store import MAX_SOCKET_PATH_BYTES, EmbeddedStore, socket_path, store_url
-from adapter_core.errors import StoreUnavailable, TesseraError
+from adapter_core.errors import StoreUnavailable
 from adapter_core.redis_client import connect, translate_errors
 from adapter_core.settings import CommonSettings
 from adapter_core.store_binary import find_binary, server_version
@@ -210,7 +210,7 @@ async def test_a_server_that_still_ends_is_waited_for(data_dir: Path) -> None:
 async def test_it_is_private_durable_and_never_forgets(data_dir: Path) -> None:
     with started(data_dir) as (_, url):
         assert await setting(url, "appendonly") == "yes"
-        assert await setting(url, "appendfsync") == "everysec"
+        assert await setting(url, "appendfsync") == "always"
         assert await setting(url, "maxmemory-policy") == "noeviction"
         assert await setting(url, "save") == ""
         assert await setting(url, "rdbcompression") == "no"
@@ -314,7 +314,3 @@ async def test_without_a_url_the_data_folder_gets_one(data_dir: Path) -> None:
 def test_importing_the_module_needs_no_torch() -> None:
     code = "import sys, adapter_core.embedded_store; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_the_errors_are_ours() -> None:
-    assert issubclass(StoreUnavailable, TesseraError)

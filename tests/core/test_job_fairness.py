@@ -1,4 +1,4 @@
-"""Which job comes next: fairness between tenants by cost and weight, caps, and a worker's preference of basis."""
+"""Which job comes next: fairness between tenants by cost and weight, caps, a worker's preference of basis."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ async def test_a_whale_does_not_delay_another_tenants_first_job(redis: Redis) ->
         await leases.complete(lease, {})
     minnows = [f"minnow{i}" for i in range(5)]
     for tenant in minnows:
-        for _ in range(2):
+        for _ in range(4):
             await queue.submit(tenant, make_spec(), cost=100)
-    claimed = [lease.job.tenant for lease in await leases.claim("w", limit=12, lease_s=60)]
-    # Everyone's first job comes before anyone's second. (The whale's first is the one after its last claim.)
+    # Everyone's first job comes at once, and from then on all take turns, the whale among them.
+    claimed = [lease.job.tenant for lease in await leases.claim("w", limit=17, lease_s=60)]
     assert sorted(claimed[:5]) == minnows
     assert sorted(claimed[5:11]) == sorted([*minnows, "whale"])
-    assert claimed[11:] == ["whale"]
+    assert sorted(claimed[11:]) == sorted([*minnows, "whale"])
 
 
 async def test_shares_follow_cost_and_weight(redis: Redis) -> None:

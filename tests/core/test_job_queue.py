@@ -96,6 +96,14 @@ async def test_lists_are_newest_first_and_paged_by_job_id(redis: Redis) -> None:
     assert await queue.list("acme", after="ftjob-0") == ([], False)
 
 
+async def test_job_ids_rise_even_if_the_servers_clock_goes_back(redis: Redis) -> None:
+    queue = JobQueue(redis)
+    await redis.set(keys.QUEUE_SEQUENCE, int((time.time() + 3600) * 1e6))
+    ids = [(await queue.submit("acme", make_spec(), cost=1)).job_id for _ in range(3)]
+    assert [int(job_id[6:19], 16) - int(ids[0][6:19], 16) for job_id in ids] == [0, 1, 2]
+    assert [job.job_id for job in (await queue.list("acme"))[0]] == ids[::-1]
+
+
 async def test_one_damaged_record_does_not_hide_the_others(redis: Redis) -> None:
     queue = JobQueue(redis)
     good = await queue.submit("acme", make_spec(), cost=1)

@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from redis.asyncio import Redis
 
 from adapter_core.errors import Conflict, StaleLease
@@ -32,8 +39,6 @@ TENANTS = ["a", "b", "c"]
 ENDINGS = {"Job succeeded", "Job cancelled", "Job failed"}
 
 STEPS = ["complete", "fail", "retry", "release", "acknowledge", "report"]
-
-Index = st.integers(0, 10**6)
 
 
 @dataclass
@@ -94,17 +99,12 @@ class QueueMachine(RuleBasedStateMachine):
             self.redis, max_attempts=MAX_ATTEMPTS, retry_base_s=3600, max_running_jobs=MAX_RUNNING_JOBS
         )
 
-    def pick(self, index: int) -> tuple[str, ModelJob] | None:
-        names = sorted(self.jobs)
-        return (names[index % len(names)], self.jobs[names[index % len(names)]]) if names else None
+    def given(self) -> list[tuple[Lease, ModelJob]]:
+        """Every lease ever given, with its job."""
+        return [(lease, job) for job in self.jobs.values() for lease in job.leases]
 
-    def pick_lease(self, index: int) -> tuple[Lease, ModelJob, bool] | None:
-        """Any lease ever given, its job, and whether it is alive."""
-        given = [(lease, job) for _, job in sorted(self.jobs.items()) for lease in job.leases]
-        if not given:
-            return None
-        lease, job = given[index % len(given)]
-        return lease, job, job.status == "running" and lease.epoch == job.epoch
+    def having(self, status: str) -> list[str]:
+        return [job_id for job_id, job in self.jobs.items() if job.status == status]
 
     # Clients
 
@@ -132,11 +132,10 @@ class QueueMachine(RuleBasedStateMachine):
         if dedupe is not None:
             self.dedupe[tenant, dedupe] = job.job_id
 
-    @rule(index=Index, command=st.sampled_from(["cancel", "pause", "resume"]))
-    def command(self, index: int, command: str) -> None:
-        if (picked := self.pick(index)) is None:
-            return
-        job_id, job = picked
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), command=st.sampled_from(["cancel", "pause", "resume"]))
+    def command(self, data: st.DataObject, command: str) -> None:
+        job_id, job = data.draw(st.sampled_from(list(self.jobs.items())))
         call = getattr(self.queue, command)(job.tenant, job_id)
         if job.is_final or (command == "pause" and job.cancel):
             with pytest.raises(Conflict):
@@ -173,11 +172,11 @@ class QueueMachine(RuleBasedStateMachine):
     def running(self, tenant: str) -> int:
         return sum(job.tenant == tenant and job.status == "running" for job in self.jobs.values())
 
-    @rule(index=Index, step=st.sampled_from(STEPS))
-    def work(self, index: int, step: str) -> None:
-        if (picked := self.pick_lease(index)) is None:
-            return
-        lease, job, is_alive = picked
+    @precondition(lambda self: self.given())
+    @rule(data=st.data(), step=st.sampled_from(STEPS))
+    def work(self, data: st.DataObject, step: str) -> None:
+        lease, job = data.draw(st.sampled_from(self.given()))
+        is_alive = job.status == "running" and lease.epoch == job.epoch
         problem = {"code": "x", "message": "y"}
         call = {
             "complete": lambda: self.workers.complete(lease, {"epoch": lease.epoch}),
@@ -211,12 +210,11 @@ class QueueMachine(RuleBasedStateMachine):
         elif step in ("retry", "acknowledge"):
             job.back(is_delayed=step == "retry")
 
+    @precondition(lambda self: self.given())
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        given = [(lease, job) for _, job in sorted(self.jobs.items()) for lease in job.leases]
-        if not given:
-            return
-        chosen = data.draw(st.lists(st.sampled_from(given), unique_by=lambda pair: pair[0].job.job_id))
+        leases = st.sampled_from(self.given())
+        chosen = data.draw(st.lists(leases, unique_by=lambda pair: pair[0].job.job_id))
         states = self.do(self.workers.renew([lease for lease, _ in chosen], lease_s=3600))
         for lease, job in chosen:
             is_alive = job.status == "running" and lease.epoch == job.epoch
@@ -225,12 +223,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Time
 
-    @rule(index=Index)
-    def lose_worker(self, index: int) -> None:
-        running = sorted(job_id for job_id, job in self.jobs.items() if job.status == "running")
-        if not running:
-            return
-        job_id = running[index % len(running)]
+    @precondition(lambda self: self.having("running"))
+    @rule(data=st.data())
+    def lose_worker(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from(self.having("running")))
         job = self.jobs[job_id]
         self.do(expire_lease(self.redis, job_id))
         reaped = self.do(self.workers.reap())
@@ -240,18 +236,19 @@ class QueueMachine(RuleBasedStateMachine):
             job.back()
         assert reaped == {job_id: job.status}
 
-    @rule(index=Index, by_claim=st.booleans())
-    def become_due(self, index: int, by_claim: bool) -> None:
-        delayed = sorted(j for j, job in self.jobs.items() if job.is_delayed and job.status == "queued")
-        if not delayed:
-            return
-        job_id = delayed[index % len(delayed)]
+    @precondition(lambda self: self.delayed())
+    @rule(data=st.data(), by_claim=st.booleans())
+    def become_due(self, data: st.DataObject, by_claim: bool) -> None:
+        job_id = data.draw(st.sampled_from(self.delayed()))
         self.do(make_due(self.redis, job_id))
         self.jobs[job_id].is_delayed = False
         if by_claim:
             self.claim(1, "w1")
         else:
             assert self.do(self.workers.reap()) == {}
+
+    def delayed(self) -> list[str]:
+        return [job_id for job_id in self.having("queued") if self.jobs[job_id].is_delayed]
 
     # What always holds
 
@@ -309,4 +306,4 @@ def test_any_order_of_steps_agrees_with_the_model(redis_url: str) -> None:
         pass
 
     Machine.redis_url = redis_url
-    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=30))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=50, stateful_step_count=40))

@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from adapter_core.settings import CommonSettings
+from service.engine.settings import EngineSettings
+from service.settings import ServiceSettings
+from trainer_worker.settings import WorkerSettings
+
 ROOT = Path(__file__).parent.parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
 GPU_OVERRIDE = ROOT / "deploy" / "compose.gpu.yml"
@@ -102,9 +107,24 @@ def test_secrets_are_files_and_stand_in_no_environment(compose):
     assert used == set(compose["secrets"])
     for service in compose["services"].values():
         for variable, value in service.get("environment", {}).items():
-            if re.search(r"PASSWORD|SECRET|TOKEN|KEYS", variable):
+            if re.search(r"PASSWORD|SECRET|HF_TOKEN|API_KEY", variable):
                 assert value.startswith("/run/secrets/"), variable
                 assert value.removeprefix("/run/secrets/") in service["secrets"]
+
+
+def test_every_variable_is_one_that_the_process_reads(compose):
+    """Both refuse to start over a variable that they do not know."""
+    sections = {"service": (ServiceSettings, EngineSettings), "trainer": (WorkerSettings,)}
+    image = {"TESSERA_DATA_DIR", "TESSERA_BASE_MODEL"}
+    for name, own in sections.items():
+        known = {
+            f"{settings.model_config['env_prefix']}{field}".upper()
+            for settings in (CommonSettings, *own)
+            for field in settings.model_fields
+        }
+        environment = compose["services"][name]["environment"]
+        assert {variable for variable in environment if variable.startswith("TESSERA_")} <= known
+        assert image <= known
 
 
 def test_images_have_an_exact_tag(compose):

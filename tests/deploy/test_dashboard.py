@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from deploy.replay_dashboard import DASHBOARD, metric_names, panel_queries, panels
-from tests.deploy.exposed_metrics import exposed_labels
+from tests.deploy.exposed_metrics import SCRAPE_LABELS, exposed_labels
 
 GRAFANA = DASHBOARD.parent.parent
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -94,15 +94,15 @@ def test_panels_fill_the_grid_without_overlap(dashboard):
         taken |= cells
 
 
-def test_rates_are_taken_of_counters_over_grafanas_own_interval(dashboard):
+def test_rates_are_taken_of_counters_over_grafanas_own_intervals(dashboard):
     for panel in panels(dashboard):
         for target in panel["targets"]:
             for function, argument, window in re.findall(
-                r"\b(rate|increase|irate)\(\s*([\w:]+)[^\[]*\[([^\]]+)\]", target["expr"]
+                r"\b(rate|increase|irate)\(\s*(\w+)(?:\{[^}]*\})?\[([^\]]+)\]", target["expr"]
             ):
                 assert function != "irate", panel["title"]
                 assert argument.endswith(("_total", "_bucket", "_sum", "_count")), target["expr"]
-                assert window == "$__rate_interval", target["expr"]
+                assert window in {"$__rate_interval", "$__range"}, target["expr"]
 
 
 def test_every_metric_and_label_exists_in_the_code(dashboard):
@@ -112,7 +112,7 @@ def test_every_metric_and_label_exists_in_the_code(dashboard):
         assert names, query
         for name in names:
             assert name in exposed, f"{query.place}: the code has no metric {name}"
-        labels = set().union(*(exposed[name] for name in names)) | {"le", "instance"}
+        labels = set().union(*(exposed[name] for name in names)) | SCRAPE_LABELS | {"le"}
         for used in used_labels(query.expression):
             assert used in labels, f"{query.place}: {sorted(names)} have no label {used}"
 

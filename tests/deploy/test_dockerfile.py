@@ -125,7 +125,7 @@ def http_server(status: int) -> Iterator[tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "port", "path"), [("service", 8000, "/health/ready"), ("trainer", 9100, "/metrics")]
+    ("stage", "port", "path"), [("service", 8000, "/health/ready"), ("trainer", 9100, "/health")]
 )
 def test_the_health_check_follows_the_status(instructions, stage, port, path):
     check = dict(stages(instructions)[stage])["HEALTHCHECK"]

@@ -114,7 +114,7 @@ def test_secrets_are_made_once_and_readable_only_through_the_folder(tmp_path):
     written = make_secrets(folder, tenant="acme")
 
     assert {path.name for path in written} == {
-        "store_users", "store_password", "api_key", "api_keys", "grafana_admin_password"
+        "store_users", "store_password", "api_key", "api_keys", "grafana_admin_password", "hf_token"
     }  # fmt: skip
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "api_key").stat().st_mode) == 0o600
@@ -124,6 +124,11 @@ def test_secrets_are_made_once_and_readable_only_through_the_folder(tmp_path):
     assert {path.name: path.read_text() for path in folder.iterdir()} == before
     assert before["store_password"].strip() not in before["store_users"]
     assert sha256(before["store_password"].strip()) in before["store_users"]
+
+    (folder / "store_password").unlink()
+    renewed = make_secrets(folder, tenant="acme")
+    assert {path.name for path in renewed} == {"store_password", "store_users"}
+    assert (folder / "store_users").read_text() != before["store_users"]
 
 
 def test_the_service_knows_the_key_that_was_made(tmp_path, capsys):

@@ -36,8 +36,8 @@ class Answer:
 
 
 class Driver:
-    """An engine and the store that it would fetch from: adapters by ref and bases by id; an error is delivered
-    in the place of what it stands for, and what is unknown is not found."""
+    """An engine and the store that it would fetch from: adapters by ref and bases by id; an error is
+    delivered in the place of what it stands for, and what is unknown is not found."""
 
     def __init__(
         self,
@@ -73,7 +73,9 @@ class Driver:
         """Provide what is missing."""
         for ref in self.engine.missing_adapters():
             self.num_fetched += 1
-            self.engine.provide_adapter(ref, self.adapters.get(ref, NotFound(f"no {ref}", code="model_not_found")))
+            self.engine.provide_adapter(
+                ref, self.adapters.get(ref, NotFound(f"no {ref}", code="model_not_found"))
+            )
         for basis_id in self.engine.missing_bases():
             self.engine.provide_basis(
                 basis_id, self.bases.get(basis_id, NotFound("no basis", code="basis_not_found"))
@@ -99,5 +101,7 @@ class Driver:
             self.step()
         else:
             raise AssertionError(f"no end after {max_steps} steps: {self.engine.stats()}")
-        unfinished = [name for name, answer in self.answers.items() if not answer.outputs or not answer.finish_reason]
+        unfinished = [
+            name for name, answer in self.answers.items() if not answer.outputs or not answer.finish_reason
+        ]
         assert not unfinished

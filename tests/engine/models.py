@@ -24,9 +24,14 @@ from transformers import (
 )
 
 from adapter_core.adapter import Adapter, AdapterRef
-from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_base_model
-from adapter_core.bases import build_basis
-from adapter_core.basis import Basis
+from adapter_core.base_model import (
+    BUNDLED_MODEL,
+    LLAMA_LINEARS,
+    BaseModel,
+    iter_target_modules,
+    load_base_model,
+)
+from adapter_core.basis import Basis, ModuleShape, make_basis
 
 #: Shorter than every test's context, so that a window that is ignored, or off by one, shows.
 SLIDING_WINDOW = 11
@@ -41,11 +46,14 @@ _SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 256,
     "initializer_range": 0.15,  # at the usual 0.02 every logit is nearly the same
+    "tie_word_embeddings": False,  # tied, random models repeat their input
     "eos_token_id": None,
     "bos_token_id": None,
     "pad_token_id": 0,
     "attn_implementation": "eager",
 }
+#: The least that is a model: for tests of what is round it.
+_MICRO = {**_SIZES, "vocab_size": 29, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "tiny")
 
 
@@ -92,7 +100,9 @@ class Served:
         self.pristine = copy.deepcopy(self.base.model)  # the engine takes `base.model` over
         self.pristine.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
 
-    def oracle(self, ref: AdapterRef | None, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+    def oracle(
+        self, ref: AdapterRef | None, prompt: list[int], num_tokens: int
+    ) -> tuple[list[int], list[float]]:
         """Greedy tokens of the merged model run alone, and their log-probabilities."""
         model = self.merged(ref)
         output = model.generate(
@@ -105,7 +115,8 @@ class Served:
         )
         tokens = output.sequences[0, len(prompt) :].tolist()
         logprobs = [
-            float(row[0].float().log_softmax(-1)[token]) for row, token in zip(output.logits, tokens, strict=True)
+            float(row[0].float().log_softmax(-1)[token])
+            for row, token in zip(output.logits, tokens, strict=True)
         ]
         return tokens, logprobs
 
@@ -118,9 +129,10 @@ class Served:
 
 
 def make_served(base: BaseModel, *, rank: int = 4, num_adapters: int = 4, scale: float = 1.0) -> Served:
-    """Random adapters for `base`: `num_adapters` in a basis of all linear layers and two in one of attention's."""
-    basis = build_basis(base, rank=rank)
-    other = build_basis(base, rank=rank + 1, target_modules=("q_proj", "v_proj"))
+    """Random adapters for `base`: `num_adapters` in a basis of all linear layers and two in one of
+    attention's."""
+    basis = svd_basis(base, rank, LLAMA_LINEARS)
+    other = svd_basis(base, rank + 1, ("q_proj", "v_proj"))
     served = Served(base, basis, other)
     generator = torch.Generator().manual_seed(7)
     for name, (own, count) in {"a": (basis, num_adapters), "b": (other, 2)}.items():
@@ -131,9 +143,18 @@ def make_served(base: BaseModel, *, rank: int = 4, num_adapters: int = 4, scale:
     return served
 
 
+def svd_basis(base: BaseModel, rank: int, target_modules: tuple[str, ...]) -> Basis:
+    """The first singular vectors of each weight: directions in which an adapter has a say."""
+    factors = {}
+    for name, linear in iter_target_modules(base.model, target_modules):
+        U, _, Vh = torch.linalg.svd(linear.weight.cpu(), full_matrices=False)
+        factors[ModuleShape(name, linear.in_features, linear.out_features)] = (Vh[:rank], U[:, :rank])
+    return make_basis(model_id=base.model_id, method="svd", factors=factors, recipe={})
+
+
 @functools.cache
 def family(name: str, device: str = "cpu") -> Served:
-    """One of FAMILIES: random small models with fixed seeds, and the bundled one."""
+    """One of FAMILIES (random small models with fixed seeds, and the bundled one), or "micro"."""
     if name == "tiny":
         return make_served(load_base_model(BUNDLED_MODEL, device=device, dtype="float32"), rank=8, scale=0.4)
     return make_served(BaseModel(name, f"random-{name}", random_model(name).to(device)))
@@ -143,6 +164,8 @@ def random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(3)
     if name == "llama":
         model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    elif name == "micro":
+        model = LlamaForCausalLM(LlamaConfig(**_MICRO))
     elif name == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**_SIZES))
     elif name == "mistral":

@@ -24,7 +24,7 @@ from adapter_core.errors import (
 )
 from service.engine import ipc
 from service.engine.messages import GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
-from service.engine.output_stream import merge_outputs
+from service.engine.output_stream import OutputStream, merge_outputs
 
 
 def stream_of(data: bytes) -> asyncio.StreamReader:
@@ -179,6 +179,26 @@ def test_merged_outputs_hold_everything_in_order() -> None:
     assert merged.prompt_logprobs == first.prompt_logprobs
     assert (merged.finish_reason, merged.error) == ("error", ("request_failed", "broken"))
     assert (merged.num_cached_tokens, merged.num_distinct) == (8, 5)
+
+
+async def test_a_stream_ends_with_its_first_end() -> None:
+    stream = OutputStream()
+    stream.put(TokenOutput("r", [1]))
+    stream.put(TokenOutput("r", finish_reason="cancelled"))
+    stream.put(TokenOutput("r", [2]))
+    stream.fail(RequestFailed("too late"))
+
+    assert await stream.next() == TokenOutput("r", [1], finish_reason="cancelled")
+
+
+async def test_a_stream_hands_out_what_came_before_its_error() -> None:
+    stream = OutputStream()
+    stream.put(TokenOutput("r", [1]))
+    stream.fail(RequestFailed("broken"))
+
+    assert (await stream.next()).token_ids == [1]
+    with pytest.raises(RequestFailed, match="broken"):
+        await stream.next()
 
 
 @pytest.mark.parametrize(

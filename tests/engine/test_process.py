@@ -47,7 +47,10 @@ from tests.waiting import wait_until
 # One engine process serves the whole module: its start costs seconds.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-HEARTBEAT_S = 4.0
+#: Long enough that a busy test machine is not taken for a hung engine.
+HEARTBEAT_S = 6.0
+#: Tokens of a request that is not meant to reach its end.
+LONG = 2000
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -93,6 +96,11 @@ def complete_in_core(engine: Engine, requests: list[GenerationRequest]) -> dict[
         for output in engine.step():
             outputs[output.request_id].append(output)
     return {request_id: merge_outputs(parts) for request_id, parts in outputs.items()}
+
+
+async def tokens_generated(engine: EngineClient) -> int:
+    stats = await wait_until(lambda: engine.stats)
+    return int(stats.generation_tokens_total)
 
 
 async def is_at_rest(engine: EngineClient) -> bool:
@@ -170,23 +178,27 @@ async def test_twenty_users_at_once_get_what_each_gets_alone(
 
 
 async def test_a_cancelled_request_frees_its_blocks(engine: EngineClient) -> None:
-    stream = engine.generate(make_request("long", max_tokens=1500, min_tokens=1500))
+    before = await tokens_generated(engine)
+    stream = engine.generate(make_request("long", max_tokens=LONG, min_tokens=LONG))
     await anext(stream)
     await wait_until(lambda: engine.stats is not None and engine.stats.kv_blocks_used > 0)
 
     await stream.aclose()
 
     await wait_until(lambda: is_at_rest(engine))
+    assert await tokens_generated(engine) - before < LONG
 
 
 async def test_a_lost_connection_cancels_its_requests(engine: EngineClient, settings: CommonSettings) -> None:
+    before = await tokens_generated(engine)
     async with raw_connection(engine, settings) as (reader, writer):
-        request = make_request("long", max_tokens=1500, min_tokens=1500)
+        request = make_request("long", max_tokens=LONG, min_tokens=LONG)
         writer.write(ipc.encode("submit", request=ipc.request_map(request)))
         await read_until(reader, "outputs")
         await wait_until(lambda: engine.stats is not None and engine.stats.num_running == 1)
 
     await wait_until(lambda: is_at_rest(engine))
+    assert await tokens_generated(engine) - before < LONG
 
 
 async def test_two_connections_may_use_the_same_request_id(
@@ -346,7 +358,7 @@ async def test_kill_9_costs_the_requests_in_flight_and_nothing_else(
     expected = await complete(engine, make_request("before", ref))
     restarts = engine.restarts_total
     streams = [
-        engine.generate(make_request(f"r{i}", ref, max_tokens=1500, min_tokens=1500)) for i in range(5)
+        engine.generate(make_request(f"r{i}", ref, max_tokens=LONG, min_tokens=LONG)) for i in range(5)
     ]
     for stream in streams:
         await anext(stream)
@@ -365,7 +377,7 @@ async def test_kill_9_costs_the_requests_in_flight_and_nothing_else(
 
 async def test_a_stopped_process_is_replaced(engine: EngineClient) -> None:
     pid, restarts = engine.info.pid, engine.restarts_total
-    stream = engine.generate(make_request("r", max_tokens=1500, min_tokens=1500))
+    stream = engine.generate(make_request("r", max_tokens=LONG, min_tokens=LONG))
     await anext(stream)
 
     os.kill(pid, signal.SIGSTOP)

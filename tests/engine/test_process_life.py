@@ -136,3 +136,4 @@ def test_every_setting_reaches_the_core() -> None:
         num_slots=5, block_size=8, num_blocks=9, enable_prefix_cache=False
     )
     assert engine_config(EngineSettings()) == EngineConfig()
+    assert vars(engine_config(EngineSettings())).keys() <= EngineSettings.model_fields.keys()

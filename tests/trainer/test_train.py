@@ -265,5 +265,5 @@ def test_losses_of_a_model_with_soft_caps_are_the_models_own() -> None:
     losses = torch.cat(
         [token_losses(model, batch)[0] for batch in micro_batches(pairs, token_budget=40, min_fill=0)]
     )
-    assert losses.mean().item() == pytest.approx(expected, abs=1e-9)
+    assert losses.mean().item() == pytest.approx(expected, abs=1e-6)  # Gemma's norms are in float32
     assert len(losses) == sum(example.num_loss_tokens for example in examples)

@@ -1,0 +1,79 @@
+"""Starts that need no data: zero, noise, and another adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_core.bases.method import Option, Options
+from adapter_core.bases.rebasing import rebase
+from adapter_core.errors import BasisMismatch, InvalidInput
+from adapter_core.starts.method import StartMethod, StartRequest
+
+
+def zero(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 = 0: the base model, bit for bit. It trains: ∂L/∂R = P_outᵀ Bᵀ g Aᵀ P_inᵀ is not zero there."""
+    basis = request.basis
+    return torch.zeros(basis.num_modules, basis.rank, basis.rank), {}
+
+
+def noise(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 ~ N(0, σ²) (LoRA-XS, section 3). It breaks no symmetry that zero would leave: ‖ΔW‖ is about σ σ_1
+    2√r."""
+    basis = request.basis
+    generator = torch.Generator().manual_seed(options["seed"])
+    shape = (basis.num_modules, basis.rank, basis.rank)
+    return options["sigma"] * torch.randn(shape, generator=generator), {}
+
+
+def warm(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 = P_out^-1 R P_in^-1 of an adapter, moved to this basis first if it belongs to another."""
+    basis, adapter = request.basis, request.adapter
+    if adapter is None:
+        raise InvalidInput("start warm needs an adapter to go on from", param="init")
+    loss = 0.0
+    if adapter.basis_id != basis.basis_id:
+        if request.adapter_basis is None:
+            raise BasisMismatch(
+                f"the adapter belongs to basis {adapter.basis_id}; to move it, give that one too"
+            )
+        adapter, loss = rebase(adapter, request.adapter_basis, basis)
+        if loss > options["max_relative_loss"]:
+            raise InvalidInput(
+                f"moving the adapter to another basis loses {loss:.1%} of it; "
+                f"{options['max_relative_loss']:.1%} is allowed",
+                param="max_relative_loss",
+            )
+    return basis.unfold(adapter.R.double()), {"relative_loss": loss}
+
+
+ZERO = StartMethod(
+    name="zero",
+    description="nothing: the base model",
+    paper="PiSSA's and LoRAM's W - B_0 A_0 come to the same",
+    make=zero,
+)
+NOISE = StartMethod(
+    name="noise",
+    description="Gaussian noise",
+    paper="LoRA-XS, arXiv 2405.17604, section 3",
+    make=noise,
+    options={
+        "sigma": Option(1e-5, "standard deviation, in trained coordinates", minimum=0.0),
+        "seed": Option(0, "of the noise"),
+    },
+)
+WARM = StartMethod(
+    name="warm",
+    description="another adapter, moved to this basis",
+    paper="",
+    make=warm,
+    needs_adapter=True,
+    options={
+        "max_relative_loss": Option(
+            0.5, "refuse if moving to this basis loses more of ‖ΔW‖² than this", minimum=0.0, maximum=1.0
+        ),
+    },
+)

@@ -1,0 +1,42 @@
+"""What a start is: a description, options, and a function from a request to R_0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from adapter_core.adapter import Adapter
+from adapter_core.base_model import BaseModel
+from adapter_core.bases.calibration import CalibrationSet
+from adapter_core.bases.method import Calibration, Option, Options
+from adapter_core.basis import Basis
+
+
+@dataclass(frozen=True)
+class StartRequest:
+    """What there is to start from; see `make_start`."""
+
+    basis: Basis
+    base: BaseModel | None = None
+    calibration: CalibrationSet | None = None
+    step: Tensor | None = None
+    adapter: Adapter | None = None
+    adapter_basis: Basis | None = None
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class StartMethod:
+    """One way to start. make: (request, options) -> R_0 [M, r, r] in trained coordinates, and notes
+    (JSON)."""
+
+    name: str
+    description: str
+    paper: str
+    make: Callable[[StartRequest, Options], tuple[Tensor, dict[str, Any]]]
+    needs_calibration: Calibration = "none"
+    needs_adapter: bool = False
+    options: Mapping[str, Option] = field(default_factory=dict)

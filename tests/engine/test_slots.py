@@ -1,0 +1,189 @@
+"""Slot tables, the host cache, and the linear layers that read them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter_core.adapter import Adapter, AdapterRef, delta
+from adapter_core.base_model import iter_target_modules
+from adapter_core.basis import Basis, ModuleShape, make_basis
+from adapter_core.errors import BasisMismatch
+from service.engine.adapter_cache import AdapterCache
+from service.engine.linear import AdapterLinear, attach, detach
+from service.engine.slots import SlotTable
+from tests.engine.models import Served
+
+M, RANK = 3, 2
+NUM_SLOTS = 3
+
+
+def ref(index: int, version: int = 1) -> AdapterRef:
+    return AdapterRef("t", f"a{index}", version, "basis")
+
+
+def adapter(value: float) -> Adapter:
+    return Adapter("0" * 64, torch.full((M, RANK, RANK), float(value)))
+
+
+def make_table(num_slots: int = NUM_SLOTS) -> SlotTable:
+    return SlotTable(
+        (M, RANK), num_slots=num_slots, max_tokens=16, device=torch.device("cpu"), dtype=torch.float32
+    )
+
+
+def test_a_reused_slot_holds_only_the_new_adapter() -> None:
+    table = make_table(num_slots=1)
+    slot = table.pin(ref(1), adapter(1))
+    assert slot == 1
+    table.unpin(ref(1))
+
+    assert table.pin(ref(2), adapter(2)) == slot
+    assert torch.equal(table.R_slots[slot], adapter(2).R)
+    assert ref(1) not in table
+    assert table.num_evictions == 1
+
+
+def test_dropping_leaves_zeros() -> None:
+    table = make_table()
+    slot = table.pin(ref(1), adapter(1))
+    assert not table.drop(ref(1))
+    table.unpin(ref(1))
+    assert table.drop(ref(1))
+    assert not table.R_slots[slot].any()
+    table.check_integrity()
+
+
+def test_a_pinned_slot_is_never_taken() -> None:
+    table = make_table(num_slots=2)
+    pinned = table.pin(ref(1), adapter(1))
+    table.pin(ref(2), adapter(2))
+    assert table.pin(ref(3), adapter(3)) is None
+    table.unpin(ref(2))
+    assert table.pin(ref(3), adapter(3)) is not None
+    assert torch.equal(table.R_slots[pinned], adapter(1).R)
+
+
+def test_the_least_recently_used_slot_is_evicted() -> None:
+    table = make_table(num_slots=2)
+    for index in (1, 2, 1):
+        table.pin(ref(index), adapter(index))
+        table.unpin(ref(index))
+    table.pin(ref(3), adapter(3))
+    assert (ref(1) in table, ref(2) in table) == (True, False)
+
+
+def test_versions_have_slots_of_their_own() -> None:
+    table = make_table()
+    assert table.pin(ref(1, version=1), adapter(1)) != table.pin(ref(1, version=2), adapter(2))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["pin", "unpin", "drop"]), st.integers(0, 5)), max_size=60))
+def test_any_order_of_pins_and_drops_keeps_the_books(actions: list[tuple[str, int]]) -> None:
+    table = make_table()
+    pins: list[int] = []
+    for action, index in actions:
+        if action == "pin":
+            slot = table.pin(ref(index), adapter(index + 1))
+            assert (slot is None) == (len(set(pins)) == NUM_SLOTS and index not in pins)
+            if slot is not None:
+                pins.append(index)
+                assert torch.equal(table.R_slots[slot], adapter(index + 1).R)
+        elif action == "unpin" and index in pins:
+            pins.remove(index)
+            table.unpin(ref(index))
+        elif action == "drop":
+            assert table.drop(ref(index)) == (index not in pins)
+        table.check_integrity()
+        assert table.num_pinned == len(set(pins))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["put", "get", "hold", "release", "drop"]), st.integers(0, 6))))
+def test_the_host_cache_keeps_its_limit_and_what_is_needed(actions: list[tuple[str, int]]) -> None:
+    cache = AdapterCache(max_bytes=2 * adapter(0).R.nbytes)
+    holds: list[int] = []
+    present: set[int] = set()
+    for action, index in actions:
+        if action == "put":
+            cache.put(ref(index), adapter(index))
+            present.add(index)
+        elif action == "get":
+            found = cache.get(ref(index))
+            assert found is None or torch.equal(found.R, adapter(index).R)
+        elif action == "hold":
+            cache.hold(ref(index))
+            holds.append(index)
+        elif action == "release" and index in holds:
+            holds.remove(index)
+            cache.release(ref(index))
+        elif action == "drop":
+            cache.drop(ref(index))
+            present.discard(index)
+        cache.check_integrity()
+        assert all(ref(held) in cache for held in set(holds) & present)
+        present = {held for held in present if ref(held) in cache}
+
+
+def test_the_host_cache_evicts_the_least_recently_used() -> None:
+    cache = AdapterCache(max_bytes=2 * adapter(0).R.nbytes)
+    cache.put(ref(1), adapter(1))
+    cache.put(ref(2), adapter(2))
+    cache.get(ref(1))
+    cache.put(ref(3), adapter(3))
+    assert cache.refs == [ref(1), ref(3)]
+
+
+def test_a_linear_layer_adds_each_tokens_own_delta(llama: Served) -> None:
+    model = copy.deepcopy(llama.pristine)
+    basis = llama.basis
+    table = SlotTable(
+        (basis.num_modules, basis.rank),
+        num_slots=2,
+        max_tokens=8,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    before = dict(iter_target_modules(model))
+    attach(model, basis, table)
+    refs = llama.refs[:2]
+    slots = [table.pin(r, llama.adapters[r]) or 0 for r in refs]
+    table.stage(torch.tensor([slots[0], 0, slots[1]]))
+
+    for index, module in enumerate(basis.manifest.modules):
+        linear = model.get_submodule(module.name)
+        assert isinstance(linear, AdapterLinear)
+        x = torch.randn(1, 3, module.d_in)
+        y = linear(x)
+        plain = torch.nn.functional.linear(x, linear.weight, linear.bias)
+        torch.testing.assert_close(y[0, 1], plain[0, 1])
+        for row, owner in ((0, refs[0]), (2, refs[1])):
+            R = llama.adapters[owner].R[index]
+            expected = plain[0, row] + delta(x[0, row], basis.A[index], R, basis.B[index])
+            torch.testing.assert_close(y[0, row], expected)
+
+    detach(model, basis)
+    after = dict(iter_target_modules(model))
+    assert all(after[name] is linear for name, linear in before.items())
+
+
+def test_a_bias_is_kept() -> None:
+    linear = AdapterLinear(torch.nn.Linear(3, 2))
+    x = torch.randn(1, 4, 3)
+    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize(
+    "shape", [ModuleShape("no.such.module", 8, 8), ModuleShape("lm_head", 8, 8)], ids=str
+)
+def test_a_basis_of_another_model_changes_nothing(llama: Served, shape: ModuleShape) -> None:
+    model = copy.deepcopy(llama.pristine)
+    fitting = llama.basis.manifest.modules[0]
+    factors = {m: (torch.randn(2, m.d_in), torch.randn(m.d_out, 2)) for m in (fitting, shape)}
+    basis: Basis = make_basis(model_id="other", method="test", factors=factors, recipe={})
+    with pytest.raises(BasisMismatch, match=shape.name):
+        attach(model, basis, make_table())
+    assert not any(isinstance(module, AdapterLinear) for module in model.modules())

@@ -1,0 +1,139 @@
+"""The application over a real Valkey, the real tokenizer and a fake engine; in process, or behind a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+import torch
+import uvicorn
+from fastapi import FastAPI
+from redis.asyncio import Redis
+
+from adapter_core.adapter import Adapter
+from adapter_core.base_model import BUNDLED_MODEL
+from adapter_core.basis import Basis, ModuleShape, make_basis
+from adapter_core.settings import CommonSettings
+from adapter_core.store import AdapterStore
+from service.app import create_app, stores_over
+from service.settings import ServiceSettings
+from service.text import TextCodec, load_text_codec
+from tests.fakes import FakeEngine
+from tests.waiting import wait_until
+
+MakeApp = Callable[..., FastAPI]
+BASIS_ID = hashlib.sha256(b"a basis").hexdigest()
+
+
+@pytest.fixture(scope="session")
+def codec() -> TextCodec:
+    return load_text_codec(BUNDLED_MODEL)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def make_app(redis: Redis, engine: FakeEngine, codec: TextCodec, tmp_path: Path) -> MakeApp:
+    """The application with settings of one's own."""
+
+    def make(**settings: object) -> FastAPI:
+        common = CommonSettings(data_dir=tmp_path)
+        return create_app(
+            engine=engine,
+            stores=stores_over(redis, common),
+            codec=codec,
+            settings=ServiceSettings(**settings),
+            common=common,
+        )
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: MakeApp) -> FastAPI:
+    return make_app()
+
+
+@asynccontextmanager
+async def client_of(app: FastAPI, **options: object) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", **options) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Without a socket: fast, but an answer comes whole and nobody disconnects."""
+    async with client_of(app) as client:
+        yield client
+
+
+@asynccontextmanager
+async def served(app: FastAPI) -> AsyncIterator[str]:
+    """Serve on a free port of loopback, in this event loop; yields the URL."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, http="httptools", ws="none", log_config=None, access_log=False)
+    )
+    task = asyncio.create_task(server.serve())
+    try:
+        await wait_until(lambda: server.started or task.done())
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+@pytest_asyncio.fixture
+async def server(app: FastAPI) -> AsyncIterator[str]:
+    async with served(app) as url:
+        yield url
+
+
+@pytest_asyncio.fixture
+async def remote(server: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Over a socket: streams arrive as they are sent."""
+    async with httpx.AsyncClient(base_url=server) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def official(server: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client, over a socket."""
+    async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def adapters(redis: Redis) -> AdapterStore:
+    return AdapterStore(redis)
+
+
+async def publish(
+    adapters: AdapterStore, adapter_id: str, *, tenant: str = "default", basis_id: str = BASIS_ID
+) -> int:
+    """Store a version of a small adapter; returns its number."""
+    adapter = Adapter(basis_id, torch.zeros(2, 4, 4))
+    version = await adapters.publish(tenant, adapter_id, adapter, dtype=torch.float16, base_model_id="tiny")
+    return version.version
+
+
+def small_basis() -> Basis:
+    """A basis of rank 4 for two modules that no model has."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [ModuleShape("a", 8, 6), ModuleShape("b", 6, 8)]
+    factors = {
+        shape: (torch.randn(4, shape.d_in, generator=generator), torch.randn(shape.d_out, 4, generator=generator))
+        for shape in shapes
+    }
+    return make_basis(model_id="0" * 64, method="lora_xs", factors=factors, recipe={"seed": 0})

@@ -1,0 +1,281 @@
+"""/v1/fine_tuning/jobs, over the real queue; a worker's part is played through `JobLeases`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from adapter_core.basis_store import BasisStore
+from adapter_core.job_leases import JobLeases
+from adapter_core.job_queue import JobQueue
+from adapter_core.store import AdapterStore
+from service.training_jobs import slug
+from tests.fakes import FakeEngine
+from tests.http.conftest import BASIS_ID, publish, small_basis
+from tests.http.sse import DONE, parse
+from tests.http.test_files import upload
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest_asyncio.fixture
+async def file_id(client: httpx.AsyncClient) -> str:
+    return str((await upload(client)).json()["id"])
+
+
+async def create(client: httpx.AsyncClient, file_id: str, headers: Any = None, **body: Any) -> dict[str, Any]:
+    sent = {"model": "tiny", "training_file": file_id, **body}
+    reply = await client.post(JOBS, json=sent, headers=headers)
+    assert reply.status_code == 200, reply.text
+    return dict(reply.json())
+
+
+async def test_a_job_has_openais_shape(client: httpx.AsyncClient, engine: FakeEngine, file_id: str) -> None:
+    engine.is_ready = False  # training does not need it
+
+    job = await create(client, file_id, suffix="My Style!", metadata={"a": "b"}, seed=3)
+
+    assert job["id"].startswith("ftjob-")
+    assert (job["object"], job["status"], job["model"]) == ("fine_tuning.job", "queued", "tiny")
+    assert (job["training_file"], job["validation_file"]) == (file_id, None)
+    assert (job["seed"], job["metadata"], job["user_provided_suffix"]) == (3, {"a": "b"}, "My Style!")
+    auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert job["hyperparameters"] == auto
+    assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": auto}}
+    assert (job["fine_tuned_model"], job["error"], job["result_files"]) == (None, None, [])
+    assert job["adapter"]["id"].startswith("my-style-")
+    assert (job["adapter"]["rank"], job["adapter"]["method"]) == (16, "lora_xs")
+    assert job["queue_position"] == 1
+    assert (await client.get(f"{JOBS}/{job['id']}")).json() == job
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"hyperparameters": {"n_epochs": 3}},
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}},
+        {
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+            "hyperparameters": {"n_epochs": 9},
+        },
+    ],
+    ids=["old place", "new place", "both"],
+)
+async def test_hyperparameters_have_two_places(
+    client: httpx.AsyncClient, file_id: str, body: dict[str, Any]
+) -> None:
+    job = await create(client, file_id, **body)
+
+    assert job["hyperparameters"]["n_epochs"] == 3
+    assert job["hyperparameters"]["batch_size"] == "auto"
+
+
+async def test_own_options_travel_beside_openais(client: httpx.AsyncClient, file_id: str, redis: Redis) -> None:
+    stopping = {"patience": 3, "min_delta": 0.01}
+
+    job = await create(client, file_id, adapter={"id": "anna", "rank": 4}, early_stopping=stopping)
+
+    assert (job["adapter"]["id"], job["adapter"]["rank"]) == ("anna", 4)
+    spec = (await JobQueue(redis).get("default", job["id"])).spec
+    assert (spec.adapter_id, spec.rank, spec.early_stopping) == ("anna", 4, stopping)
+    assert spec.base_model == "tiny"
+
+
+async def test_two_jobs_without_a_name_make_two_adapters(client: httpx.AsyncClient, file_id: str) -> None:
+    first, second = await create(client, file_id), await create(client, file_id)
+
+    assert first["id"] != second["id"]
+    assert first["adapter"]["id"] != second["adapter"]["id"]
+
+
+async def test_a_named_basis_decides_rank_and_method(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
+    basis_id = await BasisStore(redis).put(small_basis())
+
+    job = await create(client, file_id, adapter={"basis": basis_id})
+
+    assert job["adapter"] == {"id": job["adapter"]["id"], "version": None, "method": "lora_xs", "rank": 4,
+                              "basis": basis_id}  # fmt: skip
+    wrong = {"model": "tiny", "training_file": file_id, "adapter": {"basis": basis_id, "rank": 8}}
+    reply = await client.post(JOBS, json=wrong)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "adapter.rank")
+
+
+async def test_training_can_start_from_an_adapter(
+    client: httpx.AsyncClient, file_id: str, redis: Redis, adapters: AdapterStore
+) -> None:
+    basis = small_basis()
+    await BasisStore(redis).put(basis)
+    for _ in range(2):
+        await publish(adapters, "anna", basis_id=basis.basis_id)
+
+    job = await create(client, file_id, model="anna")
+
+    spec = (await JobQueue(redis).get("default", job["id"])).spec
+    assert (spec.warm_start_from, spec.basis_id, spec.rank) == ("anna@2", basis.basis_id, 4)
+    assert job["model"] == "anna@2"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        ({"training_file": "file-" + "0" * 24}, 404, "file_not_found", "training_file"),
+        ({"training_file": "../x"}, 404, "file_not_found", "training_file"),
+        ({"validation_file": "file-" + "0" * 24}, 404, "file_not_found", "validation_file"),
+        ({"model": "nobody"}, 404, "model_not_found", "model"),
+        ({"adapter": {"basis": "f" * 64}}, 404, "basis_not_found", "adapter.basis"),
+        ({"adapter": {"method": "magic"}}, 400, "invalid_value", "adapter.method"),
+        ({"adapter": {"id": "A B"}}, 400, "invalid_value", "adapter.id"),
+        ({"adapter": {"id": "tiny"}}, 400, "invalid_value", "adapter.id"),
+    ],
+)
+async def test_what_does_not_exist_is_named(
+    client: httpx.AsyncClient, file_id: str, body: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    reply = await client.post(JOBS, json={"model": "tiny", "training_file": file_id, **body})
+
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+async def test_an_idempotency_key_gives_the_same_job(client: httpx.AsyncClient, file_id: str) -> None:
+    headers = {"idempotency-key": "once"}
+
+    first = await create(client, file_id, headers)
+
+    assert (await create(client, file_id, headers))["id"] == first["id"]
+    assert (await create(client, file_id))["id"] != first["id"]
+
+
+async def test_an_idempotency_key_is_for_one_body(client: httpx.AsyncClient, file_id: str) -> None:
+    headers = {"idempotency-key": "once"}
+    await create(client, file_id, headers)
+
+    reply = await client.post(
+        JOBS, json={"model": "tiny", "training_file": file_id, "seed": 1}, headers=headers
+    )
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "idempotency_key_reused"
+
+
+async def test_the_official_clients_retry_gives_the_job_of_the_newest_attempt(
+    client: httpx.AsyncClient, file_id: str
+) -> None:
+    old = await create(client, file_id, {"x-stainless-retry-count": "0"})
+    new = await create(client, file_id, {"x-stainless-retry-count": "0"})
+    retried = await create(client, file_id, {"x-stainless-retry-count": "1"})
+    other = await create(client, file_id, {"x-stainless-retry-count": "2"}, seed=9)
+
+    assert retried["id"] == new["id"] != old["id"]
+    assert other["id"] not in (old["id"], new["id"])
+    assert (await create(client, file_id, {"x-stainless-retry-count": "3"}, seed=9))["id"] == other["id"]
+
+
+async def test_jobs_are_listed_newest_first_in_pages(client: httpx.AsyncClient, file_id: str) -> None:
+    ids = [(await create(client, file_id))["id"] for _ in range(3)]
+
+    first = (await client.get(JOBS, params={"limit": 2})).json()
+    second = (await client.get(JOBS, params={"limit": 2, "after": first["last_id"]})).json()
+
+    assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
+    assert (first["has_more"], second["has_more"]) == (True, False)
+
+
+async def test_a_job_can_be_paused_resumed_and_cancelled(client: httpx.AsyncClient, file_id: str) -> None:
+    job_id = (await create(client, file_id))["id"]
+
+    for verb, status in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        reply = await client.post(f"{JOBS}/{job_id}/{verb}")
+        assert (reply.status_code, reply.json()["status"]) == (200, status)
+
+
+async def test_a_job_that_has_ended_stays_so(client: httpx.AsyncClient, file_id: str) -> None:
+    job_id = (await create(client, file_id))["id"]
+    await client.post(f"{JOBS}/{job_id}/cancel")
+
+    for verb in ("pause", "resume", "cancel"):
+        reply = await client.post(f"{JOBS}/{job_id}/{verb}")
+        assert reply.status_code == 409
+        assert reply.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("tail", ["", "/events", "/checkpoints", "/events?stream=true"])
+async def test_an_unknown_job_is_404(client: httpx.AsyncClient, tail: str) -> None:
+    reply = await client.get(f"{JOBS}/ftjob-nothing{tail}")
+
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "job_not_found"
+
+
+async def run_job(redis: Redis) -> None:
+    """What a worker does with the one queued job: some events, then a result."""
+    leases = JobLeases(redis)
+    (lease,) = await leases.claim("worker", limit=1, lease_s=60)
+    for step in (1, 2):
+        data = {"step": step, "train_loss": 1.0 / step}
+        await leases.report(
+            lease, type="metrics", message=f"step {step}", data=data, progress={"step": step, "total_steps": 2}
+        )
+    result = {"version": 1, "trained_tokens": 99, "best_step": 2, "best_valid_loss": 0.5, "basis_id": BASIS_ID}
+    await leases.complete(lease, result)
+
+
+async def test_a_job_that_has_succeeded_names_its_model(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    job_id = (await create(client, file_id, adapter={"id": "anna"}))["id"]
+    await run_job(redis)
+
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (job["status"], job["fine_tuned_model"], job["trained_tokens"]) == ("succeeded", "anna", 99)
+    assert job["finished_at"] >= job["started_at"] >= job["created_at"]
+    assert (job["adapter"]["version"], job["adapter"]["basis"]) == (1, BASIS_ID)
+    (checkpoint,) = (await client.get(f"{JOBS}/{job_id}/checkpoints")).json()["data"]
+    assert checkpoint["fine_tuned_model_checkpoint"] == "anna@1"
+    assert checkpoint["metrics"] == {"step": 2, "valid_loss": 0.5}
+
+
+async def test_events_are_listed_newest_first_and_streamed_oldest_first(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    job_id = (await create(client, file_id))["id"]
+    assert (await client.get(f"{JOBS}/{job_id}/checkpoints")).json()["data"] == []
+    await run_job(redis)
+
+    page = (await client.get(f"{JOBS}/{job_id}/events", params={"limit": 100})).json()
+    *streamed, done = parse((await client.get(f"{JOBS}/{job_id}/events", params={"stream": "true"})).text)
+
+    assert done == DONE
+    assert streamed == page["data"][::-1]
+    metrics = [event for event in streamed if event["type"] == "metrics"]
+    assert [event["data"]["step"] for event in metrics] == [1, 2]
+    assert {event["object"] for event in streamed} == {"fine_tuning.job.event"}
+
+
+async def test_a_job_that_has_failed_says_why(client: httpx.AsyncClient, redis: Redis, file_id: str) -> None:
+    job_id = (await create(client, file_id))["id"]
+    leases = JobLeases(redis)
+    (lease,) = await leases.claim("worker", limit=1, lease_s=60)
+    error = {"code": "training_diverged", "message": "try a smaller rate", "param": None}
+    await leases.fail(lease, error, retryable=False)
+
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (job["status"], job["error"]) == ("failed", error)
+    assert job["fine_tuned_model"] is None
+    assert json.dumps(job)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("My Style!", "my-style"), ("--", ""), ("ä", ""), ("x" * 70, "x" * 55)]
+)
+def test_a_suffix_becomes_part_of_an_adapter_id(text: str, expected: str) -> None:
+    assert slug(text) == expected

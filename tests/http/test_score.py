@@ -1,0 +1,97 @@
+"""POST /v1/score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from adapter_core.examples import Example
+from adapter_core.store import AdapterStore
+from service.text import TextCodec
+from tests.fakes import FakeEngine, fake_logprob
+from tests.http.conftest import publish
+
+CONVERSATION = {
+    "messages": [
+        {"role": "user", "content": "define love"},
+        {"role": "assistant", "content": "a temporary insanity"},
+    ]
+}
+PAIR = {"prompt": "the program ", "completion": "stops"}
+TEXT = {"text": "one two three"}
+
+
+async def score(client: httpx.AsyncClient, *items: dict[str, Any], **more: Any) -> dict[str, Any]:
+    reply = await client.post("/v1/score", json={"model": "tiny", "input": list(items), **more})
+    assert reply.status_code == 200, reply.text
+    return dict(reply.json())
+
+
+def expected(codec: TextCodec, example: Example) -> tuple[int, float]:
+    """Counted tokens and their summed log-probability."""
+    encoded = codec.chat.encode_example(example, max_tokens=1000)
+    counted = [t for t, counts in zip(encoded.token_ids, encoded.loss_mask, strict=True) if counts]
+    return len(counted), sum(fake_logprob(t) for t in counted)
+
+
+async def test_each_kind_of_text_counts_what_training_would_count(
+    client: httpx.AsyncClient, codec: TextCodec
+) -> None:
+    report = await score(client, CONVERSATION, PAIR, TEXT)
+
+    examples = [
+        Example(messages=tuple(CONVERSATION["messages"])),
+        Example(prompt=PAIR["prompt"], completion=PAIR["completion"]),
+        Example(text=TEXT["text"]),
+    ]
+    wanted = [expected(codec, example) for example in examples]
+    for index, (item, (count, total)) in enumerate(zip(report["data"], wanted, strict=True)):
+        assert (item["index"], item["num_tokens"]) == (index, count)
+        assert item["sum_logprob"] == pytest.approx(total)
+        assert item["loss"] == pytest.approx(-total / count)
+        assert item["tokens"] is None
+    assert report["loss"] == pytest.approx(-sum(t for _, t in wanted) / sum(c for c, _ in wanted))
+
+
+async def test_the_items_run_together_and_nothing_is_generated(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    report = await score(client, *[TEXT] * 5)
+
+    assert len(engine.requests) == 5
+    assert {request.sampling.max_tokens for request in engine.requests} == {1}
+    assert report["usage"]["completion_tokens"] == 0
+    assert report["usage"]["prompt_tokens"] == sum(len(request.token_ids) for request in engine.requests)
+
+
+async def test_tokens_are_listed_if_asked_for(client: httpx.AsyncClient, codec: TextCodec) -> None:
+    report = await score(client, PAIR, return_tokens=True)
+
+    tokens = report["data"][0]["tokens"]
+    text = "".join(token["token"] for token in tokens)
+    assert text.endswith("stops<|end|>")
+    counted = [token for token in tokens if token["is_counted"]]
+    assert len(counted) == report["data"][0]["num_tokens"]
+    assert sum(token["logprob"] for token in counted) == pytest.approx(report["data"][0]["sum_logprob"])
+
+
+async def test_a_message_of_weight_0_is_not_counted(client: httpx.AsyncClient) -> None:
+    turns = [*CONVERSATION["messages"], *CONVERSATION["messages"]]
+    ignored = [{**turns[1], "weight": 0} if i == 1 else turn for i, turn in enumerate(turns)]
+
+    both, one = (await score(client, {"messages": turns}, {"messages": ignored}))["data"]
+
+    assert both["num_tokens"] == 2 * one["num_tokens"]
+
+
+async def test_an_adapter_is_scored_by_name(
+    client: httpx.AsyncClient, engine: FakeEngine, adapters: AdapterStore
+) -> None:
+    await publish(adapters, "anna")
+
+    report = await score(client, TEXT, model="anna@1")
+
+    assert report["adapter"] == {"id": "anna", "version": 1}
+    assert engine.requests[0].adapter is not None

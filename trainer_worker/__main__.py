@@ -1,0 +1,146 @@
+"""`python -m trainer_worker`: train queued jobs until SIGTERM or SIGINT, then hand back the unfinished."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+
+import torch
+
+from adapter_core.adapter import DTYPE_NAMES
+from adapter_core.base_model import BaseModel, load_base_model, load_tokenizer
+from adapter_core.basis_store import BasisStore
+from adapter_core.chat_format import ChatFormat
+from adapter_core.embedded_store import store_url
+from adapter_core.errors import InvalidInput, TesseraError
+from adapter_core.file_store import FileStore
+from adapter_core.job_leases import JobLeases
+from adapter_core.redis_client import Client, connect
+from adapter_core.settings import CommonSettings
+from adapter_core.store import AdapterStore
+from trainer_worker.health import HealthServer, Heartbeat
+from trainer_worker.metrics import TrainerMetrics
+from trainer_worker.preparation import Preparation
+from trainer_worker.session import Tools
+from trainer_worker.settings import WorkerSettings, read_settings
+from trainer_worker.train_loop import TrainLoop
+from trainer_worker.trainer_pool import TrainerPool
+from trainer_worker.worker import EXIT_FAILED, Worker
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """The exit status: 0 after a signal, 1 for a configuration or a device that does not work."""
+    try:
+        settings, worker_settings = read_settings()
+    except (TesseraError, ValueError) as error:
+        print(f"trainer_worker: {error}", file=sys.stderr)  # noqa: T201 - there is no logging yet
+        return EXIT_FAILED
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s trainer %(name)s: %(message)s"
+    )
+    store = None
+    try:
+        url, store = store_url(settings)
+        base, chat = load(settings, worker_settings)
+        return asyncio.run(serve(url, base, chat, settings, worker_settings))
+    except TesseraError as error:
+        logger.error("%s", error)
+        return EXIT_FAILED
+    finally:
+        if store is not None:
+            store.stop()
+
+
+def load(settings: CommonSettings, worker_settings: WorkerSettings) -> tuple[BaseModel, ChatFormat]:
+    """The base model and its chat format. Raises `UnsupportedModel`, `InvalidInput`."""
+    if settings.adapter_dtype not in DTYPE_NAMES:
+        raise InvalidInput(
+            f"adapter_dtype must be one of {', '.join(DTYPE_NAMES)}", param="TESSERA_ADAPTER_DTYPE"
+        )
+    if worker_settings.threads is not None:
+        torch.set_num_threads(worker_settings.threads)
+    source, revision = settings.base_model, settings.base_model_revision
+    base = load_base_model(source, revision=revision, device=settings.device, dtype=settings.dtype)
+    return base, ChatFormat(load_tokenizer(source, revision=revision))
+
+
+def make_worker(
+    redis: Client,
+    base: BaseModel,
+    chat: ChatFormat,
+    settings: CommonSettings,
+    worker_settings: WorkerSettings,
+    *,
+    metrics: TrainerMetrics | None = None,
+    heartbeat: Heartbeat | None = None,
+) -> Worker:
+    """A worker and everything it needs. Call it in the event loop that will run it."""
+    metrics, heartbeat = metrics or TrainerMetrics(), heartbeat or Heartbeat()
+    adapters = AdapterStore(redis)
+    pool = TrainerPool(
+        base, max_runs=worker_settings.max_resident_jobs, token_budget=worker_settings.token_budget
+    )
+    preparation = Preparation(
+        base,
+        chat,
+        files=FileStore(redis),
+        adapters=adapters,
+        bases=BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases"),
+        target_modules=settings.target_modules,
+        max_tokens=worker_settings.max_tokens,
+    )
+    tools = Tools(
+        leases=JobLeases(redis),
+        adapters=adapters,
+        preparation=preparation,
+        loop=TrainLoop(pool, metrics=metrics, heartbeat=heartbeat),
+        metrics=metrics,
+        adapter_dtype=DTYPE_NAMES[settings.adapter_dtype],
+        lease_s=worker_settings.lease_s,
+        checkpoint_every_s=worker_settings.checkpoint_every_s,
+        report_every_s=worker_settings.report_every_s,
+    )
+    return Worker(tools, worker_settings, heartbeat=heartbeat)
+
+
+async def serve(
+    url: str, base: BaseModel, chat: ChatFormat, settings: CommonSettings, worker_settings: WorkerSettings
+) -> int:
+    """Run a worker, with its health port, until a signal; returns the exit status."""
+    metrics, heartbeat = TrainerMetrics(), Heartbeat()
+    redis = connect(url, timeout_s=settings.store_timeout_s)
+    worker = make_worker(redis, base, chat, settings, worker_settings, metrics=metrics, heartbeat=heartbeat)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, worker.stop)
+    health = open_health(worker_settings, metrics, heartbeat)
+    try:
+        return await worker.run()
+    finally:
+        if health is not None:
+            await asyncio.to_thread(health.close)
+        await redis.aclose()
+
+
+def open_health(
+    settings: WorkerSettings, metrics: TrainerMetrics, heartbeat: Heartbeat
+) -> HealthServer | None:
+    """The server of /metrics and /health. A port that was not asked for by name may be taken: then none."""
+    if settings.metrics_port == 0:
+        return None
+    try:
+        return HealthServer(
+            settings.metrics_host, settings.metrics_port, heartbeat=heartbeat, registry=metrics.registry
+        )
+    except InvalidInput as error:
+        if "metrics_port" in settings.model_fields_set:
+            raise
+        logger.warning("%s; going on without", error)
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

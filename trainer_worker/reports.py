@@ -1,0 +1,130 @@
+"""What the outside world is told of a run: events, progress, the result, the adapter's provenance.
+
+The names in metrics events are OpenAI's where OpenAI has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapter_core.adapter import Adapter
+from adapter_core.adapter_records import AdapterVersion
+from adapter_core.basis import Basis
+from adapter_core.job_records import Job
+from trainer_worker.run import RunUpdate, TrainRun
+
+
+def begin_message(run: TrainRun) -> str:
+    plan, data = run.plan, run.data
+    if run.progress.step:
+        return f"Training continues at step {run.progress.step} of {plan.total_steps}"
+    return (
+        f"Training begins: {len(data.train)} examples, {len(data.valid)} held back for validation, "
+        f"{plan.num_epochs} epoch(s), {plan.total_steps} steps of {plan.batch_size}, "
+        f"learning rate {plan.learning_rate:g}"
+    )
+
+
+def metrics_message(update: RunUpdate) -> str:
+    losses = [
+        f"{name} loss {loss:.4f}"
+        for name, loss in (("training", update.train_loss), ("validation", update.valid_loss))
+        if loss is not None
+    ]
+    return f"Step {update.step}/{update.total_steps}: {', '.join(losses) or 'skipped'}"
+
+
+def metrics_data(update: RunUpdate) -> dict[str, Any]:
+    """The data of a metrics event; what was not measured is left out."""
+    values = {
+        "step": update.step,
+        "total_steps": update.total_steps,
+        "train_loss": update.train_loss,
+        "train_mean_token_accuracy": update.train_accuracy,
+        "valid_loss": update.valid_loss,
+        "valid_mean_token_accuracy": update.valid_accuracy,
+        "learning_rate": update.learning_rate,
+        "trained_tokens": update.trained_tokens,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def progress_of(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
+    """The job's progress, as of this update."""
+    progress, plan = run.progress, run.plan
+    steps_per_epoch = max(1, plan.total_steps // plan.num_epochs)
+    return {
+        "step": update.step,
+        "total_steps": plan.total_steps,
+        "epoch": min(plan.num_epochs, update.step // steps_per_epoch + 1),
+        "num_epochs": plan.num_epochs,
+        "percent": round(100 * update.step / plan.total_steps, 1),
+        "trained_tokens": update.trained_tokens,
+        "learning_rate": update.learning_rate,
+        "train_loss": progress.train_loss,
+        "valid_loss": progress.valid_loss,
+        "initial_valid_loss": progress.initial_valid_loss,
+        "best_valid_loss": progress.best_valid_loss,
+        "best_step": progress.best_step,
+    }
+
+
+def finish_warnings(run: TrainRun) -> list[tuple[str, str]]:
+    """What the owner should know of the outcome, as (code, sentence)."""
+    progress = run.progress
+    initial, best = progress.initial_valid_loss, progress.best_valid_loss
+    if initial is not None and best is not None and best >= initial:
+        message = (
+            f"training did not improve on the start (validation loss {initial:.4f}): the adapter published "
+            "behaves like what it started from; try more or other examples, or another learning rate"
+        )
+        return [("no_improvement", message)]
+    return []
+
+
+def make_adapter(run: TrainRun, basis: Basis, job: Job) -> Adapter:
+    """The best state of a run in stored form: R = P_out R' P_in, float32."""
+    R = basis.fold(run.best_R.double()).float().contiguous()
+    progress = run.progress
+    metadata = {
+        "job_id": job.job_id,
+        "base_model": job.spec.base_model,
+        "method": basis.manifest.method,
+        "seed": job.spec.seed,
+        "training_file": job.spec.training_file,
+        "data_digest": run.data.digest,
+        "warm_start_from": job.spec.warm_start_from,
+        "step": progress.best_step,
+        "initial_valid_loss": progress.initial_valid_loss,
+        "valid_loss": progress.best_valid_loss,
+        "metadata": job.spec.metadata,
+    }
+    return Adapter(basis.basis_id, R, metadata)
+
+
+def result_of(
+    run: TrainRun, version: AdapterVersion, job: Job, *, training_s: float, warnings: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """The result of a job that succeeded."""
+    progress, plan, data = run.progress, run.plan, run.data
+    return {
+        "adapter": {"id": job.spec.adapter_id, "version": version.version},
+        "version": version.version,
+        "adapter_bytes": version.bytes,
+        "basis_id": run.basis_id,
+        "steps": progress.step,
+        "epochs": round(progress.step * plan.num_epochs / plan.total_steps, 2),
+        "finish_reason": progress.finish_reason,
+        "trained_tokens": progress.trained_tokens,
+        "initial_valid_loss": progress.initial_valid_loss,
+        "best_valid_loss": progress.best_valid_loss,
+        "best_step": progress.best_step,
+        "final_train_loss": progress.train_loss,
+        "learning_rate": plan.learning_rate,
+        "batch_size": plan.batch_size,
+        "num_examples": len(data.train) + len(data.valid),
+        "num_validation": len(data.valid),
+        "truncated": data.num_truncated,
+        "training_s": round(training_s, 2),
+        "warnings": [{"code": code, "message": message} for code, message in warnings],
+    }
