@@ -107,6 +107,7 @@ local function enqueue(id)
   if due and tonumber(due) > NOW then
     call('ZADD', DELAYED, due, id)
   else
+    call('HDEL', JOB .. id, 'due_ms')
     call('ZADD', BACKLOG .. tenant, sequence, id)
     call('ZADD', WAITING, whole(NOW), id)
     enter_ring(tenant)
@@ -126,7 +127,6 @@ local function enqueue_due()
   for _, id in ipairs(call('ZRANGEBYSCORE', DELAYED, '-inf', whole(NOW), 'LIMIT', 0, MAX_SWEEP)) do
     if get(id, 'tenant') then
       dequeue(id)
-      call('HDEL', JOB .. id, 'due_ms')
       enqueue(id)
     else
       call('ZREM', DELAYED, id)

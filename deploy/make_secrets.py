@@ -42,7 +42,7 @@ def make_secrets(directory: Path, *, tenant: str) -> list[Path]:
     """Create what is missing in `directory`; return the files written. Existing secrets stay as they are.
 
     store_users follows from store_password. api_keys holds the SHA-256 of api_key, which is for you, mounted
-    nowhere, and may be moved elsewhere. hf_token is empty; a gated base model needs one of the Hugging Face hub.
+    nowhere, and may be moved elsewhere. hf_token is empty; a gated base model needs one of the hub.
     """
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(DIRECTORY_MODE)

@@ -165,9 +165,11 @@ async def consume(client: openai.AsyncOpenAI, stream: Stream) -> None:
         model=stream.model,
         messages=[{"role": "user", "content": stream.prompt}],
         max_tokens=48,
-        temperature=0,
+        temperature=0.7,
+        seed=1,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"repetition_penalty": 1.2},  # a model of 7 M parameters goes in circles
     )
     async for chunk in chunks:
         if chunk.choices and chunk.choices[0].delta.content:

@@ -41,6 +41,7 @@ from service.routes import (
 )
 from service.routes.deps import Services, Stores
 from service.settings import ServiceSettings
+from service.tasks import end_tasks
 from service.text import TextCodec
 from service.token_engine import TokenEngine
 from service.training_jobs import TrainingJobs
@@ -123,8 +124,7 @@ def _lifespan(engine: TokenEngine, sampler: StoreSampler, interval_s: float) -> 
         try:
             yield
         finally:
-            sampling.cancel()
-            await asyncio.gather(sampling, return_exceptions=True)
+            await end_tasks(sampling)
             await engine.close()
 
     return lifespan

@@ -15,6 +15,11 @@ from typing import Any, TypeVar
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.tasks import end_tasks
+
+#: For OpenAPI: what a route that can stream answers besides JSON.
+IN_OPENAPI: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
 PING = ": ping\n\n"
 DONE = "data: [DONE]\n\n"
 
@@ -96,8 +101,7 @@ class EventStream(Response):
 
     async def _close(self) -> None:
         if self._next is not None:
-            self._next.cancel()
-            await asyncio.gather(self._next, return_exceptions=True)
+            await end_tasks(self._next)
             self._next = None
         await self._events.aclose()
 
@@ -110,9 +114,7 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T | None:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        for unfinished in (task, watcher):
-            unfinished.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        await end_tasks(task, watcher)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -22,6 +22,7 @@ from adapter_core.errors import (
 from service.engine.messages import GenerationRequest, TokenLogprobs, TokenOutput
 from service.errors import DeadlineExceeded
 from service.metrics import Metrics
+from service.tasks import end_tasks
 from service.text import TextStream
 from service.token_engine import TokenEngine
 
@@ -227,9 +228,7 @@ async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerato
             else:
                 yield item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*tasks)
 
 
 async def _pump(source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | Exception | None]) -> None:

@@ -1,4 +1,4 @@
-"""An engine without a model: the interface of `EngineClient`, the real messages, tokens that can be foretold."""
+"""An engine without a model: the interface of `EngineClient`, the real messages, tokens foretold."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio import Redis
@@ -32,59 +33,52 @@ async def expire_lease(redis: Redis, job_id: str) -> None:
 async def make_due(redis: Redis, job_id: str) -> None:
     """Let a delayed job's time come without waiting for it."""
     assert await redis.zadd(keys.QUEUE_DELAYED, {job_id: 1}, xx=True, ch=True)
+    if await redis.exists(keys.job_record(job_id)):
+        await redis.hset(keys.job_record(job_id), "due_ms", 1)
 
 
 async def check_queue(redis: Redis) -> None:
     """Every job stands in exactly the places that its status names, and all sums agree with the records."""
-    waiting, delayed, leased = [
-        set(await redis.zrange(key, 0, -1))
-        for key in (keys.QUEUE_WAITING, keys.QUEUE_DELAYED, keys.QUEUE_LEASES)
-    ]
-    paused = await redis.smembers(keys.QUEUE_PAUSED)
-    finished = {member.split()[1] for member in await redis.zrange(keys.QUEUE_FINISHED, 0, -1)}
-    backlog = await _members_by_tenant(redis, keys.job_backlog(""))
-    running = await _members_by_tenant(redis, keys.job_running(""))
-    ring = {tenant.decode() for tenant in await redis.zrange(keys.QUEUE_RING, 0, -1)}
+    zsets = [keys.QUEUE_WAITING, keys.QUEUE_DELAYED, keys.QUEUE_LEASES, keys.QUEUE_FINISHED, keys.QUEUE_RING]
+    async with redis.pipeline() as pipeline:
+        for key in zsets:
+            pipeline.zrange(key, 0, -1)
+        pipeline.smembers(keys.QUEUE_PAUSED).get(keys.QUEUE_COST)
+        waiting, delayed, leased, finished, ring, paused, summed_cost = await pipeline.execute()
+    ended = {member.split()[1] for member in finished}
+    backlog = await _read_all(redis, keys.job_backlog(""), lambda pipeline, key: pipeline.zrange(key, 0, -1))
+    running = await _read_all(redis, keys.job_running(""), lambda pipeline, key: pipeline.smembers(key))
+    records = await _read_all(redis, keys.job_record(""), lambda pipeline, key: pipeline.hgetall(key))
+    lifetimes = await _read_all(redis, keys.job_record(""), lambda pipeline, key: pipeline.ttl(key))
 
-    cost = 0
-    prefix = keys.job_record("")
-    found = [key async for key in redis.scan_iter(match=f"{prefix}*", count=1000)]
-    job_ids = [key.decode().removeprefix(prefix) for key in found]
-    for job_id, record, ttl in await _records(redis, job_ids):
-        tenant, status = record[b"tenant"].decode(), record[b"status"]
+    for job_id, record in records.items():
+        tenant, status = record[b"tenant"], record[b"status"]
         places = {
-            "waiting": job_id in waiting,
-            "delayed": job_id in delayed,
-            "leases": job_id in leased,
-            "paused": job_id in paused,
-            "finished": job_id in finished,
+            "waiting": waiting,
+            "delayed": delayed,
+            "leases": leased,
+            "paused": paused,
+            "finished": ended,
         }
-        held = [place for place, inside in places.items() if inside]
+        held = [place for place, members in places.items() if job_id in members]
         assert len(held) == 1, (job_id, status, held)
         assert held[0] in PLACES.get(status, ["finished"]), (job_id, record)
-        assert (job_id in backlog.get(tenant, set())) == (job_id in waiting)
-        assert (job_id in running.get(tenant, set())) == (job_id in leased)
-        assert (ttl > 0) == (status in FINAL)
+        assert (job_id in backlog.get(tenant, ())) == (job_id in waiting)
+        assert (job_id in running.get(tenant, ())) == (job_id in leased)
+        assert (lifetimes[job_id] > 0) == (status in FINAL)
         assert (b"worker" in record) == (status == b"running")
-        cost += int(record[b"cost"]) if status == b"queued" else 0
-    assert cost == int(await redis.get(keys.QUEUE_COST) or 0)
-    assert ring <= set(backlog), "a tenant without claimable jobs stands in the ring"
-    for tenant in set(backlog) - ring:
+    queued = [record for record in records.values() if record[b"status"] == b"queued"]
+    assert sum(int(record[b"cost"]) for record in queued) == int(summed_cost or 0)
+    assert set(ring) <= set(backlog), "a tenant without claimable jobs stands in the ring"
+    for tenant in set(backlog) - set(ring):
         assert running.get(tenant), f"nothing will ever put {tenant} back into the ring"
 
 
-async def _records(redis: Redis, job_ids: list[str]) -> list[tuple[bytes, dict[bytes, bytes], int]]:
+async def _read_all(redis: Redis, prefix: str, read: Callable[[Any, bytes], Any]) -> dict[bytes, Any]:
+    """What `read` finds under every key that begins with the prefix, by the rest of the key."""
+    found = await redis.keys(f"{prefix}*")
     async with redis.pipeline() as pipeline:
-        for job_id in job_ids:
-            pipeline.hgetall(keys.job_record(job_id)).ttl(keys.job_record(job_id))
+        for key in found:
+            read(pipeline, key)
         replies = await pipeline.execute()
-    return [(job_id.encode(), *replies[2 * i : 2 * i + 2]) for i, job_id in enumerate(job_ids)]
-
-
-async def _members_by_tenant(redis: Redis, prefix: str) -> dict[str, set[bytes]]:
-    members = {}
-    async for key in redis.scan_iter(match=f"{prefix}*", count=1000):
-        is_zset = await redis.type(key) == b"zset"
-        found = await redis.zrange(key, 0, -1) if is_zset else await redis.smembers(key)
-        members[key.decode().removeprefix(prefix)] = set(found)
-    return members
+    return {key.removeprefix(prefix.encode()): reply for key, reply in zip(found, replies, strict=True)}

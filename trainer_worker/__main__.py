@@ -84,6 +84,7 @@ def make_worker(
     pool = TrainerPool(
         base, max_runs=worker_settings.max_resident_jobs, token_budget=worker_settings.token_budget
     )
+    loop = TrainLoop(pool, metrics=metrics, heartbeat=heartbeat)
     preparation = Preparation(
         base,
         chat,
@@ -92,12 +93,13 @@ def make_worker(
         bases=BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases"),
         target_modules=settings.target_modules,
         max_tokens=worker_settings.max_tokens,
+        quiet=loop.quiet,
     )
     tools = Tools(
         leases=JobLeases(redis),
         adapters=adapters,
         preparation=preparation,
-        loop=TrainLoop(pool, metrics=metrics, heartbeat=heartbeat),
+        loop=loop,
         metrics=metrics,
         adapter_dtype=DTYPE_NAMES[settings.adapter_dtype],
         lease_s=worker_settings.lease_s,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,23 +26,24 @@ MAX_STEP_S = 300.0
 class Heartbeat:
     """When the event loop last turned and since when the training thread is in its step. For any thread."""
 
-    def __init__(self) -> None:
-        self._beat_at = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._beat_at = clock()
         self._step_began_at: float | None = None
         self.num_jobs = 0
 
     def beat(self) -> None:
-        self._beat_at = time.monotonic()
+        self._beat_at = self._clock()
 
     def begin_step(self) -> None:
-        self._step_began_at = time.monotonic()
+        self._step_began_at = self._clock()
 
     def end_step(self) -> None:
         self._step_began_at = None
 
     def report(self) -> tuple[bool, dict[str, Any]]:
         """Whether all is well, and the figures."""
-        now, began = time.monotonic(), self._step_began_at
+        now, began = self._clock(), self._step_began_at
         silent_s = now - self._beat_at
         step_s = 0.0 if began is None else now - began
         is_healthy = silent_s < MAX_SILENCE_S and step_s < MAX_STEP_S

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from trainer_worker.run import Progress
@@ -71,7 +73,8 @@ class TrainerMetrics:
     def measure_success(self, progress: Progress, training_s: float) -> None:
         """A job has succeeded, training_s after its claim."""
         self.job_train_seconds.observe(training_s)
-        if progress.initial_valid_loss is not None and progress.best_valid_loss is not None:
-            self.validation_gain.observe(progress.initial_valid_loss - progress.best_valid_loss)
+        initial, best = progress.initial_valid_loss, progress.best_valid_loss
+        if initial is not None and best is not None and math.isfinite(initial - best):
+            self.validation_gain.observe(initial - best)
         if progress.finish_reason == "early_stop":
             self.early_stops.inc()

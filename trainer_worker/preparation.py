@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from adapter_core.adapter import Adapter
 from adapter_core.base_model import BaseModel
 from adapter_core.basis import Basis
-from adapter_core.basis_store import BasisStore, ensure_basis
+from adapter_core.basis_store import BasisStore, ensure_basis, recipe_key
 from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import InvalidInput, NotFound
 from adapter_core.examples import parse_examples
@@ -48,10 +49,12 @@ class Preparation:
         bases: BasisStore,
         target_modules: tuple[str, ...],
         max_tokens: int,
+        quiet: asyncio.Lock,
     ) -> None:
+        """quiet: held while a basis is built, because that may use the model, and training must not then."""
         self._base, self._chat = base, chat
         self._files, self._adapters, self._bases = files, adapters, bases
-        self._target_modules = target_modules
+        self._target_modules, self._quiet = target_modules, quiet
         self._max_tokens = min(max_tokens, base.max_position)
         self._cached: OrderedDict[str, Basis] = OrderedDict()
 
@@ -101,17 +104,24 @@ class Preparation:
         if spec.basis_id is not None:
             basis = await self._bases.get(spec.basis_id)
         else:
-            basis = await ensure_basis(
-                self._bases,
-                self._base,
-                method=spec.method,
-                rank=spec.rank,
-                target_modules=self._target_modules,
-            )
+            basis = await self._default_basis(spec)
         self._cached[basis.basis_id] = basis
         while len(self._cached) > MAX_CACHED_BASES:
             self._cached.popitem(last=False)
         return basis
+
+    async def _default_basis(self, spec: JobSpec) -> Basis:
+        """The basis of (method, rank), found or built."""
+        recipe: dict[str, Any] = {
+            "method": spec.method,
+            "rank": spec.rank,
+            "target_modules": self._target_modules,
+        }
+        name = recipe_key(self._base.model_id, **recipe)
+        if await self._bases.find(name) is not None:
+            return await ensure_basis(self._bases, self._base, **recipe)
+        async with self._quiet:
+            return await ensure_basis(self._bases, self._base, **recipe)
 
     async def _start(self, tenant: str, spec: JobSpec, basis: Basis) -> Tensor | None:
         """The core of the adapter to start from, `<id>` or `<id>@<version>`. Raises `BasisMismatch`."""

@@ -6,6 +6,7 @@ that are not finite stand here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -116,6 +117,8 @@ class TrainRun:
     def record_evaluation(self, valid_loss: float | None) -> None:
         """Keep R if it is the best so far; decide whether the run has ended. None: nothing to validate on."""
         progress = self.progress
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            valid_loss = math.inf  # NaN is neither above nor below anything
         progress.evaluated_at = progress.step
         progress.valid_loss = valid_loss
         if valid_loss is None:
@@ -123,7 +126,7 @@ class TrainRun:
         elif progress.initial_valid_loss is None:
             progress.initial_valid_loss = valid_loss
             self._keep(valid_loss)
-        elif valid_loss < (progress.best_valid_loss or 0.0) - self.plan.min_delta:
+        elif progress.best_valid_loss is None or valid_loss < progress.best_valid_loss - self.plan.min_delta:
             self._keep(valid_loss)
         else:
             progress.num_bad_evaluations += 1

@@ -195,7 +195,7 @@ class JobSession:
     async def _publish(self, run: TrainRun, basis: Basis) -> str:
         """Store the best state as the adapter's next version, then end the job.
 
-        Raises `_Stopped` if the lease was lost or the job cancelled until now, `StaleLease`, `AdapterDeleted`.
+        Raises `_Stopped` if the lease was lost or the job cancelled, `StaleLease`, `AdapterDeleted`.
         """
         tools, job = self._tools, self.lease.job
         states = await self._until_available(lambda: tools.leases.renew([self.lease], lease_s=tools.lease_s))

@@ -32,12 +32,19 @@ class TrainLoop:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
         self._listeners: dict[str, Listener] = {}
         self._somebody = asyncio.Event()
+        self._turn = asyncio.Lock()
+
+    @property
+    def quiet(self) -> asyncio.Lock:
+        """To be held while something else uses the model: no tick runs then."""
+        return self._turn
 
     async def run(self) -> None:
         """For ever: a tick, then its news to the listeners."""
         while True:
             await self._somebody.wait()
-            tick = await self._in_thread(self._timed_tick)
+            async with self._turn:
+                tick = await self._in_thread(self._timed_tick)
             self._measure(tick)
             for update in tick.updates:
                 self._tell(update.run_id, update)

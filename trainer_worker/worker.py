@@ -69,7 +69,7 @@ class Worker:
         tasks = [claiming, *map(asyncio.create_task, duties)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {claiming} if self._stopping.is_set() else done:
+            for task in done if not self._stopping.is_set() else done - {claiming}:
                 logger.critical("worker %s breaks", self.worker_id, exc_info=task.exception())
                 self._status = EXIT_FAILED
             self.stop()
@@ -102,8 +102,9 @@ class Worker:
                 await self._unless_stopping(asyncio.sleep(OUTAGE_DELAY_S))
 
     async def _unless_stopping(self, wait: Coroutine[Any, Any, object]) -> None:
-        """Wait; but not when the worker is to stop. A claim must not be cut off like this: its jobs would wait
-        for the lease to run out."""
+        """Wait, but no longer when the worker is to stop. Not for claims: a job whose reply is lost waits for
+        its lease to run out.
+        """
         waiting, stopping = asyncio.create_task(wait), asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -121,11 +121,22 @@ def passes(
             yield target, Statistics(Counts())
         return
     sizes = [needs.bytes_for(target) for target in targets]
-    for group in layer_groups(targets, sizes, options["statistics_bytes"]):
+    limit_bytes = options["statistics_bytes"] or spare_bytes(targets, chosen)
+    for group in layer_groups(targets, sizes, limit_bytes):
         members = [targets[index] for index in group]
         statistics = collect(base, members, chosen, needs, population=population)
         for target in members:
             yield target, statistics.pop(0)
+
+
+def spare_bytes(targets: Sequence[Target], calibration: CalibrationSet) -> int:
+    """Memory that training LoRA on the same batches would need more than a pass without statistics.
+
+    LoRA keeps the input of every target module until its gradient comes; about half of the modules share theirs
+    (query, key and value; gate and up). With statistics of this size a build stays below LoRA's peak.
+    """
+    width = sum(target.shape.d_in * target.weight.element_size() for target in targets)
+    return calibration.max_batch_tokens * width // 2
 
 
 @torch.no_grad()

@@ -73,6 +73,11 @@ class CalibrationSet:
     def num_label_tokens(self) -> int:
         return sum(sum(mask[1:]) for _, mask in self.examples)
 
+    @cached_property
+    def max_batch_tokens(self) -> int:
+        """Of the largest batch, padding included."""
+        return max(batch.token_ids.numel() for batch in self.batches())
+
     def take(self, num_examples: int, *, seed: int, min_label_tokens: int = 0) -> CalibrationSet:
         """A random part: at least `num_examples` and `min_label_tokens`, or all if there are not as many.
 

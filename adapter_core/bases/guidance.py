@@ -1,4 +1,4 @@
-"""Where noise and signal balance: K-FAC's inverse Fisher factors, the natural step, and LoRA-DA's eigenproblems.
+"""Where noise and signal balance: K-FAC's inverse Fisher factors and LoRA-DA's eigenproblems.
 
 The algebra of `lora_da.py` alone: matrices in, matrices out.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from adapter_core.bases.decomposition import smallest_eigenvectors
 from adapter_core.errors import InvalidInput
 
-#: Alternating steps of the two-sided form; on the bundled model the bound settles to 1e-9 of itself in 2 to 30.
+#: Alternating steps of the two-sided form; it ends when the bound falls by less than 1e-9 of itself.
 MAX_ALTERNATIONS = 50
 
 

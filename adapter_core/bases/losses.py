@@ -40,7 +40,7 @@ def check_fits(base: BaseModel, calibration: CalibrationSet) -> None:
 
 
 def example_losses(base: BaseModel, batch: CalibrationBatch) -> Tensor:
-    """-(1/T_i) Σ_t log p(token t of row i), float32 [S]; zero for a row without a token to learn.
+    """-(1/T_i) Σ_t log p(token t of row i), float32 or float64 [S]; zero for a row without a token to learn.
 
     The output head sees only the hidden states that predict a token to learn. Raises `InvalidInput` naming an
     example whose loss is not finite.
@@ -48,7 +48,7 @@ def example_losses(base: BaseModel, batch: CalibrationBatch) -> Tensor:
     rows, columns = batch.labels.nonzero(as_tuple=True)
     logits = _logits(base, batch, rows * batch.labels.shape[1] + columns - 1)
     token_losses = F.cross_entropy(logits, batch.token_ids[rows, columns], reduction="none")
-    weights = 1 / batch.label_counts.clamp_min(1)
+    weights = 1 / batch.label_counts.clamp_min(1).to(token_losses)
     losses = torch.zeros_like(weights).index_add(0, rows, token_losses * weights[rows])
     _check_losses(losses, batch)
     return losses

@@ -129,13 +129,14 @@ COMMON_OPTIONS: Mapping[str, Option] = {
     "scale": Option(1.0, "s in delta_W = s B' R' A', as the papers' alpha / r", minimum=1e-12),
     "seed": Option(0, "of everything random in it"),
 }
-#: Of methods that read calibration data. Statistics: one layer of an 8B model needs 0.9 GB for its
-#: gradients and 1.9 GB with LoRA-DA's factors; one layer is always taken, so the default bounds memory for
-#: small models.
+#: Of methods that read calibration data. One layer of an 8B model needs 0.9 GB of statistics for its gradients and
+#: 1.9 GB with LoRA-DA's factors; one layer is always taken.
 DATA_OPTIONS: Mapping[str, Option] = {
     **COMMON_OPTIONS,
     "num_examples": Option(0, "at most so many of the calibration examples, at random; 0 is all", minimum=0),
-    "statistics_bytes": Option(2**30, "memory for statistics in one pass over the data", minimum=1),
+    "statistics_bytes": Option(
+        0, "memory for statistics in one pass over the data; 0: what training LoRA would need more", minimum=0
+    ),
 }
 
 

@@ -22,8 +22,8 @@ from adapter_core.errors import InvalidInput
 #: factor.
 FIRST_RELATIVE_CHANGE = 0.01
 FACTOR = 4.0
-#: Forward passes at most, the one without an adapter and the last at the fitted optimum included.
-MAX_PASSES = 8
+#: Forward passes at most, the one without an adapter included, before one or two at a fitted optimum.
+MAX_PASSES = 7
 
 ETA_OPTIONS = {
     "eta_init": Option(
@@ -84,16 +84,21 @@ def choose_eta(
 
     eta = first_eta(base, basis, core)
     direction = FACTOR if loss_at(eta) < losses[0.0] else 1 / FACTOR
-    while len(losses) < MAX_PASSES - 1:
+    while len(losses) < MAX_PASSES:
         previous, eta = eta, eta * direction
         improved = loss_at(eta) < losses[previous]
         if (direction > 1 and not improved) or (direction < 1 and losses[eta] < losses[0.0]):
             break
     fitted = parabola_minimum(losses)
-    if fitted is not None:
-        loss_at(fitted)
-    best = min(losses, key=lambda tried: (losses[tried], tried))
+    if fitted is not None and losses[best_of(losses)] < loss_at(fitted):  # the valley is no parabola
+        loss_at(best_of(losses) / 2)
+    best = best_of(losses)
     return best, {f"{tried:.4g}": loss for tried, loss in sorted(losses.items()) if loss != float("inf")}
+
+
+def best_of(losses: dict[float, float]) -> float:
+    """The η with the smallest loss, the smaller one of two."""
+    return min(losses, key=lambda eta: (losses[eta], eta))
 
 
 def first_eta(base: BaseModel, basis: Basis, core: Tensor) -> float:

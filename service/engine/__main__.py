@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
-
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -24,16 +20,9 @@ def main() -> None:
     parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen at")
     parser.add_argument("--parent", type=int, required=True, help="process with which this one ends")
     arguments = parser.parse_args()
-    die_with(arguments.parent)
+    if os.getppid() != arguments.parent:
+        sys.exit(f"process {arguments.parent} did not start this one, or is gone")
     asyncio.run(run(arguments.socket, arguments.parent))
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel end this process when the thread that started it ends; exit if that is so already."""
-    if sys.platform == "linux":  # elsewhere `EngineProcess` notices within a second
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-    if os.getppid() != parent:
-        sys.exit(f"process {parent} did not start this one, or is gone")
 
 
 async def run(socket: Path, parent: int) -> None:

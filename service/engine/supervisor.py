@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from adapter_core.child_process import start_child
 from adapter_core.errors import EngineUnavailable
 from adapter_core.settings import PREFIX, CommonSettings
 from service.engine.settings import EngineSettings, to_environment
@@ -53,12 +54,7 @@ class EngineChild:
     def start(self) -> None:
         """Start the process. It dies with the calling *thread*, so call this from one that lives on."""
         place = ["--socket", str(self.socket), "--parent", str(os.getpid())]
-        self._process = subprocess.Popen(
-            [*self._command, *place],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the API, which then ends the engine in order
-        )
+        self._process = start_child([*self._command, *place], environment=self._environment)
 
     @property
     def pid(self) -> int | None:

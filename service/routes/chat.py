@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from service import event_stream
 from service.generation import Generator
 from service.model_names import Target
-from service.routes.completions import STREAMED
 from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
 from service.routes.json_routes import CancellableRoute
 from service.routes.replies import Reply, json_logprob, options_of, usage_report
@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRou
     "/chat/completions",
     operation_id="create_chat_completion",
     response_model=ChatCompletion,
-    responses=STREAMED,
+    responses=event_stream.IN_OPENAPI,
 )
 async def create_chat_completion(
     body: ChatCompletionRequest,

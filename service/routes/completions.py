@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from service import event_stream
 from service.engine.messages import TokenLogprobs
 from service.generation import Generator
 from service.model_names import Target
@@ -23,12 +24,13 @@ from service.sequences import Finished, Piece, Token
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
 
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
 
-
-@router.post("/completions", operation_id="create_completion", response_model=Completion, responses=STREAMED)
+@router.post(
+    "/completions",
+    operation_id="create_completion",
+    response_model=Completion,
+    responses=event_stream.IN_OPENAPI,
+)
 async def create_completion(
     body: CompletionRequest,
     tenant: TenantDep,

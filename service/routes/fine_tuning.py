@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from adapter_core.job_queue import JobEvent
+from service import event_stream
 from service.event_stream import DONE, event
 from service.idempotency import fingerprint_of
 from service.routes.deps import AfterDep, JobsDep, LimitDep, QueueDep, ServicesDep, TenantDep
@@ -85,7 +86,7 @@ async def resume_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTun
     "/jobs/{job_id}/events",
     operation_id="list_fine_tuning_events",
     response_model=Page[JobEventObject],
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=event_stream.IN_OPENAPI,
 )
 async def list_events(
     job_id: str,

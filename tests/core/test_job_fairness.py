@@ -8,6 +8,7 @@ import math
 import pytest
 from redis.asyncio import Redis
 
+from adapter_core import keys
 from adapter_core.errors import InvalidInput
 from adapter_core.job_lease_scripts import MAX_OVERTAKES
 from adapter_core.job_leases import JobLeases
@@ -66,6 +67,18 @@ async def test_idling_earns_nothing_and_use_of_an_idle_system_costs_nothing(redi
             await queue.submit(tenant, make_spec(), cost=10)
     claimed = [lease.job.tenant for lease in await leases.claim("w", limit=4, lease_s=60)]
     assert claimed == ["early", "late", "early", "late"]
+
+
+async def test_tenants_that_the_clock_has_passed_are_forgotten(redis: Redis) -> None:
+    queue, leases = JobQueue(redis), JobLeases(redis)
+    for i in range(50):
+        await queue.submit(f"tenant{i}", make_spec(), cost=1)
+    for _ in range(3):
+        await queue.submit("zoe", make_spec(), cost=100)
+    assert len(await leases.claim("w", limit=51, lease_s=60)) == 51
+    assert await redis.zcard(keys.QUEUE_TAGS) == 51
+    assert len(await leases.claim("w", limit=1, lease_s=60)) == 1
+    assert await redis.zrange(keys.QUEUE_TAGS, 0, -1) == [b"zoe"]
 
 
 async def test_a_tenant_at_its_cap_waits_until_one_of_its_jobs_ends(redis: Redis) -> None:

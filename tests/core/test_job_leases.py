@@ -115,7 +115,10 @@ async def test_an_older_epoch_can_do_nothing(redis: Redis) -> None:
     assert await leases.renew([stale], lease_s=60) == {lease.job.job_id: LeaseState.LOST}
     assert await queue.get("acme", lease.job.job_id) == before
     assert await leases.load_checkpoint(lease.job.job_id) == b"good"
-    await leases.acknowledge_cancel(lease)
+    await leases.complete(lease, {"version": 1})
+    with pytest.raises(StaleLease):  # only the epoch that completed the job may repeat that
+        await leases.complete(stale, {"version": 2})
+    assert (await queue.get("acme", lease.job.job_id)).result == {"version": 1}
 
 
 async def test_reports_set_progress_and_append_events(redis: Redis) -> None:
@@ -227,6 +230,9 @@ async def test_a_submission_wakes_a_waiting_worker(redis: Redis) -> None:
         assert len(await leases.claim("w", limit=5, lease_s=60)) == 1
         return was_rung
 
+    await queue.submit("acme", make_spec(), cost=1)
+    assert await redis.llen(keys.QUEUE_DOORBELL) == 1
+    await leases.claim("w", limit=5, lease_s=60)
     # A submission that falls between two blocking reads is found by looking, so one round may prove nothing.
     await wait_until(is_woken_by_the_bell)
 

@@ -206,6 +206,15 @@ async def test_a_job_cancelled_twice_says_that_it_is_cancelled(redis: Redis) -> 
         await queue.cancel("acme", job.job_id)
 
 
+async def test_a_job_resumed_after_its_time_is_claimable(redis: Redis) -> None:
+    queue = JobQueue(redis)
+    job = await queue.submit("acme", make_spec(), cost=1, not_before=time.time() + 3600)
+    await queue.pause("acme", job.job_id)
+    await redis.hset(keys.job_record(job.job_id), "due_ms", 1)
+    resumed = await queue.resume("acme", job.job_id)
+    assert (resumed.queue_position, resumed.not_before) == (1, None)
+
+
 @pytest.mark.parametrize("delayed", [False, True])
 async def test_pause_and_resume_without_a_worker(redis: Redis, delayed: bool) -> None:
     queue, leases = JobQueue(redis), JobLeases(redis)

@@ -35,7 +35,8 @@ from tests.job_checks import check_queue, expire_lease, make_due, make_spec
 
 MAX_ATTEMPTS = 3
 MAX_RUNNING_JOBS = 2
-TENANTS = ["a", "b", "c"]
+TENANTS = ["a", "b"]
+MAX_JOBS = 6  # few, so that steps meet on the same job
 ENDINGS = {"Job succeeded", "Job cancelled", "Job failed"}
 
 STEPS = ["complete", "fail", "retry", "release", "acknowledge", "report"]
@@ -108,6 +109,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Clients
 
+    @precondition(lambda self: len(self.jobs) < MAX_JOBS)
     @rule(
         tenant=st.sampled_from(TENANTS),
         cost=st.integers(0, 5000),

@@ -108,6 +108,17 @@ async def test_a_job_that_kills_its_workers_is_given_up_on(redis: Redis) -> None
     await check_queue(redis)
 
 
+async def test_a_cancelled_job_is_cancelled_even_if_its_last_attempt_fails(redis: Redis) -> None:
+    queue, leases = JobQueue(redis), JobLeases(redis, max_attempts=1)
+    for lose in (lambda lease: leases.fail(lease, BROKEN, retryable=True), lambda lease: leases.reap()):
+        lease = await submit_and_claim(redis)
+        await queue.cancel("acme", lease.job.job_id)
+        await expire_lease(redis, lease.job.job_id)
+        await lose(lease)
+        assert (await queue.get("acme", lease.job.job_id)).status is JobStatus.CANCELLED
+    assert await redis.xlen(keys.QUEUE_DEAD) == 0
+
+
 async def test_a_damaged_or_missing_record_does_not_stop_the_queue(redis: Redis) -> None:
     queue, leases = JobQueue(redis), JobLeases(redis)
     missing = await queue.submit("acme", make_spec(), cost=1)

@@ -56,7 +56,7 @@ def deployed_store(folder: Path, *, max_memory: str = "256mb") -> Iterator[Deplo
     port = free_port()
     address = ["--bind", "127.0.0.1", "--port", str(port), "--maxmemory", max_memory]
     with (folder / "valkey.log").open("ab") as log:
-        server = start_child([str(find_binary()), str(configuration), *address], stdout=log, stderr=log)
+        server = start_child([str(find_binary()), str(configuration), *address], output=log)
     probe = redis.Redis(port=port)
 
     def answers() -> bool:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import redis
 
+from adapter_core.embedded_store import socket_path
 from service.local import is_ready
 from tests.waiting import wait_until_sync
 
@@ -56,11 +57,7 @@ class Stack:
 
     def store(self) -> redis.Redis:
         """A client of the embedded store, to look at it or to damage it."""
-        return redis.Redis.from_url(f"unix://{self.store_socket()}")
-
-    def store_socket(self) -> str:
-        command = self.find("valkey-server", "redis-server").cmdline()
-        return next(word.split(":", 1)[1] for word in command if word.startswith("unixsocket:"))
+        return redis.Redis(unix_socket_path=str(socket_path(self.data_dir.resolve() / "store")))
 
     def find(self, *words: str) -> psutil.Process:
         """The descendant whose command line holds one of `words`."""

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from service.local import is_ready
 from tests.deploy.deployed_store import DeployedStore, deployed_store, free_port
 from tests.waiting import wait_until_sync
 
+PROMETHEUS = shutil.which("prometheus")
+
 pytestmark = [
     pytest.mark.xdist_group("e2e"),
     pytest.mark.timeout(300),
-    pytest.mark.skipif(
-        shutil.which("prometheus") is None, reason="prometheus is not installed (apt install prometheus)"
-    ),
+    pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (apt install prometheus)"),
 ]
 
 ROOT = Path(__file__).parents[2]
@@ -45,13 +45,35 @@ RATE_INTERVAL = "10s"
 ALLOWED_EMPTY: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
+class Part:
+    """One process of the deployment, which ends with this one."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self._log_path = folder / f"{name}.log"
+        with self._log_path.open("wb") as log:
+            self._process = start_child(command, environment={**os.environ, **environment}, output=log)
+
+    def assert_alive(self) -> None:
+        assert self._process.poll() is None, self._log_path.read_text()[-4000:]
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass
 class Deployment:
-    """Where the parts answer, and how to get in."""
+    """Where the parts answer, how to get in, and what they have done."""
 
     service_url: str
-    api_key: str
     prometheus_url: str
+    api_key: str
+    parts: list[Part]
+    num_generated: int = 0
 
     @property
     def client(self) -> openai.OpenAI:
@@ -73,88 +95,81 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     folder = tmp_path_factory.mktemp("deployment")
     with ExitStack() as stack:
         store = stack.enter_context(deployed_store(folder))
-        service_port, metrics_port, prometheus_port = free_port(), free_port(), free_port()
-        common = {
-            "TESSERA_STORE_URL": store.url,
-            "TESSERA_STORE_PASSWORD_FILE": str(store.password_file),
-            "TESSERA_RANK": "8",
-        }
-        service = {
-            "TESSERA_DATA_DIR": str(folder / "service"),
-            "TESSERA_SERVICE_PORT": str(service_port),
-            "TESSERA_SERVICE_API_KEYS_FILE": str(store.secrets / "api_keys"),
-            "TESSERA_SERVICE_SAMPLE_INTERVAL_S": "1",
-        }
-        worker = {
-            "TESSERA_DATA_DIR": str(folder / "worker"),
-            "TESSERA_WORKER_METRICS_PORT": str(metrics_port),
-        }
-        stack.enter_context(running([sys.executable, "-m", "service"], {**common, **service}, folder))
-        stack.enter_context(running([sys.executable, "-m", "trainer_worker"], {**common, **worker}, folder))
-        targets = {"tessera-service": service_port, "tessera-trainer": metrics_port}
-        command = prometheus_command(folder, targets, prometheus_port)
-        stack.enter_context(running(command, {}, folder))
-        found = Deployment(
-            f"http://127.0.0.1:{service_port}", api_key(store), f"http://127.0.0.1:{prometheus_port}"
-        )
-        wait_until_sync(lambda: is_ready(found.service_url), timeout_s=120)
-        wait_until_sync(lambda: are_scraped(found), timeout_s=60)
-        send_traffic(found.client, folder)
+        found = start_parts(store, folder)
+        for part in found.parts:
+            stack.callback(part.stop)
+        wait_until_sync(lambda: has_started(found), timeout_s=120)
+        send_traffic(found, folder)
         yield found
+        for part in found.parts:
+            part.assert_alive()
 
 
-@contextmanager
-def running(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[None]:
-    """A process, which ends with the block or with this process; its log tells why if it ended before."""
-    log_path = folder / f"{Path(command[0]).name}-{command[2].replace('/', '_')[-20:]}.log"
-    with log_path.open("wb") as log:
-        process = start_child(command, environment={**os.environ, **environment}, stdout=log, stderr=log)
-    try:
-        yield
-        assert process.poll() is None, log_path.read_text()[-4000:]
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def start_parts(store: DeployedStore, folder: Path) -> Deployment:
+    """The service, the worker and Prometheus, with the settings of docker-compose.yml on local ports."""
+    ports = {name: free_port() for name in ("tessera-service", "tessera-trainer", "prometheus")}
+    common = {
+        "TESSERA_STORE_URL": store.url,
+        "TESSERA_STORE_PASSWORD_FILE": str(store.password_file),
+        "TESSERA_RANK": "8",
+    }
+    service = common | {
+        "TESSERA_DATA_DIR": str(folder / "service"),
+        "TESSERA_SERVICE_PORT": str(ports["tessera-service"]),
+        "TESSERA_SERVICE_API_KEYS_FILE": str(store.secrets / "api_keys"),
+        "TESSERA_SERVICE_SAMPLE_INTERVAL_S": "1",
+    }
+    worker = common | {
+        "TESSERA_DATA_DIR": str(folder / "worker"),
+        "TESSERA_WORKER_METRICS_PORT": str(ports["tessera-trainer"]),
+    }
+    parts = [
+        Part("service", [sys.executable, "-m", "service"], service, folder),
+        Part("worker", [sys.executable, "-m", "trainer_worker"], worker, folder),
+        Part("prometheus", prometheus_command(folder, ports), {}, folder),
+    ]
+    return Deployment(
+        service_url=f"http://127.0.0.1:{ports['tessera-service']}",
+        prometheus_url=f"http://127.0.0.1:{ports['prometheus']}",
+        api_key=(store.secrets / "api_key").read_text().strip(),
+        parts=parts,
+    )
 
 
-def prometheus_command(folder: Path, targets: dict[str, int], port: int) -> list[str]:
+def prometheus_command(folder: Path, ports: dict[str, int]) -> list[str]:
     """The deployed configuration, with local targets in place of container names, and faster."""
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     configuration["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     configuration["rule_files"] = [str(CONFIGURATION.parent / name) for name in configuration["rule_files"]]
     for job in configuration["scrape_configs"]:
-        target = f"127.0.0.1:{targets.get(job['job_name'], port)}"
         job.pop("dns_sd_configs", None)
-        job["static_configs"] = [{"targets": [target]}]
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[job['job_name']]}"]}]
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(configuration))
     return [
-        "prometheus",
+        str(PROMETHEUS),
         f"--config.file={path}",
         f"--storage.tsdb.path={folder / 'prometheus'}",
-        f"--web.listen-address=127.0.0.1:{port}",
+        f"--web.listen-address=127.0.0.1:{ports['prometheus']}",
         "--log.level=warn",
     ]
 
 
-def api_key(store: DeployedStore) -> str:
-    return (store.secrets / "api_key").read_text().strip()
-
-
-def are_scraped(deployment: Deployment) -> bool:
-    """Whether Prometheus has seen both targets and the engine."""
+def has_started(deployment: Deployment) -> bool:
+    """Whether the engine is ready and Prometheus has seen all targets."""
+    for part in deployment.parts:
+        part.assert_alive()
+    if not is_ready(deployment.service_url):
+        return False
     try:
-        return deployment.value('sum(up{job=~"tessera-.+"}) + min(tessera_engine_up)') == 3
+        return deployment.value("sum(up) + min(tessera_engine_up)") == 4
     except ValueError:  # Prometheus itself is not up yet
         return False
 
 
-def send_traffic(client: openai.OpenAI, folder: Path) -> None:
+def send_traffic(deployment: Deployment, folder: Path) -> None:
     """A fine-tuning job, answers with its adapter and without, a prompt that comes twice, a fault."""
+    client = deployment.client
     file = folder / "train.jsonl"
     lines = (DATA / "devil.train.jsonl").read_text().splitlines()[:16]
     file.write_text("\n".join(lines) + "\n")
@@ -162,12 +177,14 @@ def send_traffic(client: openai.OpenAI, folder: Path) -> None:
     job = client.fine_tuning.jobs.create(
         model="tiny", training_file=uploaded.id, suffix="devil", hyperparameters={"n_epochs": 2}
     )
-    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=120)
+    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=150)
     adapter = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     assert adapter
     prompt = "The program that the user wrote is " * 4  # several KV blocks long
     for model in ("tiny", adapter, "tiny", adapter):
-        client.completions.create(model=model, prompt=prompt, max_tokens=16, temperature=0)
+        completion = client.completions.create(model=model, prompt=prompt, max_tokens=16, temperature=0)
+        assert completion.usage
+        deployment.num_generated += completion.usage.completion_tokens
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt=prompt)
 
@@ -188,7 +205,7 @@ def test_every_panel_has_data_and_every_alert_is_evaluated(deployment):
         return not failures(replay(deployment.prometheus, dashboard, rate_interval=RATE_INTERVAL))
 
     try:
-        wait_until_sync(has_data, timeout_s=30)
+        wait_until_sync(has_data, timeout_s=60)
     except AssertionError:
         outcomes = replay(deployment.prometheus, dashboard, rate_interval=RATE_INTERVAL)
         pytest.fail("\n".join(failures(outcomes)))
@@ -205,12 +222,8 @@ def test_exceptions_name_panels_that_exist():
 
 
 def test_the_figures_are_those_of_the_work_done(deployment):
-    completion = deployment.client.completions.create(
-        model="tiny", prompt="The program", max_tokens=8, temperature=0
-    )
-    assert completion.usage
-    expected = 4 * 16 + completion.usage.completion_tokens
-    wait_until_sync(lambda: deployment.value("tessera_generation_tokens_total") == expected)
+    generated = deployment.num_generated
+    wait_until_sync(lambda: deployment.value("tessera_generation_tokens_total") == generated)
     wait_until_sync(lambda: deployment.value('tessera_adapters{tier="stored"}') == 1)
     assert deployment.value('tessera_training_jobs_ended_total{status="succeeded"}') == 1
     parts = deployment.value('sum(tessera_memory_bytes{kind!="process_rss"})')

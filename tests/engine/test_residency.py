@@ -185,6 +185,46 @@ def test_a_busy_basis_is_closed_for_one_that_waits(llama: Served, start: Start) 
     assert waiter.finish_reason == "length"
 
 
+def test_a_basis_is_used_before_it_makes_place_again(llama: Served, start: Start) -> None:
+    driver = start(llama, max_resident_bases=2)
+    first, second = more_bases(llama, 2)
+    adapters = more_adapters(llama, 1, first) | more_adapters(llama, 1, second)
+    answers = [driver.submit([1], adapter=ref) for ref in adapters]
+    assert driver.engine.missing_bases() == [first.basis_id]
+    for ref in driver.engine.missing_adapters():
+        driver.engine.provide_adapter(ref, adapters[ref])
+    driver.engine.provide_basis(first.basis_id, first)
+
+    assert driver.engine.missing_bases() == []
+    while driver.engine.scheduler.has_work:
+        driver.step()
+    assert answers[0].finish_reason == "length"
+    assert driver.engine.missing_bases() == [second.basis_id]
+    driver.engine.provide_basis(second.basis_id, second)
+    driver.run()
+    assert answers[1].finish_reason == "length"
+
+
+def test_a_basis_that_left_before_its_adapter_came_is_fetched_again(llama: Served, start: Start) -> None:
+    driver = start(llama, max_resident_bases=2)
+    early, late = more_bases(llama, 2)
+    driver.bases |= {basis.basis_id: basis for basis in (early, late)}
+    [(slow_ref, slow)] = more_adapters(llama, 1, early).items()
+    driver.adapters |= more_adapters(llama, 1, late)
+    waiter = driver.submit([1], adapter=slow_ref)
+    assert driver.engine.missing_adapters() == [slow_ref]
+    driver.fetch()
+    assert early.basis_id in driver.engine.bases
+    other = driver.submit([1], adapter=next(iter(more_adapters(llama, 1, late))))
+    driver.submit([1], replace(GREEDY, max_tokens=200))
+    while early.basis_id in driver.engine.bases:  # until it is closed for the one that waits, being idle
+        driver.fetch()
+        driver.step()
+    driver.engine.provide_adapter(slow_ref, slow)
+    driver.run()
+    assert [answer.finish_reason for answer in (waiter, other)] == ["length"] * 2
+
+
 def test_no_place_at_all_is_said_at_once(llama: Served, start: Start) -> None:
     driver = start(llama, max_resident_bases=1)
     with pytest.raises(InvalidInput) as caught:
@@ -305,6 +345,7 @@ def test_tenants_never_share_a_block(llama: Served, start: Start) -> None:
     assert [answer.last.num_cached_tokens for answer in answers] == [0, 0, 32]
 
 
+@pytest.mark.parametrize("served", ["llama", "gemma2"], indirect=True)
 @pytest.mark.parametrize("where", ["all modules", "v_proj only"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
 def test_extreme_values_of_one_user_stay_with_that_user(

@@ -191,7 +191,8 @@ class EngineMachine(RuleBasedStateMachine):
     def drain(self) -> None:
         self.driver.run()
         stats = self.engine.stats()
-        assert (stats.num_running, stats.num_waiting, stats.kv_blocks_used, stats.slots_pinned) == (0, 0, 0, 0)
+        left = (stats.num_running, stats.num_waiting, stats.kv_blocks_used, stats.slots_pinned)
+        assert left == (0, 0, 0, 0)
         assert stats.step_failures_total == 0
         assert self.refused <= {"engine_overloaded", "context_length_exceeded", "basis_not_resident"}
         for ref, prompt, answer in self.greedy:

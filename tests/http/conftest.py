@@ -133,7 +133,10 @@ def small_basis() -> Basis:
     generator = torch.Generator().manual_seed(0)
     shapes = [ModuleShape("a", 8, 6), ModuleShape("b", 6, 8)]
     factors = {
-        shape: (torch.randn(4, shape.d_in, generator=generator), torch.randn(shape.d_out, 4, generator=generator))
+        shape: (
+            torch.randn(4, shape.d_in, generator=generator),
+            torch.randn(shape.d_out, 4, generator=generator),
+        )
         for shape in shapes
     }
     return make_basis(model_id="0" * 64, method="lora_xs", factors=factors, recipe={"seed": 0})

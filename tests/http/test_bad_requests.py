@@ -152,7 +152,20 @@ async def test_a_missing_parameter_is_named(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["nobody", "nobody@1", "tiny@1", "a/b", "..", "", "a\x00b", "аnna", "a\u202eb", "Anna", "anna@x", "anna@0"],
+    [
+        "nobody",
+        "nobody@1",
+        "tiny@1",
+        "a/b",
+        "..",
+        "",
+        "a\x00b",
+        "аnna",
+        "a\u202eb",
+        "Anna",
+        "anna@x",
+        "anna@0",
+    ],
     ids=ascii,
 )
 async def test_an_unknown_model_is_404(client: httpx.AsyncClient, model: str) -> None:
@@ -197,7 +210,12 @@ async def test_json_must_be_called_json(client: httpx.AsyncClient) -> None:
 async def test_what_was_sent_is_not_sent_back(client: httpx.AsyncClient) -> None:
     secret = "my-secret" * 1000
 
-    for wrong in ({"temperature": secret}, {"stop": [secret] * 99}, {secret: 1, "n": 0}, {"prompt": {secret: 1}}):
+    for wrong in (
+        {"temperature": secret},
+        {"stop": [secret] * 99},
+        {secret: 1, "n": 0},
+        {"prompt": {secret: 1}},
+    ):
         reply = await client.post(TEXT, json={**SOUND[TEXT], **wrong})
         assert secret not in reply.text
         assert len(reply.content) < 2000

@@ -92,9 +92,7 @@ async def test_a_prompt_has_four_forms(
     assert answer["usage"]["completion_tokens"] == 2 * 2 * num_prompts
 
 
-async def test_the_choices_of_one_seeded_prompt_differ(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
+async def test_the_choices_of_one_seeded_prompt_differ(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await complete(client, prompt="one two three", n=3, seed=5)
 
     assert sorted(request.sampling.seed or 0 for request in engine.requests) == [5, 6, 7]
@@ -163,7 +161,12 @@ async def test_an_adapter_is_named_by_the_caller_and_in_the_answer(
         assert answer["adapter"] == {"id": "anna", "version": version}
         ref = engine.requests[-1].adapter
         assert ref is not None
-        assert (ref.tenant, ref.adapter_id, ref.version, ref.basis_id) == ("default", "anna", version, BASIS_ID)
+        assert (ref.tenant, ref.adapter_id, ref.version, ref.basis_id) == (
+            "default",
+            "anna",
+            version,
+            BASIS_ID,
+        )
 
 
 async def test_cached_prompt_tokens_are_reported(client: httpx.AsyncClient, engine: FakeEngine) -> None:

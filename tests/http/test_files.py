@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from redis.asyncio import Redis
 
 from adapter_core import keys
-from redis.asyncio import Redis
 from service.uploads import plain_name
 from tests.http.conftest import MakeApp, client_of
 
@@ -37,7 +37,9 @@ async def test_a_file_is_kept_as_it_came(client: httpx.AsyncClient) -> None:
 
 
 async def test_every_problem_is_told_with_its_line(client: httpx.AsyncClient) -> None:
-    content = "\n".join([EXAMPLE, "{oops", '{"messages": [{"role": "user", "content": "x"}]}', '{"text": ""}'])
+    content = "\n".join(
+        [EXAMPLE, "{oops", '{"messages": [{"role": "user", "content": "x"}]}', '{"text": ""}']
+    )
 
     reply = await upload(client, content.encode())
 
@@ -49,7 +51,9 @@ async def test_every_problem_is_told_with_its_line(client: httpx.AsyncClient) ->
     assert all(problem["code"] and problem["message"] for problem in error["errors"])
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"], ids=["nothing", "blank lines", "a mark"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n \n", b"\xef\xbb\xbf"], ids=["nothing", "blank lines", "a mark"]
+)
 async def test_a_file_without_examples_is_refused(client: httpx.AsyncClient, content: bytes) -> None:
     reply = await upload(client, content)
 

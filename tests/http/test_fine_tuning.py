@@ -75,7 +75,9 @@ async def test_hyperparameters_have_two_places(
     assert job["hyperparameters"]["batch_size"] == "auto"
 
 
-async def test_own_options_travel_beside_openais(client: httpx.AsyncClient, file_id: str, redis: Redis) -> None:
+async def test_own_options_travel_beside_openais(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
     stopping = {"patience": 3, "min_delta": 0.01}
 
     job = await create(client, file_id, adapter={"id": "anna", "rank": 4}, early_stopping=stopping)
@@ -221,9 +223,19 @@ async def run_job(redis: Redis) -> None:
     for step in (1, 2):
         data = {"step": step, "train_loss": 1.0 / step}
         await leases.report(
-            lease, type="metrics", message=f"step {step}", data=data, progress={"step": step, "total_steps": 2}
+            lease,
+            type="metrics",
+            message=f"step {step}",
+            data=data,
+            progress={"step": step, "total_steps": 2},
         )
-    result = {"version": 1, "trained_tokens": 99, "best_step": 2, "best_valid_loss": 0.5, "basis_id": BASIS_ID}
+    result = {
+        "version": 1,
+        "trained_tokens": 99,
+        "best_step": 2,
+        "best_valid_loss": 0.5,
+        "basis_id": BASIS_ID,
+    }
     await leases.complete(lease, result)
 
 

@@ -12,7 +12,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
-from redis.asyncio import Redis
 
 from adapter_core.redis_client import connect
 from adapter_core.settings import CommonSettings

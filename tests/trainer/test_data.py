@@ -1,0 +1,114 @@
+"""Examples to batches: the split, the order, the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adapter_core.chat_format import ChatFormat
+from adapter_core.errors import InvalidTrainingData
+from adapter_core.examples import Example, parse_examples
+from tests.trainer.conftest import DATA, random_examples
+from trainer_worker.data import TrainingData, encode_data, micro_batches
+
+
+def texts(*words: str) -> list[Example]:
+    return [Example(text=f"the word {word}", line=line) for line, word in enumerate(words, start=1)]
+
+
+def numbered(count: int, start: int = 0) -> list[Example]:
+    return texts(*(f"number {i}" for i in range(start, start + count)))
+
+
+@pytest.mark.parametrize(("count", "held_back"), [(1, 0), (9, 0), (10, 2), (25, 2), (60, 6), (3000, 200)])
+def test_a_tenth_is_held_back_within_limits(chat: ChatFormat, count: int, held_back: int) -> None:
+    data = encode_data(chat, numbered(count), max_tokens=64)
+    assert (len(data.train), len(data.valid)) == (count - held_back, held_back)
+
+
+def test_the_split_depends_on_the_examples_alone(chat: ChatFormat) -> None:
+    examples = numbered(40)
+    data = encode_data(chat, examples, max_tokens=64)
+    again = encode_data(chat, examples[::-1], max_tokens=64)
+    assert {tuple(e.token_ids) for e in data.valid} == {tuple(e.token_ids) for e in again.valid}
+    assert data.digest != again.digest
+
+
+def test_duplicates_stay_on_one_side(chat: ChatFormat) -> None:
+    data = encode_data(chat, numbered(20) * 3, max_tokens=64)
+    train, valid = ({tuple(e.token_ids) for e in part} for part in (data.train, data.valid))
+    assert not train & valid
+    assert len(data.valid) == 6
+    alike = encode_data(chat, texts("same") * 50, max_tokens=64)
+    assert (len(alike.train), len(alike.valid)) == (50, 0)
+
+
+def test_a_validation_file_takes_the_place_of_the_split(chat: ChatFormat) -> None:
+    data = encode_data(chat, numbered(20), max_tokens=64, validation=numbered(5, start=18))
+    assert (len(data.train), len(data.valid)) == (20, 5)
+    assert data.num_overlapping == 2
+
+
+def test_truncated_examples_are_counted(chat: ChatFormat) -> None:
+    examples = [*numbered(3), Example(text="word " * 100, line=4)]
+    assert encode_data(chat, examples, max_tokens=32).num_truncated == 1
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_examples_with_nothing_to_learn_are_named_by_line(chat: ChatFormat, param: str) -> None:
+    bad = [Example(text="a", line=3), *numbered(1), Example(text="b", line=7)]
+    files = {"training_file": numbered(3), "validation_file": numbered(3)} | {param: bad}
+    with pytest.raises(InvalidTrainingData) as caught:
+        encode_data(chat, files["training_file"], max_tokens=64, validation=files["validation_file"])
+    assert [error.line for error in caught.value.errors] == [3, 7]
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_an_epoch_visits_every_example_once_in_an_order_of_its_own(batch_size: int) -> None:
+    data = TrainingData(random_examples(0, 23), (), digest="")
+    steps = -(-23 // batch_size)
+
+    def epoch(number: int, seed: int = 5) -> list[int]:
+        found = []
+        for step in range(number * steps, (number + 1) * steps):
+            found += [id(e) for e in data.batch(step, batch_size=batch_size, seed=seed)]
+        return found
+
+    assert sorted(epoch(0)) == sorted(epoch(1)) == sorted(id(e) for e in data.train)
+    assert epoch(0) == epoch(0)
+    assert epoch(0) != epoch(1)
+    assert epoch(0) != epoch(0, seed=6)
+
+
+@pytest.mark.parametrize("token_budget", [1, 50, 10_000])
+def test_micro_batches_hold_every_row_once_within_the_budget(token_budget: int) -> None:
+    items = [(i % 3, example) for i, example in enumerate(random_examples(1, 30))]
+    batches = list(micro_batches(items, token_budget=token_budget))
+    found = []
+    for batch in batches:
+        S, L = batch.token_ids.shape
+        assert S == 1 or token_budget >= S * L
+        assert batch.num_padding <= S * L / 2
+        flat = batch.token_ids.flatten()
+        assert torch.equal(flat[batch.positions + 1], batch.targets)
+        assert torch.equal(batch.rows[batch.positions // L], batch.owners)
+        for row in range(S):
+            mine = batch.positions // L == row
+            found.append((int(batch.rows[row]), batch.token_ids[row].tolist(), batch.targets[mine].tolist()))
+    expected = [
+        (owner, e.token_ids, [t for t, m in zip(e.token_ids, e.loss_mask, strict=True) if m])
+        for owner, e in items
+    ]
+    assert len(found) == len(expected)
+    for owner, ids, targets in expected:
+        assert any(o == owner and row[: len(ids)] == ids and t == targets for o, row, t in found)
+    assert sum(batch.num_tokens for batch in batches) == sum(len(e.token_ids) for _, e in items)
+
+
+def test_the_sample_data_are_encoded_without_loss(chat: ChatFormat) -> None:
+    for name in ("devil", "jargon"):
+        examples = parse_examples((DATA / f"{name}.jsonl").read_bytes())
+        data = encode_data(chat, examples, max_tokens=512)
+        assert (len(data.train), len(data.valid), data.num_truncated) == (54, 6, 0)
+        assert all(e.token_ids[-1] == chat.tokenizer.eos_token_id and e.loss_mask[-1] for e in data.train)

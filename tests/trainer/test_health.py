@@ -1,0 +1,92 @@
+"""The worker's own port, its figures, its settings."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+
+from adapter_core.errors import InvalidInput
+from trainer_worker import health
+from trainer_worker.health import HealthServer, Heartbeat
+from trainer_worker.metrics import TrainerMetrics
+from trainer_worker.run import Progress
+from trainer_worker.settings import read_settings
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_metrics_and_health_are_served_and_the_port_is_given_back() -> None:
+    metrics, heartbeat = TrainerMetrics(), Heartbeat()
+    heartbeat.num_jobs = 3
+    metrics.tokens.labels("train").inc(7)
+    server = HealthServer("127.0.0.1", 0, heartbeat=heartbeat, registry=metrics.registry)
+    try:
+        status, body = get(server.port, "/health")
+        assert (status, json.loads(body)["status"], json.loads(body)["jobs"]) == (200, "ok", 3)
+        status, body = get(server.port, "/metrics")
+        assert status == 200
+        assert 'tessera_trainer_tokens_total{kind="train"} 7.0' in body
+        assert get(server.port, "/other")[0] == 404
+        with pytest.raises(InvalidInput) as caught:
+            HealthServer("127.0.0.1", server.port, heartbeat=heartbeat, registry=metrics.registry)
+        assert caught.value.param == "TESSERA_WORKER_METRICS_PORT"
+    finally:
+        server.close()
+
+
+def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
+    now_s = 0.0
+    heartbeat = Heartbeat(clock=lambda: now_s)
+    server = HealthServer("127.0.0.1", 0, heartbeat=heartbeat, registry=TrainerMetrics().registry)
+    try:
+        assert get(server.port, "/health")[0] == 200
+        now_s += health.MAX_SILENCE_S
+        status, body = get(server.port, "/health")
+        assert (status, json.loads(body)["status"]) == (503, "stuck")
+    finally:
+        server.close()
+    heartbeat.beat()
+    heartbeat.begin_step()
+    assert heartbeat.report()[0]
+    now_s += health.MAX_STEP_S
+    heartbeat.beat()
+    assert not heartbeat.report()[0]
+    heartbeat.end_step()
+    assert heartbeat.report()[0]
+
+
+def test_series_are_named_alike_and_bounded() -> None:
+    metrics = TrainerMetrics()
+    for outcome in ("succeeded", "failed"):
+        metrics.jobs.labels(outcome, "lora_xs").inc()
+    metrics.measure_success(
+        Progress(initial_valid_loss=3.0, best_valid_loss=2.5, finish_reason="early_stop"), 12.0
+    )
+    names = {metric.name for metric in metrics.registry.collect()}
+    assert all(name.startswith(("tessera_trainer_", "process_")) for name in names)
+    labels = {key for m in metrics.registry.collect() for sample in m.samples for key in sample.labels}
+    assert labels <= {"kind", "outcome", "method", "le"}
+    assert metrics.registry.get_sample_value("tessera_trainer_early_stops_total") == 1
+
+
+def test_settings_come_from_the_environment_and_misspellings_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TESSERA_WORKER_MAX_RESIDENT_JOBS", "3")
+    monkeypatch.setenv("TESSERA_RANK", "4")
+    monkeypatch.setenv("TESSERA_ENGINE_NUM_SLOTS", "4")
+    settings, worker_settings = read_settings()
+    assert (settings.rank, worker_settings.max_resident_jobs) == (4, 3)
+    monkeypatch.setenv("TESSERA_WORKER_MAX_RESIDENT_JOB", "3")
+    with pytest.raises(InvalidInput, match="TESSERA_WORKER_MAX_RESIDENT_JOBS"):
+        read_settings()

@@ -1,0 +1,92 @@
+"""The worker as a process of its own: killed in the middle of a job, and told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from adapter_core import keys
+from adapter_core.child_process import start_child
+from adapter_core.file_store import FileStore
+from adapter_core.job_queue import Job, JobQueue, JobSpec, JobStatus
+from adapter_core.store import AdapterStore
+from tests.job_checks import check_queue
+from tests.trainer.conftest import DATA
+from tests.waiting import wait_until
+
+TENANT = "acme"
+START_TIMEOUT_S = 60
+
+
+@contextmanager
+def worker_process(redis_url: str, folder: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {
+        **os.environ,
+        "TESSERA_STORE_URL": redis_url,
+        "TESSERA_DATA_DIR": str(folder),
+        "TESSERA_WORKER_WORKER_ID": name,
+        "TESSERA_WORKER_METRICS_PORT": "0",
+        "TESSERA_WORKER_LEASE_S": "1",
+        "TESSERA_WORKER_REAP_EVERY_S": "0.2",
+        "TESSERA_WORKER_CHECKPOINT_EVERY_S": "0.2",
+        "TESSERA_WORKER_REPORT_EVERY_S": "0",
+    }
+    process = start_child([sys.executable, "-m", "trainer_worker"], environment=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_published(
+    redis: Redis, redis_url: str, tmp_path: Path
+) -> None:
+    queue = JobQueue(redis)
+    content = b"\n".join((DATA / "devil.jsonl").read_bytes().split(b"\n")[:12])
+    file = await FileStore(redis).put(TENANT, filename="d.jsonl", purpose="fine-tune", content=content)
+    spec = JobSpec(
+        adapter_id="devil", training_file=file.file_id, base_model="tiny", rank=8,
+        hyperparameters={"n_epochs": 8, "batch_size": 2}, early_stopping={"patience": None},
+    )  # fmt: skip
+    job_id = (await queue.submit(TENANT, spec, cost=10)).job_id
+
+    async def job() -> Job:
+        return await queue.get(TENANT, job_id)
+
+    async def is_checkpointed() -> bool:
+        found = await job()
+        assert not found.status.is_final, found
+        return found.progress.get("step", 0) >= 3 and bool(await redis.exists(keys.job_checkpoint(job_id)))
+
+    with worker_process(redis_url, tmp_path, "first") as first:
+        await wait_until(is_checkpointed, START_TIMEOUT_S)
+        with worker_process(redis_url, tmp_path, "second") as second:
+            first.kill()
+            first.wait()
+
+            async def has_ended() -> bool:
+                return (await job()).status.is_final
+
+            await wait_until(has_ended, START_TIMEOUT_S)
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(START_TIMEOUT_S) == 0
+
+    ended = await job()
+    assert ended.status is JobStatus.SUCCEEDED, ended.error
+    assert (ended.attempt, ended.epoch) == (2, 2)
+    assert ended.result is not None
+    assert ended.result["steps"] == 40
+    record = await AdapterStore(redis).get(TENANT, "devil")
+    assert [version.version for version in record.versions] == [1]
+    events, _ = await queue.events(TENANT, job_id, None, 1000)
+    [resumed] = [event.message for event in events if "continues at step" in event.message]
+    assert int(resumed.split()[4]) >= 1
+    await check_queue(redis)
