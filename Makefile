@@ -28,6 +28,7 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy deploy/*.py
 	$(BIN)/lint-imports
 
 bench: $(DEV)

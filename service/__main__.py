@@ -94,7 +94,7 @@ def _uvicorn_config(app: FastAPI, settings: ServiceSettings) -> uvicorn.Config:
 
 
 def _stop_on_signals(server: uvicorn.Server) -> None:
-    """Uvicorn raises a signal once more when it has stopped: that must not end us before we have cleaned up."""
+    """Uvicorn raises a signal once more when it has stopped: it must not end us before we cleaned up."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         server.should_exit = True

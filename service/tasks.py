@@ -12,8 +12,8 @@ RETRY_S = 0.5
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     """Cancel tasks and wait until they have ended; what they raise is dropped.
 
-    Once is not enough: before Python 3.12 `asyncio.wait_for` loses a cancellation that comes together with the
-    result it waits for, and redis-py waits with it.
+    Once is not enough: before Python 3.12 `asyncio.wait_for` loses a cancellation that comes together with
+    the result it waits for, and redis-py waits with it.
     """
     running = {task for task in tasks if not task.done()}
     while running:

@@ -62,7 +62,7 @@ async def check_queue(redis: Redis) -> None:
         }
         held = [place for place, members in places.items() if job_id in members]
         assert len(held) == 1, (job_id, status, held)
-        assert held[0] in PLACES.get(status, ["finished"]), (job_id, record)
+        assert held[0] in PLACES.get(status, ["ended"]), (job_id, record)
         assert (job_id in backlog.get(tenant, ())) == (job_id in waiting)
         assert (job_id in running.get(tenant, ())) == (job_id in leased)
         assert (lifetimes[job_id] > 0) == (status in FINAL)

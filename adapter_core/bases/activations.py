@@ -16,6 +16,11 @@ from torch import Tensor
 MAX_DOUBLE_WIDTH = 2048
 
 
+def moment_bytes(width: int) -> int:
+    """Of one second moment [width, width]."""
+    return width * width * (8 if width <= MAX_DOUBLE_WIDTH else 4)
+
+
 class InputRule(Protocol):
     """Learns from inputs as they pass by."""
 
@@ -104,12 +109,12 @@ class OutputMoment:
         self._sum: Tensor | None = None
 
     def observe(self, delta: Tensor) -> None:
-        """delta: [T, d_out], the gradient at the module's output."""
+        """delta: [T, d_out], the gradient at the module's output; overwritten."""
         if self._sum is None:
             shape = (self._width,) if self._is_diagonal else (self._width, self._width)
             dtype = torch.float64 if self._width <= MAX_DOUBLE_WIDTH else torch.float32
             self._sum = torch.zeros(shape, dtype=dtype, device=delta.device)
-        self._sum += delta.square().sum(0) if self._is_diagonal else delta.mT @ delta
+        self._sum += delta.square_().sum(0) if self._is_diagonal else delta.mT @ delta
 
     def mean(self, num_tokens: int) -> Tensor:
         """[d_out] or [d_out, d_out]."""

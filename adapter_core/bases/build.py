@@ -121,7 +121,7 @@ def passes(
             yield target, Statistics(Counts())
         return
     sizes = [needs.bytes_for(target) for target in targets]
-    limit_bytes = options["statistics_bytes"] or spare_bytes(targets, chosen)
+    limit_bytes = options["statistics_bytes"] or spare_bytes(targets, chosen, sum(sizes))
     for group in layer_groups(targets, sizes, limit_bytes):
         members = [targets[index] for index in group]
         statistics = collect(base, members, chosen, needs, population=population)
@@ -129,14 +129,16 @@ def passes(
             yield target, statistics.pop(0)
 
 
-def spare_bytes(targets: Sequence[Target], calibration: CalibrationSet) -> int:
-    """Memory that training LoRA on the same batches would need more than a pass without statistics.
+def spare_bytes(targets: Sequence[Target], calibration: CalibrationSet, total_bytes: int) -> int:
+    """Statistics in one pass so that its peak stays below that of training LoRA on the same batches.
 
-    LoRA keeps the input of every target module until its gradient comes; about half of the modules share theirs
-    (query, key and value; gate and up). With statistics of this size a build stays below LoRA's peak.
+    LoRA keeps the input of every target module until its gradient comes, X bytes (about half of the modules share
+    theirs: query, key and value; gate and up). A pass over a share f of the modules keeps f X and f S of all S =
+    `total_bytes`; f X + f S <= X gives f S = S X / (X + S).
     """
     width = sum(target.shape.d_in * target.weight.element_size() for target in targets)
-    return calibration.max_batch_tokens * width // 2
+    inputs_bytes = calibration.max_batch_tokens * width // 2
+    return total_bytes * inputs_bytes // (inputs_bytes + total_bytes)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from adapter_core.bases.activations import InputRule
+from adapter_core.bases.activations import InputRule, moment_bytes
 from adapter_core.bases.targets import Target
 
 Tokens = Literal["all", "label"]
@@ -42,8 +42,10 @@ class Needs:
     def bytes_for(self, target: Target) -> int:
         """An upper bound of the memory of one module's statistics (inputs are counted once per module)."""
         d_in, d_out = target.shape.d_in, target.shape.d_out
-        squares = d_in * d_in * (self.inputs is not None) + d_out * d_out * (self.outputs == "full")
-        return 4 * (d_in * d_out * self.gradient + squares)
+        size = 4 * d_in * d_out if self.gradient else 0
+        if self.inputs is not None:
+            size += moment_bytes(d_in)
+        return size + (moment_bytes(d_out) if self.outputs == "full" else 0)
 
 
 @dataclass(frozen=True)

@@ -206,20 +206,22 @@ class _Tap:
         if rule is None or not is_new:
             return
         chosen = self._batch.labels if self._needs.input_tokens == "label" else self._batch.valid
-        tokens = _wide(x[chosen])
+        tokens = _wide(x.flatten(0, 1) if bool(chosen.all()) else x[chosen])
         _check_finite(tokens, f"the input of {self.target.name}")
         rule.observe(tokens, chosen.sum(1).tolist())
 
     def _on_gradient(self, x: Tensor, delta: Tensor) -> None:
         assert self._batch is not None
-        delta = _wide(delta.detach()) / self._scale
+        delta = _wide(delta.detach())
+        if self._scale != 1:
+            delta = delta / self._scale
         g = self._statistics.gradient
         if g is not None:
             g.addmm_(delta.flatten(0, 1).mT.to(g), x.flatten(0, 1).to(g))
         if self._outputs is not None:
-            if self._needs.output_units == "token":
-                delta = delta * self._batch.label_counts[:, None, None]
-            self._outputs.observe(delta[self._batch.valid])
+            counts = self._batch.label_counts.to(delta)
+            factors = counts if self._needs.output_units == "token" else torch.ones_like(counts)
+            self._outputs.observe((delta * factors[:, None, None]).flatten(0, 1))  # padding has no gradient
 
     def _check_shape(self, x: Tensor) -> None:
         assert self._batch is not None

@@ -129,8 +129,8 @@ COMMON_OPTIONS: Mapping[str, Option] = {
     "scale": Option(1.0, "s in delta_W = s B' R' A', as the papers' alpha / r", minimum=1e-12),
     "seed": Option(0, "of everything random in it"),
 }
-#: Of methods that read calibration data. One layer of an 8B model needs 0.9 GB of statistics for its gradients and
-#: 1.9 GB with LoRA-DA's factors; one layer is always taken.
+#: Of methods that read calibration data. One layer of an 8B model needs 0.9 GB of statistics for its
+#: gradients and 1.9 GB with LoRA-DA's factors; one layer is always taken.
 DATA_OPTIONS: Mapping[str, Option] = {
     **COMMON_OPTIONS,
     "num_examples": Option(0, "at most so many of the calibration examples, at random; 0 is all", minimum=0),

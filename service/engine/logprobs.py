@@ -35,5 +35,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> lis
 
 def finite_rows(logits: Tensor) -> list[bool]:
     """Which rows hold only finite numbers. logits: [N, V]."""
-    finite: list[bool] = torch.isfinite(logits).all(-1).tolist()
+    low, high = torch.aminmax(logits, dim=-1)  # both are NaN if anything is; one pass, no mask of [N, V]
+    finite: list[bool] = (torch.isfinite(low) & torch.isfinite(high)).tolist()
     return finite

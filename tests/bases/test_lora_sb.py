@@ -179,9 +179,9 @@ def test_sb6_grouped_gradients_equal_plain_ones(small: BaseModel, calibration: C
 def test_sb6_peak_memory_does_not_grow_with_depth() -> None:
     """Four times the layers, one layer a pass: the statistics' part of the peak stays the same.
 
-    What a frozen model keeps for its own backward pass (attention probabilities, the inputs of nonlinear functions)
-    grows with depth for any method; it is measured by the same pass with nothing collected but one module, and
-    left out.
+    What a frozen model keeps for its own backward pass (attention probabilities, the inputs of nonlinear
+    functions) grows with depth for any method; it is measured by the same pass with nothing collected but
+    one module, and left out.
     """
     calibration, needs = small_calibration(1), Needs(gradient=True)
 
@@ -223,6 +223,7 @@ def test_sb6_building_needs_less_memory_than_training_lora() -> None:
             optimiser.zero_grad()
 
     lora = peak_bytes(train)
+    print(peaks, lora)
     assert peaks["lora_sb"] < lora
     assert peaks["lora_da"] < lora
 

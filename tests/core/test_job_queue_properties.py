@@ -308,4 +308,4 @@ def test_any_order_of_steps_agrees_with_the_model(redis_url: str) -> None:
         pass
 
     Machine.redis_url = redis_url
-    run_state_machine_as_test(Machine, settings=settings(max_examples=50, stateful_step_count=40))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=40))

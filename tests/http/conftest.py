@@ -1,4 +1,4 @@
-"""The application over a real Valkey, the real tokenizer and a fake engine; in process, or behind a socket."""
+"""The application over a real Valkey, the real tokenizer and a fake engine; with or without a socket."""
 
 from __future__ import annotations
 
