@@ -25,7 +25,7 @@ from service.generation import Generator
 from service.idempotency import Idempotency
 from service.metrics import Metrics, service_version
 from service.metrics_collector import ServiceCollector, StoreSampler
-from service.middleware import Authentication, BodyLimit, BodyLimits, RequestContext
+from service.middleware import Authentication, BodyLimit, BodyLimits, RequestContext, RequestLimit
 from service.model_names import Models
 from service.routes import (
     adapters,
@@ -135,6 +135,7 @@ def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -
     limits = BodyLimits(settings.max_body_bytes, settings.max_upload_bytes, settings.body_timeout_s)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Authentication, api_keys=ApiKeys.load(settings.api_keys_file))
+    app.add_middleware(RequestLimit, max_requests=settings.max_concurrent_requests)
     app.add_middleware(RequestContext, metrics=metrics)
 
 

@@ -4,13 +4,16 @@ TesseraError
   Unauthenticated      no API key, or one that is not known
   BodyTooLarge         more bytes than the limit, counted as they come
   BodyTimeout          the body did not arrive in time
+  Unavailable
+    ServiceOverloaded  as many requests as allowed are being answered
+    ShuttingDown       this process is being stopped
   RequestFailed
     DeadlineExceeded   the engine did not finish in the time that a request has
 """
 
 from __future__ import annotations
 
-from adapter_core.errors import RequestFailed, TesseraError
+from adapter_core.errors import RequestFailed, TesseraError, Unavailable
 
 
 class Unauthenticated(TesseraError):
@@ -29,6 +32,18 @@ class BodyTimeout(TesseraError):
     """The request's body did not arrive in time."""
 
     code = "body_timeout"
+
+
+class ServiceOverloaded(Unavailable):
+    """As many requests as allowed are being answered already."""
+
+    code = "service_overloaded"
+
+
+class ShuttingDown(Unavailable):
+    """This process is being stopped; another one will answer."""
+
+    code = "shutting_down"
 
 
 class DeadlineExceeded(RequestFailed):

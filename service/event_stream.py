@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.errors import ShuttingDown
 from service.tasks import end_tasks
 
 #: For OpenAPI: what a route that can stream answers besides JSON.
@@ -23,13 +24,15 @@ IN_OPENAPI: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-str
 PING = ": ping\n\n"
 DONE = "data: [DONE]\n\n"
 
+#: `json.dumps` with options makes an encoder on each call, 2 µs of the 50 that a streamed token costs.
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
 T = TypeVar("T")
 
 
 def event(value: Any) -> str:
     """One event that carries a JSON value. Raises `ValueError` for NaN."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return f"data: {text}\n\n"
+    return f"data: {_encode(value)}\n\n"
 
 
 class EventStream(Response):
@@ -72,6 +75,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await until_disconnect(receive, self._send_all(send))
+        except asyncio.CancelledError:  # the server stops and has waited long enough
+            text = self._error_event(ShuttingDown("the service is being stopped"))
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
+            raise
         finally:
             await self._close()
 

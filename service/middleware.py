@@ -3,6 +3,7 @@
 Plain ASGI, so that streams and disconnects pass untouched. In this order, outermost first:
 
     RequestContext   request id, metrics, log line, the last catch for what nobody caught
+    RequestLimit     so many requests at once and no more
     Authentication   before a body is read, so that strangers cannot make us keep one
     BodyLimit        reads the whole body: counted, not believed; in time, or not at all
 """
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_core.errors import TesseraError
 from service.auth import ApiKeys
-from service.errors import BodyTimeout, BodyTooLarge
+from service.errors import BodyTimeout, BodyTooLarge, ServiceOverloaded, ShuttingDown
 from service.metrics import Metrics
 from service.routes.errors import response_of
 
@@ -67,6 +68,10 @@ class RequestContext:
         self._metrics.http_in_flight.inc()
         try:
             await self._app(scope, receive, send_named)
+        except asyncio.CancelledError:
+            # Uvicorn cancels what outlives its patience at a stop; above us is nobody who needs to know.
+            if not status:
+                await response_of(ShuttingDown("the service is being stopped"))(scope, receive, send_named)
         except Exception as error:
             logger.exception("request %s failed", request_id)
             if not status:
@@ -82,6 +87,29 @@ class RequestContext:
         self._metrics.http_answered(route, method, status, duration_s)
         if route not in _QUIET:
             logger.info("%s %s %s %d %.3f s", request_id, method, route, status, duration_s)
+
+
+class RequestLimit:
+    """Turns requests away while as many as allowed are being answered. Health checks get in."""
+
+    def __init__(self, app: ASGIApp, *, max_requests: int) -> None:
+        self._app = app
+        self._max_requests = max_requests
+        self._num_running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _QUIET:
+            await self._app(scope, receive, send)
+            return
+        if self._num_running >= self._max_requests:
+            error = ServiceOverloaded(f"{self._max_requests} requests are being answered already")
+            await response_of(error)(scope, receive, send)
+            return
+        self._num_running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_running -= 1
 
 
 class Authentication:

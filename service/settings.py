@@ -28,8 +28,8 @@ class ServiceSettings(BaseSettings):
     request_timeout_s: float = Field(600.0, gt=0, description="the engine gives up on a request after this")
     ping_interval_s: float = Field(10.0, gt=0, description="a waiting stream gets an SSE comment this often")
     sample_interval_s: float = Field(10.0, gt=0, description="how often store and queue figures are read")
-    shutdown_timeout_s: float = Field(15.0, ge=0, description="running requests may finish within this")
-    max_concurrent_requests: int = Field(10_000, ge=1, description="connections beyond it get 503")
+    shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish within this")
+    max_concurrent_requests: int = Field(10_000, ge=1, description="requests at once; more get 503")
 
 
 def refuse_open_door(settings: ServiceSettings) -> None:

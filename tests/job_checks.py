@@ -58,7 +58,7 @@ async def check_queue(redis: Redis) -> None:
             "delayed": delayed,
             "leases": leased,
             "paused": paused,
-            "finished": ended,
+            "ended": ended,
         }
         held = [place for place, members in places.items() if job_id in members]
         assert len(held) == 1, (job_id, status, held)

@@ -1,6 +1,6 @@
 """What a job's hyper-parameters come to: batch size, epochs, learning rate, schedule, evaluations.
 
-Knows the number of examples and how the basis was built, and no tensor.
+Knows the number of examples and how strongly a basis answers to a step; neither model nor data.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_core.basis import BasisManifest
+import torch
+
+from adapter_core.basis import Basis
 from adapter_core.errors import InvalidInput
 
-#: Peak learning rate of AdamW on R' at rank 16 by (method, whether the basis carries singular values).
-#: Measured on the bundled model, 250 examples each of devil and jargon, 120 steps of 8, loss on 80 others
-#: (base 4.824, 4.872). With singular values at 1e-3 / 2e-3 / 4e-3 / 8e-3 / 16e-3: 4.296 / 4.271 / 4.267 /
-#: 4.294 / 4.349 and 4.313 / 4.259 / 4.238 / 4.247 / 4.295. Without at 4e-3 / 8e-3 / 16e-3 / 32e-3: 4.288 /
-#: 4.267 / 4.272 / 4.309 and 4.308 / 4.257 / 4.247 / 4.272. Batches of 4 or 16,
-#: 60 or 240 steps and 50 examples agree.
-LEARNING_RATES: dict[tuple[str, bool], float] = {("lora_xs", True): 4e-3, ("lora_xs", False): 1.2e-2}
-#: For a method without a measurement of its own: canonical bases are orthonormal, as that of the last entry.
-DEFAULT_LEARNING_RATE = 1.2e-2
-#: The best rate falls with the rank, about as 1 / r: 16e-3 at rank 4 (4.342, 4.380), 4e-3 at 16, 1e-3 to 2e-3
-#: at 32 (4.247, 4.164; 4e-3 there 4.303, 4.168).
+#: Adam's peak step on the *stored* core at rank 16, by method. A step η on R' moves the stored core by η
+#: times the preconditioner's gain, so one number serves every scale, and LoRA-XS with and without
+#: singular values. Measured on the bundled model, 250 examples each of devil and jargon, 120 steps of 8,
+#: loss on 80 others (base 4.824, 4.872). With singular values (gain 3.39), η = 1e-3 / 2e-3 / 4e-3 / 8e-3
+#: / 16e-3: 4.296 / 4.271 / 4.267 / 4.294 / 4.349 and 4.313 / 4.259 / 4.238 / 4.247 / 4.295. Without
+#: (gain 1), η = 4e-3 / 8e-3 / 16e-3 / 32e-3: 4.288 / 4.267 / 4.272 / 4.309 and 4.308 / 4.257 / 4.247 /
+#: 4.272. Batches of 4 or 16, 60 or 240 steps and 50 examples have the same best η.
+PEAK_STEPS = {"lora_xs": 1.25e-2}
+#: For a method without a measurement of its own.
+DEFAULT_PEAK_STEP = 1.25e-2
+#: The best step falls with the rank, about as 1 / r: with singular values η = 16e-3 was best at rank 4
+#: (4.342, 4.380; gain 4.24), 4e-3 at 16, 1e-3 to 2e-3 at 32 (4.247, 4.164; at 4e-3 4.303, 4.168; gain
+#: 3.01).
 RATED_RANK = 16
 
 MAX_EPOCHS = 50
@@ -31,9 +35,9 @@ MAX_BATCH_SIZE = 256
 AUTO_BATCH_SIZE = 8
 #: A small file is cut into at least this many batches.
 MIN_AUTO_BATCHES = 8
-#: Epochs are chosen to give about this many steps: in the measurement above 60 steps gave 4.271 and 4.269,
-#: 120 gave 4.267 and 4.238, 240 no more.
-AUTO_STEPS = 120
+#: Epochs are chosen to give about this many steps: in the measurement above 60 steps gave 4.271 and
+#: 4.269, 120 gave 4.267 and 4.238, 240 no more.
+AUTO_STEPS = 90
 #: With 50 examples the loss on others was lowest after 3 to 5 epochs.
 MAX_AUTO_EPOCHS = 5
 
@@ -75,20 +79,25 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class BasisKind:
-    """What the learning rate depends on: method, rank, and whether the basis carries singular values."""
+    """What the learning rate depends on.
+
+    gain: how much larger a step on the stored core is than on R', the mean over modules of
+    ‖P_out‖ ‖P_in‖ / r, which is the ratio of Frobenius norms for a step of independent signs; 1 if P is the
+    identity.
+    """
 
     method: str
-    with_sigma: bool
     rank: int
+    gain: float = 1.0
 
     @classmethod
-    def of(cls, manifest: BasisManifest) -> BasisKind:
-        return cls(manifest.method, bool(manifest.recipe.get("with_sigma", False)), manifest.rank)
+    def of(cls, basis: Basis) -> BasisKind:
+        norms = torch.linalg.matrix_norm(basis.P_out) * torch.linalg.matrix_norm(basis.P_in)
+        return cls(basis.manifest.method, basis.rank, float(norms.mean()) / basis.rank)
 
     @property
     def learning_rate(self) -> float:
-        rate = LEARNING_RATES.get((self.method, self.with_sigma), DEFAULT_LEARNING_RATE)
-        return rate * RATED_RANK / self.rank
+        return PEAK_STEPS.get(self.method, DEFAULT_PEAK_STEP) * RATED_RANK / self.rank / self.gain
 
 
 def make_plan(

@@ -84,7 +84,7 @@ class Preparation:
             spec.hyperparameters,
             spec.early_stopping,
             num_examples=len(data.train),
-            kind=BasisKind.of(basis.manifest),
+            kind=BasisKind.of(basis),
             seed=spec.seed,
         )
         start = await self._start(job.tenant, spec, basis)

@@ -43,7 +43,7 @@ def metrics_data(update: RunUpdate) -> dict[str, Any]:
         "train_mean_token_accuracy": update.train_accuracy,
         "valid_loss": update.valid_loss,
         "valid_mean_token_accuracy": update.valid_accuracy,
-        "learning_rate": update.learning_rate,
+        "learning_rate": update.learning_rate or None,
         "trained_tokens": update.trained_tokens,
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -60,7 +60,7 @@ def progress_of(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
         "num_epochs": plan.num_epochs,
         "percent": round(100 * update.step / plan.total_steps, 1),
         "trained_tokens": update.trained_tokens,
-        "learning_rate": update.learning_rate,
+        "learning_rate": run.learning_rate,
         "train_loss": progress.train_loss,
         "valid_loss": progress.valid_loss,
         "initial_valid_loss": progress.initial_valid_loss,

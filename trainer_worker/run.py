@@ -44,8 +44,9 @@ class Progress:
 
 @dataclass
 class RunUpdate:
-    """What one step of the trainer brought one run. Losses in nats per token, None where none was measured.
+    """An evaluation of a run or an optimisation step, and where the run stands after it.
 
+    Losses in nats per token, None where none was measured. learning_rate: of the step made, 0 at evaluations.
     warnings: (code, sentence) of what the user should know.
     """
 
@@ -166,6 +167,20 @@ class TrainRun:
             )
         progress.finish_reason = "diverged"
         return "training_diverged", f"{where} for the third time; try a smaller learning_rate_multiplier"
+
+    def update(
+        self, *, learning_rate: float = 0.0, warnings: list[tuple[str, str]] | None = None
+    ) -> RunUpdate:
+        """The state as news; what was measured is to be added."""
+        return RunUpdate(
+            self.run_id,
+            step=self.progress.step,
+            total_steps=self.plan.total_steps,
+            learning_rate=learning_rate,
+            trained_tokens=self.progress.trained_tokens,
+            finish_reason=self.progress.finish_reason,
+            warnings=warnings or [],
+        )
 
     def _keep(self, valid_loss: float | None = None) -> None:
         self.best_R = self.R.detach().cpu().clone()

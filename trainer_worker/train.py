@@ -20,7 +20,7 @@ from adapter_core.basis import Basis
 from adapter_core.chat_format import EncodedExample
 from adapter_core.errors import BasisMismatch
 from trainer_worker.adamw import BatchedAdamW, UserStep, clip_factor
-from trainer_worker.data import micro_batches
+from trainer_worker.data import GPU_MIN_TOKENS, micro_batches
 from trainer_worker.loss import token_losses
 from trainer_worker.run import RunUpdate, TrainRun
 from trainer_worker.trainable_linear import Delta, RowOwners, trainable_modules
@@ -105,49 +105,48 @@ class Trainer:
 
     def step(self) -> list[RunUpdate]:
         """Evaluate the runs that are due, then make one optimisation step of all that go on."""
-        updates = {slot: RunUpdate(run.run_id) for slot, run in self._active()}
         with self._attached():
-            self._evaluate([slot for slot, run in self._active() if run.needs_evaluation], updates)
-            self._train([slot for slot, _ in self._active()], updates)
-        for slot, update in updates.items():
-            run = self._at(slot)
-            update.step, update.total_steps = run.progress.step, run.plan.total_steps
-            update.trained_tokens = run.progress.trained_tokens
-            update.finish_reason = run.progress.finish_reason
-        return list(updates.values())
+            updates = self._evaluate([slot for slot, run in self._active() if run.needs_evaluation])
+            updates += self._train([slot for slot, _ in self._active()])
+        return updates
 
-    def _evaluate(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+    def _evaluate(self, slots: Sequence[int]) -> list[RunUpdate]:
         items = [(slot, example) for slot in slots for example in self._at(slot).data.valid]
         with torch.no_grad():
             losses, accuracies = self._pass(items)
+        updates = []
         for slot in slots:
-            run, update = self._at(slot), updates[slot]
-            if run.data.valid:
+            run = self._at(slot)
+            has_data = bool(run.data.valid)
+            run.record_evaluation(losses[slot] if has_data else None)
+            update = run.update()
+            if has_data:
                 update.valid_loss, update.valid_accuracy = losses[slot], accuracies[slot]
-            run.record_evaluation(update.valid_loss)
+            updates.append(update)
+        return updates
 
-    def _train(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+    def _train(self, slots: Sequence[int]) -> list[RunUpdate]:
         batches = {slot: self._at(slot).next_batch() for slot in slots}
-        losses, accuracies = self._pass(
-            [(slot, e) for slot, batch in batches.items() for e in batch], learn=True
-        )
+        items = [(slot, example) for slot, batch in batches.items() for example in batch]
+        losses, accuracies = self._pass(items, learn=True)
         core_grad = self._grad.transpose(0, 1)  # [K, M, r, r]
         grad = self._P_out.mT @ core_grad @ self._P_in.mT
         norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
-        users = []
+        users, updates = [], []
         for slot, batch in batches.items():
-            run, update = self._at(slot), updates[slot]
-            update.learning_rate = run.learning_rate
+            run, rate = self._at(slot), self._at(slot).learning_rate
             if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
-                update.warnings.append(run.record_nonfinite())
+                warning = run.record_nonfinite()
+                updates.append(run.update(learning_rate=rate, warnings=[warning]))
                 continue
-            update.train_loss, update.train_accuracy = losses[slot], accuracies[slot]
-            clip = clip_factor(norms[slot], run.plan.max_grad_norm)
             run.record_step(losses[slot], sum(len(example.token_ids) for example in batch))
-            users.append(
-                UserStep(slot, update.learning_rate, run.progress.num_updates, clip, run.plan.weight_decay)
-            )
+            clip = clip_factor(norms[slot], run.plan.max_grad_norm)
+            users.append(UserStep(slot, rate, run.progress.num_updates, clip, run.plan.weight_decay))
+            update = run.update(learning_rate=rate)
+            update.train_loss, update.train_accuracy = losses[slot], accuracies[slot]
+            updates.append(update)
         self._optimizer.step(grad, users)
+        return updates
 
     def _pass(
         self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
@@ -163,7 +162,8 @@ class Trainer:
         num_tokens = num_tokens.to(device).clamp_min(1)
         sums = torch.zeros(2, K, dtype=torch.float64, device=device)
         self._grad.zero_()
-        for batch in micro_batches(items, token_budget=self.token_budget):
+        min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
+        for batch in micro_batches(items, token_budget=self.token_budget, min_tokens=min_tokens):
             batch = batch.to(device)
             self._owners.rows = batch.rows
             trained = batch.num_tokens if learn else 0

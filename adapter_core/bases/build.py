@@ -132,9 +132,9 @@ def passes(
 def spare_bytes(targets: Sequence[Target], calibration: CalibrationSet, total_bytes: int) -> int:
     """Statistics in one pass so that its peak stays below that of training LoRA on the same batches.
 
-    LoRA keeps the input of every target module until its gradient comes, X bytes (about half of the modules share
-    theirs: query, key and value; gate and up). A pass over a share f of the modules keeps f X and f S of all S =
-    `total_bytes`; f X + f S <= X gives f S = S X / (X + S).
+    LoRA keeps the input of every target module until its gradient comes, X bytes (about half of the modules
+    share theirs: query, key and value; gate and up). A pass over a share f of the modules keeps f X and f S
+    of all S = `total_bytes`; f X + f S <= X gives f S = S X / (X + S).
     """
     width = sum(target.shape.d_in * target.weight.element_size() for target in targets)
     inputs_bytes = calibration.max_batch_tokens * width // 2

@@ -109,17 +109,22 @@ class CalibrationSet:
         return self if len(kept) == len(self) else CalibrationSet(kept)
 
     def batches(self, *, max_tokens: int = MAX_BATCH_TOKENS) -> Iterator[CalibrationBatch]:
-        """All examples, long ones first, padded on the right; a longer one than `max_tokens` goes alone."""
-        order = sorted(range(len(self)), key=lambda index: (-len(self.examples[index][0]), index))
-        rows: list[int] = []
-        for index in order:
+        """All examples in batches of similar lengths, padded on the right; a longer one goes alone.
+
+        The batches come in a random order, always the same: an online rule must not see the short ones last.
+        """
+        groups: list[list[int]] = []
+        for index in sorted(range(len(self)), key=lambda index: (-len(self.examples[index][0]), index)):
             length = len(self.examples[index][0])
-            longest = len(self.examples[rows[0]][0]) if rows else length
-            if rows and ((len(rows) + 1) * longest > max_tokens or length < MIN_FILL * longest):
-                yield self._batch(rows)
-                rows = []
-            rows.append(index)
-        yield self._batch(rows)
+            longest = len(self.examples[groups[-1][0]][0]) if groups else 0
+            fits = groups and (len(groups[-1]) + 1) * longest <= max_tokens and length >= MIN_FILL * longest
+            if fits:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+        for position in order:
+            yield self._batch(groups[position])
 
     def _batch(self, rows: Sequence[int]) -> CalibrationBatch:
         longest = len(self.examples[rows[0]][0])

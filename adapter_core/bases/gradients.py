@@ -37,6 +37,7 @@ from adapter_core.errors import InvalidInput, UnsupportedModel
 LOSS_SCALE = {torch.float16: 2.0**12}
 
 
+@torch.inference_mode(False)
 def collect(
     base: BaseModel,
     targets: Sequence[Target],
@@ -76,7 +77,7 @@ def _run(
     shared.begin()
     for tap in taps:
         tap.begin(batch, scale, backward=backward)
-    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward):
         if not backward:
             run_forward(base, batch)
             return

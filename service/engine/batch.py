@@ -6,6 +6,7 @@ the plan's chunks; those of one token come first and attend together.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,22 +59,19 @@ def build_batch(
     plan: StepPlan, block_size: int, device: torch.device, limits: TileLimits = TileLimits()
 ) -> StepBatch:
     chunks = plan.chunks
-    starts = [0, *np.cumsum([chunk.length for chunk in chunks]).tolist()]
-    positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+    starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
     token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
-    tables = [np.asarray(chunk.sequence.blocks[: -(-chunk.end // block_size)]) for chunk in chunks]
-    blocks = np.concatenate(
-        [table[np.arange(c.start, c.end) // block_size] for c, table in zip(chunks, tables, strict=True)]
-    )
+    positions = np.asarray([position for chunk in chunks for position in range(chunk.start, chunk.end)])
+    blocks = [c.sequence.blocks[position // block_size] for c in chunks for position in range(c.start, c.end)]
     rows, targets = _logit_rows(chunks, starts)
-    tiles = list(_tiles(chunks, tables, starts, block_size, limits))
+    tiles = list(_tiles(chunks, starts, block_size, limits))
     slots = _slots(chunks)
     pieces = iter(
         upload(
             [
                 np.asarray([token_ids]),
                 positions[None],
-                blocks,
+                np.asarray(blocks),
                 positions % block_size,
                 np.asarray(rows, np.int64),
                 np.asarray(targets, np.int64),
@@ -132,14 +130,11 @@ def _logit_rows(chunks: Sequence[Chunk], starts: Sequence[int]) -> tuple[list[in
 
 
 def _tiles(
-    chunks: Sequence[Chunk],
-    tables: Sequence[Ints],
-    starts: Sequence[int],
-    block_size: int,
-    limits: TileLimits,
+    chunks: Sequence[Chunk], starts: Sequence[int], block_size: int, limits: TileLimits
 ) -> Iterator[tuple[int, Ints, Ints]]:
     """First row, block table and positions of each tile."""
     num_single = sum(chunk.length == 1 for chunk in chunks)
+    tables = [chunk.sequence.blocks[: -(-chunk.end // block_size)] for chunk in chunks]
     for first, last in _groups([len(table) for table in tables[:num_single]], limits.keys // block_size):
         padded = np.full((last - first, len(tables[first])), NULL_BLOCK, np.int64)
         for index, table in enumerate(tables[first:last]):
@@ -151,7 +146,7 @@ def _tiles(
         step = max(1, limits.scores // (len(table) * block_size))
         for start in range(chunk.start, chunk.end, step):
             end = min(start + step, chunk.end)
-            visible = table[None, : -(-end // block_size)]
+            visible = np.asarray([table[: -(-end // block_size)]], np.int64)
             yield row + start - chunk.start, visible, np.arange(start, end, dtype=np.int64)[None]
 
 

@@ -58,7 +58,8 @@ class Engine:
         num_blocks = num_kv_blocks(
             facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
         )
-        max_model_len = min(config.max_model_len or base.max_position, num_blocks * config.block_size)
+        longest = min(config.max_model_len or base.max_position, base.max_position)
+        max_model_len = min(longest, num_blocks * config.block_size)
         self._limits = RequestLimits(facts.vocab_size, max_model_len)
         self._weight_bytes = module_bytes(base.model)
         self.kv = PagedKV(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adapter_core.base_model import replace_module
-from adapter_core.basis import Basis
+from adapter_core.basis import Basis, BasisManifest, ModuleShape
 from adapter_core.errors import BasisMismatch
 from adapter_core.kernels import adapter_delta
 from service.engine.slots import SlotTable
@@ -63,36 +63,41 @@ class AdapterLinear(nn.Linear):
 
 def attach(model: nn.Module, basis: Basis, slots: SlotTable) -> None:
     """Let every target module of `basis` serve it. Raises `BasisMismatch` before anything is changed."""
-    for module in basis.manifest.modules:
-        try:
-            linear = model.get_submodule(module.name)
-        except AttributeError:
-            raise BasisMismatch(f"the base model has no module {module.name}") from None
-        if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (
-            module.d_in,
-            module.d_out,
-        ):
-            raise BasisMismatch(
-                f"module {module.name} is no linear layer from {module.d_in} to {module.d_out}"
-            )
+    shares = []
     for index, module in enumerate(basis.manifest.modules):
-        linear = model.get_submodule(module.name)
-        if not isinstance(linear, AdapterLinear):
-            linear = replace_module(model, module.name, AdapterLinear)
-        assert isinstance(linear, AdapterLinear)
-        linear.factors[basis.basis_id] = Factors(
-            basis.A[index].to(linear.weight), basis.B[index].to(linear.weight), slots.R_slots[:, index], slots
-        )
+        linear = _target(model, module)
+        A, B = basis.A[index].to(linear.weight), basis.B[index].to(linear.weight)
+        shares.append(Factors(A, B, slots.R_slots[:, index], slots))
+    for module, factors in zip(basis.manifest.modules, shares, strict=True):
+        layer = model.get_submodule(module.name)
+        if not isinstance(layer, AdapterLinear):
+            layer = replace_module(model, module.name, AdapterLinear)
+        assert isinstance(layer, AdapterLinear)
+        assert basis.basis_id not in layer.factors, "one model serves one engine"
+        layer.factors[basis.basis_id] = factors
 
 
-def detach(model: nn.Module, basis: Basis) -> None:
+def detach(model: nn.Module, manifest: BasisManifest) -> None:
     """Undo `attach`; a module that serves no basis any more becomes the linear layer that it was."""
-    for module in basis.manifest.modules:
+    for module in manifest.modules:
         linear = model.get_submodule(module.name)
         assert isinstance(linear, AdapterLinear)
-        del linear.factors[basis.basis_id]
+        del linear.factors[manifest.basis_id]
         if not linear.factors:
             replace_module(model, module.name, _original)
+
+
+def _target(model: nn.Module, module: ModuleShape) -> nn.Linear:
+    try:
+        linear = model.get_submodule(module.name)
+    except AttributeError:
+        raise BasisMismatch(f"the base model has no module {module.name}") from None
+    if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (
+        module.d_in,
+        module.d_out,
+    ):
+        raise BasisMismatch(f"module {module.name} is no linear layer from {module.d_in} to {module.d_out}")
+    return linear
 
 
 def _original(linear: nn.Linear) -> nn.Module:

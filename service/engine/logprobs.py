@@ -33,8 +33,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> lis
     return reports
 
 
-def finite_rows(logits: Tensor) -> list[bool]:
-    """Which rows hold only finite numbers. logits: [N, V]."""
+def finite_rows(logits: Tensor) -> Tensor:
+    """Which rows hold only finite numbers: bool [N]. logits: [N, V]."""
     low, high = torch.aminmax(logits, dim=-1)  # both are NaN if anything is; one pass, no mask of [N, V]
-    finite: list[bool] = (torch.isfinite(low) & torch.isfinite(high)).tolist()
-    return finite
+    return torch.isfinite(low) & torch.isfinite(high)

@@ -67,7 +67,7 @@ class Residency:
         if ref in resident.slots:
             return True
         adapter = self.cache.get(ref)
-        expected = (resident.basis.num_modules, resident.basis.rank)
+        expected = (len(resident.manifest.modules), resident.manifest.rank)
         if adapter is not None and (adapter.num_modules, adapter.rank) != expected:
             self.cache.drop(ref)
             self.num_load_failures += 1

@@ -9,12 +9,12 @@ factors are large (84 MB for an 8B model at rank 16).
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from adapter_core.basis import Basis
+from adapter_core.basis import Basis, BasisManifest
 from adapter_core.errors import BasisMismatch, InvalidInput, RequestFailed, TesseraError
 from service.engine.config import EngineConfig
 from service.engine.linear import attach, detach
@@ -28,7 +28,9 @@ MAX_BLOCKED_PASSES = 64
 
 @dataclass(frozen=True)
 class ResidentBasis:
-    basis: Basis
+    """Its tensors are in the model's layers, on the device; of the host's copy only the manifest is kept."""
+
+    manifest: BasisManifest
     slots: SlotTable
     is_permanent: bool
     factor_bytes: int
@@ -96,26 +98,12 @@ class ResidentBases:
 
     def add(self, basis: Basis, *, is_permanent: bool) -> None:
         """Make `basis` resident. Raises `BasisMismatch` (another model's), `InvalidInput` (no place)."""
-        if basis.basis_id in self._resident:
-            return
-        if basis.manifest.model_id != self._model_id:
-            raise BasisMismatch(f"basis {basis.basis_id} belongs to another base model than this engine's")
-        if not self._make_place():
-            raise InvalidInput(f"no place for basis {basis.basis_id} beside {len(self)} others")
-        slots = SlotTable(
-            (basis.num_modules, basis.rank),
-            num_slots=self._config.num_slots,
-            max_tokens=self._config.max_batch_tokens,
-            device=self._device,
-            dtype=self._dtype,
-        )
-        attach(self._model, basis, slots)
-        numbers = sum(A.numel() + B.numel() for A, B in zip(basis.A, basis.B, strict=True))
-        factor_bytes = numbers * self._dtype.itemsize
-        self._resident[basis.basis_id] = ResidentBasis(basis, slots, is_permanent, factor_bytes)
-        self._wanted.pop(basis.basis_id, None)
-        if is_permanent and not self.default_id:
-            self.default_id = basis.basis_id
+        if basis.basis_id not in self._resident:
+            self._install(basis)
+        if is_permanent:
+            resident = self._resident[basis.basis_id]
+            self._resident[basis.basis_id] = replace(resident, is_permanent=True)
+            self.default_id = self.default_id or basis.basis_id
 
     def enlist(self, basis_id: str) -> None:
         """One request more needs the basis, waiting or running."""
@@ -182,7 +170,26 @@ class ResidentBases:
         """Give the model its own linear layers back."""
         while self._resident:
             _, resident = self._resident.popitem()
-            detach(self._model, resident.basis)
+            detach(self._model, resident.manifest)
+
+    def _install(self, basis: Basis) -> None:
+        if basis.manifest.model_id != self._model_id:
+            raise BasisMismatch(f"basis {basis.basis_id} belongs to another base model than this engine's")
+        if not self._make_place():
+            raise InvalidInput(f"no place for basis {basis.basis_id} beside {len(self)} others")
+        slots = SlotTable(
+            (basis.num_modules, basis.rank),
+            num_slots=self._config.num_slots,
+            max_tokens=self._config.max_batch_tokens,
+            device=self._device,
+            dtype=self._dtype,
+        )
+        attach(self._model, basis, slots)
+        numbers = sum(A.numel() + B.numel() for A, B in zip(basis.A, basis.B, strict=True))
+        self._resident[basis.basis_id] = ResidentBasis(
+            basis.manifest, slots, is_permanent=False, factor_bytes=numbers * self._dtype.itemsize
+        )
+        self._wanted.pop(basis.basis_id, None)
 
     def _has_place(self) -> bool:
         return len(self._resident) + len(self._requested) < self._config.max_resident_bases
@@ -205,7 +212,7 @@ class ResidentBases:
             return False
         self._closing, self._num_blocked_passes = None, 0
         resident = self._resident.pop(evicted)
-        detach(self._model, resident.basis)
+        detach(self._model, resident.manifest)
         self._num_slot_loads += resident.slots.num_loads
         self._num_slot_evictions += resident.slots.num_evictions + resident.slots.num_resident
         return True

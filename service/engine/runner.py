@@ -111,8 +111,7 @@ def _results(plan: StepPlan, batch: StepBatch, logits: Tensor) -> list[ChunkResu
     results = [ChunkResult() for _ in plan.chunks]
     sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
     scoring = [index for index, chunk in enumerate(plan.chunks) for _ in chunk.prompt_positions]
-    for index, is_finite in zip((*sampling, *scoring), finite_rows(logits), strict=True):
-        results[index].is_finite &= is_finite
+    is_finite = finite_rows(logits)  # read only after sampling is under way: a read waits for the device
     if sampling:
         _sample(plan, logits[: len(sampling)].float(), sampling, results)
     if scoring:
@@ -120,6 +119,8 @@ def _results(plan: StepPlan, batch: StepBatch, logits: Tensor) -> list[ChunkResu
         reports = token_logprobs(logits[len(sampling) :], batch.prompt_targets, num_top)
         for index, report in zip(scoring, reports, strict=True):
             results[index].prompt_logprobs.append(report)
+    for index, is_row_finite in zip((*sampling, *scoring), is_finite.tolist(), strict=True):
+        results[index].is_finite &= is_row_finite
     return results
 
 
@@ -127,11 +128,12 @@ def _sample(plan: StepPlan, logits: Tensor, sampling: Rows[int], results: list[C
     """Fill in the tokens of the chunks `sampling`, and their log-probabilities where they are wanted."""
     sequences = [plan.chunks[index].sequence for index in sampling]
     tokens = sample(logits, sequences)
-    for index, token_id in zip(sampling, tokens, strict=True):
-        results[index].token_id = token_id
     reported = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     if reported:
-        chosen = torch.tensor([tokens[row] for row in reported], device=logits.device)
         num_top = [sequences[row].sampling.logprobs or 0 for row in reported]
-        for row, report in zip(reported, token_logprobs(logits[reported], chosen, num_top), strict=True):
+        for row, report in zip(
+            reported, token_logprobs(logits[reported], tokens[reported], num_top), strict=True
+        ):
             results[sampling[row]].logprobs = report
+    for index, token_id in zip(sampling, tokens.tolist(), strict=True):
+        results[index].token_id = token_id

@@ -34,16 +34,15 @@ def is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < MIN_TEMPERATURE
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The next token of each sequence. logits: float32 [N, V], left as they are."""
+def sample(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    """The next token of each sequence, int64 [N]. logits: float32 [N, V], left as they are."""
     logits = apply_rules(logits, sequences)
     tokens = logits.argmax(-1)
     drawn = [index for index, sequence in enumerate(sequences) if sequence.generator is not None]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         tokens[rows] = _draw(logits[rows], [sequences[index] for index in drawn])
-    token_ids: list[int] = tokens.tolist()
-    return token_ids
+    return tokens
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:

@@ -129,14 +129,17 @@ class Scheduler:
     def _admit(self, step: _StepBuilder) -> None:
         self._num_passes += 1
         closing_basis = self._residency.bases.begin_pass()
-        for sequence in self.waiting.in_turn():
-            if step.num_tokens_left == 0 or len(self.running) >= self._config.max_running:
-                return
+        for sequence in self.waiting.in_turn() if self._has_room(step) else ():
             if not self._may_begin(sequence, closing_basis):
                 continue
             if not self._begin(sequence, step):
                 return
             step.add_prefill(sequence, is_alone=not self.waiting.num_in_line)
+            if not self._has_room(step):
+                return
+
+    def _has_room(self, step: _StepBuilder) -> bool:
+        return step.num_tokens_left > 0 and len(self.running) < self._config.max_running
 
     def _may_begin(self, sequence: Sequence, closing_basis: str | None) -> bool:
         """Whether its adapter is here and has, or now gets, a slot. Parks it if the adapter is gone."""

@@ -29,7 +29,7 @@ class Sequence:
     order: int
     root_key: bytes
     generator: torch.Generator | None = None
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     num_registered: int = 0

@@ -31,7 +31,14 @@ from adapter_core.errors import (
     TesseraError,
     Unavailable,
 )
-from service.errors import BodyTimeout, BodyTooLarge, DeadlineExceeded, Unauthenticated
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    DeadlineExceeded,
+    ServiceOverloaded,
+    ShuttingDown,
+    Unauthenticated,
+)
 from service.routes.schemas import UNION_TAG, ErrorBody
 
 logger = logging.getLogger(__name__)
@@ -62,6 +69,8 @@ TABLE: dict[type[Exception], Row] = {
     StoreFull: Row(503, "unavailable_error", "the store is full", 30),
     EngineUnavailable: Row(503, "unavailable_error", "the engine is starting or restarting; try again", 2),
     EngineOverloaded: Row(503, "unavailable_error", "the engine's queue is full; try again", 1),
+    ServiceOverloaded: Row(503, "unavailable_error", None, 1),
+    ShuttingDown: Row(503, "unavailable_error", None, 5),
     Unavailable: Row(503, "unavailable_error", "not available at the moment; try again", 1),
     Exception: Row(500, "server_error", "internal error"),
 }

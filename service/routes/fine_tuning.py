@@ -9,10 +9,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from adapter_core.job_queue import JobEvent
+from adapter_core.job_queue import Job, JobEvent
 from service import event_stream
 from service.event_stream import DONE, event
-from service.idempotency import fingerprint_of
 from service.routes.deps import AfterDep, JobsDep, LimitDep, QueueDep, ServicesDep, TenantDep
 from service.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
 from service.routes.json_routes import JsonRoute
@@ -39,14 +38,15 @@ async def create_job(
     x_stainless_retry_count: Annotated[str, Header()] = "0",
 ) -> FineTuningJob:
     """Queue the training of an adapter. A repeated `Idempotency-Key`, or a retry, gives the same job."""
-    fingerprint = fingerprint_of(body.model_dump_json())
+
+    async def submit(key: str) -> Job:
+        return await services.jobs.submit(tenant, order_of(body), dedupe_key=key)
+
+    said, once = body.model_dump_json(), services.idempotency
     if idempotency_key is not None:
-        key = await services.idempotency.for_key(tenant, idempotency_key, fingerprint)
-    else:
-        is_retry = x_stainless_retry_count not in ("", "0")
-        key = await services.idempotency.for_retry(tenant, fingerprint, is_retry=is_retry)
-    job = await services.jobs.submit(tenant, order_of(body), dedupe_key=key)
-    return job_object(job)
+        return job_object(await once.by_key(tenant, idempotency_key, said, submit))
+    is_retry = x_stainless_retry_count not in ("", "0")
+    return job_object(await once.by_body(tenant, said, submit, is_retry=is_retry))
 
 
 @router.get("/jobs", operation_id="list_fine_tuning_jobs")

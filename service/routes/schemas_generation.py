@@ -225,20 +225,15 @@ class CompletionChoice(Answer):
     finish_reason: str | None
 
 
-class Generated(Answer):
-    """What the answers of both endpoints end with."""
-
+class Completion(Answer):
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    choices: list[CompletionChoice]
     usage: UsageReport
     adapter: AdapterUsed | None
     x_tessera: Measured
-
-
-class Completion(Generated):
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
 
 
 class TopLogprob(Answer):
@@ -269,6 +264,12 @@ class ChatChoice(Answer):
     finish_reason: str | None
 
 
-class ChatCompletion(Generated):
+class ChatCompletion(Answer):
+    id: str
     object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
     choices: list[ChatChoice]
+    usage: UsageReport
+    adapter: AdapterUsed | None
+    x_tessera: Measured

@@ -42,9 +42,10 @@ def svd_rank(X: Tensor, rank: int) -> Tensor:
 
 
 def chordal(A: Tensor, B: Tensor) -> float:
-    """‖P_A - P_B‖_F of the row spaces of A and B [r, n]: 0 where they agree, at most √(2 r)."""
+    """(Σ sin² θ_i)^½ over the principal angles of the row spaces of A and B [r, n]: 0 if equal, at most
+    √r."""
     P, Q = (torch.linalg.qr(X.double().T)[0] for X in (A, B))
-    return float(torch.linalg.matrix_norm(P @ P.T - Q @ Q.T))
+    return float(torch.linalg.matrix_norm(P @ P.T - Q @ Q.T)) / 2**0.5
 
 
 def module_data(

@@ -223,7 +223,6 @@ def test_sb6_building_needs_less_memory_than_training_lora() -> None:
             optimiser.zero_grad()
 
     lora = peak_bytes(train)
-    print(peaks, lora)
     assert peaks["lora_sb"] < lora
     assert peaks["lora_da"] < lora
 

@@ -14,6 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from adapter_core import keys
+from adapter_core.errors import StoreFull
 from adapter_core.job_leases import JobLeases
 from adapter_core.job_queue import JobQueue, JobStatus
 from adapter_core.redis_client import connect
@@ -135,6 +136,42 @@ async def test_a_damaged_or_missing_record_does_not_stop_the_queue(redis: Redis)
     await expire_lease(redis, good.job_id)
     assert await leases.reap() == {}
     assert await redis.zcard(keys.QUEUE_LEASES) == 0
+
+
+async def test_a_full_store_leaves_nothing_half_done(redis: Redis) -> None:
+    queue, leases = JobQueue(redis), JobLeases(redis)
+    names = [(await queue.submit("acme", make_spec(), cost=1)).job_id for _ in range(9)]
+    done, failed, retried, released, cancelled, lost, held = await leases.claim("w", limit=7, lease_s=60)
+    await queue.cancel("acme", cancelled.job.job_id)
+    await expire_lease(redis, lost.job.job_id)
+    steps = [
+        lambda: queue.submit("acme", make_spec(), cost=1),
+        lambda: queue.cancel("acme", names[7]),
+        lambda: queue.pause("acme", names[8]),
+        lambda: leases.claim("w", limit=9, lease_s=60),
+        lambda: leases.report(held, message="x"),
+        lambda: leases.renew([held], lease_s=60),
+        lambda: leases.complete(done, {}),
+        lambda: leases.fail(failed, BROKEN, retryable=False),
+        lambda: leases.fail(retried, BROKEN, retryable=True),
+        lambda: leases.release(released),
+        lambda: leases.acknowledge_cancel(cancelled),
+        lambda: leases.reap(),
+    ]
+    refused = 0
+    await redis.config_set("maxmemory", 1)
+    try:
+        for step in steps:
+            try:
+                await step()
+            except StoreFull:
+                refused += 1
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert refused
+    await check_queue(redis)
+    await leases.complete(done, {})
+    await check_queue(redis)
 
 
 WORKER = """

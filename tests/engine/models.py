@@ -152,6 +152,37 @@ def svd_basis(base: BaseModel, rank: int, target_modules: tuple[str, ...]) -> Ba
     return make_basis(model_id=base.model_id, method="svd", factors=factors, recipe={})
 
 
+def more_adapters(served: Served, count: int, basis: Basis | None = None) -> dict[AdapterRef, Adapter]:
+    basis = basis or served.basis
+    generator = torch.Generator().manual_seed(1)
+    return {
+        AdapterRef("default", f"more{index}", 1, basis.basis_id): Adapter(
+            basis.basis_id, torch.randn(basis.num_modules, basis.rank, basis.rank, generator=generator)
+        )
+        for index in range(count)
+    }
+
+
+def more_bases(served: Served, count: int) -> list[Basis]:
+    """Small bases of one target module, for the same model."""
+    module = served.basis.manifest.modules[0]
+    generator = torch.Generator().manual_seed(2)
+    return [
+        make_basis(
+            model_id=served.base.model_id,
+            method="test",
+            factors={
+                module: (
+                    torch.randn(2, module.d_in, generator=generator),
+                    torch.randn(module.d_out, 2, generator=generator),
+                )
+            },
+            recipe={},
+        )
+        for _ in range(count)
+    ]
+
+
 @functools.cache
 def family(name: str, device: str = "cpu") -> Served:
     """One of FAMILIES (random small models with fixed seeds, and the bundled one), or "micro"."""

@@ -124,7 +124,7 @@ def test_draws_follow_the_slow_reference(params: dict[str, Any]) -> None:
     for _ in range(
         num_draws // 50
     ):  # one generator, so rows of one call and calls after another are draws alike
-        drawn.update(sample(logits.expand(50, V), [sequence] * 50))
+        drawn.update(sample(logits.expand(50, V), [sequence] * 50).tolist())
 
     expected = slow_probabilities(logits.tolist(), sequence.sampling)
     assert drawn.keys() <= expected.keys(), "a token was drawn that the parameters exclude"
@@ -137,7 +137,7 @@ def test_temperature_0_is_greedy_beside_rows_that_draw() -> None:
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(1))
     sequences = [make_sequence([1], [], temperature=t, seed=2) for t in (0.0, 5.0, 1e-30)]
     for _ in range(20):
-        chosen = sample(logits, sequences)
+        chosen = sample(logits, sequences).tolist()
         assert (chosen[0], chosen[2]) == (int(logits[0].argmax()), int(logits[2].argmax()))
 
 
@@ -150,7 +150,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
     ]
 
     def draw(poisoned: Tensor) -> list[int]:
-        return sample(poisoned, [make_sequence([1], [2], **kind) for kind in kinds])
+        return sample(poisoned, [make_sequence([1], [2], **kind) for kind in kinds]).tolist()
 
     bad = logits.clone()
     bad[1] = torch.nan

@@ -165,7 +165,7 @@ def test_a_linear_layer_adds_each_tokens_own_delta(llama: Served) -> None:
             expected = plain[0, row] + delta(x[0, row], basis.A[index], R, basis.B[index])
             torch.testing.assert_close(y[0, row], expected)
 
-    detach(model, basis)
+    detach(model, basis.manifest)
     after = dict(iter_target_modules(model))
     assert all(after[name] is linear for name, linear in before.items())
 

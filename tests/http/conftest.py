@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -26,10 +26,10 @@ from service.app import create_app, stores_over
 from service.settings import ServiceSettings
 from service.text import TextCodec, load_text_codec
 from tests.fakes import FakeEngine
+from tests.http.training import BASIS_ID, upload
 from tests.waiting import wait_until
 
 MakeApp = Callable[..., FastAPI]
-BASIS_ID = hashlib.sha256(b"a basis").hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -81,17 +81,26 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @asynccontextmanager
 async def served(app: FastAPI) -> AsyncIterator[str]:
     """Serve on a free port of loopback, in this event loop; yields the URL."""
+    async with running_server(app) as server:
+        yield url_of(server)
+
+
+@asynccontextmanager
+async def running_server(app: FastAPI, **options: Any) -> AsyncIterator[uvicorn.Server]:
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http="httptools", ws="none", log_config=None, access_log=False)
+        uvicorn.Config(app, port=0, http="httptools", ws="none", log_config=None, access_log=False, **options)
     )
     task = asyncio.create_task(server.serve())
     try:
         await wait_until(lambda: server.started or task.done())
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield server
     finally:
         server.should_exit = True
         await task
+
+
+def url_of(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
 @pytest_asyncio.fixture
@@ -112,6 +121,11 @@ async def official(server: str) -> AsyncIterator[openai.AsyncOpenAI]:
     """The official client, over a socket."""
     async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0) as client:
         yield client
+
+
+@pytest_asyncio.fixture
+async def file_id(client: httpx.AsyncClient) -> str:
+    return str((await upload(client)).json()["id"])
 
 
 @pytest.fixture

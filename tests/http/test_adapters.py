@@ -9,7 +9,8 @@ from redis.asyncio import Redis
 from adapter_core.basis_store import BasisStore
 from adapter_core.store import AdapterStore
 from tests.fakes import FakeEngine
-from tests.http.conftest import BASIS_ID, publish, small_basis
+from tests.http.conftest import publish, small_basis
+from tests.http.training import BASIS_ID
 
 
 async def test_models_are_the_base_and_the_callers_adapters(

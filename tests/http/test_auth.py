@@ -17,7 +17,7 @@ from service.errors import Unauthenticated
 from service.settings import ServiceSettings, refuse_open_door
 from tests.fakes import FakeEngine
 from tests.http.conftest import MakeApp, client_of, publish
-from tests.http.test_files import upload
+from tests.http.training import upload
 
 KEYS = {"acme": "sk-acme", "umbrella": "sk-umbrella"}
 

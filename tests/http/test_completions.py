@@ -10,7 +10,8 @@ import pytest
 from adapter_core.store import AdapterStore
 from service.text import TextCodec
 from tests.fakes import FakeEngine, fake_logprob
-from tests.http.conftest import BASIS_ID, publish
+from tests.http.conftest import publish
+from tests.http.training import BASIS_ID
 
 URL = "/v1/completions"
 

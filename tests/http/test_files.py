@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
@@ -12,15 +11,7 @@ from redis.asyncio import Redis
 from adapter_core import keys
 from service.uploads import plain_name
 from tests.http.conftest import MakeApp, client_of
-
-EXAMPLE = json.dumps({"prompt": "a", "completion": "b"})
-GOOD = f"{EXAMPLE}\n{EXAMPLE}\n".encode()
-
-
-async def upload(
-    client: httpx.AsyncClient, content: bytes = GOOD, filename: str = "data.jsonl", purpose: str = "fine-tune"
-) -> httpx.Response:
-    return await client.post("/v1/files", files={"file": (filename, content)}, data={"purpose": purpose})
+from tests.http.training import EXAMPLE, GOOD, upload
 
 
 async def test_a_file_is_kept_as_it_came(client: httpx.AsyncClient) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-import pytest_asyncio
 from redis.asyncio import Redis
 
 from adapter_core.basis_store import BasisStore
@@ -16,23 +15,9 @@ from adapter_core.job_queue import JobQueue
 from adapter_core.store import AdapterStore
 from service.training_jobs import slug
 from tests.fakes import FakeEngine
-from tests.http.conftest import BASIS_ID, publish, small_basis
+from tests.http.conftest import publish, small_basis
 from tests.http.sse import DONE, parse
-from tests.http.test_files import upload
-
-JOBS = "/v1/fine_tuning/jobs"
-
-
-@pytest_asyncio.fixture
-async def file_id(client: httpx.AsyncClient) -> str:
-    return str((await upload(client)).json()["id"])
-
-
-async def create(client: httpx.AsyncClient, file_id: str, headers: Any = None, **body: Any) -> dict[str, Any]:
-    sent = {"model": "tiny", "training_file": file_id, **body}
-    reply = await client.post(JOBS, json=sent, headers=headers)
-    assert reply.status_code == 200, reply.text
-    return dict(reply.json())
+from tests.http.training import BASIS_ID, JOBS, create, run_job
 
 
 async def test_a_job_has_openais_shape(client: httpx.AsyncClient, engine: FakeEngine, file_id: str) -> None:
@@ -146,40 +131,6 @@ async def test_what_does_not_exist_is_named(
     assert (reply.status_code, error["code"], error["param"]) == (status, code, param)
 
 
-async def test_an_idempotency_key_gives_the_same_job(client: httpx.AsyncClient, file_id: str) -> None:
-    headers = {"idempotency-key": "once"}
-
-    first = await create(client, file_id, headers)
-
-    assert (await create(client, file_id, headers))["id"] == first["id"]
-    assert (await create(client, file_id))["id"] != first["id"]
-
-
-async def test_an_idempotency_key_is_for_one_body(client: httpx.AsyncClient, file_id: str) -> None:
-    headers = {"idempotency-key": "once"}
-    await create(client, file_id, headers)
-
-    reply = await client.post(
-        JOBS, json={"model": "tiny", "training_file": file_id, "seed": 1}, headers=headers
-    )
-
-    assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == "idempotency_key_reused"
-
-
-async def test_the_official_clients_retry_gives_the_job_of_the_newest_attempt(
-    client: httpx.AsyncClient, file_id: str
-) -> None:
-    old = await create(client, file_id, {"x-stainless-retry-count": "0"})
-    new = await create(client, file_id, {"x-stainless-retry-count": "0"})
-    retried = await create(client, file_id, {"x-stainless-retry-count": "1"})
-    other = await create(client, file_id, {"x-stainless-retry-count": "2"}, seed=9)
-
-    assert retried["id"] == new["id"] != old["id"]
-    assert other["id"] not in (old["id"], new["id"])
-    assert (await create(client, file_id, {"x-stainless-retry-count": "3"}, seed=9))["id"] == other["id"]
-
-
 async def test_jobs_are_listed_newest_first_in_pages(client: httpx.AsyncClient, file_id: str) -> None:
     ids = [(await create(client, file_id))["id"] for _ in range(3)]
 
@@ -214,29 +165,6 @@ async def test_an_unknown_job_is_404(client: httpx.AsyncClient, tail: str) -> No
 
     assert reply.status_code == 404
     assert reply.json()["error"]["code"] == "job_not_found"
-
-
-async def run_job(redis: Redis) -> None:
-    """What a worker does with the one queued job: some events, then a result."""
-    leases = JobLeases(redis)
-    (lease,) = await leases.claim("worker", limit=1, lease_s=60)
-    for step in (1, 2):
-        data = {"step": step, "train_loss": 1.0 / step}
-        await leases.report(
-            lease,
-            type="metrics",
-            message=f"step {step}",
-            data=data,
-            progress={"step": step, "total_steps": 2},
-        )
-    result = {
-        "version": 1,
-        "trained_tokens": 99,
-        "best_step": 2,
-        "best_valid_loss": 0.5,
-        "basis_id": BASIS_ID,
-    }
-    await leases.complete(lease, result)
 
 
 async def test_a_job_that_has_succeeded_names_its_model(

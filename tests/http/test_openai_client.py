@@ -9,8 +9,7 @@ from redis.asyncio import Redis
 from adapter_core.store import AdapterStore
 from tests.fakes import FakeEngine
 from tests.http.conftest import publish
-from tests.http.test_files import GOOD
-from tests.http.test_fine_tuning import run_job
+from tests.http.training import GOOD, run_job
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -23,7 +23,7 @@ from service.engine.messages import EngineStats
 from service.settings import ServiceSettings
 from service.text import TextCodec
 from tests.fakes import FakeEngine
-from tests.http.conftest import client_of, publish
+from tests.http.conftest import MakeApp, client_of, publish
 from tests.waiting import wait_until
 
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -208,3 +208,19 @@ def test_settings_that_cannot_be_used_end_the_process(
 
     assert main() == 2
     assert said in caplog.text
+
+
+async def test_requests_beyond_the_limit_are_turned_away(make_app: MakeApp, engine: FakeEngine) -> None:
+    body = {"model": "tiny", "prompt": "a"}
+    engine.gate.clear()
+    async with client_of(make_app(max_concurrent_requests=2)) as client, asyncio.TaskGroup() as tasks:
+        answers = [tasks.create_task(client.post("/v1/completions", json=body)) for _ in range(2)]
+        await wait_until(lambda: len(engine.running) == 2)
+
+        refused = await client.post("/v1/completions", json=body)
+
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "service_overloaded")
+        assert refused.headers["retry-after"]
+        assert (await client.get("/health/ready")).status_code == 200
+        engine.gate.set()
+    assert [answer.result().status_code for answer in answers] == [200, 200]

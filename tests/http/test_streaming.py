@@ -12,7 +12,7 @@ from adapter_core.errors import EngineOverloaded, EngineUnavailable
 from adapter_core.store import AdapterStore
 from service.text import TextCodec
 from tests.fakes import FakeEngine
-from tests.http.conftest import MakeApp, publish, served
+from tests.http.conftest import MakeApp, publish, running_server, served, url_of
 from tests.http.sse import DONE, parse
 from tests.waiting import wait_until
 
@@ -231,3 +231,37 @@ async def test_a_reader_that_leaves_within_a_stream_ends_the_generation(
             break
 
     await wait_until(lambda: engine.cancelled)
+
+
+async def test_a_stream_that_the_servers_end_cuts_says_so(make_app: MakeApp, engine: FakeEngine) -> None:
+    async with (
+        running_server(make_app(), timeout_graceful_shutdown=0) as server,
+        httpx.AsyncClient(base_url=url_of(server)) as client,
+        client.stream("POST", CHAT, json=chat_body(max_tokens=200)) as reply,
+    ):
+        received = ""
+        async for text in reply.aiter_text():
+            received += text
+            engine.gate.clear()
+            server.should_exit = True
+
+    events = parse(received)
+    assert events[-1]["error"]["code"] == "shutting_down"
+    assert DONE not in events
+
+
+async def test_a_plain_request_that_the_servers_end_cuts_says_so(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    engine.gate.clear()
+    async with (
+        running_server(make_app(), timeout_graceful_shutdown=0) as server,
+        httpx.AsyncClient(base_url=url_of(server)) as client,
+    ):
+        asking = asyncio.create_task(client.post(CHAT, json=chat_body(stream=False)))
+        await wait_until(lambda: engine.running)
+        server.should_exit = True
+        reply = await asking
+
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "shutting_down"

@@ -9,7 +9,7 @@ from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import InvalidTrainingData
 from adapter_core.examples import Example, parse_examples
 from tests.trainer.conftest import DATA, random_examples
-from trainer_worker.data import TrainingData, encode_data, micro_batches
+from trainer_worker.data import MIN_FILL, TrainingData, encode_data, micro_batches
 
 
 def texts(*words: str) -> list[Example]:
@@ -89,7 +89,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(token_budget: int) 
     for batch in batches:
         S, L = batch.token_ids.shape
         assert S == 1 or token_budget >= S * L
-        assert batch.num_padding <= S * L / 2
+        assert batch.num_padding <= (1 - MIN_FILL) * S * L
         flat = batch.token_ids.flatten()
         assert torch.equal(flat[batch.positions + 1], batch.targets)
         assert torch.equal(batch.rows[batch.positions // L], batch.owners)
@@ -104,6 +104,12 @@ def test_micro_batches_hold_every_row_once_within_the_budget(token_budget: int) 
     for owner, ids, targets in expected:
         assert any(o == owner and row[: len(ids)] == ids and t == targets for o, row, t in found)
     assert sum(batch.num_tokens for batch in batches) == sum(len(e.token_ids) for _, e in items)
+
+
+def test_small_micro_batches_are_not_split_where_that_costs_more_than_padding() -> None:
+    items = [(0, example) for example in random_examples(2, 30)]
+    assert len(list(micro_batches(items, token_budget=10_000))) > 2
+    assert len(list(micro_batches(items, token_budget=10_000, min_tokens=2048))) == 1
 
 
 def test_the_sample_data_are_encoded_without_loss(chat: ChatFormat) -> None:
