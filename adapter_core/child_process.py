@@ -31,8 +31,11 @@ def start_child(
 
     So call it from a thread that lives as long as the child should. The child gets its own session: Ctrl-C
     reaches the parent alone, which then stops its children in order. lock_file: locked (flock) before the
-    program begins and until it ends; waited for. command[0] is an absolute path.
+    program begins and until it ends; waited for. command[0] is an absolute path. Raises `FileNotFoundError`
+    if that is no program.
     """
+    if not os.access(command[0], os.X_OK):
+        raise FileNotFoundError(f"{command[0]} is no program that can be run")
     launcher = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(lock_file or "")]
     return subprocess.Popen(
         [*launcher, *command],

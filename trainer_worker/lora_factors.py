@@ -56,16 +56,16 @@ def initial_factors(
 ) -> LoraFactors:
     """A_0 and B_0 of one LoRA form. options: of its method, before the preset's own.
 
-    Raises `InvalidInput` and `UnsupportedModel` as `build_basis`, and for a rank at which the result could not
-    be stored: a subtracted product needs 2 r directions.
+    Raises `InvalidInput` and `UnsupportedModel` as `build_basis`, and for a rank at which the result could
+    not be stored: a subtracted product needs 2 r directions.
     """
     chosen = find_preset(preset) if isinstance(preset, str) else preset
     shapes = tuple(target.shape for target in find_targets(base.model, target_modules, rank))
     side, narrow = min((min(shape.d_in, shape.d_out), shape.name) for shape in shapes)
     if chosen.stored_rank(rank) > side:
         raise InvalidInput(
-            f"rank must be at most {side // 2} for {chosen.name}, whose result has twice the rank and must fit "
-            f"the smaller side {side} of {narrow}; got {rank}",
+            f"rank must be at most {side // 2} for {chosen.name}, whose result has twice the rank and must "
+            f"fit the smaller side {side} of {narrow}; got {rank}",
             param="rank",
         )
     recipe: dict[str, Any] = {
@@ -126,8 +126,9 @@ class Layout:
     def views(self, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A [..., r, d_in] and B [..., d_out, r] of each module in `packed` [..., 2, P]."""
         a = b = 0
+        leading, r = packed.shape[:-2], self.rank
         for m in self.modules:
-            A = packed[..., 0, a : a + self.rank * m.d_in].unflatten(-1, (self.rank, m.d_in))
-            B = packed[..., 1, b : b + self.rank * m.d_out].unflatten(-1, (m.d_out, self.rank))
-            a, b = a + self.rank * m.d_in, b + self.rank * m.d_out
+            A = packed[..., 0, a : a + r * m.d_in].view(*leading, r, m.d_in)
+            B = packed[..., 1, b : b + r * m.d_out].view(*leading, m.d_out, r)
+            a, b = a + r * m.d_in, b + r * m.d_out
             yield A, B

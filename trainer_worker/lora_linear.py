@@ -56,8 +56,8 @@ def row_linear(x: Tensor, X: Tensor, rows: Tensor) -> Tensor:
 class BatchOwners:
     """Whose the rows of the batch in the model are: int64 [S], shared by all layers of one pass.
 
-    tokens: for each run the indices of its tokens in the flattened [S · L], without padding, where local rules
-    learn from this pass; else None.
+    tokens: for each run the indices of its tokens in the flattened [S · L], without padding, where local
+    rules learn from this pass; else None.
     """
 
     rows: Tensor
@@ -68,8 +68,8 @@ class BatchOwners:
 class LoraDelta:
     """The forward hook of one layer. A: [K, r, d_in], B: [K, d_out, r], A0 and B0 alike, scale: [K].
 
-    A0, B0: None if no run subtracts its initial product, zeros for the runs that do not. rules: one for each run,
-    if A learns by local rules; what they learn is seen from the next pass on.
+    A0, B0: None if no run subtracts its initial product, zeros for the runs that do not. rules: one for each
+    run, if A learns by local rules; what they learn is seen from the next pass on.
     """
 
     name: str

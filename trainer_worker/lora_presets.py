@@ -5,8 +5,8 @@
 W is never written to. A method that trains on the residual W - s B_0 A_0 (PiSSA and its kin) trains the same
 function of A and B as this (LoRAM eq. 1), with the frozen product in the forward pass instead of in W.
 
-Conventions, where the papers differ: s = 1 (alpha = r), √r for what its authors train with rsLoRA's alpha / √r.
-Learning rates belong to the training.
+Conventions, where the papers differ: s = 1 (alpha = r), √r for what its authors train with rsLoRA's alpha /
+√r. Learning rates belong to the training.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LORA_ONE_GAMMA, LORA_DA_GAMMA = 128.0, 1024.0
 class Given:
     """What a method of `adapter_core.bases` has for one module.
 
-    A: [r, d_in], B: [d_out, r], with the paper's own scales; step: [r, r], its first step in these coordinates.
-    generator: of this module, preset and seed, on the CPU.
+    A: [r, d_in], B: [d_out, r], with the paper's own scales; step: [r, r], its first step in these
+    coordinates. generator: of this module, preset and seed, on the CPU.
     """
 
     A: Tensor
@@ -92,10 +92,10 @@ def random_directions(kind: str) -> Initial:
 def _random(X: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """[d, r] with about the norm of X [d, r]."""
     if kind == "orthogonal":
-        Q = random_orthonormal(*X.shape, generator).to(X)
+        Q = random_orthonormal(X.shape[0], X.shape[1], generator).to(X)
     else:
         Q = torch.randn(X.shape, generator=generator) / X.shape[0] ** 0.5
-    return Q * (torch.linalg.matrix_norm(X) / X.shape[1] ** 0.5)
+    return Q * float(torch.linalg.matrix_norm(X) / X.shape[1] ** 0.5)
 
 
 def _one(rank: int) -> float:
@@ -106,9 +106,10 @@ def _one(rank: int) -> float:
 class LoraPreset:
     """One LoRA form. method: of `adapter_core.bases`, None for factors that need neither W nor data.
 
-    is_subtracted: B_0 A_0 is taken off, so that training begins at the base model. trains_A: else A is frozen.
-    b_rate: the learning rate of B as a multiple of that of A. online: A learns by this local rule from the
-    layer's inputs, and not by the gradient. rank_factor: the method is asked for so many times the rank.
+    is_subtracted: B_0 A_0 is taken off, so that training begins at the base model. trains_A: else A is
+    frozen. b_rate: the learning rate of B as a multiple of that of A. online: A learns by this local rule
+    from the layer's inputs, and not by the gradient. rank_factor: the method is asked for so many times the
+    rank.
     """
 
     name: str
@@ -124,8 +125,8 @@ class LoraPreset:
     rank_factor: int = 1
 
     def stored_rank(self, rank: int) -> int:
-        """Of the basis that the trained factors are stored as: B A and -B_0 A_0 side by side."""
-        return 2 * rank if self.is_subtracted else rank
+        """Of the basis that the trained factors are stored as: B A and -B_0 A_0 side by side, if A moves."""
+        return 2 * rank if self.is_subtracted and self.trains_A else rank
 
 
 def find_preset(name: str) -> LoraPreset:

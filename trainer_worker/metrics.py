@@ -6,6 +6,7 @@ import math
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from adapter_core.bases import METHODS
 from trainer_worker.run import Progress
 
 _WAIT_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 14400)
@@ -69,6 +70,10 @@ class TrainerMetrics:
         self.store_errors = Counter(
             name("store_errors"), "Calls that the store did not answer", registry=registry
         )
+
+    def count_job(self, outcome: str, method: str) -> None:
+        """A job has left this worker. A method that nobody knows must not make a series of its own."""
+        self.jobs.labels(outcome, method if method in METHODS else "unknown").inc()
 
     def measure_success(self, progress: Progress, training_s: float) -> None:
         """A job has succeeded, training_s after its claim."""

@@ -45,13 +45,6 @@ class Command(IntEnum):
     LOST = 4
 
 
-_COMMANDS = {
-    LeaseState.LOST: Command.LOST,
-    LeaseState.CANCEL: Command.CANCEL,
-    LeaseState.PAUSE: Command.PAUSE,
-}
-
-
 class _Stopped(Exception):
     """A command has come."""
 
@@ -105,8 +98,8 @@ class JobSession:
 
     def obey(self, state: LeaseState) -> None:
         """What a renewal or a report said of the lease."""
-        if state in _COMMANDS:
-            self.command(_COMMANDS[state])
+        if state is not LeaseState.HELD:
+            self.command(Command[state.name])
 
     async def run(self) -> None:
         """Never raises but for cancellation."""
@@ -117,7 +110,7 @@ class JobSession:
         except Exception as error:
             failure = error
             outcome = await self._end(lambda: self._fail(failure))
-        self._tools.metrics.jobs.labels(outcome, self.lease.job.spec.method).inc()
+        self._tools.metrics.count_job(outcome, self.lease.job.spec.method)
         logger.info("job %s of %s: %s", self.job_id, self.lease.job.tenant, outcome)
 
     async def _end(self, end: Callable[[], Awaitable[str]]) -> str:

@@ -69,12 +69,10 @@ class EngineServer:
         self._server: asyncio.Server | None = None
 
     async def listen(self, path: Path) -> None:
-        """Accept connections at a unix socket that only this user may open. Replaces a stale socket."""
-        previous = os.umask(0o077)
-        try:
-            self._server = await asyncio.start_unix_server(self._serve, path)
-        finally:
-            os.umask(previous)
+        """Accept connections at a unix socket in a folder that only this user may enter. Replaces a stale
+        socket."""
+        self._server = await asyncio.start_unix_server(self._serve, path)
+        os.chmod(path, 0o600)
 
     def announce_starting(self, reason: str) -> None:
         self._greet(ipc.encode("starting", reason=reason))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from adapter_core.base_model import BaseModel
+from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_tokenizer
 from adapter_core.bases import CalibrationSet
+from adapter_core.chat_format import ChatFormat
+from adapter_core.examples import Example
 from tests.bases.matrices import small_calibration, small_model
+
+TEXT = (
+    "the kernel writes a page of memory to disk when no process has asked for it since the last pass over it"
+)
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +26,18 @@ def small() -> BaseModel:
 def calibration() -> CalibrationSet:
     """Twelve examples of 9 to 27 random tokens, the second half of each labelled."""
     return small_calibration()
+
+
+@pytest.fixture(scope="session")
+def tiny_examples() -> CalibrationSet:
+    """Twelve short conversations of 20 to 60 tokens, for the bundled model."""
+    chat = ChatFormat(load_tokenizer(BUNDLED_MODEL))
+    encoded = []
+    for i in range(12):
+        question, answer = WORDS[i : i + 5], WORDS[(i * 3) % 7 :] + WORDS[: i + 3]
+        messages = (
+            {"role": "user", "content": " ".join(question)},
+            {"role": "assistant", "content": " ".join(answer)},
+        )
+        encoded.append(chat.encode_example(Example(messages=messages), max_tokens=64))
+    return CalibrationSet.from_encoded(encoded)

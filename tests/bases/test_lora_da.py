@@ -257,15 +257,16 @@ def test_da8_repo_mode_numbers() -> None:
     torch.testing.assert_close(start, delta / sigma @ expected.T @ expected / 1024, rtol=1e-6, atol=1e-12)
 
 
-def test_da8_repo_damping_switches_the_output_side_off(small: BaseModel, calibration: CalibrationSet) -> None:
-    """With a mean-token loss Y is far below 1e-6 on real models, so D is constant; per token it is not."""
-    targets = find_targets(small.model, ["o_proj"], 1)
-    loss = collect(small, targets, calibration, Needs(outputs="diagonal", output_units="loss"))[0].Y()
-    scaled = 1e-4 * loss  # a real model's gradients: medians of 4e-10 to 2e-8 were seen
-
-    D = 1 / (scaled + 1e-6)
-    relative = 1 / (scaled + 1e-3 * scaled.median())
-    assert float(D.max() / D.min()) < float(relative.max() / relative.min())
+def test_da8_repo_damping_flattens_the_output_side(tiny: BaseModel, tiny_examples: CalibrationSet) -> None:
+    """With the mean-token loss Y_jj is about 1e-6 or far below it (it falls with the square of an answer's length;
+    here answers have 30 tokens), so the absolute damping takes most of the differences out of D."""
+    targets = find_targets(tiny.model, ["model.layers.[03].*proj"], 1)
+    loss = collect(tiny, targets, tiny_examples, Needs(outputs="diagonal", output_units="loss"))
+    token = collect(tiny, targets, tiny_examples, Needs(outputs="diagonal"))
+    for theirs, ours in zip(loss, token, strict=True):
+        absolute = 1 / (theirs.Y() + 1e-6)
+        relative = 1 / (ours.Y() + 1e-3 * ours.Y().median())
+        assert float(absolute.std() / absolute.mean()) < 0.5 * float(relative.std() / relative.mean())
 
 
 def test_da_two_sided_minimises_its_bound() -> None:

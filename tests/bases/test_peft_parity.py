@@ -1,8 +1,8 @@
 """Our factors against PEFT 0.21's, on the bundled model, where the definitions agree.
 
-Signs of singular vectors are free, so vectors are compared up to one sign per pair, and products as they are. PEFT
-computes in float32, we in float64: what is left is rounding, except for EVA, whose incremental, randomised PCA only
-approaches the exact one.
+Signs of singular vectors are free, so vectors are compared up to one sign per pair, and products as they
+are. PEFT computes in float32, we in float64: what is left is rounding, except for EVA, whose incremental,
+randomised PCA only approaches the exact one.
 """
 
 from __future__ import annotations
@@ -14,37 +14,25 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig, EvaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.eva import get_eva_state_dict
+from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor
 
-from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_tokenizer
+from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet, build_basis
 from adapter_core.basis import Basis
-from adapter_core.chat_format import ChatFormat
-from adapter_core.examples import Example
 from tests.bases.matrices import chordal, text_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 RANK = 8
-TARGETS = [f"model.layers.{layer}.{kind}" for layer in (0, 1) for kind in (
-    "self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")]
-WORDS = (
-    "the kernel writes a page of memory to disk when no process has asked for it since the last pass over it"
-)
-
-
-@pytest.fixture(scope="module")
-def examples() -> CalibrationSet:
-    """Twelve short conversations of 20 to 60 tokens."""
-    chat = ChatFormat(load_tokenizer(BUNDLED_MODEL))
-    words = WORDS.split()
-    encoded = []
-    for i in range(12):
-        question = " ".join(words[i : i + 5])
-        answer = " ".join(words[(i * 3) % 7 :] + words[: i + 3])
-        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        encoded.append(chat.encode_example(Example(messages=messages), max_tokens=64))
-    return CalibrationSet.from_encoded(encoded)
+TARGETS = [
+    f"model.layers.{layer}.{kind}"
+    for layer in (0, 1)
+    for kind in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+]
 
 
 def peft_factors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -105,10 +93,10 @@ def test_b1_pissas_residual_and_factors_are_the_weight(tiny: BaseModel) -> None:
         torch.testing.assert_close(residual + B @ A, weight, rtol=0, atol=1e-5)
 
 
-def test_b5_corda_factors_are_pefts(tiny: BaseModel, examples: CalibrationSet) -> None:
-    """The damped C has a condition number near 1e5, and W C is decomposed in float32 there: 2 % is what is left.
+def test_b5_corda_factors_are_pefts(tiny: BaseModel, tiny_examples: CalibrationSet) -> None:
+    """Theirs inverts C in float32: the rows of A' (which hold C^-1) agree to 5e-3, the columns of B' to 1e-5.
 
-    KPM is not compared: the last singular values of W C are rounding in float32 (1e-9 of the first).
+    KPM is not compared: the last singular values of W C are rounding in float32.
     """
     model = copy.deepcopy(tiny.model)
     config = peft.LoraConfig(
@@ -120,20 +108,26 @@ def test_b5_corda_factors_are_pefts(tiny: BaseModel, examples: CalibrationSet) -
     )
 
     def run() -> None:
-        for token_ids, _ in examples.examples:
+        for token_ids, _ in tiny_examples.examples:
             model(input_ids=torch.tensor([token_ids]))
 
     preprocess_corda(model, config, run_model=run)
     adapted = peft.get_peft_model(model, config)
-    basis = build_basis(tiny, method="corda", rank=RANK, target_modules=TARGETS, calibration=text_of(examples))
+    basis = build_basis(
+        tiny, method="corda", rank=RANK, target_modules=TARGETS, calibration=text_of(tiny_examples)
+    )
 
     for name, A, B in peft_factors(adapted):
         ours_A, ours_B = our_factors(basis, name)
-        print(name, chordal(ours_A, A), chordal(ours_B.T, B.T), float((ours_B@ours_A-B@A).norm()/(B@A).norm()))
+        assert chordal(ours_B.T, B.T) < 1e-4
+        assert chordal(ours_A, A) < 1e-2
+        product = B @ A
+        error = torch.linalg.matrix_norm(ours_B @ ours_A - product) / torch.linalg.matrix_norm(product)
+        assert float(error) < 1e-2
 
 
-def test_b4_eva_components_are_pefts(tiny: BaseModel, examples: CalibrationSet) -> None:
-    """PEFT's components after several rounds span our exact principal space; equal inputs share them."""
+def test_b4_eva_components_are_pefts(tiny: BaseModel, tiny_examples: CalibrationSet) -> None:
+    """PEFT's randomised PCA (q = 2 r, niter = 4) comes within 0.11 of the exact space, of √8 at most."""
     model = copy.deepcopy(tiny.model)
     config = peft.LoraConfig(
         r=RANK,
@@ -142,11 +136,11 @@ def test_b4_eva_components_are_pefts(tiny: BaseModel, examples: CalibrationSet) 
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=1.0, tau=0.9999, use_label_mask=True),
     )
-    longest = max(len(token_ids) for token_ids, _ in examples.examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    longest = max(len(token_ids) for token_ids, _ in tiny_examples.examples)
+    ids = torch.zeros(len(tiny_examples), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
-    for row, (token_ids, learned) in enumerate(examples.examples):
+    for row, (token_ids, learned) in enumerate(tiny_examples.examples):
         ids[row, : len(token_ids)] = torch.tensor(token_ids)
         mask[row, : len(token_ids)] = 1
         wanted = torch.tensor([False, *learned[1:]])
@@ -155,13 +149,35 @@ def test_b4_eva_components_are_pefts(tiny: BaseModel, examples: CalibrationSet) 
     state = get_eva_state_dict(model, [batch] * 2, config, show_progress_bar=False)
 
     basis = build_basis(
-        tiny, method="eva", rank=RANK, target_modules=TARGETS, calibration=examples, tokens="label"
+        tiny, method="eva", rank=RANK, target_modules=TARGETS, calibration=tiny_examples, tokens="label"
     )
     distances = {}
     for index, module in enumerate(basis.manifest.modules):
         components = next(value for key, value in state.items() if module.name in key)
         distances[module.name] = chordal(basis.A[index], components)
-    assert max(distances.values()) < 0.05, distances
+    assert max(distances.values()) < 0.15, distances
     names = [module.name for module in basis.manifest.modules]
     q, v = (names.index(f"model.layers.0.self_attn.{kind}_proj") for kind in "qv")
     assert torch.equal(basis.A[q], basis.A[v])
+
+
+def test_b4_eva_is_pefts_incremental_pca_without_its_randomness(
+    tiny: BaseModel, tiny_examples: CalibrationSet
+) -> None:
+    basis = build_basis(
+        tiny, method="eva", rank=RANK, target_modules=TARGETS, calibration=text_of(tiny_examples)
+    )
+    name = "model.layers.1.mlp.down_proj"
+    seen: list[Tensor] = []
+    linear = tiny.model.get_submodule(name)
+    handle = linear.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0]))
+    for token_ids, _ in tiny_examples.examples:
+        tiny.model(input_ids=torch.tensor([token_ids]))
+    handle.remove()
+    pca = IncrementalPCA(n_components=64)
+    for part in torch.cat(seen).double().split(100):
+        pca.partial_fit(part)
+
+    index = [module.name for module in basis.manifest.modules].index(name)
+    distance = chordal(basis.A[index], pca.components_[:RANK])
+    assert distance < 1e-3, distance

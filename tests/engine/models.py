@@ -153,6 +153,7 @@ def svd_basis(base: BaseModel, rank: int, target_modules: tuple[str, ...]) -> Ba
 
 
 def more_adapters(served: Served, count: int, basis: Basis | None = None) -> dict[AdapterRef, Adapter]:
+    """Random adapters without an oracle, in the first basis unless another is given."""
     basis = basis or served.basis
     generator = torch.Generator().manual_seed(1)
     return {

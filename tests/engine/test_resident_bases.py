@@ -69,7 +69,7 @@ def test_a_busy_basis_is_closed_for_one_that_waits(llama: Served, start: Start) 
     driver.step()
     waiter = driver.submit([1], adapter=waiting_ref)
     num_steps = 0
-    while waiter.finish_reason is None if waiter.outputs else True:
+    while not waiter.outputs:
         if len(driver.engine.scheduler.waiting) < 4:  # there is always more work for the busy basis
             driver.submit([1], adapter=busy_ref)
         driver.fetch()
@@ -127,3 +127,16 @@ def test_no_place_at_all_is_said_at_once(llama: Served, start: Start) -> None:
     assert caught.value.code == "basis_not_resident"
     with pytest.raises(InvalidInput, match="no place"):
         driver.engine.add_basis(llama.other_basis)
+
+
+def test_a_basis_that_is_added_after_a_request_brought_it_stays(llama: Served, start: Start) -> None:
+    driver = start(llama, max_resident_bases=2)
+    [passing] = more_bases(llama, 1)
+    driver.bases[passing.basis_id] = passing
+    driver.adapters |= (adapters := more_adapters(llama, 1, passing))
+    driver.submit([1], adapter=next(iter(adapters)))
+    driver.run()
+    driver.engine.add_basis(passing)
+    with pytest.raises(InvalidInput, match="not resident"):
+        driver.submit([1], adapter=llama.other_refs[0])
+    assert driver.engine.info().default_basis_id == llama.basis.basis_id

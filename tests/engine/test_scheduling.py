@@ -15,7 +15,9 @@ from adapter_core.adapter import AdapterRef
 from adapter_core.errors import CorruptRecord, EngineOverloaded, InvalidInput
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.messages import SamplingParams
+from service.engine.messages import GenerationRequest, SamplingParams
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Sequence
 from tests.engine.driver import GREEDY, Answer, Driver
 from tests.engine.models import Served, family
 
@@ -101,6 +103,19 @@ def test_more_sequences_than_the_batch_holds(micro: Served, start: Start) -> Non
     driver.run()
     for index, answer in enumerate(answers):
         assert answer.token_ids == micro.oracle(None, [1, 2, index], 12)[0]
+
+
+def test_prompt_logprobs_are_computed_a_bounded_number_of_rows_at_a_time(micro: Served, start: Start) -> None:
+    engine = start(micro).engine
+    scheduler = Scheduler(EngineConfig(), engine.pool, engine.residency, max_logit_rows=10)
+    wide = SamplingParams(prompt_logprobs=0)
+    for name, params in {"first": wide, "second": wide, "plain": SamplingParams()}.items():
+        scheduler.submit(
+            Sequence(GenerationRequest(name, "t", [1] * 30, params), len(scheduler.waiting), b"")
+        )
+    plan = scheduler.schedule()
+    lengths = {chunk.sequence.request_id: chunk.length for chunk in plan.chunks}
+    assert lengths == {"first": 10, "second": 1, "plain": 30}
 
 
 class EngineMachine(RuleBasedStateMachine):

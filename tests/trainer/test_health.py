@@ -68,7 +68,8 @@ def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
 def test_series_are_named_alike_and_bounded() -> None:
     metrics = TrainerMetrics()
     for outcome in ("succeeded", "failed"):
-        metrics.jobs.labels(outcome, "lora_xs").inc()
+        metrics.count_job(outcome, "lora_xs")
+        metrics.count_job(outcome, "made-up-by-a-client")
     metrics.measure_success(
         Progress(initial_valid_loss=3.0, best_valid_loss=2.5, finish_reason="early_stop"), 12.0
     )
@@ -77,6 +78,8 @@ def test_series_are_named_alike_and_bounded() -> None:
     labels = {key for m in metrics.registry.collect() for sample in m.samples for key in sample.labels}
     assert labels <= {"kind", "outcome", "method", "le"}
     assert metrics.registry.get_sample_value("tessera_trainer_early_stops_total") == 1
+    unknown = {"outcome": "failed", "method": "unknown"}
+    assert metrics.registry.get_sample_value("tessera_trainer_jobs_total", unknown) == 1
 
 
 def test_settings_come_from_the_environment_and_misspellings_are_refused(

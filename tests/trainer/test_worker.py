@@ -223,10 +223,15 @@ async def test_a_stopped_worker_hands_its_job_back_and_the_result_is_the_same(wo
     assert payloads[0] == payloads[1]
 
 
-async def test_a_worker_that_lost_its_lease_drops_the_job(world: World) -> None:
+@pytest.mark.parametrize(("lease_s", "stale_commits"), [(1, 0), (1000, 1)], ids=["renewal", "stale write"])
+async def test_a_worker_that_lost_its_lease_drops_the_job(
+    world: World, lease_s: float, stale_commits: int
+) -> None:
+    """It learns so from a renewal, or, where none comes in time, because its next write is refused."""
     job_id = await world.submit(epochs=50)
     other = JobLeases(world.redis)
-    async with world.worker(reap_every_s=1000) as worker:
+    quiet = {"report_every_s": 1000, "checkpoint_every_s": 1000} if lease_s == 1 else {}
+    async with world.worker(reap_every_s=1000, lease_s=lease_s, **quiet) as worker:
         await world.under_way(job_id)
         await expire_lease(world.redis, job_id)
         assert await other.reap() == {job_id: JobStatus.QUEUED}
@@ -234,6 +239,9 @@ async def test_a_worker_that_lost_its_lease_drops_the_job(world: World) -> None:
         await wait_until(lambda: not worker.sessions)
         assert (await world.job(job_id)).status is JobStatus.RUNNING
         await other.complete(lease, {})
+    refused = world.metrics.registry.get_sample_value("tessera_trainer_stale_commits_total")
+    assert refused is not None
+    assert refused >= stale_commits
     assert (await world.job(job_id)).result == {}
     assert await world.adapters.count() == 0
     await check_queue(world.redis)

@@ -1,0 +1,204 @@
+"""The documentation says what the code does: settings, metrics, alerts, routes, keys, names and links."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+from collections.abc import AsyncIterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from pydantic_settings import BaseSettings
+
+from adapter_core import keys
+from adapter_core.base_model import BUNDLED_MODEL, LLAMA_LINEARS
+from adapter_core.redis_client import connect
+from adapter_core.settings import CommonSettings
+from service.app import create_app, stores_over
+from service.engine.settings import EngineSettings
+from service.settings import ServiceSettings
+from service.text import load_text_codec
+from tests.deploy.exposed_metrics import service_registry, worker_registry
+from tests.fakes import FakeEngine
+from trainer_worker.settings import WorkerSettings
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = (CommonSettings, ServiceSettings, EngineSettings, WorkerSettings)
+
+#: What the arguments of the functions in `keys.py` are called in the documentation, and a value for each.
+ARGUMENTS = {
+    "tenant": "acme",
+    "adapter_id": "anna",
+    "version": 3,
+    "number": 7,
+    "basis_id": "ab",
+    "index": 0,
+    "file_id": "file-1",
+    "digest": "cd",
+    "job_id": "ftjob-1",
+    "worker_id": "host-1",
+}
+
+
+def read(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def rows(text: str) -> set[tuple[str, ...]]:
+    """The cells of every line that is a row of a table."""
+    lines = (line for line in text.splitlines() if line.startswith("| "))
+    return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
+
+
+def variables(cls: type[BaseSettings]) -> dict[str, str]:
+    """Variable → its default, as the documentation writes it."""
+    prefix = cls.model_config.get("env_prefix", "")
+    return {f"{prefix}{name}".upper(): written(field.default) for name, field in cls.model_fields.items()}
+
+
+def written(default: object) -> str:
+    """A setting's default as one writes it: no path of this machine, 10 and not 10.0."""
+    named = {None: "unset", LLAMA_LINEARS: "the seven below", str(BUNDLED_MODEL): "`models/tiny`"}
+    if default in named:
+        return named[default]
+    is_whole = isinstance(default, bool) or (isinstance(default, float) and default.is_integer())
+    return f"`{int(default) if is_whole else default}`"
+
+
+def test_every_setting_is_documented_with_its_default():
+    known = {item for cls in SETTINGS for item in variables(cls).items()}
+    told = {
+        (row[0].strip("`"), row[1]) for row in rows(read("operations.md")) if row[0].startswith("`TESSERA_")
+    }
+
+    assert told == known
+
+
+@pytest.mark.parametrize("name", ["api.md", "architecture.md", "operations.md", "protocol.md"])
+def test_every_setting_that_is_named_exists(name):
+    named = set(re.findall(r"\bTESSERA_[A-Z0-9_]*[A-Z0-9]", read(name)))
+
+    assert named <= {variable for cls in SETTINGS for variable in variables(cls)}
+
+
+def families(registry: CollectorRegistry) -> set[tuple[str, ...]]:
+    """Name as it is scraped, type and labels of each of our metrics."""
+    found = set()
+    for family in registry.collect():
+        if family.name.startswith("tessera_"):
+            labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+            suffix = "_total" if family.type == "counter" else ""
+            found.add((f"`{family.name}{suffix}`", family.type, ", ".join(labels)))
+    return found
+
+
+def test_every_metric_is_documented_with_its_type_and_labels():
+    told = {row[:3] for row in rows(read("operations.md")) if row[0].startswith("`tessera_")}
+
+    assert told == families(service_registry()) | families(worker_registry())
+
+
+def test_every_alert_is_documented():
+    alerts = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
+    told = {row[0] for row in rows(read("operations.md")) if row[0].startswith("`Tessera")}
+
+    assert told == {f"`{name}`" for name in re.findall(r"- alert: (\w+)", alerts)}
+
+
+@pytest_asyncio.fixture
+async def app(tmp_path: Path) -> AsyncIterator[FastAPI]:
+    """The application, of which only the schema is asked: its store is never called."""
+    async with connect("redis://127.0.0.1:1") as redis:
+        common = CommonSettings(data_dir=tmp_path)
+        yield create_app(
+            engine=FakeEngine(),
+            stores=stores_over(redis, common),
+            codec=load_text_codec(BUNDLED_MODEL),
+            settings=ServiceSettings(),
+            common=common,
+        )
+
+
+def test_every_route_has_a_heading(app):
+    routes = {f"{method.upper()} {path}" for path, item in app.openapi()["paths"].items() for method in item}
+    told = re.findall(r"^### `([A-Z]+ /\S*)`$", read("api.md"), re.MULTILINE)
+
+    assert set(told) == routes
+    assert len(told) == len(routes)
+
+
+def stored_keys() -> set[str]:
+    """One key of each kind that `keys.py` names."""
+    found = {value for name, value in vars(keys).items() if name.startswith("QUEUE_")}
+    for name, function in inspect.getmembers(keys, inspect.isfunction):
+        wanted = inspect.signature(function).parameters
+        if not name.startswith("_") and function.__module__ == keys.__name__ and name != "bucket":
+            found.add(function(**{argument: ARGUMENTS[argument] for argument in wanted}))
+    return found
+
+
+def test_every_key_is_documented():
+    told = [row[0].strip("`") for row in rows(read("protocol.md")) if row[0].startswith("`tessera:")]
+    patterns = [re.compile(re.sub("<[a-z_]+>", "[^:{}]+", re.escape(key))) for key in told]
+    matches = [[key for key in stored_keys() if pattern.fullmatch(key)] for pattern in patterns]
+
+    assert [key for key, found in zip(told, matches, strict=True) if len(found) != 1] == []
+    assert {key for found in matches for key in found} == stored_keys()
+
+
+@cache
+def defined_names(path: Path) -> set[str]:
+    """Functions, classes and methods (`Class.method`) of a Python file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if hasattr(part, "name")}
+    return names
+
+
+@pytest.mark.parametrize("name", ["api.md", "architecture.md", "operations.md", "protocol.md"])
+def test_every_name_of_the_code_exists(name):
+    references = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|yml|json|md))(?::([\w.]+))?`", read(name))
+    unknown = [
+        f"{path}:{symbol}"
+        for path, symbol in references
+        if not (ROOT / path).is_file() or (symbol and symbol not in defined_names(ROOT / path))
+    ]
+
+    assert unknown == []
+
+
+def markdown_files() -> list[Path]:
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in ("build", "dist")]
+        found += [Path(folder, name) for name in names if name.endswith(".md")]
+    return sorted(found)
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments that the headings of a file answer to, as GitHub and most others make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", markdown_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_resolves(path):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        file, _, fragment = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        linked = path.parent / file if file else path
+        if not linked.exists() or (fragment and fragment not in anchors(linked)):
+            broken.append(target)
+
+    assert broken == []
