@@ -24,6 +24,8 @@ from service.model_names import Models
 BYTES_PER_TOKEN = 4
 #: Epochs that "auto" is reckoned with here; the trainer decides by the number of examples.
 AUTO_EPOCHS = 3
+#: Methods whose basis follows from the base model alone, so that a job may ask for it by name.
+SELF_BUILDING = tuple(name for name, method in METHODS.items() if method.needs_calibration == "none")
 #: Adapter ids have 64 characters at most: room for "-" and 8 hex digits.
 _MAX_SLUG = 55
 #: Events are read in pages of this many.
@@ -144,10 +146,8 @@ class TrainingJobs:
         if order.basis_id is not None:
             return await self._stored_basis(order, order.basis_id)
         method = order.method or self._settings.method
-        if method not in METHODS:
-            raise InvalidInput(
-                f"unknown method {method!r}; known: {', '.join(METHODS)}", param="adapter.method"
-            )
+        if method not in SELF_BUILDING:
+            raise InvalidInput(_refusal(method), param="adapter.method")
         return _BasisChoice(None, method, order.rank or self._settings.rank)
 
     async def _stored_basis(
@@ -167,6 +167,15 @@ class TrainingJobs:
 
     def _new_id(self, suffix: str | None) -> str:
         return f"{slug(suffix or '') or slug(self._models.base_name) or 'adapter'}-{secrets.token_hex(4)}"
+
+
+def _refusal(method: str) -> str:
+    if method not in METHODS:
+        return f"unknown method {method!r}; a job can build the basis of: {', '.join(SELF_BUILDING)}"
+    return (
+        f"method {method!r} builds its basis from calibration data, which a job does not carry: one basis is "
+        f"meant for many users; a job can build the basis of: {', '.join(SELF_BUILDING)}"
+    )
 
 
 def slug(text: str) -> str:

@@ -125,11 +125,11 @@ class LoraTrainer:
         offsets = self._offsets()
         leaves, grads = layout.views(self._packed.detach()), layout.views(self._grad)
         deltas = []
+        self._leaves: list[tuple[Tensor, Tensor]] = []  # with the part of `_grad` that is theirs
         for index, ((A, B), (grad_A, grad_B)) in enumerate(zip(leaves, grads, strict=True)):
             A.requires_grad_(trains_A)
-            A.grad = grad_A if trains_A else None
             B.requires_grad_()
-            B.grad = grad_B
+            self._leaves += [(A, grad_A), (B, grad_B)] if trains_A else [(B, grad_B)]
             A0, B0 = (None, None) if offsets is None else offsets[index]
             name = layout.modules[index].name
             deltas.append(LoraDelta(name, A, B, scale, self._owners, A0, B0, self._make_rules(index)))
@@ -223,12 +223,18 @@ class LoraTrainer:
             self._owners.tokens = self._tokens_of(in_pass, longest) if learns_online else None
             losses, is_correct = token_losses(self.base.model, batch)
             if learn:
-                torch.autograd.backward((losses / num_tokens[batch.owners]).sum())
+                self._add_gradients((losses / num_tokens[batch.owners]).sum())
             sums.index_add_(1, batch.owners, torch.stack([losses.detach(), is_correct]).double())
             if learns_online:
                 self._take_learned()
         mean_loss, accuracy = (sums / num_tokens).tolist()
         return mean_loss, accuracy
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        """Not `.grad`: torch wants that dense, and the parts of one tensor for all modules are not."""
+        gradients = torch.autograd.grad(loss, [leaf for leaf, _ in self._leaves])
+        for (_, part), gradient in zip(self._leaves, gradients, strict=True):
+            part += gradient
 
     def _tokens_of(self, in_pass: Sequence[tuple[int, EncodedExample]], longest: int) -> list[Tensor]:
         """For each run the indices of its tokens in the flattened [S · L] of the pass, padding left out."""

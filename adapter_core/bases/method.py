@@ -59,6 +59,16 @@ class Option:
             self._check_number(name, value)
         return value
 
+    def describe(self) -> dict[str, Any]:
+        """The option as JSON; what does not apply is left out."""
+        limits = {"choices": list(self.choices) or None, "minimum": self.minimum, "maximum": self.maximum}
+        described = {
+            "type": self.value_type.__name__,
+            "default": self.default,
+            "description": self.description,
+        }
+        return {**described, **{name: limit for name, limit in limits.items() if limit is not None}}
+
     def _check_number(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise InvalidInput(f"{name} must be finite, got {value}", param=name)
@@ -160,3 +170,19 @@ class Method:
     check: Callable[[int, Options], None] = no_check
     select: Callable[[CalibrationSet, Options], CalibrationSet] = take_num_examples
     assemble: Callable[..., Basis] = make_basis
+
+    def describe(self) -> dict[str, Any]:
+        """What a caller may know, as JSON."""
+        return describe(self.description, self.paper, self.needs_calibration, self.options)
+
+
+def describe(
+    description: str, paper: str, needs_calibration: Calibration, options: Mapping[str, Option]
+) -> dict[str, Any]:
+    """A method or a start as JSON."""
+    return {
+        "description": description,
+        "paper": paper,
+        "needs_calibration": needs_calibration,
+        "options": {name: option.describe() for name, option in options.items()},
+    }

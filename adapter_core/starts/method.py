@@ -11,7 +11,7 @@ from torch import Tensor
 from adapter_core.adapter import Adapter
 from adapter_core.base_model import BaseModel
 from adapter_core.bases.calibration import CalibrationSet
-from adapter_core.bases.method import Calibration, Option, Options
+from adapter_core.bases.method import Calibration, Option, Options, describe
 from adapter_core.basis import Basis
 
 
@@ -40,3 +40,8 @@ class StartMethod:
     needs_calibration: Calibration = "none"
     needs_adapter: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """What a caller may know, as JSON."""
+        described = describe(self.description, self.paper, self.needs_calibration, self.options)
+        return {**described, "needs_adapter": self.needs_adapter}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -108,3 +110,9 @@ def test_the_registries_describe_themselves() -> None:
         for option in method.options.values():
             assert option.description
             assert option.default is None or option.check("option", option.default) == option.default
+        described = json.loads(json.dumps(method.describe()))
+        assert described["options"].keys() == method.options.keys()
+    vectors = METHODS["lora_xs"].describe()["options"]["vectors"]
+    assert vectors["choices"] == ["top", "middle", "bottom", "random", "svd_of_random"]
+    assert "minimum" not in vectors
+    assert METHODS["lora_da"].describe()["options"]["population"]["type"] == "int"

@@ -118,6 +118,12 @@ async def test_training_can_start_from_an_adapter(
         ({"model": "nobody"}, 404, "model_not_found", "model"),
         ({"adapter": {"basis": "f" * 64}}, 404, "basis_not_found", "adapter.basis"),
         ({"adapter": {"method": "magic"}}, 400, "invalid_value", "adapter.method"),
+        (
+            {"adapter": {"method": "lora_sb"}},
+            400,
+            "invalid_value",
+            "adapter.method",
+        ),  # needs calibration data
         ({"adapter": {"id": "A B"}}, 400, "invalid_value", "adapter.id"),
         ({"adapter": {"id": "tiny"}}, 400, "invalid_value", "adapter.id"),
     ],

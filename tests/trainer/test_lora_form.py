@@ -103,7 +103,7 @@ def reference_losses(
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step) * group["factor"]
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
