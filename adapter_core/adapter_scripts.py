@@ -67,8 +67,8 @@ redis.call('HSET', record, 'active', version, 'basis', basis, 'updated_at', ARGV
 return 1
 """)
 
-# KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id, the life
-# of a tombstone in s. Reply: 1; 0 if there is no such adapter; -1 if a version was published since.
+# KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id, the
+# life of a tombstone in s. Reply: 1; 0 if there is no such adapter; -1 if a version was published since.
 # The generation is the time in ms and no count, so that it still grows after a tombstone has expired.
 _DELETE = Script("""
 local record, tombstone, index = KEYS[1], KEYS[2], KEYS[3]

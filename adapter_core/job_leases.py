@@ -95,7 +95,7 @@ class JobLeases:
         max_running_jobs: int = MAX_RUNNING_JOBS,
     ) -> None:
         self._redis = redis
-        self._max_attempts = max_attempts
+        self.max_attempts = max_attempts
         self._retry_base_s = retry_base_s
         self._max_running_jobs = max_running_jobs
         self._claim_token = secrets.token_hex(8)
@@ -202,7 +202,7 @@ class JobLeases:
         if retryable:
             jitter = random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
             delay_ms = int(self._retry_base_s * RETRY_FACTOR ** (lease.job.attempt - 1) * jitter * 1000)
-        await self._step(FAIL, lease, *_problem(error), delay_ms, self._max_attempts)
+        await self._step(FAIL, lease, *_problem(error), delay_ms, self.max_attempts)
 
     async def release(self, lease: Lease) -> None:
         """Give the job back unharmed, for a shutdown or a pause. The attempt does not count.
@@ -222,7 +222,7 @@ class JobLeases:
         For any worker, every few seconds. A lost worker counts as an attempt: after the last the job fails as
         "worker_died". Also queues delayed jobs that have become due and drops expired ones from the lists.
         """
-        flat: list[bytes] = await self._run(REAP, self._max_attempts, to_json(_WORKER_DIED))
+        flat: list[bytes] = await self._run(REAP, self.max_attempts, to_json(_WORKER_DIED))
         pairs = zip(flat[::2], flat[1::2], strict=True)
         return {job_id.decode(): JobStatus(status.decode()) for job_id, status in pairs if status}
 
@@ -231,7 +231,7 @@ class JobLeases:
         job_id, flat, _ = view
         epoch = dict(zip(flat[::2], flat[1::2], strict=True))[b"epoch"]
         problem = _problem({"code": error.code, "message": error.message})
-        await self._run(FAIL, job_id, epoch, secrets.token_hex(8), *problem, -1, self._max_attempts)
+        await self._run(FAIL, job_id, epoch, secrets.token_hex(8), *problem, -1, self.max_attempts)
 
     async def _step(self, script: Script, lease: Lease, *args: Argument) -> str:
         """A fenced step. Its token makes a repetition by the client library harmless."""

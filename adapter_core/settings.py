@@ -10,17 +10,21 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapter_core.base_model import BUNDLED_MODEL, LLAMA_LINEARS
+from adapter_core.bases import SELF_BUILDING
 from adapter_core.errors import InvalidInput
 
 PREFIX = "TESSERA_"
 #: Sections owned by one process each; the others pass them over.
 SECTIONS = ("TESSERA_SERVICE_", "TESSERA_ENGINE_", "TESSERA_WORKER_")
+
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 
 
 class CommonSettings(BaseSettings):
@@ -44,7 +48,14 @@ class CommonSettings(BaseSettings):
     rank: int = Field(16, ge=1, le=512, description="rank of the default basis")
     target_modules: tuple[str, ...] = Field(LLAMA_LINEARS, description="name patterns, as a JSON list")
     adapter_dtype: str = Field("float16", description="float32, float16, bfloat16 or int8: how R is stored")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    @field_validator("method")
+    @classmethod
+    def _needs_no_data(cls, method: str) -> str:
+        if method not in SELF_BUILDING:
+            raise ValueError(f"the default basis is built without data, by {', '.join(SELF_BUILDING)}")
+        return method
 
     def store_url_with_password(self) -> str | None:
         """`store_url`, with the password from its file unless it carries one. Raises `InvalidInput`."""

@@ -37,7 +37,7 @@ def main() -> int:
             CommonSettings, ServiceSettings, EngineSettings, sections=("TESSERA_SERVICE_", "TESSERA_ENGINE_")
         )
         refuse_open_door(settings)
-        logging.getLogger().setLevel(common.log_level.upper())
+        logging.getLogger().setLevel(common.log_level)
     except (TesseraError, ValueError) as error:
         logger.error("%s", error)
         return 2

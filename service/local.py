@@ -118,7 +118,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     try:
         stack = LocalStack(CommonSettings())
-    except TesseraError as error:
+    except (TesseraError, ValueError) as error:
         logger.error("%s", error)
         return 1
     host = os.environ.get("TESSERA_SERVICE_HOST", "127.0.0.1")

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapter_core.bases import METHODS
+from adapter_core.bases import METHODS, SELF_BUILDING
 from adapter_core.basis_store import BasisStore
 from adapter_core.errors import InvalidInput, NotFound
 from adapter_core.file_store import FileRecord, FileStore
@@ -24,8 +24,6 @@ from service.model_names import Models
 BYTES_PER_TOKEN = 4
 #: Epochs that "auto" is reckoned with here; the trainer decides by the number of examples.
 AUTO_EPOCHS = 3
-#: Methods whose basis follows from the base model alone, so that a job may ask for it by name.
-SELF_BUILDING = tuple(name for name, method in METHODS.items() if method.needs_calibration == "none")
 #: Adapter ids have 64 characters at most: room for "-" and 8 hex digits.
 _MAX_SLUG = 55
 #: Events are read in pages of this many.

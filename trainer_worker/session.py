@@ -246,7 +246,8 @@ class JobSession:
             problem = {"code": "internal_error", "message": message, "param": None}
         logger.error("job %s: %s", self.job_id, problem["message"], exc_info=error if is_ours else None)
         await self._until_available(lambda: self._tools.leases.fail(self.lease, problem, retryable=retryable))
-        return "retried" if retryable else "failed"
+        is_last = self.lease.job.attempt >= self._tools.leases.max_attempts
+        return "retried" if retryable and not is_last else "failed"
 
     async def _leave(self) -> None:
         if self._run is not None:

@@ -45,7 +45,7 @@ class Trainer:
     """The runs that are trained together, all in one basis.
 
     Its memory for K = `max_runs` users: R', m, v, the gradient and the folded core, each [K, M, r, r] (in
-    float32 4.6 MB per user for an 8B Llama at r = 16), and A and B on the model's device. `token_budget`:
+    float32 1.1 MB per user for an 8B Llama at r = 16), and A and B on the model's device. `token_budget`:
     tokens with padding in one pass through the model.
     """
 

@@ -31,6 +31,7 @@ from adapter_core.errors import InvalidInput
 
 __all__ = [
     "METHODS",
+    "SELF_BUILDING",
     "BuiltBasis",
     "CalibrationSet",
     "Method",
@@ -58,6 +59,8 @@ _FILES = (
     random_factors,
 )
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
+#: Methods whose basis follows from the base model alone, so that naming one is enough to have it built.
+SELF_BUILDING = tuple(name for name, method in METHODS.items() if method.needs_calibration == "none")
 
 
 def find_method(name: str) -> Method:
@@ -99,8 +102,7 @@ def build_basis_and_step(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> BuiltBasis:
-    """As `build_basis`, with the method's own first step, which `starts.make_start` takes instead of the
-    data.
+    """As `build_basis`, with the method's own first step, which `starts.make_start` takes instead of data.
 
     So LoRA-SB, LoRA-DA and LoRA-One, whose start comes from the same gradients as the basis, need one pass.
     """

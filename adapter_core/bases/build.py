@@ -1,5 +1,4 @@
-"""The one way from a method to a basis: check everything, pass over the data group by group, factorise,
-record.
+"""The one way from a method to a basis: check all, pass over the data by groups, factorise, record.
 
 Knows no single method. All that can be refused is refused before the first pass over the data; a basis is
 returned whole or not at all.
@@ -29,8 +28,7 @@ from adapter_core.errors import InvalidInput
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build by some method. options: as given, not checked yet. progress(done, total) counts
-    modules."""
+    """What to build by some method. options: as given, not checked. progress(done, total) counts modules."""
 
     rank: int
     target_modules: Sequence[str]

@@ -29,8 +29,7 @@ MIN_FILL = 0.5
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Examples as (token ids [T], loss mask [T]) pairs. The mask's first entry is ignored: nothing predicts
-    it.
+    """Examples as pairs (token ids [T], loss mask [T]). The mask's first entry does not count.
 
     Raises `InvalidInput` if there is no example, or one whose mask does not fit its tokens or that has none.
     """
@@ -140,9 +139,10 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Rows of one forward pass. token_ids: int64 [S, L], padded on the right: under causal attention no real
-    token sees it, so no mask is needed. labels: bool [S, L], which tokens are to be learned. indices: of the
-    rows' examples in their set.
+    """Rows of one forward pass.
+
+    token_ids: int64 [S, L], padded on the right: under causal attention no real token sees it, so no mask is
+    needed. labels: bool [S, L], which tokens are to be learned. indices: of the rows' examples in their set.
     """
 
     token_ids: Tensor

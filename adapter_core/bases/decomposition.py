@@ -63,8 +63,7 @@ def relative_gap(S: Tensor, rank: int) -> float:
 
 
 def check_numerical_rank(S: Tensor, rank: int, what: str) -> None:
-    """Raises `InvalidInput` if fewer than `rank` of the singular values S of `what` are more than
-    rounding."""
+    """Raises `InvalidInput` if fewer than `rank` of `what`'s singular values S exceed rounding."""
     found = int((RANK_TOLERANCE * S[0] < S).sum()) if float(S[0]) > 0 else 0
     if found < rank:
         raise InvalidInput(
@@ -101,8 +100,7 @@ def smallest_eigenvectors(
     num_iterations: int = 40,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Q [n, rank]: orthonormal eigenvectors of the symmetric X [n, n] for its smallest eigenvalues,
-    ascending.
+    """Q [n, rank]: orthonormal eigenvectors of symmetric X [n, n], its smallest eigenvalues first.
 
     solver: "eigh", "lobpcg" or "auto" (LOBPCG beyond `MAX_EIGH_SIDE`; it needs n >= 3 rank and `generator`
     for its start).

@@ -24,8 +24,7 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 
 def gradient_triplets(X: Tensor, data: ModuleData) -> tuple[Tensor, Tensor, Tensor, float]:
-    """U [d_out, r], S [r], Vh [r, d_in], the leading triplets of something made of the gradient, and their
-    gap.
+    """U [d_out, r], S [r], Vh [r, d_in], the leading triplets of what the gradient became, and their gap.
 
     Raises `InvalidInput` if the calibration data span fewer than r directions.
     """

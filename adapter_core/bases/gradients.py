@@ -1,10 +1,8 @@
-"""One calibration pass over a group of layers: weight gradients and activations, in memory that does not
-grow.
+"""One calibration pass over a group of layers: weight gradients and activations in bounded memory.
 
 For each target module of the group, and for nothing else,
 
-    g = Σ_examples δᵀ x,    δ = ∂L / ∂y [T, d_out],   x [T, d_in],   L the example's mean loss per token to
-    learn
+    g = Σ_examples δᵀ x,    δ = ∂L / ∂y [T, d_out],   x [T, d_in],   L = the example's mean loss
 
 is summed in float32 as the gradients arrive (LoRA-SB, arXiv 2411.19557, algorithm 1, collects `p.grad` of
 *all* parameters, in the model's dtype; the sum over examples of mean losses is theirs). The autograd graph
@@ -118,8 +116,7 @@ def _hooked(taps: Sequence[_Tap], shared: _SharedInputs) -> Iterator[None]:
 
 
 class _SharedInputs:
-    """Tells which modules read the very same tensor: those are called one after another, and one rule
-    serves all.
+    """Tells which modules read the very same tensor: they are called one after another and share a rule.
 
     The last input is kept until the next one comes, so that its address cannot be used again meanwhile.
     """
@@ -234,8 +231,7 @@ class _Tap:
             )
 
     def finish(self) -> Statistics:
-        """What was collected. Raises `InvalidInput` if the module was never run or its gradient is
-        unusable."""
+        """What was collected. Raises `InvalidInput`: the module was never run, or is unusable."""
         name, statistics = self.target.name, self._statistics
         if not self._num_calls:
             raise InvalidInput(

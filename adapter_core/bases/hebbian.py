@@ -53,8 +53,7 @@ class HebbianRule:
 
     @torch.no_grad()
     def observe(self, x: Tensor, lengths: Sequence[int] = ()) -> None:
-        """Learn from x [T, d_in], in steps of `tokens_per_step`; a rest of less than half a step joins the
-        last.
+        """Learn from x [T, d_in], in about equal steps of about `tokens_per_step`.
 
         Raises `InvalidInput` if `svd_first` finds fewer tokens than directions in the first step.
         """
@@ -99,8 +98,7 @@ class HebbianRule:
 
 
 def local_gradient(rule: str, A: Tensor, z: Tensor) -> Tensor:
-    """What the optimiser minimises along, [r, d_in], for A [r, d_in] and z [T, d_in] (see the module's
-    text)."""
+    """What the optimiser minimises along, [r, d_in], for A [r, d_in] and z [T, d_in] (see above)."""
     u = z @ A.mT
     if rule == "softhebb":
         y = F.softmax(u, dim=1)
@@ -116,8 +114,7 @@ def local_gradient(rule: str, A: Tensor, z: Tensor) -> Tensor:
 
 
 def online_delta(x: Tensor, rule: HebbianRule, B: Tensor) -> Tensor:
-    """y[t] = B A x[t] with the A of before; then A learns from x (algorithm 1, for training B and A
-    together).
+    """y[t] = B A x[t] with the A of before; then A learns from x (algorithm 1, with B trained).
 
     x: [T, d_in];  B: [d_out, r], trained;  returns [T, d_out]. Autograd keeps u = A x [T, r] and not x; no
     gradient passes to x through this branch's A unless x needs one.

@@ -98,8 +98,7 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 
 def module_step(data: ModuleData, options: Options) -> tuple[Fisher, Tensor]:
-    """The inverse Fisher factors of one module and its natural-gradient step Δ [d_out, d_in], not
-    normalised."""
+    """The inverse Fisher factors of one module and its step Δ [d_out, d_in], not normalised."""
     precise = torch.float64 if max(data.weight.shape) <= MAX_DOUBLE_SIDE else torch.float32
     g = data.statistics.g().to(precise) / data.statistics.counts.num_examples
     if not options["use_fisher"]:

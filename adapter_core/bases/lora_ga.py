@@ -41,8 +41,7 @@ def lora_form(g: Tensor, rank: int, *, gamma: float = 16.0) -> tuple[Tensor, Ten
 
 
 def stable_scale(d_out: int, gamma: float) -> float:
-    """c = d_out^{1/4} / √γ on both factors: the scale that makes the output's change independent of the
-    width."""
+    """c = d_out^{1/4} / √γ on both factors: the output's change does not depend on the width."""
     return float(d_out**0.25 / gamma**0.5)
 
 

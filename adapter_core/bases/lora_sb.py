@@ -32,16 +32,14 @@ MIN_LABEL_TOKENS = 10_000
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A [r, d_in], B [d_out, r] orthonormal; step: diag(S_r), so that B (η step) A approximates -η
-    sign(G)."""
+    """A [r, d_in], B [d_out, r] orthonormal; step: diag(S_r): B (η step) A approximates -η sign(G)."""
     direction = update_direction(data.statistics.g(), soft_sign=options["soft_sign"])
     U, S, Vh, gap = gradient_triplets(direction, data)
     return ModuleFactors(Vh, U, torch.diag(S), {"relative_gap": gap})
 
 
 def update_direction(G: Tensor, *, soft_sign: float = 0.0) -> Tensor:
-    """AdamW's first step for a learning rate of one: -G / (|G| + soft_sign); with 0, -sign(G) and sign(0) =
-    0.
+    """AdamW's first step for a learning rate of one: -G / (|G| + soft_sign), with 0 -sign(G).
 
     Where |g| is near Adam's ε (1e-8) the sign overstates the step; soft_sign=1e-8 is Adam's own.
     """

@@ -104,8 +104,7 @@ def assemble(
     recipe: dict[str, Any],
     dtype: str,
 ) -> Basis:
-    """The basis by way of its manifest, so that `regenerate` gives the same bytes: no library's QR in
-    between."""
+    """The basis by way of its manifest, so that `regenerate` gives the same bytes, without a QR."""
     draft = BasisManifest(
         basis_id="", model_id=model_id, method=method, rank=int(recipe["rank"]), dtype=dtype,
         modules=tuple(factors), recipe=recipe,

@@ -21,8 +21,7 @@ from adapter_core.errors import InvalidInput
 
 
 def check_fits(base: BaseModel, calibration: CalibrationSet) -> None:
-    """Raises `InvalidInput` naming the first example that the model cannot read: too long, or unknown
-    tokens."""
+    """Raises `InvalidInput` naming the first example that is too long or has unknown tokens."""
     size = int(base.model.config.get_text_config().vocab_size)
     for index, (token_ids, _) in enumerate(calibration.examples):
         if len(token_ids) > base.max_position:
@@ -69,8 +68,7 @@ def mean_loss(base: BaseModel, calibration: CalibrationSet) -> float:
 
 @contextmanager
 def attached(base: BaseModel, basis: Basis, core: Tensor) -> Iterator[None]:
-    """While this lasts, every target module adds B M A x for its part of `core` [M, r, r] (the served
-    core)."""
+    """While this lasts, every target module adds B M A x for its part of the served core [M, r, r]."""
     handles = []
     try:
         for index, shape in enumerate(basis.manifest.modules):

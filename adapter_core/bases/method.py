@@ -79,8 +79,7 @@ class Option:
 
 
 def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults and the given values, checked. Raises `InvalidInput`, for an unknown name with the known
-    ones."""
+    """Defaults and the given values, checked. Raises `InvalidInput`; an unknown name gets the known."""
     for name in given:
         if name not in known:
             hint = ", ".join(sorted(known)) or "none"
@@ -90,8 +89,7 @@ def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, An
 
 @dataclass(frozen=True)
 class ModuleData:
-    """What a method knows of one module. weight: [d_out, d_in]; seed: of this module, method, rank and
-    run."""
+    """What a method knows of one module. weight: [d_out, d_in]; seed: of this module's build."""
 
     shape: ModuleShape
     weight: Tensor

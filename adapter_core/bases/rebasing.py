@@ -55,8 +55,7 @@ def project(delta: Tensor, basis: Basis, index: int) -> Tensor:
 
 
 def left_inverse(X: Tensor) -> Tensor:
-    """(XᵀX)^-1 Xᵀ [r, n] in float64: Xᵀ where the columns of X are orthonormal, exact where they are
-    rounded."""
+    """(XᵀX)^-1 Xᵀ [r, n] in float64: Xᵀ for orthonormal columns, and exact for rounded ones."""
     X = X.double()
     inverse: Tensor = torch.linalg.solve(X.mT @ X, X.mT)
     return inverse

@@ -69,8 +69,7 @@ def check_rank(rank: int, module: ModuleShape) -> None:
 def layer_groups(
     targets: Sequence[Target], bytes_per_target: Sequence[int], limit_bytes: int
 ) -> Iterator[range]:
-    """Runs of whole layers as ranges of indices, each of at most `limit_bytes` unless one layer exceeds
-    it."""
+    """Runs of whole layers as ranges of indices, each of at most `limit_bytes` or of one layer."""
     start = size = layer_start = 0
     for index in range(1, len(targets) + 1):
         if index < len(targets) and targets[index].layer == targets[layer_start].layer:

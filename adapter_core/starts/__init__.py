@@ -42,8 +42,7 @@ START_METHODS: dict[str, StartMethod] = {
 
 @dataclass(frozen=True)
 class Start:
-    """R0: [M, r, r] float32, in trained coordinates. notes: how it came about, JSON, for the adapter's
-    metadata."""
+    """R0: [M, r, r] float32, in trained coordinates. notes: how it came about, as JSON."""
 
     R0: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
@@ -73,8 +72,7 @@ def make_start(
 
 
 def find_start(request: StartRequest, *, method: str = "zero", **options: Any) -> Start:
-    """As `make_start`, with an account of it: the scale that a line search chose, the losses it saw, the
-    data."""
+    """As `make_start`, with an account of it: the scale a line search chose, its losses, the data."""
     if method not in START_METHODS:
         raise InvalidInput(f"unknown start {method!r}; known: {', '.join(START_METHODS)}", param="init")
     chosen = START_METHODS[method]

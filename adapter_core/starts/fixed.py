@@ -20,8 +20,7 @@ def zero(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any
 
 
 def noise(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
-    """R_0 ~ N(0, σ²) (LoRA-XS, section 3). It breaks no symmetry that zero would leave: ‖ΔW‖ is about σ σ_1
-    2√r."""
+    """R_0 ~ N(0, σ²) (LoRA-XS, section 3); ‖ΔW‖ <= about 2 √r σ σ_1. It breaks no symmetry of zero."""
     basis = request.basis
     generator = torch.Generator().manual_seed(options["seed"])
     shape = (basis.num_modules, basis.rank, basis.rank)

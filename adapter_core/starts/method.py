@@ -30,8 +30,7 @@ class StartRequest:
 
 @dataclass(frozen=True)
 class StartMethod:
-    """One way to start. make: (request, options) -> R_0 [M, r, r] in trained coordinates, and notes
-    (JSON)."""
+    """One way to start. make: (request, options) -> R_0 [M, r, r] in trained coordinates, notes."""
 
     name: str
     description: str

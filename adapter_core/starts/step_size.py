@@ -42,8 +42,7 @@ ETA_OPTIONS = {
 
 
 def fixed_eta(options: Options) -> float | None:
-    """η of every mode but the line search, for which it is None. Raises `InvalidInput`: an option is
-    missing."""
+    """η of every mode but the line search, then None. Raises `InvalidInput` if an option is missing."""
     mode = options["eta_init"]
     if mode == "line_search":
         return None
@@ -113,8 +112,7 @@ def first_eta(base: BaseModel, basis: Basis, core: Tensor) -> float:
 
 
 def parabola_minimum(losses: dict[float, float]) -> float | None:
-    """Where the parabola through the best η and its neighbours is lowest; None if there is none inside
-    them."""
+    """Where the parabola through the best η and its neighbours is lowest, if inside them."""
     etas = sorted(eta for eta in losses if losses[eta] != float("inf"))
     best = min(range(len(etas)), key=lambda index: losses[etas[index]])
     if not 0 < best < len(etas) - 1:

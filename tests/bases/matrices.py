@@ -1,5 +1,4 @@
-"""Random matrices, a small random Llama, and a method's view of one module, for the tests of bases and
-starts."""
+"""Random matrices, a small random Llama, and a method's view of one module."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ def svd_rank(X: Tensor, rank: int) -> Tensor:
 
 
 def chordal(A: Tensor, B: Tensor) -> float:
-    """(Σ sin² θ_i)^½ over the principal angles of the row spaces of A and B [r, n]: 0 if equal, at most
-    √r."""
+    """(Σ sin² θ_i)^½ over the principal angles of the row spaces of A and B [r, n]; at most √r."""
     P, Q = (torch.linalg.qr(X.double().T)[0] for X in (A, B))
     return float(torch.linalg.matrix_norm(P @ P.T - Q @ Q.T)) / 2**0.5
 

@@ -1,5 +1,4 @@
-"""The papers' baselines (methods catalogue B1 to B6, and OLoRA's part of B7; DoRA and VeRA are not
-offered)."""
+"""The papers' baselines (methods catalogue B1 to B6, OLoRA's part of B7)."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def test_b1_milora_takes_the_minor_part() -> None:
 
 
 def test_b2_lora_gas_first_step_needs_both_factors_trained() -> None:
-    """ArB2r: one step of both factors moves B A along the best rank-2r approximation of g. Frozen, it is
-    blind."""
+    """ArB2r: one step of both factors moves B A along the rank-2r part of g. Frozen, it is blind."""
     g, eta = random_matrix(20, 30), 1e-7
     A, B = lora_form(g, 4, gamma=16.0)
     moved_A, moved_B = A - eta * B.T @ g, B - eta * g @ A.T

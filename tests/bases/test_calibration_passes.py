@@ -1,5 +1,4 @@
-"""A pass over calibration data leaves the model as it was, sees every token once, and refuses what is
-broken."""
+"""A pass over calibration data leaves the model as it was, sees every token once."""
 
 from __future__ import annotations
 

@@ -69,8 +69,7 @@ def expected_loss(A: Tensor, targets: Tensor, Sigma: Tensor, B: Tensor | None) -
 
 
 def test_l1_theorem_4_4_principal_components_are_optimal() -> None:
-    """min_B over random targets of variance σ²: g(A) = ½σ² m (tr Σ - tr VᵀΣV), least at the top
-    eigenspace."""
+    """min_B over random targets of variance σ²: g(A) = ½σ² m (tr Σ - tr VᵀΣV), least at the top."""
     m, n, r = 12, 10, 3
     Q = orthonormal(n, n)
     values = torch.arange(1, n + 1, dtype=torch.float64) ** -1.0

@@ -9,48 +9,15 @@ import torch
 from torch import Tensor
 
 from adapter_core.base_model import BaseModel
-from adapter_core.bases import METHODS, CalibrationSet, build_basis, build_basis_and_step
+from adapter_core.bases import CalibrationSet
 from adapter_core.bases.activations import SecondMoment
 from adapter_core.bases.collected import Counts, Needs
-from adapter_core.bases.decomposition import smallest_eigenvectors, spectral_norm
+from adapter_core.bases.decomposition import smallest_eigenvectors
 from adapter_core.bases.gradients import collect
-from adapter_core.bases.guidance import Fisher, guidance, invert_fisher, two_sided, two_sided_bound
-from adapter_core.bases.method import ModuleData, ModuleFactors
+from adapter_core.bases.guidance import guidance
 from adapter_core.bases.targets import find_targets
-from adapter_core.starts import make_start
-from tests.bases.matrices import chordal, factorise, module_data, orthonormal, random_matrix, svd_rank
-
-D_OUT, D_IN, RANK = 20, 30, 4
-COUNTS = Counts(10, 500, 400, 10, 400)
-
-
-def make_data(*, seed: int = 0, full: bool = False, counts: Counts = COUNTS, rank: int = RANK) -> ModuleData:
-    """A module with correlated inputs and outputs, and a low-rank gradient with noise."""
-    x = (
-        random_matrix(500, D_IN, seed=seed)
-        * torch.linspace(2, 0.1, D_IN)
-        @ orthonormal(D_IN, D_IN, seed=seed + 1)
-    )
-    delta = random_matrix(500, D_OUT, seed=seed + 2) * torch.linspace(1, 0.05, D_OUT)
-    rule = SecondMoment(D_IN)
-    rule.observe(x, [500])
-    Y = delta.T @ delta / 400
-    g = random_matrix(D_OUT, 5, seed=seed + 3) @ random_matrix(5, D_IN, seed=seed + 4)
-    g = g + 0.1 * random_matrix(D_OUT, D_IN, seed=seed + 5)
-    outputs = Y if full else Y.diagonal().clone()
-    return module_data(
-        torch.zeros(D_OUT, D_IN), rank, gradient=g, inputs=rule, outputs=outputs, counts=counts
-    )
-
-
-def da(data: ModuleData, **options: object) -> ModuleFactors:
-    return factorise("lora_da", data, solver="eigh", **options)
-
-
-def fisher_of(data: ModuleData) -> Fisher:
-    rule = data.statistics.inputs
-    assert isinstance(rule, SecondMoment)
-    return invert_fisher(rule.moment, data.statistics.Y(), damping=1e-3, is_relative=True, name="layer")
+from tests.bases.da_module import D_IN, D_OUT, RANK, da, fisher_of, make_data
+from tests.bases.matrices import chordal, factorise, orthonormal, random_matrix, svd_rank
 
 
 def test_da1_the_subspace_minimises_the_guidance() -> None:
@@ -132,8 +99,7 @@ def test_da5_kfac_is_the_fisher_of_independent_factors() -> None:
 
 
 def test_da5_units_make_kfac_the_information_of_one_token(small: BaseModel) -> None:
-    """Y of examples with T tokens to learn is in units of the log-likelihood, and so does not depend on T's
-    share.
+    """Y of examples with T tokens to learn is in units of the log-likelihood.
 
     The same data with the losses' mean over T instead (the authors' units) is smaller by T² times the ratio
     of all tokens to those to learn.
@@ -236,8 +202,7 @@ def test_da7_scaling_the_step_and_n_together_changes_nothing() -> None:
 
 
 def test_da8_repo_mode_numbers() -> None:
-    """Absolute damping 1e-6, variance 0.03 / (N σ²), Δ / σ, B A / γ with γ = 1024: ‖B_0 A_0‖₂ ≤ 1/γ before
-    s."""
+    """Absolute damping 1e-6, variance 0.03 / (N σ²), Δ / σ, B A / γ γ = 1024: ‖B_0 A_0‖₂ ≤ 1/γ before s."""
     data = make_data(counts=Counts(10, 500, 400, 100_000, 400))
     found = da(data, mode="repo")
     rule = data.statistics.inputs
@@ -270,66 +235,3 @@ def test_da8_repo_damping_flattens_the_output_side(tiny: BaseModel, tiny_example
         absolute = 1 / (theirs.Y() + 1e-6)
         relative = 1 / (ours.Y() + 1e-3 * ours.Y().median())
         assert float(absolute.std() / absolute.mean()) < 0.6 * float(relative.std() / relative.mean())
-
-
-def test_da_two_sided_minimises_its_bound() -> None:
-    data = make_data(full=True)
-    fisher = fisher_of(data)
-    delta = fisher.natural_step(data.statistics.g() / 10)
-
-    no_variance = two_sided(fisher, delta, RANK, inverse_n=0.0)
-    U, _, Vh = torch.linalg.svd(delta)
-    assert chordal(no_variance[0], Vh[:RANK]) < 1e-6
-    assert chordal(no_variance[1].T, U[:, :RANK].T) < 1e-6
-
-    inverse_n = 0.1 * float(delta.square().sum()) / (float(fisher.Z_inv.trace()) * fisher.output_trace) * 30
-    A, B = two_sided(fisher, delta, RANK, inverse_n=inverse_n)
-    reached = two_sided_bound(fisher, delta, A, B, inverse_n=inverse_n)
-    assert reached < two_sided_bound(fisher, delta, Vh[:RANK], U[:, :RANK], inverse_n=inverse_n)
-    for seed in range(200):
-        near_A = torch.linalg.qr(A.T + 0.02 * random_matrix(D_IN, RANK, seed=seed))[0].T
-        near_B = torch.linalg.qr(B + 0.02 * random_matrix(D_OUT, RANK, seed=seed + 500))[0]
-        assert two_sided_bound(fisher, delta, near_A, near_B, inverse_n=inverse_n) > reached
-    found = da(data, form="two_sided")
-    assert found.step is not None
-    torch.testing.assert_close(found.step, found.B.T @ delta @ found.A.T, rtol=1e-8, atol=1e-8)
-
-
-def test_da_variance_matters_for_little_data_only() -> None:
-    """Consistent units: the fewer tokens to learn, the more weight the variance has (section 8.4)."""
-    ratios = [
-        da(make_data(counts=Counts(10, 500, 400, 10, n))).notes["variance_to_bias"] for n in (10, 1000, 10**5)
-    ]
-
-    assert ratios[0] == pytest.approx(100 * ratios[1], rel=1e-6) == pytest.approx(10**4 * ratios[2], rel=1e-6)
-    bias_only = da(make_data(), use_variance=False).A
-    much = da(make_data(), population=10**9).A
-    assert chordal(bias_only, much) < 1e-3
-
-
-@pytest.mark.parametrize("form", ["core", "frozen_a", "two_sided"])
-@pytest.mark.parametrize("mode", ["consistent", "repo"])
-def test_da_start_in_its_own_basis(
-    small: BaseModel, calibration: CalibrationSet, form: str, mode: str
-) -> None:
-    """The start that comes with the basis is the projection of the natural step of the same data."""
-    options = {"form": form, "mode": mode}
-    built = build_basis_and_step(small, method="lora_da", rank=4, calibration=calibration, **options)
-    start = {"eta_init": "value", "eta": 1 / 1024, **options}
-
-    own = make_start(built.basis, method="da_step", step=built.step, **start)
-    projected = make_start(built.basis, method="da_step", base=small, calibration=calibration, **start)
-
-    scale = float(own.abs().max())
-    torch.testing.assert_close(own / scale, projected / scale, rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("options", [{"use_variance": False}, {"use_bias": False}, {"use_fisher": False}])
-def test_da_ablations_build(small: BaseModel, calibration: CalibrationSet, options: dict[str, bool]) -> None:
-    basis = build_basis(small, method="lora_da", rank=4, calibration=calibration, **options)
-    full = build_basis(small, method="lora_da", rank=4, calibration=calibration)
-
-    assert basis.basis_id != full.basis_id
-    assert basis.manifest.recipe["options"] == {**full.manifest.recipe["options"], **options}
-    assert METHODS["lora_da"].needs_calibration == "labelled"
-    assert spectral_norm(basis.B[0]) == pytest.approx(1, abs=1e-5)

@@ -67,8 +67,7 @@ def test_m2_variants_of_q_and_tracking() -> None:
 
 
 def test_m2_rule_for_a_frozen_pair() -> None:
-    """s = (Q (m + n) ν[W] m n / r²)^{1/4}: a step of SGD on R changes W as much as the paper's step on A
-    and B.
+    """s = (Q (m + n) ν[W] m n / r²)^{1/4}: a step on R changes W as much as the paper's on A and B.
 
     Monte Carlo with independent gradients of variance 1. The paper's k_1 leaves out that its two terms
     overlap, which adds 2 r / (m + n) of it.
@@ -166,8 +165,7 @@ def test_m5_the_manifest_gives_the_basis_bit_for_bit(small: BaseModel, dtype: st
 
 
 def test_m5_sines_are_correctly_rounded() -> None:
-    """Against math.sin at small angles, where its own rounding is the only error, and by symmetry
-    elsewhere."""
+    """Against math.sin at small angles, where its rounding is the only error, and by symmetry."""
     from adapter_core.bases.dst import _sines
 
     width = 1023

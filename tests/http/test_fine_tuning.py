@@ -123,7 +123,7 @@ async def test_training_can_start_from_an_adapter(
             400,
             "invalid_value",
             "adapter.method",
-        ),  # needs calibration data
+        ),
         ({"adapter": {"id": "A B"}}, 400, "invalid_value", "adapter.id"),
         ({"adapter": {"id": "tiny"}}, 400, "invalid_value", "adapter.id"),
     ],

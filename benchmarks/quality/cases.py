@@ -1,0 +1,100 @@
+"""The r x r methods by name: how the basis is built, where training starts, which learning rates are tried.
+
+All orthonormal bases share one wide sweep, up to 3e-1: their best rate is 3 to 30 times that of a basis with
+singular values, and a sweep that ends early turns a learning rate into a verdict on a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapter_core.bases import METHODS
+
+#: The rate at which all methods are compared as the papers do, before anybody tunes.
+SMALL_RATE = 3e-3
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+#: Of bases whose factors carry singular values of W or magnitudes: their steps are larger at the same rate.
+SCALED_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+#: How the built basis is changed: none; half of each direction replaced by noise; η S into B and R_0 = I.
+Change = Literal["none", "noise", "absorb"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """method, options: of `build_basis`. start, start_options: of `make_start`.
+
+    is_random: the basis has a seed, so every seed builds its own. lr_start: the start's η is the learning
+    rate.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: str = "zero"
+    start_options: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = RATES
+    is_random: bool = False
+    lr_start: bool = False
+    change: Change = "none"
+
+    @property
+    def needs_data(self) -> bool:
+        return METHODS[self.method].needs_calibration != "none"
+
+
+def _xs(name: str, vectors: str, *, with_sigma: bool, is_random: bool = False) -> Case:
+    rates = SCALED_RATES if with_sigma and vectors != "random" else RATES
+    options = {"vectors": vectors, "with_sigma": with_sigma}
+    return Case(name, "lora_xs", options, rates=rates, is_random=is_random)
+
+
+def _sb(name: str, *, start: str = "sb_step", change: Change = "none", **options: Any) -> Case:
+    """LoRA-SB; the start is by line search unless another is named."""
+    return Case(name, "lora_sb", options, start=start, change=change)
+
+
+def _da(name: str, **options: Any) -> Case:
+    shared = {"mode", "form", "use_fisher"} & set(options)
+    return Case(name, "lora_da", options, "da_step", {key: options[key] for key in shared})
+
+
+_CASES = (
+    _xs("lora_xs", "top", with_sigma=True),
+    _xs("lora_xs_orth", "top", with_sigma=False),
+    _xs("lora_xs_middle_orth", "middle", with_sigma=False),
+    _xs("lora_xs_bottom", "bottom", with_sigma=True),
+    _xs("lora_xs_bottom_orth", "bottom", with_sigma=False),
+    _xs("xs_random", "random", with_sigma=False, is_random=True),
+    _xs("xs_svd_of_random", "svd_of_random", with_sigma=True, is_random=True),
+    Case("random", "random", is_random=True),
+    Case("loram", "loram", rates=SCALED_RATES),
+    Case("loram_orth", "loram", {"rule": "none"}),
+    Case("pissa", "pissa", rates=SCALED_RATES),
+    Case("milora", "milora", rates=RATES),
+    Case("olora", "olora", rates=SCALED_RATES),
+    Case("corda", "corda", rates=SCALED_RATES),
+    Case("eva", "eva"),
+    Case("eva_grad", "eva", {"output_rule": "grad"}),
+    Case("lolora", "lolora"),
+    Case("lora_ga", "lora_ga"),
+    Case("lora_one", "lora_one", start="gradient", start_options={"normalise": "spectral"}),
+    Case("gradient_svd", "gradient_svd"),
+    _sb("lora_sb"),
+    _sb("lora_sb_zero", start="zero"),
+    Case("lora_sb_paper", "lora_sb", start="sb_step", lr_start=True),
+    _sb("sb_noise", start="zero", change="noise"),
+    _sb("sb_usv", change="absorb"),
+    *(_sb(f"lora_sb_n{count}", start="zero", num_examples=count) for count in (1, 5, 25, 100, 400)),
+    _da("lora_da"),
+    Case("lora_da_zero", "lora_da"),
+    _da("lora_da_no_bias", use_bias=False),
+    _da("lora_da_no_variance", use_variance=False),
+    _da("lora_da_no_fisher", use_variance=False, use_fisher=False),
+    _da("lora_da_repo", mode="repo"),
+    _da("lora_da_two_sided", form="two_sided"),
+    *(_da(f"lora_da_n{count}", num_examples=count) for count in (16, 64, 1024)),
+)
+CASES: dict[str, Case] = {case.name: case for case in _CASES}

@@ -1,0 +1,87 @@
+"""A data set as every method sees it: the same examples, the same split, the same batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from adapter_core.base_model import BaseModel
+from adapter_core.bases import CalibrationSet
+from adapter_core.chat_format import ChatFormat, EncodedExample
+from adapter_core.examples import parse_examples
+from trainer_worker.data import TrainingData, encode_data, micro_batches
+from trainer_worker.loss import token_losses
+
+#: How far an example may stand from its place by length: batches of about equal lengths, and different ones for
+#: every seed.
+LENGTH_JITTER = 0.3
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """name: of its file. data: what is trained and validated on."""
+
+    name: str
+    data: TrainingData
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """The training examples: the user's own data."""
+        return CalibrationSet.from_encoded(self.data.train)
+
+
+def load_data(
+    path: Path, chat: ChatFormat, *, examples: int, validation: int, max_tokens: int, by_length: bool
+) -> DataSet:
+    """The first `examples` of the file's training part, and `validation` of its held-out part.
+
+    The split is by the examples' hashes, before either is cut, so it does not depend on how many are used.
+    """
+    encoded = encode_data(chat, parse_examples(path.read_bytes()), max_tokens=max_tokens)
+    make = LengthGroupedData if by_length else TrainingData
+    data = make(encoded.train[:examples], encoded.valid[:validation], digest=encoded.digest)
+    return DataSet(path.stem, data)
+
+
+@dataclass(frozen=True)
+class LengthGroupedData(TrainingData):
+    """Batches of examples of about equal length, so that a small model's passes are few and full.
+
+    Which lengths come when is the same for all seeds, so that runs that train together have like batches;
+    which examples share a batch is not.
+    """
+
+    orders: dict[tuple[int, int, int], list[list[int]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def batch(self, step: int, *, batch_size: int, seed: int) -> list[EncodedExample]:
+        epoch, index = divmod(step, -(-len(self.train) // batch_size))
+        key = (epoch, batch_size, seed)
+        if key not in self.orders:
+            self.orders[key] = self._order(*key)
+        return [self.train[i] for i in self.orders[key][index]]
+
+    def _order(self, epoch: int, batch_size: int, seed: int) -> list[list[int]]:
+        lengths = torch.tensor([len(example.token_ids) for example in self.train])
+        own = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        place = lengths * (1 + LENGTH_JITTER * torch.rand(len(lengths), generator=own))
+        ordered = place.argsort().tolist()
+        batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        common = torch.Generator().manual_seed(epoch)
+        return [batches[i] for i in torch.randperm(len(batches), generator=common).tolist()]
+
+
+@torch.no_grad()
+def mean_token_loss(base: BaseModel, examples: tuple[EncodedExample, ...], *, token_budget: int) -> float:
+    """Of the model as it is, over the tokens to learn."""
+    total, count = 0.0, 0
+    items = [(0, example) for example in examples]
+    for batch in micro_batches(items, token_budget=token_budget, min_tokens=token_budget):
+        losses, _ = token_losses(base.model, batch.to(base.device))
+        total += float(losses.double().sum())
+        count += len(losses)
+    return total / count
