@@ -12,6 +12,7 @@ only if the template is *prefix preserving*: a longer conversation begins with t
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,9 +124,10 @@ class ChatFormat:
     def _marked_spans(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the [start, end) runs of tokens between the template's generation marks."""
         try:
-            encoded = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            with _RENDERING:
+                encoded = self.tokenizer.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                )
         except _TEMPLATE_FAULTS as error:
             raise _refused(error) from error
         ids, marks = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
@@ -206,13 +208,18 @@ class ChatFormat:
                 code="no_chat_template",
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with _RENDERING:
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
         except _TEMPLATE_FAULTS as error:
             raise _refused(error) from error
         return str(text)
 
+
+#: transformers shares one compiled template, and in it one record of the marks, between all threads: two
+#: renderings at once fail, or mark each other's tokens.
+_RENDERING = threading.Lock()
 
 #: What a jinja template does with messages that it was not written for.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)

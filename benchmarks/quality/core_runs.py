@@ -84,7 +84,7 @@ def half_noise(basis: Basis, *, seed: int) -> Basis:
 
 
 def absorbed(basis: Basis, core: Tensor | None) -> tuple[Basis, Callable[[float], Tensor | None]]:
-    """B' = B R_0, A' = A, R'_0 = I: the same weights at the start, another preconditioner (LoRA-SB, eqs 11-12)."""
+    """B' = B R_0, R'_0 = I: the same weights at first, another preconditioner (LoRA-SB, eqs 11-12)."""
     assert core is not None
     factors = {
         shape: (A, B @ R)

@@ -15,8 +15,8 @@ from adapter_core.examples import parse_examples
 from trainer_worker.data import TrainingData, encode_data, micro_batches
 from trainer_worker.loss import token_losses
 
-#: How far an example may stand from its place by length: batches of about equal lengths, and different ones for
-#: every seed.
+#: How far an example may stand from its place by length: batches of about equal lengths, and different ones
+#: for every seed.
 LENGTH_JITTER = 0.3
 
 

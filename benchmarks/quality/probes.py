@@ -1,4 +1,4 @@
-"""What needs no adapter: how much of W matters (T5), and how well A recalls its inputs while B learns (T15)."""
+"""Beside the sweeps: how much of W matters (T5), and how well A recalls its inputs while B learns (T15)."""
 
 from __future__ import annotations
 

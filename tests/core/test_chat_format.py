@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -208,3 +211,21 @@ def test_truncation_keeps_the_limit_and_something_to_learn(
     assert len(encoded.token_ids) == len(encoded.loss_mask)
     assert encoded.num_loss_tokens >= 1
     assert not encoded.loss_mask[0]
+
+
+def test_examples_encoded_by_many_threads_are_those_encoded_alone(bundled: ChatFormat) -> None:
+    question = {"role": "user", "content": "a"}
+    examples = [
+        Example(messages=(question, {"role": "assistant", "content": "b" * i})) for i in range(1, 200)
+    ]
+    alone = [bundled.encode_example(example, max_tokens=300) for example in examples]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as unlucky as can be
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda e: bundled.encode_example(e, max_tokens=300), examples))
+    finally:
+        sys.setswitchinterval(interval)
+
+    assert together == alone

@@ -149,6 +149,7 @@ async def test_results_over_the_socket_are_those_of_the_core(
         core.provide_adapter(ref, made[name])
 
     expected = complete_in_core(core, requests)
+    core.close()  # gives the shared model back
     results = await asyncio.gather(*(complete(engine, request) for request in requests))
 
     for result in results:

@@ -1,0 +1,181 @@
+"""A list of work in the order of its worth, done by one process or several until it is done or time is up.
+
+Every process goes through the same list and claims what nobody has claimed, by creating a file. A piece of
+work is begun only if pieces of its kind have fitted into what time is left; its records are written as it
+yields them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from adapter_core.base_model import BaseModel
+from adapter_core.errors import TesseraError
+from benchmarks.quality.cases import CASES
+from benchmarks.quality.core_runs import Sweep, build_case, train_case
+from benchmarks.quality.data import DataSet, mean_token_loss
+from benchmarks.quality.lora_runs import RATES as LORA_RATES
+from benchmarks.quality.lora_runs import train_presets
+from benchmarks.quality.peers import PeerMissing, train_peer
+from benchmarks.quality.probes import recall, retention
+from benchmarks.quality.records import RecordFile, RunRecord, read_records
+from benchmarks.quality.settings import Settings
+
+Kind = Literal["base", "core", "lora", "peft", "retention", "recall"]
+#: A piece of work of a kind that was never done yet is begun with at least so much time left.
+UNKNOWN_S = 45.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """cases: names without the form. data: data sets; the LoRA forms, peers and data-aware bases take one.
+
+    rates: None for the cases' own.
+    """
+
+    kind: Kind
+    data: tuple[str, ...]
+    cases: tuple[str, ...] = ()
+    rank: int = 0
+    seeds: tuple[int, ...] = (0,)
+    rates: tuple[float, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        rank = f" r{self.rank}" if self.rank else ""
+        return f"{self.kind} {'+'.join(self.cases)}{rank} {'+'.join(self.data)}".replace("  ", " ")
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Worker:
+    """One process's share of the work."""
+
+    def __init__(
+        self, base: BaseModel, data: dict[str, DataSet], settings: Settings, out: Path, *, index: int = 0
+    ) -> None:
+        self.base, self.data, self.settings, self.out, self.index = base, data, settings, out, index
+        self._records = RecordFile(out / f"records-{index}.jsonl")
+        self._seconds: dict[str, list[float]] = {}
+        self._claims = out / "claims"
+        self._claims.mkdir(parents=True, exist_ok=True)
+
+    def run(self, tasks: Sequence[Task], *, deadline: float) -> None:
+        """Until nothing is left that fits. deadline: of `time.monotonic`."""
+        done = {record["digest"] for record in read_records(self.out) if record["kind"] == "task"}
+        for task in tasks:
+            if task.digest in done or not self._fits(task, deadline) or not self._claim(task):
+                continue
+            started = time.perf_counter()
+            try:
+                runs = self._work(task)
+            except (TesseraError, PeerMissing, torch.OutOfMemoryError) as error:
+                self._say(f"{task.name}: left out: {error}")
+                continue
+            except Exception:  # one method's failure must not cost the others' results
+                self._say(f"{task.name}: failed\n{traceback.format_exc()}")
+                continue
+            seconds = time.perf_counter() - started
+            self._seconds.setdefault(_kind(task), []).append(seconds)
+            self._records.add(
+                "task", {"digest": task.digest, "name": task.name, "seconds": round(seconds, 2)}
+            )
+            self._say(f"{task.name}: {_summary(runs)} ({len(runs)} runs, {seconds:.1f} s)")
+        self._records.close()
+
+    def _work(self, task: Task) -> list[RunRecord]:
+        runs = []
+        for record in perform(task, self.base, self.data, self.settings):
+            if isinstance(record, RunRecord):
+                runs.append(record)
+                self._records.add("run", record)
+            elif isinstance(record, dict):
+                self._records.add(record.pop("kind"), record)
+            else:
+                self._records.add("build", record)
+        return runs
+
+    def _fits(self, task: Task, deadline: float) -> bool:
+        left = deadline - time.monotonic()
+        known = self._seconds.get(_kind(task))
+        return left > (max(known[-3:]) if known else UNKNOWN_S)
+
+    def _claim(self, task: Task) -> bool:
+        try:
+            (self._claims / task.digest).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _say(self, text: str) -> None:
+        sys.stdout.write(f"[{self.index}] {text}\n")
+        sys.stdout.flush()
+
+
+def perform(task: Task, base: BaseModel, data: dict[str, DataSet], settings: Settings) -> Iterator[Any]:
+    """The records of one piece of work, as they come."""
+    sets = [data[name] for name in task.data]
+    first = sets[0]
+    if task.kind == "base":
+        for item in sets:
+            loss = mean_token_loss(base, item.data.valid, token_budget=settings.token_budget)
+            yield {"kind": "base", "data": item.name, "loss": loss}
+    elif task.kind == "core":
+        yield from _perform_core(task, base, sets, settings)
+    elif task.kind == "lora":
+        rates = task.rates or settings.lora_rates or None
+        yield from train_presets(base, task.cases, task.rank, first, settings, seeds=task.seeds, rates=rates)
+    elif task.kind == "peft":
+        rates = task.rates or settings.lora_rates or LORA_RATES
+        for name in task.cases:
+            yield from train_peer(base, name, task.rank, first, settings, seeds=task.seeds, rates=rates)
+    else:
+        rows = (
+            retention(base, first, settings)
+            if task.kind == "retention"
+            else recall(base, first, task.rank, (task.rates or LORA_RATES)[-1], settings)
+        )
+        yield from ({"kind": "probe", **row} for row in rows)
+
+
+def _perform_core(task: Task, base: BaseModel, sets: Sequence[DataSet], settings: Settings) -> Iterator[Any]:
+    """One case. A basis that needs no data serves all data sets, in one trainer."""
+    case = CASES[task.cases[0]]
+    rates = task.rates or settings.rates or case.rates
+    shared = [sets] if not case.needs_data else [[item] for item in sets]
+    for group in shared:
+        for seeds in [[seed] for seed in task.seeds] if case.is_random else [task.seeds]:
+            built = build_case(
+                base, case, task.rank, group[0], settings, seed=seeds[0] if case.is_random else 0
+            )
+            yield built.record
+            yield from train_case(base, case.name, built, Sweep(group, seeds, rates), settings)
+
+
+def _kind(task: Task) -> str:
+    """What takes about as long: the same kind of work, and about as many runs."""
+    return f"{task.kind}/{len(task.cases)}/{len(task.data)}"
+
+
+def _summary(runs: Sequence[RunRecord]) -> str:
+    """The best run of each case."""
+    best: dict[tuple[str, str], RunRecord] = {}
+    for run in runs:
+        key = (run.data, run.case)
+        if run.loss is not None and (key not in best or run.loss < (best[key].loss or 0)):
+            best[key] = run
+    return (
+        ", ".join(f"{run.data} {run.case} {run.loss:.3f} at {run.rate:g}" for run in best.values()) or "done"
+    )
