@@ -105,6 +105,7 @@ class LoraTrainer:
     @contextmanager
     def attached(self, rows: Tensor | None = None) -> Iterator[None]:
         """The model with the runs' factors in its layers. rows: int64 [S], the owners of the next pass."""
+        self._owners.tokens = None  # only a training step teaches local rules
         if rows is not None:
             self._owners.rows = rows
         self._take_learned()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer
+from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
 from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import TesseraError
 from benchmarks.quality.data import DataSet, load_data
@@ -34,24 +35,28 @@ from benchmarks.quality.presets import DEFAULT_METHODS, PRESETS, all_of, with_pr
 from benchmarks.quality.records import read_records
 from benchmarks.quality.results import Results
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import Task, Worker
+from benchmarks.quality.tasks import CLAIMS, Task, Worker
 from benchmarks.report import hardware
 
 #: Kept back at the end of the budget for what is running, and for the report.
 REPORT_S = 15.0
+#: What runs at the deadline may take so much longer before it is ended.
+GRACE_S = 8.0
 #: Files of a run in its folder.
 RUN_FILE, JSON_FILE, MARKDOWN_FILE, PLOT_FILE = "run.json", "quality.json", "quality.md", "quality.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    started = time.monotonic()
+    started = time.time()
     arguments = parse(argv)
     try:
         if arguments.report:
             return write_report(arguments)
         settings = settings_of(arguments)
         tasks = tasks_of(arguments)
-        deadline = started + (arguments.budget_s - REPORT_S if arguments.budget_s else float("inf"))
+        deadline = arguments.deadline
+        if arguments.budget_s is not None and arguments.worker is None:
+            deadline = started + arguments.budget_s - REPORT_S
         if arguments.worker is None:
             prepare(arguments, settings)
         if arguments.worker is None and arguments.workers > 1:
@@ -84,6 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int)
     add("--token-budget", type=int)
     add("--device", default="auto")
+    add("--exact", action="store_true", help="train in full float32 where a preset would take TF32")
     add("--preset", choices=sorted(PRESETS))
     add("--workers", type=int, default=1, help="processes that share the device")
     add("--budget-s", type=float, help="begin nothing that would not fit into so many seconds")
@@ -93,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plot", type=Path)
     add("--report", action="store_true", help="only write the report of what is in --out")
     add("--worker", type=int, help=argparse.SUPPRESS)
+    add("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)  # seconds since the epoch
     arguments = parser.parse_args(argv)
     if not arguments.data and not arguments.report:
         parser.error("--data is needed")
@@ -107,6 +114,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     names = ("examples", "validation", "epochs", "batch_size", "token_budget")
     given: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     given |= {name: tuple(getattr(arguments, name)) or None for name in ("rates", "lora_rates")}
+    if arguments.exact:
+        given["is_fast"] = False
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -118,10 +127,11 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
 
 
 def prepare(arguments: argparse.Namespace, settings: Settings) -> None:
-    """The folder, with what its records will be of. Claims of an earlier try are void, its records are not."""
+    """The folder, with what its records will be of. An earlier try's claims are void, its records are not."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(arguments.out / "claims", ignore_errors=True)
-    run = {"hardware": hardware(), "settings": asdict(settings), "workers": arguments.workers}
+    shutil.rmtree(arguments.out / CLAIMS, ignore_errors=True)
+    shown = {**asdict(settings), "model": model_name(settings.model)}
+    run = {"hardware": hardware(), "settings": shown, "workers": arguments.workers}
     (arguments.out / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n")
 
 
@@ -146,22 +156,23 @@ def work(arguments: argparse.Namespace, settings: Settings, tasks: list[Task], d
 
 def run_workers(argv: list[str], arguments: argparse.Namespace, deadline: float) -> None:
     """Several processes over the same list; those that are late are ended, their records are kept."""
-    left = max(1.0, deadline - time.monotonic())
     cores = max(1, (os.cpu_count() or 1) // arguments.workers)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(cores),
+        # What one process frees must be there for the others.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
     command = [sys.executable, "-m", "benchmarks.quality", *argv]
     processes = []
     for index in range(arguments.workers):
-        budget = [] if arguments.budget_s is None else ["--budget-s", str(left + REPORT_S)]
-        processes.append(
-            subprocess.Popen([*command, "--worker", str(index), "--workers", "1", *budget], env=environment)
-        )
+        own = ["--worker", str(index), "--deadline", str(deadline)]
+        processes.append(subprocess.Popen([*command, *own], env=environment))
     try:
         for process in processes:
             try:
-                process.wait(
-                    timeout=None if arguments.budget_s is None else max(1.0, deadline - time.monotonic())
-                )
+                left = deadline + GRACE_S - time.time()
+                process.wait(timeout=None if math.isinf(left) else max(1.0, left))
             except subprocess.TimeoutExpired:
                 sys.stdout.write("time is up; the report is of what was done\n")
                 break
@@ -174,6 +185,7 @@ def run_workers(argv: list[str], arguments: argparse.Namespace, deadline: float)
 def write_report(arguments: argparse.Namespace) -> int:
     """JSON, Markdown and the plot of what is in the folder."""
     out = arguments.out
+    shutil.rmtree(out / CLAIMS, ignore_errors=True)
     run = json.loads((out / RUN_FILE).read_text())
     records = list(read_records(out))
     results = Results(records)

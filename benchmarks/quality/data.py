@@ -12,12 +12,14 @@ from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet
 from adapter_core.chat_format import ChatFormat, EncodedExample
 from adapter_core.examples import parse_examples
-from trainer_worker.data import TrainingData, encode_data, micro_batches
+from trainer_worker.data import VALIDATION_SHARE, TrainingData, encode_data, micro_batches
 from trainer_worker.loss import token_losses
 
 #: How far an example may stand from its place by length: batches of about equal lengths, and different ones
 #: for every seed.
 LENGTH_JITTER = 0.3
+#: More than the shares say, because duplicates fall on one side.
+SPARE_EXAMPLES = 50
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,10 @@ class DataSet:
 def load_data(
     path: Path, chat: ChatFormat, *, examples: int, validation: int, max_tokens: int, by_length: bool
 ) -> DataSet:
-    """The first `examples` of the file's training part, and `validation` of its held-out part.
-
-    The split is by the examples' hashes, before either is cut, so it does not depend on how many are used.
-    """
-    encoded = encode_data(chat, parse_examples(path.read_bytes()), max_tokens=max_tokens)
+    """At most so many examples of the file's beginning, and `validation` held out by the examples' hashes."""
+    needed = round(max(examples / (1 - VALIDATION_SHARE), validation / VALIDATION_SHARE)) + SPARE_EXAMPLES
+    parsed = parse_examples(path.read_bytes())[:needed]
+    encoded = encode_data(chat, parsed, max_tokens=max_tokens)
     make = LengthGroupedData if by_length else TrainingData
     data = make(encoded.train[:examples], encoded.valid[:validation], digest=encoded.digest)
     return DataSet(path.stem, data)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from adapter_core.base_model import BaseModel
 from adapter_core.bases import METHODS
 from benchmarks.quality.core_runs import drive, make_record
@@ -38,7 +36,7 @@ def build_factors(
 ) -> tuple[list[LoraFactors], BuildRecord]:
     """The initial factors for each seed: built once where only the weights or the data decide them."""
     options = {} if preset.method is None else settings.options(METHODS[preset.method])
-    found = []
+    found: list[LoraFactors] = []
     with BuildMeter() as meter:
         for seed in seeds:
             if found and preset.method is not None and not _is_random(preset):
@@ -96,9 +94,6 @@ def _train(
     for run in runs:
         case, parameters = f"lora:{run.factors.preset.name}", run.factors.num_trained
         yield make_record(case, run.factors.rank, parameters, where[run.run_id], updates[run.run_id], run)
-    del trainer
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _groups(presets: Sequence[str]) -> list[list[str]]:

@@ -39,6 +39,7 @@ def report(results: Results, *, hardware: dict[str, Any], settings: dict[str, An
         "",
         *orderings_table(found),
     ]
+    parts += precision_lines(results)
     for data, rank in sorted(results.settings, key=lambda item: (results.datasets.index(item[0]), item[1])):
         parts += ["", f"## {data}, rank {rank}", "", *method_table(results, data, rank)]
     parts += ["", "## The orderings, comparison by comparison", ""]
@@ -48,12 +49,13 @@ def report(results: Results, *, hardware: dict[str, Any], settings: dict[str, An
 
 
 def introduction(settings: dict[str, Any]) -> str:
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
     return (
         "Loss on held-out examples, in nats per token of the assistant, in float32 after the last step; the "
-        "mean over seeds ± their standard deviation, at the rate that is best by that mean. The same examples, "
-        f"batches and steps for all: {settings['epochs']} epochs in batches of {settings['batch_size']}, AdamW "
-        "without weight decay, a warm-up and a cosine. (edge): the best rate is the first or last of the sweep. "
-        "Form r x r: both factors are frozen and R is trained; A, B: the factors themselves (B alone where A is "
+        "mean over seeds ± their standard deviation, at the rate that is best by that mean. The same "
+        f"examples, batches and steps for all: {epochs} epoch(s) in batches of {batch_size}, AdamW without "
+        "weight decay, a warm-up and a cosine. (edge): the best rate is the first or last of the sweep. Form "
+        "r x r: both factors are frozen and R is trained; A, B: the factors themselves (B alone where A is "
         "frozen); PEFT: the peer's own code. Build times of runs with several workers are those of a shared "
         "device."
     )
@@ -68,10 +70,29 @@ def orderings_table(found: list[tuple[Claim, list[Finding]]]) -> list[str]:
 
 def findings_list(claim: Claim, findings: list[Finding]) -> list[str]:
     lines = [f"**{claim.name}** {claim.text}: {claim.verdict(findings)}", ""]
+    if not findings:
+        return lines
     for finding in findings:
         sign = "yes" if finding.holds else "no"
         lines.append(f"* {sign} | {finding.setting} | {MODE_NAMES[finding.mode]} | {finding.text}")
     return [*lines, ""]
+
+
+def precision_lines(results: Results) -> list[str]:
+    """What training passes in TF32 change, if that was measured."""
+    losses: dict[tuple[Any, ...], dict[bool, float]] = {}
+    for row in results.probe("precision"):
+        if row["loss"] is not None:
+            key = tuple(row[name] for name in ("data", "case", "rank", "rate"))
+            losses.setdefault(key, {})[row["is_fast"]] = row["loss"]
+    apart = [abs(pair[True] - pair[False]) for pair in losses.values() if len(pair) == 2]
+    if not apart:
+        return []
+    return [
+        "",
+        "Training passes in TF32 instead of float32 change the final loss by at most "
+        f"{max(apart):.4f} ({len(apart)} runs with the same data and rate).",
+    ]
 
 
 def method_table(results: Results, data: str, rank: int) -> list[str]:

@@ -9,6 +9,8 @@ from benchmarks.quality.results import Results
 
 #: Curves of one picture at most: the best of each form, and LoRA.
 MAX_CURVES = 9
+#: Methods of one form in the picture of losses.
+MAX_LINES = 12
 MARKERS = {"": "o", "lora": "s", "peft": "^"}
 
 
@@ -19,7 +21,7 @@ class PlottingMissing(Exception):
 def plot(results: Results, path: Path) -> None:
     """Write the picture. Raises `PlottingMissing`, with what to install."""
     try:
-        import matplotlib
+        import matplotlib  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise PlottingMissing("no plot without matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
@@ -45,7 +47,7 @@ def draw_losses(axis: Any, results: Results, data: str) -> None:
             loss = results.loss(data, case, rank)
             if loss is not None and loss.mean < float("inf"):
                 lines.setdefault(case, []).append((results.parameters(data, case, rank), loss.mean))
-    for case, points in sorted(lines.items(), key=lambda item: min(loss for _, loss in item[1])):
+    for case, points in chosen_lines(lines):
         xs, ys = zip(*sorted(points), strict=True)
         axis.plot(xs, ys, marker=marker(case), markersize=4, linewidth=0.8, label=case)
     if data in results.base:
@@ -53,6 +55,15 @@ def draw_losses(axis: Any, results: Results, data: str) -> None:
     axis.set_xscale("log")
     axis.set(title=f"{data}: best of the sweep", xlabel="trained numbers", ylabel="validation loss")
     axis.legend(fontsize=5, ncols=3)
+
+
+def chosen_lines(lines: dict[str, list[tuple[int, float]]]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """The best of each form, by the lowest loss."""
+    ordered = sorted(lines.items(), key=lambda item: min(loss for _, loss in item[1]))
+    chosen = []
+    for form in MARKERS:
+        chosen += [item for item in ordered if item[0].rpartition(":")[0] == form][:MAX_LINES]
+    return chosen
 
 
 def draw_curves(axis: Any, results: Results, data: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ _ONLINE = ("lolora", "lolora_svd", "lolora_ae", "lolora_softhebb", "lolora_uncen
 _DA_PARTS = ("lora_da_no_bias", "lora_da_no_variance", "lora_da_no_fisher")
 _SB_COUNTS = tuple(f"lora_sb_n{count}" for count in (1, 5, 25, 100, 400))
 _OTHERS = ("loram", "pissa", "eva_grad", "eva", "lolora", "corda", "olora", "milora", "lora_ga", "lora_one",
-           "lora_sb_paper", "lora_da_zero", "lora_da_repo", "lora_da_two_sided", "loram_orth")  # fmt: skip
+           "lora_sb_paper", "lora_da_zero", "lora_da_repo", "loram_orth")  # fmt: skip
 #: What PEFT's peers are tried at, one run after another: the three that were best for LoRA.
 _PEER_RATES = (3e-4, 1e-3, 3e-3)
 
@@ -40,7 +40,7 @@ def all_of(
 ) -> list[Task]:
     """Every method at every rank. Raises `InvalidInput` naming the known methods."""
     tasks = [Task("base", tuple(data))]
-    known = {"": CASES, "lora": LORA_PRESETS, "peft": dict.fromkeys(PEERS)}
+    known: dict[str, Mapping[str, object]] = {"": CASES, "lora": LORA_PRESETS, "peft": dict.fromkeys(PEERS)}
     for method, rank in itertools.product(methods, ranks):
         form, _, name = method.rpartition(":")
         if name not in known.get(form, {}):
@@ -75,6 +75,10 @@ def h100_9min(data: Sequence[str]) -> list[Task]:
     def lora(names: tuple[str, ...], rank: int, sets: tuple[str, ...] = main) -> list[Task]:
         return [Task("lora", (name,), names, rank, seeds) for name in sets]
 
+    def online(names: tuple[str, ...]) -> list[Task]:
+        """One seed: all runs of a step go through the model at once, and each has its own rules to follow."""
+        return [Task("lora", main, names, 16, (0,))]
+
     def peers(names: Sequence[str]) -> list[Task]:
         return [Task("peft", main, (name,), 16, (0,), _PEER_RATES) for name in names]
 
@@ -87,7 +91,7 @@ def h100_9min(data: Sequence[str]) -> list[Task]:
         *lora(("lora",), 4),
         Task("retention", main),
         *cores(_FREE[2:], 4, tuple(data)), *cores(_AWARE[3:], 4, main),
-        *lora(_FROZEN, 16), *lora(_ONLINE, 16), *lora(("pissa_fa",), 16),
+        *lora(_FROZEN, 16), *online(_ONLINE[:3]), *online(_ONLINE[3:]), *lora(("pissa_fa",), 16),
         *cores(("sb_noise", "sb_usv"), 4, main), *cores(_SB_COUNTS, 4, main),
         *lora(_DA_PARTS, 16), *cores((*_DA_PARTS, "lora_da_n16", "lora_da_n1024"), 4, main),
         *peers(("eva", "olora", "corda", "lora_ga")),
@@ -95,7 +99,7 @@ def h100_9min(data: Sequence[str]) -> list[Task]:
         *cores(_FREE[2:], 16, tuple(data)), *lora(_SUBTRACTED[4:], 16),
         *lora(("lora",), 64), *cores(("lora_xs",), 64, main), *cores(("lora_sb",), 64, main),
         *cores(("lora_xs",), 2, main), *cores(("lora_sb",), 2, main),
-        Task("recall", main, (), 16, (0,), (3e-3,)),
+        Task("recall", main, (), 16, (0,), (3e-3,)), Task("precision", main, ("lora_xs",), 16),
         *cores(_OTHERS, 16, main), *cores(_AWARE[:3], 4, others), *lora(("corda", "lora_ga"), 16),
         *cores(("xs_svd_of_random", "lora_xs_middle_orth"), 4, main),
         *lora(("pissa", "milora", "olora", "loram"), 16, others),
@@ -121,7 +125,7 @@ def cpu_smoke(data: Sequence[str]) -> list[Task]:
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     "h100-9min": (
         h100_9min,
-        {"by_length": True, "is_fast": True, "svd": "randomised", "token_budget": 24_576},
+        {"by_length": True, "is_fast": True, "svd": "randomised", "token_budget": 16_384},
     ),
     "cpu-smoke": (
         cpu_smoke,

@@ -1,4 +1,5 @@
-"""Beside the sweeps: how much of W matters (T5), and how well A recalls its inputs while B learns (T15)."""
+"""Beside the sweeps: how much of W matters (T5), how well A recalls its inputs while B learns (T15), and what
+the training's precision changes."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from adapter_core.base_model import BaseModel
 from adapter_core.bases.targets import Target, find_targets
+from benchmarks.quality.cases import Case
+from benchmarks.quality.core_runs import Sweep, build_case, train_case
 from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.settings import Settings
 from trainer_worker.lora_factors import initial_factors
@@ -35,16 +38,17 @@ def retention(base: BaseModel, data: DataSet, settings: Settings) -> list[dict[s
     rows: list[dict[str, Any]] = [{"probe": "retention", "data": data.name, "group": "none", "loss": loss()}]
     for group, names in GROUPS.items():
         targets = find_targets(base.model, names, 1)
-        parts = [torch.linalg.svd(target.weight.float(), full_matrices=False) for target in targets]
+        parts = [tuple(torch.linalg.svd(t.weight.float(), full_matrices=False)) for t in targets]
         for fraction in FRACTIONS:
             for part in PARTS:
-                with _replaced(targets, [_kept(*usv, fraction, part) for usv in parts]):
+                with _replaced(targets, [_kept(usv, fraction, part) for usv in parts]):
                     row = {"group": group, "fraction": fraction, "part": part, "loss": loss()}
                 rows.append({"probe": "retention", "data": data.name, **row})
     return rows
 
 
-def _kept(U: Tensor, S: Tensor, Vh: Tensor, fraction: float, part: str) -> Tensor:
+def _kept(usv: tuple[Tensor, Tensor, Tensor], fraction: float, part: str) -> Tensor:
+    U, S, Vh = usv
     count = max(1, round(fraction * len(S)))
     first = {"top": 0, "middle": (len(S) - count) // 2, "bottom": len(S) - count}[part]
     chosen = slice(first, first + count)
@@ -61,6 +65,20 @@ def _replaced(targets: Sequence[Target], weights: Sequence[Tensor]) -> Iterator[
     finally:
         for target, weight in zip(targets, before, strict=True):
             target.weight.copy_(weight)
+
+
+def precision(
+    base: BaseModel, case: Case, rank: int, data: DataSet, settings: Settings
+) -> list[dict[str, Any]]:
+    """The final losses of one sweep with training passes in the fast precision and in full float32."""
+    rows = []
+    built = build_case(base, case, rank, data, settings)
+    for is_fast in (True, False):
+        own = dataclasses.replace(settings, is_fast=is_fast)
+        for run in train_case(base, case.name, built, Sweep([data], (0,), case.rates), own):
+            row = {"case": case.name, "rank": rank, "rate": run.rate, "is_fast": is_fast, "loss": run.loss}
+            rows.append({"probe": "precision", "data": data.name, **row})
+    return rows
 
 
 def recall(

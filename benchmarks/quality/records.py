@@ -74,9 +74,9 @@ def read_records(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite: JSON has none, and a diverged run is one."""
+    """The same with six digits, and None for numbers that are not finite: a diverged run is one."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -7,6 +7,7 @@ yields them.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -27,13 +28,15 @@ from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.lora_runs import RATES as LORA_RATES
 from benchmarks.quality.lora_runs import train_presets
 from benchmarks.quality.peers import PeerMissing, train_peer
-from benchmarks.quality.probes import recall, retention
+from benchmarks.quality.probes import precision, recall, retention
 from benchmarks.quality.records import RecordFile, RunRecord, read_records
 from benchmarks.quality.settings import Settings
 
-Kind = Literal["base", "core", "lora", "peft", "retention", "recall"]
+Kind = Literal["base", "core", "lora", "peft", "retention", "recall", "precision"]
 #: A piece of work of a kind that was never done yet is begun with at least so much time left.
 UNKNOWN_S = 45.0
+#: The folder of the files that say what somebody has begun.
+CLAIMS = "claims"
 
 
 @dataclass(frozen=True)
@@ -69,31 +72,45 @@ class Worker:
         self.base, self.data, self.settings, self.out, self.index = base, data, settings, out, index
         self._records = RecordFile(out / f"records-{index}.jsonl")
         self._seconds: dict[str, list[float]] = {}
-        self._claims = out / "claims"
+        self._claims = out / CLAIMS
         self._claims.mkdir(parents=True, exist_ok=True)
 
     def run(self, tasks: Sequence[Task], *, deadline: float) -> None:
-        """Until nothing is left that fits. deadline: of `time.monotonic`."""
+        """Until nothing is left that fits. deadline: seconds since the epoch."""
         done = {record["digest"] for record in read_records(self.out) if record["kind"] == "task"}
-        for task in tasks:
-            if task.digest in done or not self._fits(task, deadline) or not self._claim(task):
-                continue
-            started = time.perf_counter()
-            try:
-                runs = self._work(task)
-            except (TesseraError, PeerMissing, torch.OutOfMemoryError) as error:
-                self._say(f"{task.name}: left out: {error}")
-                continue
-            except Exception:  # one method's failure must not cost the others' results
-                self._say(f"{task.name}: failed\n{traceback.format_exc()}")
-                continue
-            seconds = time.perf_counter() - started
-            self._seconds.setdefault(_kind(task), []).append(seconds)
-            self._records.add(
-                "task", {"digest": task.digest, "name": task.name, "seconds": round(seconds, 2)}
-            )
-            self._say(f"{task.name}: {_summary(runs)} ({len(runs)} runs, {seconds:.1f} s)")
+        waiting = [task for task in tasks if task.digest not in done]
+        again: list[Task] = []
+        for task in waiting:
+            if self._fits(task, deadline) and self._claim(task) and self._lacked_memory(task):
+                self._unclaim(task)  # others were using it; for whoever gets there again
+                again.append(task)
+        for task in again:
+            if self._fits(task, deadline) and self._claim(task):
+                self._lacked_memory(task)
         self._records.close()
+
+    def _lacked_memory(self, task: Task) -> bool:
+        """Do it; whether it failed for want of the device's memory, which may be there later."""
+        started = time.perf_counter()
+        try:
+            runs = self._work(task)
+        except torch.OutOfMemoryError as error:
+            self._say(f"{task.name}: {str(error).splitlines()[0]}")
+            return True
+        except (TesseraError, PeerMissing) as error:
+            self._say(f"{task.name}: left out: {error}")
+            return False
+        except Exception:  # one method's failure must not cost the others' results
+            self._say(f"{task.name}: failed\n{traceback.format_exc()}")
+            return False
+        finally:
+            release_memory()
+        seconds = time.perf_counter() - started
+        self._seconds.setdefault(_kind(task), []).append(seconds)
+        record = {"digest": task.digest, "name": task.name, "seconds": round(seconds, 2)}
+        self._records.add("task", record)
+        self._say(f"{task.name}: {_summary(runs)} ({len(runs)} runs, {seconds:.1f} s)")
+        return False
 
     def _work(self, task: Task) -> list[RunRecord]:
         runs = []
@@ -108,7 +125,7 @@ class Worker:
         return runs
 
     def _fits(self, task: Task, deadline: float) -> bool:
-        left = deadline - time.monotonic()
+        left = deadline - time.time()
         known = self._seconds.get(_kind(task))
         return left > (max(known[-3:]) if known else UNKNOWN_S)
 
@@ -118,6 +135,9 @@ class Worker:
         except FileExistsError:
             return False
         return True
+
+    def _unclaim(self, task: Task) -> None:
+        (self._claims / task.digest).unlink(missing_ok=True)
 
     def _say(self, text: str) -> None:
         sys.stdout.write(f"[{self.index}] {text}\n")
@@ -142,12 +162,7 @@ def perform(task: Task, base: BaseModel, data: dict[str, DataSet], settings: Set
         for name in task.cases:
             yield from train_peer(base, name, task.rank, first, settings, seeds=task.seeds, rates=rates)
     else:
-        rows = (
-            retention(base, first, settings)
-            if task.kind == "retention"
-            else recall(base, first, task.rank, (task.rates or LORA_RATES)[-1], settings)
-        )
-        yield from ({"kind": "probe", **row} for row in rows)
+        yield from ({"kind": "probe", **row} for row in _probe(task, base, first, settings))
 
 
 def _perform_core(task: Task, base: BaseModel, sets: Sequence[DataSet], settings: Settings) -> Iterator[Any]:
@@ -162,6 +177,21 @@ def _perform_core(task: Task, base: BaseModel, sets: Sequence[DataSet], settings
             )
             yield built.record
             yield from train_case(base, case.name, built, Sweep(group, seeds, rates), settings)
+
+
+def _probe(task: Task, base: BaseModel, data: DataSet, settings: Settings) -> list[dict[str, Any]]:
+    if task.kind == "retention":
+        return retention(base, data, settings)
+    if task.kind == "recall":
+        return recall(base, data, task.rank, (task.rates or LORA_RATES)[-1], settings)
+    return precision(base, CASES[task.cases[0]], task.rank, data, settings)
+
+
+def release_memory() -> None:
+    """What a finished piece of work has left, back to the device, which other processes share."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _kind(task: Task) -> str:
