@@ -226,6 +226,9 @@ def running_service(base_url: str | None) -> Iterator[str]:
             "TESSERA_DATA_DIR": folder,
             "TESSERA_SERVICE_PORT": str(port),
             "TESSERA_WORKER_METRICS_PORT": "0",
+            # Training beside other programs on two cores took 500 s with two threads, which spin while they
+            # wait for each other, and 140 s with one.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "TESSERA_LOG_LEVEL": os.environ.get("TESSERA_LOG_LEVEL", "WARNING"),
         }
         log_path = Path(folder) / "demo.log"
