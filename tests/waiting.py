@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 INTERVAL_S = 0.02
 
 
@@ -33,6 +35,14 @@ def wait_until_sync(predicate: Callable[[], Any], timeout_s: float = 20.0) -> An
             raise AssertionError(f"not true within {timeout_s} s: {_source(predicate)}")
         time.sleep(INTERVAL_S)
     return value
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits to be reaped by a parent that may never do so."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _source(predicate: Callable[[], Any]) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from adapter_core.base_model import BaseModel
@@ -32,7 +31,7 @@ from tests.engine.engine_process import (
     running,
     store_basis,
 )
-from tests.waiting import wait_until
+from tests.waiting import has_ended, wait_until
 
 
 @pytest.fixture
@@ -51,10 +50,6 @@ async def read_ready(path: Path) -> None:
         assert message is not None
     finally:
         writer.close()
-
-
-def has_ended(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 async def test_the_engine_ends_with_its_parent(redis_url: str, settings: CommonSettings) -> None:

@@ -227,11 +227,14 @@ async def test_a_stopped_worker_hands_its_job_back_and_the_result_is_the_same(wo
 async def test_a_worker_that_lost_its_lease_drops_the_job(
     world: World, lease_s: float, stale_commits: int
 ) -> None:
-    """It learns so from a renewal, or, where none comes in time, because its next write is refused."""
+    """It learns so from a renewal, or, where none comes in time, because its next write is refused.
+
+    It has room for one job only, else it might claim the job again before the other does.
+    """
     job_id = await world.submit(epochs=50)
     other = JobLeases(world.redis)
     quiet = {"report_every_s": 1000, "checkpoint_every_s": 1000} if lease_s == 1 else {}
-    async with world.worker(reap_every_s=1000, lease_s=lease_s, **quiet) as worker:
+    async with world.worker(max_resident_jobs=1, reap_every_s=1000, lease_s=lease_s, **quiet) as worker:
         await world.under_way(job_id)
         await expire_lease(world.redis, job_id)
         assert await other.reap() == {job_id: JobStatus.QUEUED}
