@@ -51,7 +51,7 @@ $(DEV): $(RUNTIME)
 
 # From a clean environment with the newest versions that the ranges of pyproject.toml admit.
 constraints: $(DEV)
-	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude triton | sed 's/+cpu$$//' > constraints.txt
 
 clean:
 	rm -rf $(VENV) .tessera demo-report.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
