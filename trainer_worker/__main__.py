@@ -11,20 +11,26 @@ import torch
 
 from adapter_core.adapter import DTYPE_NAMES
 from adapter_core.base_model import BaseModel, load_base_model, load_tokenizer
+from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
 from adapter_core.chat_format import ChatFormat
 from adapter_core.embedded_store import store_url
 from adapter_core.errors import InvalidInput, TesseraError
 from adapter_core.file_store import FileStore
 from adapter_core.job_leases import JobLeases
+from adapter_core.own_bases import OwnBases
 from adapter_core.redis_client import Client, connect
 from adapter_core.settings import CommonSettings
 from adapter_core.store import AdapterStore
+from trainer_worker.basis_source import BasisSource
 from trainer_worker.health import HealthServer, Heartbeat
+from trainer_worker.lora_jobs import DedicatedPublisher, LoraPreparation
 from trainer_worker.metrics import TrainerMetrics
 from trainer_worker.preparation import Preparation
+from trainer_worker.publication import Publisher
 from trainer_worker.session import Tools
 from trainer_worker.settings import WorkerSettings, read_settings
+from trainer_worker.sole_use import SoleUse
 from trainer_worker.train_loop import TrainLoop
 from trainer_worker.trainer_pool import TrainerPool
 from trainer_worker.worker import EXIT_FAILED, Worker
@@ -85,23 +91,37 @@ def make_worker(
         base, max_runs=worker_settings.max_resident_jobs, token_budget=worker_settings.token_budget
     )
     loop = TrainLoop(pool, metrics=metrics, heartbeat=heartbeat)
+    own, use = OwnBases(redis, max_bytes=settings.max_own_basis_bytes), SoleUse(base, loop.quiet)
+    holds = BasisHolds(redis, own)
+    store = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
+    bases = BasisSource(
+        base,
+        use,
+        bases=store,
+        own=own,
+        holds=holds,
+        target_modules=settings.target_modules,
+    )
     preparation = Preparation(
         base,
         chat,
         files=FileStore(redis),
         adapters=adapters,
-        bases=BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases"),
-        target_modules=settings.target_modules,
+        bases=bases,
+        lora=LoraPreparation(base, use, own=own, holds=holds, target_modules=settings.target_modules),
+        use=use,
         max_tokens=worker_settings.max_tokens,
-        quiet=loop.quiet,
     )
+    dtype = DTYPE_NAMES[settings.adapter_dtype]
+    publisher = Publisher(adapters, own, dtype=dtype, base_model_id=base.model_id)
     tools = Tools(
         leases=JobLeases(redis),
-        adapters=adapters,
+        publisher=publisher,
+        dedicated=DedicatedPublisher(base, publisher, adapters=adapters, bases=store, own=own, holds=holds),
+        holds=holds,
         preparation=preparation,
         loop=loop,
         metrics=metrics,
-        adapter_dtype=DTYPE_NAMES[settings.adapter_dtype],
         lease_s=worker_settings.lease_s,
         checkpoint_every_s=worker_settings.checkpoint_every_s,
         report_every_s=worker_settings.report_every_s,

@@ -5,12 +5,13 @@ While the store does not answer, messages are lost and metrics wait; neither hol
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from adapter_core.errors import Unavailable
+from adapter_core.errors import StaleLease, Unavailable
 from adapter_core.job_leases import JobLeases, Lease, LeaseState
 from trainer_worker import reports
 from trainer_worker.metrics import TrainerMetrics
@@ -42,6 +43,7 @@ class JobReporter:
         self._metrics, self._report_every_s = metrics, report_every_s
         self._waiting: list[RunUpdate] = []
         self._reported_at = -report_every_s
+        self._telling: asyncio.Task[None] | None = None
 
     async def tell(
         self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None
@@ -79,6 +81,26 @@ class JobReporter:
             del self._waiting[0]
             self._reported_at = time.monotonic()
             self._obey(state)
+
+    def note_modules(self, done: int, total: int) -> None:
+        """A module of a basis or a start is done. Told now and then, and not waited for."""
+        is_due = time.monotonic() - self._reported_at >= self._report_every_s or done == total
+        if is_due and (self._telling is None or self._telling.done()):
+            self._reported_at = time.monotonic()
+            self._telling = asyncio.create_task(self._tell_progress(reports.building_progress(done, total)))
+
+    async def settle(self) -> None:
+        """Wait for what `note_modules` began, so that it does not overtake what is told next."""
+        if self._telling is not None:
+            await self._telling
+
+    async def _tell_progress(self, progress: dict[str, Any]) -> None:
+        try:
+            self._obey(await self._leases.report(self._lease, progress=progress))
+        except Unavailable as error:
+            self.note_outage(error)
+        except StaleLease:
+            self._obey(LeaseState.LOST)
 
     def note_outage(self, error: Unavailable) -> None:
         self._metrics.store_errors.inc()

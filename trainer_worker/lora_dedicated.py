@@ -1,25 +1,21 @@
 """A trained LoRA form as a dedicated basis and the adapter in it: stored and served like every other.
 
-    delta_W = s (B A - B_0 A_0) = s [B, -B_0] [A; A_0] = B̂ R Â
+    delta_W = s (B A - B_0 A_0) = s [B, -B_0] [A; A_0]
 
-B̂, Â: orthonormal factors of the two blocks by QR, R = s L_B L_Aᵀ. Exact, of rank 2 r where an initial
-product was taken off and A has moved, of rank r elsewhere. The basis belongs to this one adapter; it costs
-what LoRA costs (r numbers for each input and output), where an adapter in a shared basis costs r² per module.
+Exact, of rank 2 r where an initial product was taken off and A has moved, of rank r elsewhere
+(`adapter_core/dedicated.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapter_core.adapter import Adapter
 from adapter_core.base_model import LLAMA_LINEARS, BaseModel
 from adapter_core.bases import CalibrationSet
-from adapter_core.basis import Basis, ModuleShape, make_basis
+from adapter_core.dedicated import Dedicated, LowRank, make_dedicated
 from trainer_worker.data import TrainingData
 from trainer_worker.lora_factors import initial_factors
 from trainer_worker.lora_form import LoraRun, LoraTrainer
@@ -28,14 +24,6 @@ from trainer_worker.run import RunUpdate
 
 #: What the manifest of such a basis calls its method.
 METHOD = "lora_form"
-
-
-@dataclass(frozen=True)
-class Dedicated:
-    """A basis and the one adapter that lives in it."""
-
-    basis: Basis
-    adapter: Adapter
 
 
 def train_lora(
@@ -73,27 +61,22 @@ def dedicated(
 ) -> Dedicated:
     """The run's best factors, or those of `packed` [2, P], as a basis of their own and its adapter."""
     factors = run.factors
-    orthonormal: dict[ModuleShape, tuple[Tensor, Tensor]] = {}
-    cores = []
+    changes = {}
     initial = zip(factors.modules, factors.A, factors.B, strict=True)
     for (A, B), (shape, A0, B0) in zip(run.trained(packed), initial, strict=True):
-        A, B = A.detach().cpu().double(), B.detach().cpu().double()
+        A, B = A.detach().cpu(), B.detach().cpu()
         if factors.preset.is_subtracted and not factors.preset.trains_A:
-            B = B - B0.double()
+            B = B.double() - B0.double()
         elif factors.preset.is_subtracted:
-            A, B = torch.cat([A, A0.double()]), torch.cat([B, -B0.double()], dim=1)
-        Q_A, L_A = torch.linalg.qr(A.mT)  # Q is orthonormal also where the rank is not full (B = 0)
-        Q_B, L_B = torch.linalg.qr(B)
-        orthonormal[shape] = (Q_A.mT, Q_B)
-        cores.append(factors.scale * L_B @ L_A.mT)
-    recipe: dict[str, Any] = {**factors.recipe, "learning_rate": run.plan.learning_rate}
-    basis = make_basis(model_id=base.model_id, method=METHOD, factors=orthonormal, recipe=recipe, dtype=dtype)
-    # make_basis may turn the sign of a column; the fold follows it.
-    R = basis.fold(torch.stack(cores)).float().contiguous()
+            A, B = torch.cat([A, A0.to(A)]), torch.cat([B, -B0.to(B)], dim=1)
+        changes[shape] = LowRank(A, B, factors.scale)
     metadata = {
         "method": METHOD,
         "preset": factors.preset.name,
         "steps": run.progress.step,
         "valid_loss": run.progress.best_valid_loss,
     }
-    return Dedicated(basis, Adapter(basis.basis_id, R, metadata))
+    return make_dedicated(
+        changes, model_id=base.model_id, method=METHOD, metadata=metadata, dtype=dtype,
+        recipe={**factors.recipe, "learning_rate": run.plan.learning_rate},
+    )  # fmt: skip

@@ -5,20 +5,21 @@ Knows no optimiser and no loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapter_core.adapter import MAX_RANK
 from adapter_core.base_model import LLAMA_LINEARS, BaseModel
 from adapter_core.bases import CalibrationSet, build_basis_and_step
 from adapter_core.bases.decomposition import module_seed
 from adapter_core.bases.targets import find_targets
 from adapter_core.basis import ModuleShape
 from adapter_core.errors import InvalidInput
-from trainer_worker.lora_presets import Given, LoraPreset, find_preset
+from adapter_core.lora_presets import Given, LoraPreset, find_preset
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,17 @@ def initial_factors(
     target_modules: Sequence[str] = LLAMA_LINEARS,
     calibration: CalibrationSet | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> LoraFactors:
-    """A_0 and B_0 of one LoRA form. options: of its method, before the preset's own.
+    """A_0 and B_0 of one LoRA form. options: of its method, before the preset's own. progress(done, total)
+    counts the modules of a method.
 
     Raises `InvalidInput` and `UnsupportedModel` as `build_basis`, and for a rank at which the result could
     not be stored: a subtracted product needs 2 r directions.
     """
     chosen = find_preset(preset) if isinstance(preset, str) else preset
-    shapes = tuple(target.shape for target in find_targets(base.model, target_modules, rank))
-    side, narrow = min((min(shape.d_in, shape.d_out), shape.name) for shape in shapes)
-    if chosen.stored_rank(rank) > side:
-        raise InvalidInput(
-            f"rank must be at most {side // 2} for {chosen.name}, whose result has twice the rank and must "
-            f"fit the smaller side {side} of {narrow}; got {rank}",
-            param="rank",
-        )
+    shapes = form_modules(base, chosen, rank=rank, target_modules=target_modules)
     recipe: dict[str, Any] = {
         "form": "lora",
         "preset": chosen.name,
@@ -82,7 +78,7 @@ def initial_factors(
     else:
         built = build_basis_and_step(
             base, method=chosen.method, rank=chosen.rank_factor * rank, target_modules=target_modules,
-            calibration=calibration, **{"seed": seed, **options, **chosen.options},
+            calibration=calibration, progress=progress, **{"seed": seed, **options, **chosen.options},
         )  # fmt: skip
         recipe["basis"] = built.basis.manifest.recipe
         P_in, P_out, steps = built.basis.P_in, built.basis.P_out, built.step
@@ -97,6 +93,24 @@ def initial_factors(
         pairs.append(chosen.initial(Given(A, B, step, generator)))
     A0, B0 = (tuple(pair[side].float().contiguous() for pair in pairs) for side in (0, 1))
     return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe)
+
+
+def form_modules(
+    base: BaseModel, preset: LoraPreset, *, rank: int, target_modules: Sequence[str]
+) -> tuple[ModuleShape, ...]:
+    """The modules that the form changes. Raises as `initial_factors`."""
+    shapes = tuple(target.shape for target in find_targets(base.model, target_modules, rank))
+    side, narrow = min((min(shape.d_in, shape.d_out), shape.name) for shape in shapes)
+    if preset.stored_rank(rank) > side:
+        raise InvalidInput(
+            f"rank must be at most {side // 2} for {preset.name}, whose result has twice the rank and must "
+            f"fit the smaller side {side} of {narrow}; got {rank}",
+            param="rank",
+        )
+    if preset.stored_rank(rank) > MAX_RANK:
+        message = f"rank {rank} is stored as {preset.stored_rank(rank)} for {preset.name}, above {MAX_RANK}"
+        raise InvalidInput(message, param="rank")
+    return shapes
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ The rules for evaluations, early stopping and losses that are not finite are tho
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from trainer_worker.lora_linear import BatchOwners, LoraDelta
 from trainer_worker.loss import token_losses
 from trainer_worker.plan import TrainingPlan
 from trainer_worker.run import Progress, RunUpdate, TrainRun
+from trainer_worker.train import TokenCounts
 
 
 class LoraRun(TrainRun):
@@ -39,6 +42,50 @@ class LoraRun(TrainRun):
         self.m, self.v = torch.zeros_like(self.R), torch.zeros_like(self.R)
         self.best_R = self.R.clone()
         self.progress = Progress()
+        self.start_notes = {"method": factors.preset.name}
+        self.rules = [self._make_rule(index) for index in range(len(factors.modules))]
+
+    @property
+    def identity(self) -> str:
+        factors = self.factors
+        names = [shape.name for shape in factors.modules]
+        return json.dumps(["lora", factors.preset.name, factors.rank, factors.seed, names])
+
+    def more_state(self) -> dict[str, Tensor]:
+        """The initial factors, if they are taken off: another device or library would find others. And the
+        state of the local rules."""
+        tensors = {}
+        if self.factors.preset.is_subtracted:
+            tensors["initial"] = self.layout.pack(self.factors.A, self.factors.B)
+        for index, rule in enumerate(self.rules):
+            if rule is not None:
+                tensors |= {f"rule.{index}.{name}": value for name, value in rule.state().items()}
+        return tensors
+
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        if self.factors.preset.is_subtracted:
+            initial = tensors["initial"]
+            if initial.shape != self.R.shape:
+                raise ValueError("initial factors of another shape")
+            pairs = [(A.clone(), B.clone()) for A, B in self.layout.views(initial)]
+            A0, B0 = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+            self.factors = replace(self.factors, A=A0, B=B0)
+        for index, ((A, _), rule) in enumerate(zip(self.trained(tensors["R"]), self.rules, strict=True)):
+            if rule is not None:
+                prefix = f"rule.{index}."
+                rule.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                rule.A = A.clone()
+
+    def _make_rule(self, index: int) -> HebbianRule | None:
+        """The local rule from which A of this module learns, if it has one."""
+        config = self.factors.preset.online
+        if config is None:
+            return None
+        shape, rank = self.factors.modules[index], self.factors.rank
+        seed = module_seed(self.factors.seed, "lolora", shape.name, rank)
+        rule = HebbianRule(shape.d_in, rank, config, generator=torch.Generator().manual_seed(seed))
+        rule.A = self.factors.A[index].clone()
+        return rule
 
     def trained(self, packed: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """A and B of each module: of the best evaluation, or of `packed` [2, P]."""
@@ -71,6 +118,7 @@ class LoraTrainer:
             raise InvalidInput("runs that train together need the same target modules and rank", param="rank")
         self.base, self.runs = base, list(runs)
         self.token_budget, self.min_tokens = token_budget, min_tokens
+        self.tokens = TokenCounts()
         K, layout, device = len(runs), runs[0].layout, base.device
         dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
         self._optimizer = BatchedAdamW((2 * K, 1, 1, layout.width), dtype=dtype, device=device)
@@ -101,6 +149,12 @@ class LoraTrainer:
             update.trained_tokens = run.progress.trained_tokens
             update.finish_reason = run.progress.finish_reason
         return list(updates.values())
+
+    def release(self) -> None:
+        """Give the runs tensors of their own again. The trainer is of no more use."""
+        for run in self.runs:
+            for name in ("R", "m", "v"):
+                setattr(run, name, getattr(run, name).detach().cpu().clone())
 
     @contextmanager
     def attached(self, rows: Tensor | None = None) -> Iterator[None]:
@@ -133,7 +187,7 @@ class LoraTrainer:
             self._leaves += [(A, grad_A), (B, grad_B)] if trains_A else [(B, grad_B)]
             A0, B0 = (None, None) if offsets is None else offsets[index]
             name = layout.modules[index].name
-            deltas.append(LoraDelta(name, A, B, scale, self._owners, A0, B0, self._make_rules(index)))
+            deltas.append(LoraDelta(name, A, B, scale, self._owners, A0, B0, self._rules_of(index)))
         return deltas
 
     def _offsets(self) -> list[tuple[Tensor, Tensor]] | None:
@@ -146,22 +200,11 @@ class LoraTrainer:
                 packed[slot] = run.layout.pack(run.factors.A, run.factors.B).to(packed)
         return list(self.runs[0].layout.views(packed))
 
-    def _make_rules(self, index: int) -> list[HebbianRule]:
+    def _rules_of(self, index: int) -> list[HebbianRule]:
         """The local rules of one module, for a trainer whose runs all have one."""
-        configs = [run.factors.preset.online for run in self.runs]
-        if configs[0] is None:
-            if any(configs):
-                raise InvalidInput("runs with and without a local rule cannot train together", param="init")
-            return []
-        rules = []
-        for run, config in zip(self.runs, configs, strict=True):
-            if config is None:
-                raise InvalidInput("runs with and without a local rule cannot train together", param="init")
-            shape, rank = run.factors.modules[index], run.factors.rank
-            seed = module_seed(run.factors.seed, "lolora", shape.name, rank)
-            rule = HebbianRule(shape.d_in, rank, config, generator=torch.Generator().manual_seed(seed))
-            rule.A = run.trained(run.R.cpu().float())[index][0].clone()
-            rules.append(rule)
+        rules = [rule for run in self.runs if (rule := run.rules[index]) is not None]
+        if len(rules) not in (0, len(self.runs)):
+            raise InvalidInput("runs with and without a local rule cannot train together", param="init")
         return rules
 
     @torch.no_grad()
@@ -219,6 +262,8 @@ class LoraTrainer:
             num_rows, longest = batch.token_ids.shape
             in_pass, first = ordered[first : first + num_rows], first + num_rows
             batch = batch.to(device)
+            trained = batch.num_tokens if learn else 0
+            self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
             self._owners.rows = batch.rows
             learns_online = learn and bool(self._deltas[0].rules)
             self._owners.tokens = self._tokens_of(in_pass, longest) if learns_online else None

@@ -7,8 +7,10 @@ import math
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from adapter_core.bases import METHODS
+from adapter_core.lora_presets import LORA_PRESETS
 from trainer_worker.run import Progress
 
+_METHODS = {*METHODS, *LORA_PRESETS}
 _WAIT_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 14400)
 _TRAIN_BUCKETS = (1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _TICK_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -73,7 +75,7 @@ class TrainerMetrics:
 
     def count_job(self, outcome: str, method: str) -> None:
         """A job has left this worker. A method that nobody knows must not make a series of its own."""
-        self.jobs.labels(outcome, method if method in METHODS else "unknown").inc()
+        self.jobs.labels(outcome, method if method in _METHODS else "unknown").inc()
 
     def measure_success(self, progress: Progress, training_s: float) -> None:
         """A job has succeeded, training_s after its claim."""

@@ -1,6 +1,6 @@
 """What a job's hyper-parameters come to: batch size, epochs, learning rate, schedule, evaluations.
 
-Knows the number of examples and how strongly a basis answers to a step; neither model nor data.
+Knows the number of examples and what trains (`learning_rates.py`); neither model nor data.
 """
 
 from __future__ import annotations
@@ -8,35 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from adapter_core.basis import Basis
 from adapter_core.errors import InvalidInput
+from trainer_worker.learning_rates import BasisKind, LoraKind
 
-#: Adam's peak step on the *stored* core at rank 16, by method. A step η on R' moves the stored core by η
-#: times the preconditioner's gain, so one number serves every scale, and LoRA-XS with and without
-#: singular values. Measured on the bundled model, 250 examples each of devil and jargon, 120 steps of 8,
-#: loss on 80 others (base 4.824, 4.872). With singular values (gain 3.39), η = 1e-3 / 2e-3 / 4e-3 / 8e-3
-#: / 16e-3: 4.296 / 4.271 / 4.267 / 4.294 / 4.349 and 4.313 / 4.259 / 4.238 / 4.247 / 4.295. Without
-#: (gain 1), η = 4e-3 / 8e-3 / 16e-3 / 32e-3: 4.288 / 4.267 / 4.272 / 4.309 and 4.308 / 4.257 / 4.247 /
-#: 4.272. Batches of 4 or 16, 60 or 240 steps and 50 examples have the same best η.
-PEAK_STEPS = {"lora_xs": 1.25e-2}
-#: For a method without a measurement of its own.
-DEFAULT_PEAK_STEP = 1.25e-2
-#: The best step falls with the rank, about as 1 / r: with singular values η = 16e-3 was best at rank 4
-#: (4.342, 4.380; gain 4.24), 4e-3 at 16, 1e-3 to 2e-3 at 32 (4.247, 4.164; at 4e-3 4.303, 4.168; gain
-#: 3.01).
-RATED_RANK = 16
+__all__ = ["BasisKind", "LoraKind", "TrainingPlan", "make_plan"]
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
 AUTO_BATCH_SIZE = 8
 #: A small file is cut into at least this many batches.
 MIN_AUTO_BATCHES = 8
-#: Epochs are chosen to give about this many steps: in the measurement above 60 steps gave 4.271 and
-#: 4.269, 120 gave 4.267 and 4.238, 240 no more.
+#: Epochs are chosen to give about this many steps: in measurement (a) of `learning_rates.py` 60 steps gave
+#: 4.271 and 4.269, 120 gave 4.267 and 4.238, 240 no more.
 AUTO_STEPS = 90
 #: With 50 examples the loss on others was lowest after 3 to 5 epochs.
 MAX_AUTO_EPOCHS = 5
@@ -77,27 +62,11 @@ class TrainingPlan:
         return self.learning_rate * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
 
 
-@dataclass(frozen=True)
-class BasisKind:
-    """What the learning rate depends on.
-
-    gain: how much larger a step on the stored core is than on R', the mean over modules of
-    ‖P_out‖ ‖P_in‖ / r, which is the ratio of Frobenius norms for a step of independent signs; 1 if P is the
-    identity.
-    """
-
-    method: str
-    rank: int
-    gain: float = 1.0
-
-    @classmethod
-    def of(cls, basis: Basis) -> BasisKind:
-        norms = torch.linalg.matrix_norm(basis.P_out) * torch.linalg.matrix_norm(basis.P_in)
-        return cls(basis.manifest.method, basis.rank, float(norms.mean()) / basis.rank)
+class Rated(Protocol):
+    """What has an automatic learning rate: `BasisKind`, `LoraKind`."""
 
     @property
-    def learning_rate(self) -> float:
-        return PEAK_STEPS.get(self.method, DEFAULT_PEAK_STEP) * RATED_RANK / self.rank / self.gain
+    def learning_rate(self) -> float: ...
 
 
 def make_plan(
@@ -105,7 +74,7 @@ def make_plan(
     early_stopping: Mapping[str, Any] | None,
     *,
     num_examples: int,
-    kind: BasisKind,
+    kind: Rated,
     seed: int,
 ) -> TrainingPlan:
     """The plan for `num_examples` to train on.

@@ -1,38 +1,47 @@
-"""From a claimed job to a run that can be trained: files, examples, basis, plan, an adapter to start from."""
+"""From a claimed job to a run that can be trained: files, examples, basis, plan, where to start.
+
+Also what is left of that for a job that only builds a basis.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import hashlib
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from adapter_core.adapter import Adapter
 from adapter_core.base_model import BaseModel
+from adapter_core.bases import CalibrationSet
 from adapter_core.basis import Basis
-from adapter_core.basis_store import BasisStore, ensure_basis, recipe_key
 from adapter_core.chat_format import ChatFormat
-from adapter_core.errors import InvalidInput, NotFound
+from adapter_core.errors import Conflict, CorruptRecord, InvalidInput, InvalidTrainingData, NotFound
 from adapter_core.examples import parse_examples
 from adapter_core.file_store import FileStore
-from adapter_core.job_records import Job, JobSpec
+from adapter_core.job_records import OWN_DATA, JobSpec
+from adapter_core.starts import Start
 from adapter_core.store import AdapterStore
+from trainer_worker import checkpoint
+from trainer_worker.basis_source import Attempt, BasisSource, Calibration, JobBasis
 from trainer_worker.data import TrainingData, encode_data
-from trainer_worker.plan import BasisKind, make_plan
+from trainer_worker.lora_jobs import LORA, LoraPreparation
+from trainer_worker.plan import BasisKind, TrainingPlan, make_plan
 from trainer_worker.run import TrainRun
-
-#: Bases kept in memory between jobs; one of an 8B model at r = 16 is 84 MB.
-MAX_CACHED_BASES = 4
+from trainer_worker.sole_use import Progress, SoleUse
+from trainer_worker.starting import StartChoice, StartSources, make_start
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may join its trainer. warnings: (code, sentence) for the job's events."""
+    """A run that may join its trainer. warnings: (code, sentence) for the job's events.
+
+    basis: None for a LoRA form. start: how the run came to its first R; None if it continues from a
+    checkpoint. is_start_costly: it took passes through the model, so it is worth keeping.
+    """
 
     run: TrainRun
-    basis: Basis
+    basis: JobBasis | None
+    start: Start | None
+    is_start_costly: bool = False
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -46,50 +55,83 @@ class Preparation:
         *,
         files: FileStore,
         adapters: AdapterStore,
-        bases: BasisStore,
-        target_modules: tuple[str, ...],
+        bases: BasisSource,
+        lora: LoraPreparation,
+        use: SoleUse,
         max_tokens: int,
-        quiet: asyncio.Lock,
     ) -> None:
-        """quiet: held while a basis is built, because that may use the model, and training must not then."""
         self._base, self._chat = base, chat
-        self._files, self._adapters, self._bases = files, adapters, bases
-        self._target_modules, self._quiet = target_modules, quiet
+        self._files, self._adapters, self._bases, self._use = files, adapters, bases, use
+        self._lora = lora
         self._max_tokens = min(max_tokens, base.max_position)
-        self._cached: OrderedDict[str, Basis] = OrderedDict()
 
     @property
     def model_id(self) -> str:
         return self._base.model_id
 
-    async def prepare(self, job: Job) -> Prepared:
-        """Raises `InvalidInput`, `InvalidTrainingData`, `NotFound`, `Conflict` for what the job's owner must
-        mend, `Unavailable` for what time mends.
+    async def prepare(self, attempt: Attempt, saved: bytes | None) -> Prepared:
+        """The run, in the state of the checkpoint `saved` if it fits.
+
+        Raises `InvalidInput`, `InvalidTrainingData`, `NotFound`, `Conflict` for what the job's owner must
+        mend, `Unavailable` for what time mends, `TesseraError` (out_of_memory).
         """
-        spec = job.spec
+        job, spec = attempt.job, attempt.job.spec
+        self._check_model(spec)
+        training = await self._content(job.tenant, spec.training_file, "training_file")
+        data = await self._data(job.tenant, spec, training)
+        if spec.form == LORA:
+            lora, warnings = await self._lora.prepare(attempt, data, saved)
+            is_costly = lora.progress.step == 0 and lora.factors.preset.method is not None
+            return Prepared(lora, None, None, is_costly, [*data_warnings(data), *warnings])
+        if spec.calibration == OWN_DATA:
+            calibration: Calibration | None = await asyncio.to_thread(own_calibration, data, training)
+        else:
+            calibration = await self._calibration(job.tenant, spec)
+        basis = await self._bases.of(attempt, calibration)
+        choice = StartChoice.of(spec)
+        plan = make_plan(
+            spec.hyperparameters,
+            spec.early_stopping,
+            num_examples=len(data.train),
+            kind=BasisKind.of(basis.basis, start=choice.method),
+            seed=spec.seed,
+        )
+        warnings = data_warnings(data)
+        if saved is not None:
+            run = TrainRun(job.job_id, data, plan, basis.basis)
+            try:
+                await asyncio.to_thread(checkpoint.restore, run, saved)
+                return Prepared(run, basis, None, warnings=warnings)
+            except (CorruptRecord, Conflict) as error:
+                warnings.append(("checkpoint_unusable", f"training starts afresh: {error.message}"))
+        start = await self._start(attempt, choice, basis, data, plan)
+        stored = basis.basis.fold(start.R0.double())
+        run = TrainRun(job.job_id, data, plan, basis.basis, start=stored)
+        run.start_notes = start.notes
+        return Prepared(run, basis, start, choice.needs_model, warnings)
+
+    async def build(self, attempt: Attempt) -> JobBasis:
+        """The basis of a job that is about nothing else. Raises as `prepare`."""
+        spec = attempt.job.spec
+        self._check_model(spec)
+        if spec.calibration == OWN_DATA:
+            raise InvalidInput("a job without training data has no own calibration data", param="calibration")
+        return await self._bases.of(attempt, await self._calibration(attempt.job.tenant, spec))
+
+    def _check_model(self, spec: JobSpec) -> None:
         if spec.base_model != self._base.name:
             raise InvalidInput(
                 f"the job is for base model {spec.base_model!r}; this worker trains {self._base.name!r}",
                 param="model",
             )
-        training = await self._content(job.tenant, spec.training_file, "training_file")
+
+    async def _data(self, tenant: str, spec: JobSpec, training: bytes) -> TrainingData:
         validation = None
         if spec.validation_file is not None:
-            validation = await self._content(job.tenant, spec.validation_file, "validation_file")
-        data = await asyncio.to_thread(
+            validation = await self._content(tenant, spec.validation_file, "validation_file")
+        return await asyncio.to_thread(
             read_data, self._chat, training, validation, max_tokens=self._max_tokens
         )
-        basis = await self._basis(spec)
-        plan = make_plan(
-            spec.hyperparameters,
-            spec.early_stopping,
-            num_examples=len(data.train),
-            kind=BasisKind.of(basis),
-            seed=spec.seed,
-        )
-        start = await self._start(job.tenant, spec, basis)
-        run = TrainRun(job.job_id, data, plan, basis, start=start)
-        return Prepared(run, basis, data_warnings(data))
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:
         try:
@@ -97,36 +139,49 @@ class Preparation:
         except NotFound as error:
             raise NotFound(f"{param}: {error.message}", param=param, code=error.code) from error
 
-    async def _basis(self, spec: JobSpec) -> Basis:
-        if spec.basis_id is not None and spec.basis_id in self._cached:
-            self._cached.move_to_end(spec.basis_id)
-            return self._cached[spec.basis_id]
-        if spec.basis_id is not None:
-            basis = await self._bases.get(spec.basis_id)
-        else:
-            basis = await self._default_basis(spec)
-        self._cached[basis.basis_id] = basis
-        while len(self._cached) > MAX_CACHED_BASES:
-            self._cached.popitem(last=False)
-        return basis
-
-    async def _default_basis(self, spec: JobSpec) -> Basis:
-        """The basis of (method, rank), found or built."""
-        recipe: dict[str, Any] = {
-            "method": spec.method,
-            "rank": spec.rank,
-            "target_modules": self._target_modules,
-        }
-        name = recipe_key(self._base.model_id, **recipe)
-        if await self._bases.find(name) is not None:
-            return await ensure_basis(self._bases, self._base, **recipe)
-        async with self._quiet:
-            return await ensure_basis(self._bases, self._base, **recipe)
-
-    async def _start(self, tenant: str, spec: JobSpec, basis: Basis) -> Tensor | None:
-        """The core of the adapter to start from, `<id>` or `<id>@<version>`. Raises `BasisMismatch`."""
-        if spec.warm_start_from is None:
+    async def _calibration(self, tenant: str, spec: JobSpec) -> Calibration | None:
+        """The examples of the file that the basis is built of; None if it needs none."""
+        if spec.calibration is None or spec.basis_id is not None:
             return None
+        content = await self._content(tenant, spec.calibration, "calibration")
+        try:
+            data = await asyncio.to_thread(
+                read_data, self._chat, content, None, max_tokens=self._max_tokens, split=False
+            )
+        except InvalidTrainingData as error:
+            raise InvalidTrainingData(
+                error.errors, param="calibration", code=error.code, num_problems=error.num_problems
+            ) from error
+        return await asyncio.to_thread(own_calibration, data, content)
+
+    async def _start(
+        self,
+        attempt: Attempt,
+        choice: StartChoice,
+        basis: JobBasis,
+        data: TrainingData,
+        plan: TrainingPlan,
+    ) -> Start:
+        spec = attempt.job.spec
+        options = choice.filled(plan)
+        adapter, adapter_basis = await self._adapter_to_go_on_from(attempt.job.tenant, spec, basis.basis)
+        examples = CalibrationSet.from_encoded(data.train)
+        sources = StartSources(self._base, examples, adapter, adapter_basis)
+
+        def work(progress: Progress) -> Start:
+            return make_start(choice, options, spec=spec, basis=basis, sources=sources, progress=progress)
+
+        if not choice.needs_model:
+            return await asyncio.to_thread(work, lambda done, total: None)
+        modules = [module.name for module in basis.basis.manifest.modules]
+        return await self._use.run(work, modules=modules, on_progress=attempt.on_progress)
+
+    async def _adapter_to_go_on_from(
+        self, tenant: str, spec: JobSpec, basis: Basis
+    ) -> tuple[Adapter | None, Basis | None]:
+        """`<id>` or `<id>@<version>`, with its basis if it is another one than the job's."""
+        if spec.warm_start_from is None:
+            return None, None
         adapter_id, _, version = spec.warm_start_from.partition("@")
         if version and not version.isdecimal():
             raise InvalidInput(f"{version!r} is no version of an adapter", param="model")
@@ -134,15 +189,28 @@ class Preparation:
         [blob] = await self._adapters.fetch([ref])
         if blob is None:
             raise NotFound(f"adapter {spec.warm_start_from!r} is gone", param="model", code="model_not_found")
-        return Adapter.from_bytes(blob, basis_id=basis.basis_id).R
+        other = None if ref.basis_id == basis.basis_id else await self._bases.get(tenant, ref.basis_id)
+        return Adapter.from_bytes(blob, basis_id=ref.basis_id), other
+
+
+def own_calibration(data: TrainingData, content: bytes) -> Calibration:
+    """The examples to train on as calibration data; content: of their file."""
+    return Calibration(CalibrationSet.from_encoded(data.train), hashlib.sha256(content).hexdigest())
 
 
 def read_data(
-    chat: ChatFormat, training: bytes, validation: bytes | None, *, max_tokens: int
+    chat: ChatFormat,
+    training: bytes,
+    validation: bytes | None,
+    *,
+    max_tokens: int,
+    split: bool = True,
 ) -> TrainingData:
-    """Parse, encode and split. Raises `InvalidTrainingData`."""
+    """Parse, encode and, if `split`, hold some back to validate. Raises `InvalidTrainingData`."""
     examples = parse_examples(training)
     checks = None if validation is None else parse_examples(validation)
+    if not split:
+        checks = []
     return encode_data(chat, examples, max_tokens=max_tokens, validation=checks)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from adapter_core.adapter import Adapter
 from adapter_core.adapter_records import AdapterVersion
 from adapter_core.basis import Basis
+from adapter_core.errors import TesseraError
 from adapter_core.job_records import Job
+from trainer_worker.basis_source import JobBasis
 from trainer_worker.run import RunUpdate, TrainRun
 
 
@@ -23,6 +25,31 @@ def begin_message(run: TrainRun) -> str:
         f"{plan.num_epochs} epoch(s), {plan.total_steps} steps of {plan.batch_size}, "
         f"learning rate {plan.learning_rate:g}"
     )
+
+
+def basis_message(found: JobBasis) -> str:
+    """Where a job's basis came from."""
+    manifest = found.basis.manifest
+    said = {"stored": "as asked for", "found": "built before", "built": "built now"}[found.origin]
+    return f"Basis {manifest.basis_id[:12]}: {manifest.method}, rank {manifest.rank}, {said}"
+
+
+def building_progress(done: int, total: int) -> dict[str, Any]:
+    """The job's progress while its basis is built or its start found."""
+    return {"phase": "preparing", "modules_done": done, "modules": total}
+
+
+def basis_result(found: JobBasis, *, building_s: float) -> dict[str, Any]:
+    """The result of a job that was about a basis alone."""
+    manifest = found.basis.manifest
+    return {
+        "basis_id": manifest.basis_id,
+        "origin": found.origin,
+        "bytes": manifest.factor_bytes,
+        "num_modules": len(manifest.modules),
+        "building_s": round(building_s, 2),
+        "calibration": manifest.recipe.get("calibration"),
+    }
 
 
 def metrics_message(update: RunUpdate) -> str:
@@ -85,11 +112,17 @@ def finish_warnings(run: TrainRun) -> list[tuple[str, str]]:
 def make_adapter(run: TrainRun, basis: Basis, job: Job) -> Adapter:
     """The best state of a run in stored form: R = P_out R' P_in, float32."""
     R = basis.fold(run.best_R.double()).float().contiguous()
+    return Adapter(basis.basis_id, R, provenance(run, job, basis.manifest.method))
+
+
+def provenance(run: TrainRun, job: Job, method: str) -> dict[str, Any]:
+    """What is kept with an adapter of where it comes from. method: of its basis."""
     progress = run.progress
-    metadata = {
+    return {
         "job_id": job.job_id,
         "base_model": job.spec.base_model,
-        "method": basis.manifest.method,
+        "method": method,
+        "start": None if run.start_notes is None else run.start_notes.get("method"),
         "seed": job.spec.seed,
         "training_file": job.spec.training_file,
         "data_digest": run.data.digest,
@@ -99,7 +132,13 @@ def make_adapter(run: TrainRun, basis: Basis, job: Job) -> Adapter:
         "valid_loss": progress.best_valid_loss,
         "metadata": job.spec.metadata,
     }
-    return Adapter(basis.basis_id, R, metadata)
+
+
+def problem_of(error: Exception) -> dict[str, Any]:
+    """Why a job failed, as its owner is told."""
+    if isinstance(error, TesseraError):
+        return {"code": error.code, "message": error.message, "param": error.param}
+    return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}
 
 
 def result_of(
@@ -111,7 +150,8 @@ def result_of(
         "adapter": {"id": job.spec.adapter_id, "version": version.version},
         "version": version.version,
         "adapter_bytes": version.bytes,
-        "basis_id": run.basis_id,
+        "basis_id": version.basis_id,
+        "start": run.start_notes,
         "steps": progress.step,
         "epochs": round(progress.step * plan.num_epochs / plan.total_steps, 2),
         "finish_reason": progress.finish_reason,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,20 @@ class TrainRun:
         self.m, self.v = torch.zeros(shape), torch.zeros(shape)
         self.best_R = self.R.clone()
         self.progress = Progress()
+        #: How it came to its first R, as JSON; None: from the base model or an adapter as it was.
+        self.start_notes: dict[str, Any] | None = None
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint of this run is only valid with, beside its data and its plan."""
+        return self.basis_id
+
+    def more_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside R, m, v, best_R and the progress."""
+        return {}
+
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `more_state` gave. Raises `KeyError` or `ValueError`; the run is of no use then."""
 
     @property
     def is_finished(self) -> bool:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, TypeVar
-
-import torch
+from typing import TypeVar
 
 from adapter_core.basis import Basis
-from adapter_core.errors import Conflict, CorruptRecord, StaleLease, TesseraError, Unavailable
+from adapter_core.basis_holds import BasisHolds
+from adapter_core.errors import StaleLease, TesseraError, Unavailable
 from adapter_core.job_leases import JobLeases, Lease, LeaseState
-from adapter_core.store import AdapterStore
-from trainer_worker import checkpoint, reports
+from trainer_worker import checkpoint, reports, starting
+from trainer_worker.basis_source import Attempt
+from trainer_worker.job_checkpoints import JobCheckpoints
 from trainer_worker.job_reporter import JobReporter
+from trainer_worker.lora_form import LoraRun
+from trainer_worker.lora_jobs import DedicatedPublisher, start_message
 from trainer_worker.metrics import TrainerMetrics
+from trainer_worker.orders import Command, Orders, Stopped, until_available
 from trainer_worker.preparation import Preparation, Prepared
+from trainer_worker.publication import Publisher
 from trainer_worker.run import RunUpdate, TrainRun
 from trainer_worker.train_loop import TrainLoop
 
@@ -32,21 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Reckoned for a job whose data nobody has seen yet.
 ASSUMED_TOKENS_PER_STEP = 1024
-#: Between two attempts to reach the store.
-FIRST_RETRY_S, MAX_RETRY_S = 0.1, 2.0
-
-
-class Command(IntEnum):
-    """Why a session has to stop; of several the highest counts."""
-
-    RELEASE = 1  # the worker ends
-    PAUSE = 2
-    CANCEL = 3
-    LOST = 4
-
-
-class _Stopped(Exception):
-    """A command has come."""
+#: How a job's lease may end so that no other attempt follows.
+FINAL_OUTCOMES = ("succeeded", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -54,11 +44,12 @@ class Tools:
     """What all sessions of a worker share."""
 
     leases: JobLeases
-    adapters: AdapterStore
+    publisher: Publisher
+    dedicated: DedicatedPublisher
+    holds: BasisHolds
     preparation: Preparation
     loop: TrainLoop
     metrics: TrainerMetrics
-    adapter_dtype: torch.dtype
     lease_s: float
     checkpoint_every_s: float
     report_every_s: float
@@ -67,24 +58,31 @@ class Tools:
 class JobSession:
     """The life of one lease. `run` ends when the job is none of this worker's business any more."""
 
-    def __init__(self, lease: Lease, tools: Tools) -> None:
+    def __init__(
+        self, lease: Lease, tools: Tools, *, alone: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """alone: to be waited for before anything is done, for a job that must have the worker for itself."""
         self.lease = lease
         self.tokens_per_step = ASSUMED_TOKENS_PER_STEP
         self.basis_id = lease.job.spec.basis_id
+        self.needs_worker_alone = alone is not None
         #: What broke the training step, if no data explain it: the worker had better start afresh.
         self.failure: Exception | None = None
         self._tools = tools
+        self._alone = alone
         self._began = time.monotonic()
-        self._command: Command | None = None
-        self._wake = asyncio.Event()
+        self._orders = Orders()
         self._news: list[RunUpdate | Exception] = []
-        self._run: TrainRun | None = None  # while it is resident
+        self._run: TrainRun | None = None  # while it is resident, or about to be
         self._reporter = JobReporter(
             lease,
             tools.leases,
             obey=self.obey,
             metrics=tools.metrics,
             report_every_s=tools.report_every_s,
+        )
+        self._checkpoints = JobCheckpoints(
+            lease, tools.leases, self._reporter, metrics=tools.metrics, every_s=tools.checkpoint_every_s
         )
 
     @property
@@ -93,23 +91,23 @@ class JobSession:
 
     def command(self, command: Command) -> None:
         """Stop at the next step. For the worker, from a renewal or at its own end."""
-        self._command = max(command, self._command or command)
-        self._wake.set()
+        self._orders.give(command)
 
     def obey(self, state: LeaseState) -> None:
         """What a renewal or a report said of the lease."""
-        if state is not LeaseState.HELD:
-            self.command(Command[state.name])
+        self._orders.obey(state)
 
     async def run(self) -> None:
         """Never raises but for cancellation."""
         try:
             outcome = await self._work()
-        except _Stopped:
+        except Stopped:
             outcome = await self._end(self._stop)
         except Exception as error:
             failure = error
             outcome = await self._end(lambda: self._fail(failure))
+        if outcome in FINAL_OUTCOMES:
+            await self._let_go()
         self._tools.metrics.count_job(outcome, self.lease.job.spec.method)
         logger.info("job %s of %s: %s", self.job_id, self.lease.job.tenant, outcome)
 
@@ -123,11 +121,47 @@ class JobSession:
             logger.exception("job %s could not be handed back; its lease runs out", self.job_id)
         return "lost"
 
+    async def _let_go(self) -> None:
+        """Of the bases that were held for the job. What fails here is found later (`basis_holds.py`)."""
+        job = self.lease.job
+        try:
+            await self._tools.holds.let_go(job.tenant, job.job_id)
+        except Exception as error:
+            logger.warning("job %s keeps its hold on a basis: %s", self.job_id, error)
+
     async def _work(self) -> str:
-        prepared = await self._interruptible(self._prepare())
-        run = prepared.run
-        await self._tools.loop.join(run, prepared.basis, self._on_news)
-        self._run = run
+        job = self.lease.job
+        if job.started_at is not None and job.attempt <= 1:
+            self._tools.metrics.job_wait_seconds.observe(max(0.0, job.started_at - job.created_at))
+        if self._alone is not None:
+            await self._orders.interruptible(self._wait_alone())
+        return await (self._build() if job.spec.kind == "basis" else self._train())
+
+    async def _wait_alone(self) -> None:
+        assert self._alone is not None
+        await self._reporter.tell(
+            "A worker died with this job: it waits to have one for itself", level="warn"
+        )
+        await self._alone()
+
+    async def _build(self) -> str:
+        """A basis and nothing else. Its owner keeps it until it is deleted by name."""
+        tools, job = self._tools, self.lease.job
+        found = await self._orders.interruptible(
+            self._until_available(lambda: tools.preparation.build(self._attempt()))
+        )
+        await self._reporter.settle()
+        await self._reporter.tell(reports.basis_message(found))
+        await self._until_available(lambda: tools.holds.pin(job.tenant, found.basis.basis_id))
+        result = reports.basis_result(found, building_s=time.monotonic() - self._began)
+        await self._until_available(lambda: tools.leases.complete(self.lease, result))
+        return "succeeded"
+
+    async def _train(self) -> str:
+        prepared = await self._orders.interruptible(self._prepare())
+        run = self._run = prepared.run
+        basis = None if prepared.basis is None else prepared.basis.basis
+        await self._orders.interruptible(self._tools.loop.join(run, basis, self._on_news))
         await self._reporter.tell(reports.begin_message(run))
         for code, message in prepared.warnings:
             await self._reporter.warn(code, message)
@@ -136,29 +170,35 @@ class JobSession:
         if run.progress.finish_reason == "diverged":
             message = "the loss or its gradient was not finite three times; try a smaller learning rate"
             raise TesseraError(message, code="training_diverged", param="hyperparameters")
-        return await self._publish(run, prepared.basis)
+        return await self._publish(run, basis)
+
+    def _attempt(self) -> Attempt:
+        return Attempt(self.lease.job, self._reporter.note_modules, self._reporter.note_outage)
 
     async def _prepare(self) -> Prepared:
         """The run, in the state of its last checkpoint if there is one that fits."""
         job, tools = self.lease.job, self._tools
-        if job.started_at is not None and job.attempt <= 1:
-            tools.metrics.job_wait_seconds.observe(max(0.0, job.started_at - job.created_at))
-        prepared = await self._until_available(lambda: tools.preparation.prepare(job))
-        content = await self._until_available(lambda: tools.leases.load_checkpoint(job.job_id))
-        if content is not None:
-            try:
-                await asyncio.to_thread(checkpoint.restore, prepared.run, content)
-            except (CorruptRecord, Conflict) as error:
-                prepared.warnings.append(("checkpoint_unusable", f"training starts afresh: {error.message}"))
+        saved = await self._until_available(lambda: tools.leases.load_checkpoint(job.job_id))
+        prepared = await self._until_available(lambda: tools.preparation.prepare(self._attempt(), saved))
         self.tokens_per_step = prepared.run.tokens_per_step
-        self.basis_id = prepared.basis.basis_id
+        await self._reporter.settle()
+        if prepared.basis is not None:
+            self.basis_id = prepared.basis.basis.basis_id
+            await self._reporter.tell(reports.basis_message(prepared.basis))
+        if isinstance(prepared.run, LoraRun):
+            await self._reporter.tell(start_message(prepared.run))
+        if prepared.start is not None:
+            await self._reporter.tell(starting.told(prepared.start), data=prepared.start.notes)
+        if prepared.is_start_costly:  # another attempt must not look for it again
+            content = await asyncio.to_thread(checkpoint.to_bytes, prepared.run)
+            await self._until_available(lambda: self._checkpoints.keep(content))
         return prepared
 
     async def _follow(self, run: TrainRun) -> None:
-        """Until the run has finished: report its news, write checkpoints. Raises `_Stopped`."""
-        due = time.monotonic() + self._tools.checkpoint_every_s
+        """Until the run has finished: report its news, write checkpoints. Raises `Stopped`."""
+        due = time.monotonic() + self._checkpoints.interval_s
         while True:
-            await self._sleep_until(due)
+            await self._orders.sleep_until(due)
             news, self._news = self._news, []
             updates = [item for item in news if isinstance(item, RunUpdate)]
             await self._reporter.report(run, updates)
@@ -171,44 +211,32 @@ class JobSession:
                 return
             if time.monotonic() >= due:
                 await self._checkpoint(run)
-                due = time.monotonic() + self._tools.checkpoint_every_s
+                due = time.monotonic() + self._checkpoints.interval_s
 
     async def _checkpoint(self, run: TrainRun) -> None:
-        content = await self._tools.loop.snapshot(run.run_id)
-        if content is None:
-            return
-        try:
-            await self._tools.leases.checkpoint(self.lease, content)
-        except Unavailable as error:
-            self._reporter.note_outage(error)
-            return
-        self._tools.metrics.checkpoints.inc()
-        self._tools.metrics.checkpoint_bytes.set(len(content))
+        content = await self._tools.loop.snapshot(run.run_id) if self._checkpoints.are_wanted else None
+        if content is not None:
+            await self._checkpoints.try_to_keep(content)
 
-    async def _publish(self, run: TrainRun, basis: Basis) -> str:
+    async def _publish(self, run: TrainRun, basis: Basis | None) -> str:
         """Store the best state as the adapter's next version, then end the job.
 
-        Raises `_Stopped` if the lease was lost or the job cancelled, `StaleLease`, `AdapterDeleted`.
+        Raises `Stopped` if the lease was lost or the job cancelled, `StaleLease`, `AdapterDeleted`.
         """
         tools, job = self._tools, self.lease.job
         states = await self._until_available(lambda: tools.leases.renew([self.lease], lease_s=tools.lease_s))
         self.obey(states[job.job_id])
-        if self._command in (Command.LOST, Command.CANCEL):
-            raise _Stopped
+        if self._orders.command in (Command.LOST, Command.CANCEL):
+            raise Stopped
         for code, message in reports.finish_warnings(run):
             await self._reporter.warn(code, message)
-        adapter = await asyncio.to_thread(reports.make_adapter, run, basis, job)
-        version = await self._until_available(
-            lambda: tools.adapters.publish(
-                job.tenant,
-                job.spec.adapter_id,
-                adapter,
-                dtype=tools.adapter_dtype,
-                generation=job.spec.generation,
-                job_id=job.job_id,
-                base_model_id=tools.preparation.model_id,
-            )
-        )
+        if isinstance(run, LoraRun):
+            made = await asyncio.to_thread(tools.dedicated.make, run, job)
+            version = await self._until_available(lambda: tools.dedicated.publish(job, made))
+        else:
+            assert basis is not None
+            adapter = await asyncio.to_thread(reports.make_adapter, run, basis, job)
+            version = await self._until_available(lambda: tools.publisher.publish(job, adapter))
         training_s = time.monotonic() - self._began
         result = reports.result_of(run, version, job, training_s=training_s, warnings=self._reporter.warnings)
         await self._until_available(lambda: tools.leases.complete(self.lease, result))
@@ -217,7 +245,7 @@ class JobSession:
 
     async def _stop(self) -> str:
         """Do what the command says. Raises `StaleLease`."""
-        leases, command = self._tools.leases, self._command
+        leases, command = self._tools.leases, self._orders.command
         content = None
         if self._run is not None and command in (Command.PAUSE, Command.RELEASE):
             content = await self._tools.loop.snapshot(self._run.run_id)
@@ -228,7 +256,7 @@ class JobSession:
             await self._until_available(lambda: leases.acknowledge_cancel(self.lease))
             return "cancelled"
         if content is not None:
-            await self._until_available(lambda: leases.checkpoint(self.lease, content))
+            await self._until_available(lambda: self._checkpoints.keep(content))
         await self._until_available(lambda: leases.release(self.lease))
         return "released"
 
@@ -239,56 +267,25 @@ class JobSession:
             raise error
         is_ours = not isinstance(error, TesseraError)
         retryable = is_ours or isinstance(error, Unavailable)
-        if isinstance(error, TesseraError):
-            problem = {"code": error.code, "message": error.message, "param": error.param}
-        else:
-            message = f"{type(error).__name__}: {error}"
-            problem = {"code": "internal_error", "message": message, "param": None}
+        problem = reports.problem_of(error)
         logger.error("job %s: %s", self.job_id, problem["message"], exc_info=error if is_ours else None)
-        await self._until_available(lambda: self._tools.leases.fail(self.lease, problem, retryable=retryable))
-        is_last = self.lease.job.attempt >= self._tools.leases.max_attempts
+        leases, breaks = self._tools.leases, self.failure is not None
+        await self._until_available(
+            lambda: leases.fail(self.lease, problem, retryable=retryable, ends_worker=breaks)
+        )
+        is_last = self.lease.job.attempt >= leases.max_attempts
         return "retried" if retryable and not is_last else "failed"
 
     async def _leave(self) -> None:
+        await self._reporter.settle()
         if self._run is not None:
             await self._tools.loop.leave(self._run.run_id)
             self._run = None
 
     def _on_news(self, news: RunUpdate | Exception) -> None:
         self._news.append(news)
-        self._wake.set()
-
-    async def _sleep_until(self, due: float) -> None:
-        """Until there is news, or the clock says so. Raises `_Stopped`."""
-        try:
-            async with asyncio.timeout(max(0.0, due - time.monotonic())):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-        self._wake.clear()
-        if self._command is not None:
-            raise _Stopped
-
-    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. Raises `_Stopped` as soon as a command comes; `work` is cancelled then."""
-        task, woken = asyncio.create_task(work), asyncio.create_task(self._wake.wait())
-        try:
-            await asyncio.wait({task, woken}, return_when=asyncio.FIRST_COMPLETED)
-            if self._command is not None:
-                raise _Stopped
-            return await task
-        finally:
-            task.cancel()
-            woken.cancel()
-            await asyncio.gather(task, woken, return_exceptions=True)
+        self._orders.wake()
 
     async def _until_available(self, call: Callable[[], Awaitable[T]]) -> T:
         """The result of a call that is repeated as long as the store does not answer."""
-        delay_s = FIRST_RETRY_S
-        while True:
-            try:
-                return await call()
-            except Unavailable as error:
-                self._reporter.note_outage(error)
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, MAX_RETRY_S)
+        return await until_available(call, self._reporter.note_outage)

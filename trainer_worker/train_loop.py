@@ -52,9 +52,13 @@ class TrainLoop:
                 self._tell(run_id, error)
                 self._forget(run_id)
 
-    async def join(self, run: TrainRun, basis: Basis, listener: Listener) -> None:
-        """From the next tick on the run is trained. Raises `BasisMismatch`, `UnsupportedModel`."""
-        await self._in_thread(lambda: self._pool.join(run, basis))
+    async def join(self, run: TrainRun, basis: Basis | None, listener: Listener) -> None:
+        """From the next tick on the run is trained. Raises `BasisMismatch`, `UnsupportedModel`.
+
+        Waits its turn, because it may put layers into the model.
+        """
+        async with self._turn:
+            await self._in_thread(lambda: self._pool.join(run, basis))
         self._listeners[run.run_id] = listener
         self._somebody.set()
 

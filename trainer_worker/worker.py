@@ -18,9 +18,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 from adapter_core.errors import Unavailable
-from adapter_core.job_leases import JobLeases
+from adapter_core.job_leases import JobLeases, Lease
 from trainer_worker.health import Heartbeat
-from trainer_worker.session import Command, JobSession, Tools
+from trainer_worker.orders import Command
+from trainer_worker.session import JobSession, Tools
 from trainer_worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Worker:
         self._leases: JobLeases = tools.leases
         self._sessions: dict[str, tuple[JobSession, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
         self._stopping = asyncio.Event()
         self._status = EXIT_OK
 
@@ -94,7 +96,7 @@ class Worker:
                     self.worker_id, limit=1, lease_s=self._settings.lease_s, basis_hint=self._common_basis()
                 )
                 for lease in leases:
-                    self._start(JobSession(lease, self._tools))
+                    self._start(self._session(lease))
                 if not leases:
                     await self._unless_stopping(self._leases.wait_for_work(WAIT_FOR_WORK_S))
             except Unavailable as error:
@@ -119,11 +121,28 @@ class Worker:
         """As many jobs as fill the budget, not as many as fit: more would only make all of them slower."""
         if len(self._sessions) >= self._settings.max_resident_jobs:
             return False
+        if any(session.needs_worker_alone for session in self.sessions):
+            return False
         return sum(session.tokens_per_step for session in self.sessions) < self._settings.token_budget
 
     def _common_basis(self) -> str | None:
         counts = Counter(session.basis_id for session in self.sessions if session.basis_id is not None)
         return counts.most_common(1)[0][0] if counts else None
+
+    def _session(self, lease: Lease) -> JobSession:
+        """A job that a worker died with has the next one for itself: if it is to blame, it kills no other.
+
+        It is claimed like any other; no further job is claimed until it has ended.
+        """
+        if lease.job.num_lost_workers == 0:
+            return JobSession(lease, self._tools)
+        return JobSession(lease, self._tools, alone=self._is_last)
+
+    async def _is_last(self) -> None:
+        """Until one session is left: the one that waits for this."""
+        while len(self._sessions) > 1:
+            self._ended.clear()
+            await self._ended.wait()
 
     def _start(self, session: JobSession) -> None:
         job = session.lease.job
@@ -136,6 +155,7 @@ class Worker:
     def _on_end(self, session: JobSession) -> None:
         if self._sessions.get(session.job_id, (None, None))[0] is session:
             del self._sessions[session.job_id]
+        self._ended.set()
         self._count()
         if session.failure is not None:
             logger.critical("training broke; the worker starts afresh")

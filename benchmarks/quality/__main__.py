@@ -1,11 +1,14 @@
 """How good is each method? Best-of-sweep validation loss, orderings T1 to T15, peers; see the package's text.
 
     python -m benchmarks.quality --data FILE.jsonl [--data …] --out DIR [--methods …] [--ranks …] [--seeds …]
-    python -m benchmarks.quality --preset h100-9min --model DIR --data … --workers 4 --budget-s 500 --out DIR
+    python -m benchmarks.quality --preset h100-20min --model DIR --data … --workers 4 --budget-s 1200
+        --earlier benchmarks/results/quality-h100-small --out DIR
     python -m benchmarks.quality --report --out DIR          # the report again, from what is in DIR
+    python -m benchmarks.quality --preset … --data … --out DIR --estimate          # what it would take there
 
 Methods: r x r by name (lora_xs, lora_sb, …), LoRA forms as lora:NAME, PEFT's as peft:NAME. The records appear
-in DIR as they are measured, and a second call with the same DIR goes on where the first ended.
+in DIR as they are measured, and a second call with the same DIR goes on where the first ended; --earlier
+takes over what another run with the same settings has measured.
 """
 
 from __future__ import annotations
@@ -28,14 +31,16 @@ import torch
 from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
 from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import TesseraError
-from benchmarks.quality.data import DataSet, load_data
+from benchmarks.quality.costs import estimate_s, finished_after_s
+from benchmarks.quality.data import DataSet, load_data, personal_name
 from benchmarks.quality.markdown import report
 from benchmarks.quality.plots import PlottingMissing, plot
 from benchmarks.quality.presets import DEFAULT_METHODS, PRESETS, all_of, with_preset
-from benchmarks.quality.records import read_records
+from benchmarks.quality.records import read_records, take_over
 from benchmarks.quality.results import Results
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import CLAIMS, Task, Worker
+from benchmarks.quality.tasks import CLAIMS, Worker, waiting_tasks
+from benchmarks.quality.work import Task
 from benchmarks.report import hardware
 
 #: Kept back at the end of the budget for what is running, and for the report.
@@ -59,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             deadline = started + arguments.budget_s - REPORT_S
         if arguments.worker is None:
             prepare(arguments, settings)
+        if arguments.estimate:
+            return say_estimate(waiting_tasks(tasks, arguments.out, settings), arguments.workers)
         if arguments.worker is None and arguments.workers > 1:
             run_workers(list(sys.argv[1:] if argv is None else argv), arguments, deadline)
         else:
@@ -98,6 +105,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--markdown", type=Path)
     add("--plot", type=Path)
     add("--report", action="store_true", help="only write the report of what is in --out")
+    add("--earlier", type=Path, help="a folder of results whose records count as measured")
+    add("--personal", action="store_true", help="also one user's few examples, the first data set's first")
+    add("--estimate", action="store_true", help="only say what is left to do, and its seconds on an H100")
     add("--worker", type=int, help=argparse.SUPPRESS)
     add("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)  # seconds since the epoch
     arguments = parser.parse_args(argv)
@@ -123,7 +133,16 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     data = [path.stem for path in arguments.data]
     if arguments.preset:
         return list(PRESETS[arguments.preset][0](data))
+    if arguments.personal:
+        data.append(personal_name(data[0]))
     return all_of(arguments.methods, arguments.ranks, arguments.seeds, data)
+
+
+def say_estimate(tasks: list[Task], workers: int) -> int:
+    """What each task takes, and when it is done."""
+    for task, end in zip(tasks, finished_after_s(tasks, workers), strict=True):
+        sys.stdout.write(f"{estimate_s(task):6.0f} s, done after {end:6.0f} s: {task.name} {task.seeds}\n")
+    return 0
 
 
 def prepare(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -132,6 +151,8 @@ def prepare(arguments: argparse.Namespace, settings: Settings) -> None:
     shutil.rmtree(arguments.out / CLAIMS, ignore_errors=True)
     shown = {**asdict(settings), "model": model_name(settings.model)}
     run = {"hardware": hardware(), "settings": shown, "workers": arguments.workers}
+    if arguments.earlier is not None:
+        run["earlier"] = take_over(arguments.earlier, arguments.out, settings=shown)
     (arguments.out / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n")
 
 
@@ -150,6 +171,7 @@ def work(arguments: argparse.Namespace, settings: Settings, tasks: list[Task], d
             max_tokens=settings.max_tokens,
             by_length=settings.by_length,
         )
+    sets |= {own.name: own for own in [item.personal() for item in sets.values()]}
     worker = Worker(base, sets, settings, arguments.out, index=arguments.worker or 0)
     worker.run(tasks, deadline=deadline)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from adapter_core.base_model import LLAMA_LINEARS
 from adapter_core.bases import METHODS
 
 #: The rate at which all methods are compared as the papers do, before anybody tunes.
@@ -18,13 +19,17 @@ RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 #: Of bases whose factors carry singular values of W or magnitudes: their steps are larger at the same rate.
 SCALED_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
+#: Where an adapter is (LoRA-DA, figure 4).
+PLACES = {"attention": LLAMA_LINEARS[:4], "ffn": LLAMA_LINEARS[4:]}
+#: How many examples LoRA-SB's basis is built from (LoRA-SB, table 5).
+SB_COUNTS = (1, 5, 25, 100, 400)
 #: How the built basis is changed: none; half of each direction replaced by noise; η S into B and R_0 = I.
 Change = Literal["none", "noise", "absorb"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """method, options: of `build_basis`. start, start_options: of `make_start`.
+    """method, options, target_modules: of `build_basis`. start, start_options: of `make_start`.
 
     is_random: the basis has a seed, so every seed builds its own. lr_start: the start's η is the learning
     rate.
@@ -39,6 +44,7 @@ class Case:
     is_random: bool = False
     lr_start: bool = False
     change: Change = "none"
+    target_modules: tuple[str, ...] = LLAMA_LINEARS
 
     @property
     def needs_data(self) -> bool:
@@ -57,7 +63,7 @@ def _sb(name: str, *, start: str = "sb_step", change: Change = "none", **options
 
 
 def _da(name: str, **options: Any) -> Case:
-    shared = {"mode", "form", "use_fisher"} & set(options)
+    shared = {"mode", "form", "use_fisher", "damping", "damping_mode", "normalise"} & set(options)
     return Case(name, "lora_da", options, "da_step", {key: options[key] for key in shared})
 
 
@@ -87,14 +93,25 @@ _CASES = (
     Case("lora_sb_paper", "lora_sb", start="sb_step", lr_start=True),
     _sb("sb_noise", start="zero", change="noise"),
     _sb("sb_usv", change="absorb"),
-    *(_sb(f"lora_sb_n{count}", start="zero", num_examples=count) for count in (1, 5, 25, 100, 400)),
+    *(_sb(f"lora_sb_n{count}", start="zero", num_examples=count) for count in SB_COUNTS),
     _da("lora_da"),
     Case("lora_da_zero", "lora_da"),
     _da("lora_da_no_bias", use_bias=False),
     _da("lora_da_no_variance", use_variance=False),
     _da("lora_da_no_fisher", use_variance=False, use_fisher=False),
     _da("lora_da_repo", mode="repo"),
+    # The authors' units alone: of few tokens the factors are too singular for their absolute damping, and a
+    # normalised step is another start.
+    _da("lora_da_repo_units", mode="repo", damping=1e-3, damping_mode="relative", normalise=False),
     _da("lora_da_two_sided", form="two_sided"),
     *(_da(f"lora_da_n{count}", num_examples=count) for count in (16, 64, 1024)),
+    *(
+        Case(f"lora_da_{place}", "lora_da", start="da_step", target_modules=names)
+        for place, names in PLACES.items()
+    ),
+    *(
+        Case(f"random_{place}", "random", is_random=True, target_modules=names)
+        for place, names in PLACES.items()
+    ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _CASES}

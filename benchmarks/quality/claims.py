@@ -1,7 +1,8 @@
 """The published orderings T1 to T15: for each, what the results say. Nothing is assumed about the outcome.
 
 A finding is one comparison in one setting (data set and rank), at equal small rates or at the best of each
-method's sweep. A claim holds in a mode if all its findings there do; else it is said how many do.
+method's sweep. A claim holds in a mode if all its findings there do; else it is said how many do, and why
+not: by how much, whether that is within the noise, whether a sweep ended too early to tell.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison. mode: "small", "best", or "" for what has no learning rate. text: with its numbers."""
+    """One comparison. mode: "small", "best", or "" for what has no learning rate. text: with its numbers.
+
+    margin: by how much the claim is right, in nats, negative if it is not; None where the comparison is not
+    one of two losses. noise: what margin is within the noise. is_edge: one of the two was best at the end of
+    its sweep, so a wider one might decide otherwise.
+    """
 
     setting: str
     mode: str
     holds: bool
     text: str
+    margin: float | None = None
+    noise: float = 0.0
+    is_edge: bool = False
 
 
 #: From results to findings; none if nothing was measured.
@@ -34,7 +43,7 @@ Check = Callable[[Results], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Claim:
-    """T1 to T15. check: yields findings."""
+    """One published ordering. check: yields findings."""
 
     name: str
     text: str
@@ -46,8 +55,8 @@ class Claim:
         if not findings:
             return "not measured"
         parts = []
-        for mode in dict.fromkeys(finding.mode for finding in findings):
-            outcomes = [finding.holds for finding in findings if finding.mode == mode]
+        for mode, members in by_mode(findings).items():
+            outcomes = [finding.holds for finding in members]
             if all(outcomes):
                 said = "holds"
             elif not any(outcomes):
@@ -58,11 +67,53 @@ class Claim:
         return "; ".join(parts)
 
 
+def by_mode(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    """In the order of their first appearance."""
+    found: dict[str, list[Finding]] = {}
+    for finding in findings:
+        found.setdefault(finding.mode, []).append(finding)
+    return found
+
+
+def reason(findings: Sequence[Finding]) -> str:
+    """Why the verdict is what it is, per mode: the margins if all hold, else what speaks against it."""
+    parts = [f"{MODE_NAMES[mode]}: {_reason(members)}" for mode, members in by_mode(findings).items()]
+    return "; ".join(parts)
+
+
+def _reason(findings: Sequence[Finding]) -> str:
+    failed = [finding for finding in findings if not finding.holds]
+    if not failed:
+        margins = [finding.margin for finding in findings if finding.margin is not None]
+        if not margins:
+            return findings[0].text
+        return f"by {min(margins):.3f} to {max(margins):.3f}" if len(margins) > 1 else f"by {margins[0]:.3f}"
+    worst = min(failed, key=lambda finding: 0.0 if finding.margin is None else finding.margin)
+    remarks = []
+    tied = sum(f.margin is not None and -f.margin <= max(TOLERANCE, f.noise) for f in failed)
+    if tied:
+        remarks.append(f"{tied} of {len(failed)} against it are ties")
+    edges = sum(finding.is_edge for finding in failed)
+    if edges:
+        remarks.append(f"{edges} compare with the end of a sweep")
+    remark = f" ({', '.join(remarks)})" if remarks else ""
+    return f"{worst.setting}, {worst.text}{remark}"
+
+
 def better(
-    results: Results, first: str, second: str, *, modes: Sequence[Mode] = MODES, ties: bool = False
+    results: Results,
+    first: str,
+    second: str,
+    *,
+    modes: Sequence[Mode] = MODES,
+    ties: bool = False,
+    settings: Sequence[tuple[str, int]] | None = None,
 ) -> Iterator[Finding]:
-    """first has the lower loss, in every setting where both were measured. ties: or they are equal."""
-    for data, rank in results.settings:
+    """first has the lower loss, in every setting where both were measured. ties: or they are equal.
+
+    settings: unset, those with all examples.
+    """
+    for data, rank in results.settings if settings is None else settings:
         for mode in modes:
             pair = [results.loss(data, case, rank, mode) for case in (first, second)]
             a, b = pair
@@ -70,7 +121,9 @@ def better(
                 continue
             holds = a.mean < b.mean or (ties and is_tie(a, b))
             sign = "≤" if ties else "<"
-            yield Finding(setting(data, rank), mode, holds, f"{first} {sign} {second}: {compared(a, b)}")
+            text = f"{first} {sign} {second}: {compared(a, b)}"
+            margin, is_edge = b.mean - a.mean, a.is_edge or b.is_edge
+            yield Finding(setting(data, rank), mode, holds, text, margin, noise(a, b), is_edge)
 
 
 def equal(results: Results, first: str, second: str, *, modes: Sequence[Mode] = MODES) -> Iterator[Finding]:
@@ -80,7 +133,11 @@ def equal(results: Results, first: str, second: str, *, modes: Sequence[Mode] = 
             a, b = (results.loss(data, case, rank, mode) for case in (first, second))
             if a is not None and b is not None:
                 text = f"{first} ≈ {second}: {compared(a, b)}"
-                yield Finding(setting(data, rank), mode, is_tie(a, b), text)
+                holds, apart = is_tie(a, b), abs(a.mean - b.mean)
+                is_edge = a.is_edge or b.is_edge
+                yield Finding(
+                    setting(data, rank), mode, holds, text, None if holds else -apart, noise(a, b), is_edge
+                )
 
 
 def chain(results: Results, *cases: str, modes: Sequence[Mode] = MODES) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from benchmarks.quality.cases import SB_COUNTS
 from benchmarks.quality.claims import MODES, Claim, Finding, better, chain, setting
 from benchmarks.quality.results import Mode, Results
 
@@ -78,9 +79,7 @@ def t6(results: Results) -> Iterator[Finding]:
 def t7(results: Results) -> Iterator[Finding]:
     for data, rank in results.settings:
         for mode in MODES:
-            losses = {
-                count: results.loss(data, f"lora_sb_n{count}", rank, mode) for count in (1, 5, 25, 100, 400)
-            }
+            losses = {count: results.loss(data, f"lora_sb_n{count}", rank, mode) for count in SB_COUNTS}
             known = {count: loss.mean for count, loss in losses.items() if loss is not None}
             if not {1, 25, 400} <= set(known):
                 continue
@@ -88,6 +87,18 @@ def t7(results: Results) -> Iterator[Finding]:
             shown = ", ".join(f"{count}: {loss:.3f}" for count, loss in known.items())
             text = f"examples {shown}; from 1 to 25 {before:+.3f}, from 25 to 400 {after:+.3f}"
             yield Finding(setting(data, rank), mode, after < before / 5, text)
+    yield from caught_energy(results)
+
+
+def caught_energy(results: Results) -> Iterator[Finding]:
+    """Of a fresh gradient, what a basis from 25 examples catches next to one from 400."""
+    for data in results.datasets:
+        shares = {row["examples"]: row["share"] for row in results.probe("samples", data=data)}
+        if {1, 25, 400} <= set(shares):
+            shown = ", ".join(f"{count}: {share:.3f}" for count, share in sorted(shares.items()))
+            text = f"share of a held-out gradient's energy in the basis of so many examples {shown}"
+            gained = shares[25] - shares[1], shares[400] - shares[25]
+            yield Finding(data, "", gained[1] < gained[0] / 5, text)
 
 
 def t8(results: Results) -> Iterator[Finding]:

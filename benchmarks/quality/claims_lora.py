@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.quality.claims import MODES, Claim, Finding, better, chain, equal, setting
+from benchmarks.quality.claims_core import larger_at_small_rank
 from benchmarks.quality.results import Mode, Results
 
 #: Bases that differ in their directions only, in the r x r form (T13).
@@ -24,11 +25,26 @@ def t9(results: Results) -> Iterator[Finding]:
 
 
 def t10(results: Results) -> Iterator[Finding]:
+    ablations: list[Finding] = []
     for prefix in ("lora:lora_da", "lora_da"):
         names = (prefix, *(f"{prefix}_{missing}" for missing in ("no_bias", "no_variance", "no_fisher")))
-        yield from chain(results, *names)
+        ablations += chain(results, *names)
+    if not ablations:
+        return  # the rest is no verdict on them
+    yield from ablations
     yield from better(results, "lora_da", "lora_da_n16")
     yield from better(results, "lora_da_n1024", "lora_da_n16")
+    yield from larger_at_small_rank(results, "lora_da", "random")
+    for data, rank in results.settings:
+        gains = {}
+        for place in ("ffn", "attention"):
+            da, random = (results.loss(data, f"{case}_{place}", rank) for case in ("lora_da", "random"))
+            if da is not None and random is not None:
+                gains[place] = random.mean - da.mean
+        if len(gains) == 2:
+            text = f"gain over random factors: FFN {gains['ffn']:+.3f}, attention {gains['attention']:+.3f}"
+            margin = gains["ffn"] - gains["attention"]
+            yield Finding(setting(data, rank), "best", margin > 0, text, margin)
 
 
 def t11(results: Results) -> Iterator[Finding]:
@@ -127,8 +143,9 @@ LORA_CLAIMS = (
     ),
     Claim(
         "T10",
-        "LoRA-DA beats itself without bias, that without variance, that without Fisher; more examples help",
-        "LoRA-DA, tables 7-9",
+        "LoRA-DA beats itself without bias, that without variance, that without Fisher; more examples "
+        "help; it gains more in the FFN than in attention, and at small rank",
+        "LoRA-DA, tables 7-9 and figure 4",
         t10,
     ),
     Claim("T11", "LoRA-One falls faster in the first steps, LoRA-DA wins later", "LoRA-DA, section 5.3", t11),

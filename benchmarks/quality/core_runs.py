@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from benchmarks.quality.cases import Case
 from benchmarks.quality.data import DataSet
 from benchmarks.quality.records import BuildRecord, RunRecord, shortened
 from benchmarks.quality.settings import BuildMeter, Settings
+from trainer_worker.learning_rates import BasisKind
 from trainer_worker.run import RunUpdate, TrainRun
 from trainer_worker.train import Trainer
 
@@ -39,6 +41,7 @@ def build_case(
             base,
             method=case.method,
             rank=rank,
+            target_modules=case.target_modules,
             calibration=data.calibration if case.needs_data else None,
             **{**settings.options(METHODS[case.method]), **case.options, "seed": seed},
         )
@@ -48,7 +51,9 @@ def build_case(
         basis = built.basis
         if case.change == "absorb":
             basis, start = absorbed(built.basis, start(0.0))
-    record = BuildRecord(data.name, case.name, rank, meter.seconds, meter.peak_bytes)
+    notes = {name: statistics.median(all_) for name, all_ in built.basis.manifest.recipe["notes"].items()}
+    gain = BasisKind.of(basis).gain
+    record = BuildRecord(data.name, case.name, rank, meter.seconds, meter.peak_bytes, gain, notes)
     return BuiltCase(basis, start, record)
 
 
@@ -114,7 +119,7 @@ def train_case(
     for data in sweep.data:
         for seed in sweep.seeds:
             for rate in sweep.rates:
-                plan = settings.plan(num_examples=len(data.data.train), rate=rate, seed=seed)
+                plan = settings.plan(data, rate=rate, seed=seed)
                 run_id = f"{data.name}/{seed}/{rate:g}"
                 runs.append(TrainRun(run_id, data.data, plan, basis, start=built.start(rate)))
                 where[run_id] = (data.name, seed, rate)

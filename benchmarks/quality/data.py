@@ -20,6 +20,9 @@ from trainer_worker.loss import token_losses
 LENGTH_JITTER = 0.3
 #: More than the shares say, because duplicates fall on one side.
 SPARE_EXAMPLES = 50
+#: One user's own data, and how a set of so many examples is called.
+PERSONAL_EXAMPLES = 50
+PERSONAL_SUFFIX = f"-{PERSONAL_EXAMPLES}"
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,28 @@ class DataSet:
     name: str
     data: TrainingData
 
+    @property
+    def is_personal(self) -> bool:
+        return is_personal(self.name)
+
+    def personal(self) -> DataSet:
+        """What one user has: the first `PERSONAL_EXAMPLES`, and the same examples held out."""
+        train, digest = self.data.train[:PERSONAL_EXAMPLES], self.data.digest + PERSONAL_SUFFIX
+        return DataSet(personal_name(self.name), type(self.data)(train, self.data.valid, digest=digest))
+
     @cached_property
     def calibration(self) -> CalibrationSet:
         """The training examples: the user's own data."""
         return CalibrationSet.from_encoded(self.data.train)
+
+
+def personal_name(name: str) -> str:
+    """Of the personal part of a data set."""
+    return name + PERSONAL_SUFFIX
+
+
+def is_personal(name: str) -> bool:
+    return name.endswith(PERSONAL_SUFFIX)
 
 
 def load_data(

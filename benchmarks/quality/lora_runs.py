@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from adapter_core.base_model import BaseModel
 from adapter_core.bases import METHODS
+from adapter_core.lora_presets import LORA_PRESETS, LoraPreset
 from benchmarks.quality.core_runs import drive, make_record
 from benchmarks.quality.data import DataSet
 from benchmarks.quality.records import BuildRecord, RunRecord
 from benchmarks.quality.settings import BuildMeter, Settings
 from trainer_worker.lora_factors import LoraFactors, initial_factors
 from trainer_worker.lora_form import LoraRun, LoraTrainer
-from trainer_worker.lora_presets import LORA_PRESETS, LoraPreset
 
 #: The rate at which LoRA forms are compared untuned.
 SMALL_RATE = 1e-4
@@ -73,7 +73,7 @@ def train_presets(
             yield record
             for start in factors:
                 for rate in rates or rates_of(preset):
-                    plan = settings.plan(num_examples=len(data.data.train), rate=rate, seed=start.seed)
+                    plan = settings.plan(data, rate=rate, seed=start.seed)
                     run_id = f"{name}/{start.seed}/{rate:g}"
                     runs.append(LoraRun(run_id, data.data, plan, start))
                     where[run_id] = (data.name, start.seed, rate)

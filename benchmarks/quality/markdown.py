@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.quality.claims import MODE_NAMES, Claim, Finding
+from benchmarks.quality.automatic import rates_lines
+from benchmarks.quality.claims import MODE_NAMES, Claim, Finding, reason
 from benchmarks.quality.claims_core import CORE_CLAIMS
 from benchmarks.quality.claims_lora import LORA_CLAIMS
+from benchmarks.quality.claims_own import OWN_CLAIMS
 from benchmarks.quality.results import Results, small_rate
 
-CLAIMS: tuple[Claim, ...] = (*CORE_CLAIMS, *LORA_CLAIMS)
+CLAIMS: tuple[Claim, ...] = (*CORE_CLAIMS, *LORA_CLAIMS, *OWN_CLAIMS)
 COLUMNS = (
     "method",
     "form",
@@ -40,7 +42,9 @@ def report(results: Results, *, hardware: dict[str, Any], settings: dict[str, An
         *orderings_table(found),
     ]
     parts += precision_lines(results)
-    for data, rank in sorted(results.settings, key=lambda item: (results.datasets.index(item[0]), item[1])):
+    parts += rates_lines(results)
+    names = results.all_datasets
+    for data, rank in sorted(results.all_settings, key=lambda item: (names.index(item[0]), item[1])):
         parts += ["", f"## {data}, rank {rank}", "", *method_table(results, data, rank)]
     parts += ["", "## The orderings, comparison by comparison", ""]
     for claim, findings in found:
@@ -62,9 +66,10 @@ def introduction(settings: dict[str, Any]) -> str:
 
 
 def orderings_table(found: list[tuple[Claim, list[Finding]]]) -> list[str]:
-    rows = ["| | claim | source | here |", "|---|---|---|---|"]
+    rows = ["| | claim | source | here | because |", "|---|---|---|---|---|"]
     for claim, findings in found:
-        rows.append(f"| {claim.name} | {claim.text} | {claim.source} | {claim.verdict(findings)} |")
+        cells = (claim.name, claim.text, claim.source, claim.verdict(findings), reason(findings))
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 

@@ -59,7 +59,7 @@ def train_peer(
             with torch.no_grad():
                 for parameter, value in zip(trained, initial, strict=True):
                     parameter.copy_(value)
-            plan = settings.plan(num_examples=len(data.data.train), rate=rate, seed=seed)
+            plan = settings.plan(data, rate=rate, seed=seed)
             losses = list(_train(model, trained, data, plan, settings))
             peer = BaseModel(base.name, base.model_id, model)
             loss = mean_token_loss(peer, data.data.valid, token_budget=settings.token_budget)

@@ -27,7 +27,7 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [data for data in results.datasets if results.ranks(data)]
+    names = [data for data in results.all_datasets if results.ranks(data)]
     if not names:
         return
     figure, axes = pyplot.subplots(2, len(names), figsize=(7.5 * len(names), 11), squeeze=False)

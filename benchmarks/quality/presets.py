@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from adapter_core.errors import InvalidInput
+from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
+from benchmarks.quality.data import personal_name
+from benchmarks.quality.full_list import PERSONAL, full_list
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import Task
-from trainer_worker.lora_presets import LORA_PRESETS
+from benchmarks.quality.work import Task
 
 #: What `--methods` is, unless given.
 DEFAULT_METHODS = (
@@ -121,11 +123,34 @@ def cpu_smoke(data: Sequence[str]) -> list[Task]:
     ]
 
 
+def all_cases(data: Sequence[str]) -> list[Task]:
+    """Everything once, at the smallest size: does it run? The figures mean nothing."""
+    main, own, seeds = tuple(data[:1]), tuple(personal_name(name) for name in data[:1]), (0,)
+    return [
+        Task("base", (*data, *own)),
+        *(Task("core", main, (name,), 4, seeds) for name in CASES),
+        *(Task("core", own, (name,), 4, seeds) for name in PERSONAL),
+        *(Task("lora", main, (name,), 4, seeds) for name in LORA_PRESETS),
+        *(Task("peft", main, (name,), 4, seeds) for name in PEERS),
+        *(Task(kind, main, (), 4, seeds) for kind in ("retention", "samples", "recall")),
+        Task("precision", main, ("lora_xs",), 4, seeds),
+    ]
+
+
 #: Name: the list, and what differs from the default settings.
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     "h100-9min": (
         h100_9min,
         {"by_length": True, "is_fast": True, "svd": "randomised", "token_budget": 16_384},
+    ),
+    "h100-20min": (
+        full_list,
+        {"by_length": True, "is_fast": True, "svd": "randomised", "token_budget": 16_384},
+    ),
+    "cpu-all": (
+        all_cases,
+        {"examples": 40, "validation": 12, "epochs": 1, "batch_size": 8, "max_tokens": 64, "calibration": 16,
+         "rates": (1e-2,), "lora_rates": (1e-3,)},
     ),
     "cpu-smoke": (
         cpu_smoke,

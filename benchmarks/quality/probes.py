@@ -1,5 +1,5 @@
-"""Beside the sweeps: how much of W matters (T5), how well A recalls its inputs while B learns (T15), and what
-the training's precision changes."""
+"""Beside the sweeps: how much of W matters (T5), how many examples a gradient basis needs (T7), how well A
+recalls its inputs while B learns (T15), and what the training's precision changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from adapter_core.base_model import BaseModel
+from adapter_core.bases import CalibrationSet
 from adapter_core.bases.targets import Target, find_targets
-from benchmarks.quality.cases import Case
+from adapter_core.lora_presets import LORA_PRESETS
+from adapter_core.starts import make_start
+from benchmarks.quality.cases import CASES, SB_COUNTS, Case
 from benchmarks.quality.core_runs import Sweep, build_case, train_case
 from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.settings import Settings
 from trainer_worker.lora_factors import initial_factors
 from trainer_worker.lora_form import LoraRun, LoraTrainer
-from trainer_worker.lora_presets import LORA_PRESETS
 
 #: Of LoRA-XS, tables 6 to 8.
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "ffn_in": ("gate_proj", "up_proj")}
@@ -81,6 +83,31 @@ def precision(
     return rows
 
 
+def samples(base: BaseModel, data: DataSet, rank: int, settings: Settings) -> list[dict[str, Any]]:
+    """How much of the held-out examples' gradient LoRA-SB's basis of so many examples catches (T7).
+
+    ‖Bᵀ g Aᵀ‖² over all modules, as a share of what is caught by the best basis there is, that of the held-out
+    gradient's own singular vectors.
+    """
+    held_out = CalibrationSet.from_encoded(data.data.valid)
+
+    def caught(case: Case, source: DataSet) -> float:
+        basis = build_case(base, case, rank, source, settings).basis
+        step = make_start(
+            basis, method="gradient", base=base, calibration=held_out, eta_init="value", eta=1.0,
+            num_examples=len(held_out),
+        )  # fmt: skip
+        return float(basis.fold(step.double()).square().sum())
+
+    own = DataSet(data.name, dataclasses.replace(data.data, train=data.data.valid))
+    best = caught(CASES["gradient_svd"], own)
+    return [
+        {"probe": "samples", "data": data.name, "rank": rank, "examples": count,
+         "share": caught(CASES[f"lora_sb_n{count}"], data) / best}
+        for count in SB_COUNTS
+    ]  # fmt: skip
+
+
 def recall(
     base: BaseModel, data: DataSet, rank: int, rate: float, settings: Settings
 ) -> list[dict[str, Any]]:
@@ -90,7 +117,7 @@ def recall(
     1 - ‖z Q‖² / ‖z‖² with Q an orthonormal basis of A's rows, on held-out examples, the mean over all
     modules.
     """
-    plan = settings.plan(num_examples=len(data.data.train), rate=rate, seed=0)
+    plan = settings.plan(data, rate=rate, seed=0)
     preset = LORA_PRESETS["lolora"]
     runs = []
     for is_trained in (False, True):

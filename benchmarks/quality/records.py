@@ -6,12 +6,15 @@ figures of `probes`. "task": a finished piece of work.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from adapter_core.errors import InvalidInput
 
 #: Points of a stored training curve, each the mean over its part of the steps.
 CURVE_POINTS = 40
@@ -38,13 +41,18 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """How a basis, or the factors of a LoRA form, came about. peak_bytes: on a GPU, above what was there."""
+    """How a basis, or the factors of a LoRA form, came about. peak_bytes: on a GPU, above what was there.
+
+    gain: of the basis' preconditioner (`BasisKind`). notes: those of the recipe, their medians over modules.
+    """
 
     data: str
     case: str
     rank: int
     seconds: float
     peak_bytes: int | None = None
+    gain: float | None = None
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 class RecordFile:
@@ -71,6 +79,26 @@ def read_records(folder: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def take_over(earlier: Path, folder: Path, *, settings: dict[str, Any]) -> dict[str, Any]:
+    """Copy the records of an earlier run into a folder; its hardware.
+
+    earlier: with run.json and records-*.jsonl or records.jsonl.gz. Raises `InvalidInput` for other settings;
+    those that it does not know are new.
+    """
+    run = json.loads((earlier / "run.json").read_text(encoding="utf-8"))
+    measured = {**json.loads(json.dumps(settings)), **run["settings"]}
+    apart = [name for name, value in json.loads(json.dumps(settings)).items() if measured[name] != value]
+    if apart:
+        raise InvalidInput(f"the records of {earlier.name} have other settings: {', '.join(apart)}")
+    archive = earlier / "records.jsonl.gz"
+    lines = [json.dumps(record, separators=(",", ":")) for record in read_records(earlier)]
+    if archive.exists():
+        lines += gzip.decompress(archive.read_bytes()).decode("utf-8").splitlines()
+    (folder / "records-earlier.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    hardware: dict[str, Any] = run["hardware"]
+    return hardware
 
 
 def finite(value: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.quality import cases, lora_runs
+from benchmarks.quality.data import is_personal
 
 Mode = Literal["small", "best"]
 
@@ -55,16 +56,31 @@ class Results:
             sweep.setdefault(run["rate"], []).append(run)
 
     @property
-    def settings(self) -> list[tuple[str, int]]:
+    def all_settings(self) -> list[tuple[str, int]]:
         """(data set, rank) that anything was measured for, in the order of the records."""
         return list(dict.fromkeys((run["data"], run["rank"]) for run in self.runs))
 
     @property
-    def datasets(self) -> list[str]:
+    def settings(self) -> list[tuple[str, int]]:
+        """Those with all examples, which the papers' claims are about."""
+        return [(data, rank) for data, rank in self.all_settings if not is_personal(data)]
+
+    @property
+    def personal_settings(self) -> list[tuple[str, int]]:
+        """Those with one user's few examples."""
+        return [(data, rank) for data, rank in self.all_settings if is_personal(data)]
+
+    @property
+    def all_datasets(self) -> list[str]:
         return list(dict.fromkeys([*self.base, *(run["data"] for run in self.runs)]))
 
+    @property
+    def datasets(self) -> list[str]:
+        """Those with all examples."""
+        return [data for data in self.all_datasets if not is_personal(data)]
+
     def ranks(self, data: str) -> list[int]:
-        return sorted({rank for name, rank in self.settings if name == data})
+        return sorted({rank for name, rank in self.all_settings if name == data})
 
     def cases(self, data: str, rank: int) -> list[str]:
         return [case for name, case, r in self._sweeps if (name, r) == (data, rank)]

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from adapter_core.bases.method import Method
+from benchmarks.quality.data import DataSet
 from trainer_worker.plan import TrainingPlan
 
 #: Evaluations of a run beside the first: the validation curve.
 NUM_EVALUATIONS = 5
 WARMUP_SHARE = 0.05
+#: A personal set's training, about what a job of the service makes of so few examples.
+PERSONAL_EPOCHS, PERSONAL_BATCH_SIZE = 5, 8
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,15 @@ class Settings:
     rates: tuple[float, ...] = ()
     lora_rates: tuple[float, ...] = ()
 
-    def plan(self, *, num_examples: int, rate: float, seed: int) -> TrainingPlan:
+    def plan(self, data: DataSet, *, rate: float, seed: int) -> TrainingPlan:
         """Of one run: no early stopping, so that all methods make the same steps."""
-        total_steps = self.epochs * -(-num_examples // self.batch_size)
+        epochs, batch_size = self.epochs, self.batch_size
+        if data.is_personal:
+            epochs, batch_size = PERSONAL_EPOCHS, PERSONAL_BATCH_SIZE
+        total_steps = epochs * -(-len(data.data.train) // batch_size)
         return TrainingPlan(
-            num_epochs=self.epochs,
-            batch_size=self.batch_size,
+            num_epochs=epochs,
+            batch_size=batch_size,
             total_steps=total_steps,
             learning_rate=rate,
             seed=seed,

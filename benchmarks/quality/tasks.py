@@ -1,66 +1,42 @@
 """A list of work in the order of its worth, done by one process or several until it is done or time is up.
 
 Every process goes through the same list and claims what nobody has claimed, by creating a file. A piece of
-work is begun only if pieces of its kind have fitted into what time is left; its records are written as it
-yields them.
+work is begun only if it fits into what time is left, by its estimate and by how much longer than theirs
+earlier pieces took; its records are written as it yields them. Of a piece that is partly known, from another
+run or another list, only the rest is done.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from adapter_core.base_model import BaseModel
 from adapter_core.errors import TesseraError
+from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.core_runs import Sweep, build_case, train_case
+from benchmarks.quality.costs import estimate_s
 from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.lora_runs import RATES as LORA_RATES
-from benchmarks.quality.lora_runs import train_presets
+from benchmarks.quality.lora_runs import rates_of, train_presets
 from benchmarks.quality.peers import PeerMissing, train_peer
-from benchmarks.quality.probes import precision, recall, retention
+from benchmarks.quality.probes import precision, recall, retention, samples
 from benchmarks.quality.records import RecordFile, RunRecord, read_records
 from benchmarks.quality.settings import Settings
+from benchmarks.quality.work import Task, remaining
 
-Kind = Literal["base", "core", "lora", "peft", "retention", "recall", "precision"]
 #: A piece of work of a kind that was never done yet is begun with at least so much time left.
 UNKNOWN_S = 45.0
 #: The folder of the files that say what somebody has begun.
 CLAIMS = "claims"
-
-
-@dataclass(frozen=True)
-class Task:
-    """cases: names without the form. data: data sets; the LoRA forms, peers and data-aware bases take one.
-
-    rates: None for the cases' own.
-    """
-
-    kind: Kind
-    data: tuple[str, ...]
-    cases: tuple[str, ...] = ()
-    rank: int = 0
-    seeds: tuple[int, ...] = (0,)
-    rates: tuple[float, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        rank = f" r{self.rank}" if self.rank else ""
-        return f"{self.kind} {'+'.join(self.cases)}{rank} {'+'.join(self.data)}".replace("  ", " ")
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Worker:
@@ -71,14 +47,13 @@ class Worker:
     ) -> None:
         self.base, self.data, self.settings, self.out, self.index = base, data, settings, out, index
         self._records = RecordFile(out / f"records-{index}.jsonl")
-        self._seconds: dict[str, list[float]] = {}
+        self._slowness: dict[str, list[float]] = {}
         self._claims = out / CLAIMS
         self._claims.mkdir(parents=True, exist_ok=True)
 
     def run(self, tasks: Sequence[Task], *, deadline: float) -> None:
         """Until nothing is left that fits. deadline: seconds since the epoch."""
-        done = {record["digest"] for record in read_records(self.out) if record["kind"] == "task"}
-        waiting = [task for task in tasks if task.digest not in done]
+        waiting = waiting_tasks(tasks, self.out, self.settings)
         again: list[Task] = []
         for task in waiting:
             if self._fits(task, deadline) and self._claim(task) and self._lacked_memory(task):
@@ -106,8 +81,9 @@ class Worker:
         finally:
             release_memory()
         seconds = time.perf_counter() - started
-        self._seconds.setdefault(_kind(task), []).append(seconds)
+        self._slowness.setdefault(task.kind, []).append(seconds / estimate_s(task))
         record = {"digest": task.digest, "name": task.name, "seconds": round(seconds, 2)}
+        record["estimate_s"] = round(estimate_s(task), 1)
         self._records.add("task", record)
         self._say(f"{task.name}: {_summary(runs)} ({len(runs)} runs, {seconds:.1f} s)")
         return False
@@ -126,8 +102,8 @@ class Worker:
 
     def _fits(self, task: Task, deadline: float) -> bool:
         left = deadline - time.time()
-        known = self._seconds.get(_kind(task))
-        return left > (max(known[-3:]) if known else UNKNOWN_S)
+        known = self._slowness.get(task.kind)
+        return left > (max(known[-3:]) * estimate_s(task) if known else UNKNOWN_S)
 
     def _claim(self, task: Task) -> bool:
         try:
@@ -142,6 +118,25 @@ class Worker:
     def _say(self, text: str) -> None:
         sys.stdout.write(f"[{self.index}] {text}\n")
         sys.stdout.flush()
+
+
+def waiting_tasks(tasks: Sequence[Task], out: Path, settings: Settings) -> list[Task]:
+    """What the records of a folder leave to be done."""
+    done, known = set(), set()
+    for record in read_records(out):
+        if record["kind"] == "task":
+            done.add(record["digest"])
+        elif record["kind"] == "run":
+            known.add(tuple(record[name] for name in ("data", "case", "rank", "seed", "rate")))
+
+    def rates_of_case(case: str) -> Sequence[float]:
+        form, _, name = case.rpartition(":")
+        if not form:
+            return settings.rates or CASES[name].rates
+        return settings.lora_rates or (rates_of(LORA_PRESETS[name]) if form == "lora" else LORA_RATES)
+
+    left = (remaining(task, known, rates_of_case) for task in tasks if task.digest not in done)
+    return [task for task in left if task is not None]
 
 
 def perform(task: Task, base: BaseModel, data: dict[str, DataSet], settings: Settings) -> Iterator[Any]:
@@ -182,6 +177,8 @@ def _perform_core(task: Task, base: BaseModel, sets: Sequence[DataSet], settings
 def _probe(task: Task, base: BaseModel, data: DataSet, settings: Settings) -> list[dict[str, Any]]:
     if task.kind == "retention":
         return retention(base, data, settings)
+    if task.kind == "samples":
+        return samples(base, data, task.rank, settings)
     if task.kind == "recall":
         return recall(base, data, task.rank, (task.rates or LORA_RATES)[-1], settings)
     return precision(base, CASES[task.cases[0]], task.rank, data, settings)
@@ -192,11 +189,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _kind(task: Task) -> str:
-    """What takes about as long: the same kind of work, and about as many runs."""
-    return f"{task.kind}/{len(task.cases)}/{len(task.data)}"
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:

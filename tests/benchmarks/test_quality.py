@@ -21,12 +21,13 @@ from benchmarks.quality.claims import Claim, Finding
 from benchmarks.quality.core_runs import absorbed, build_case, half_noise
 from benchmarks.quality.data import DataSet, LengthGroupedData, load_data, mean_token_loss
 from benchmarks.quality.markdown import CLAIMS, report
-from benchmarks.quality.presets import PRESETS, all_of
+from benchmarks.quality.presets import all_of
 from benchmarks.quality.probes import recall, retention
 from benchmarks.quality.records import RecordFile, RunRecord, read_records, shortened
 from benchmarks.quality.results import Results
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import Task, Worker
+from benchmarks.quality.tasks import Worker
+from benchmarks.quality.work import Task
 
 DATA = Path(__file__).parents[1] / "data"
 SETTINGS = Settings(
@@ -273,27 +274,12 @@ def test_claims_follow_the_numbers(sign: int) -> None:
     assert claim.verdict(mixed) == "best of sweep: holds in 1 of 2"
 
 
-def test_every_claim_can_be_measured_by_the_preset() -> None:
-    """With a result for each run of the GPU preset no claim stays without a finding."""
-    tasks = PRESETS["h100-9min"][0](["a", "b", "c"])
-    records: list[dict[str, Any]] = [{"kind": "base", "data": name, "loss": 5.0} for name in "abc"]
-    for task in tasks:
-        for data in task.data:
-            for case in task.cases:
-                prefix = {"lora": "lora:", "peft": "peft:"}.get(task.kind, "")
-                rates = (1e-4, 3e-3)
-                records += [
-                    run_record(prefix + case, rate, 4.0, data=data, rank=task.rank)
-                    for rate in rates
-                    if task.kind in ("core", "lora", "peft")
-                ]
-    assert any(task.kind == "retention" for task in tasks)
-    assert any(task.kind == "recall" for task in tasks)
-    results = Results(records)
-    silent = [claim.name for claim in CLAIMS if not list(claim.check(results))]
-    assert silent == ["T5", "T15"], "these two need the probes"
-    text = report(results, hardware={"device": "none"}, settings=dataclasses.asdict(SETTINGS))
-    assert "not measured" in text
+def test_the_report_says_what_was_not_measured() -> None:
+    records = [{"kind": "base", "data": "d", "loss": 5.0}, run_record("lora_xs", 3e-3, 4.0)]
+    settings = dataclasses.asdict(SETTINGS)
+    text = report(Results(records), hardware={"device": "none"}, settings=settings)
+    assert text.count("| not measured |") == len(CLAIMS)
+    assert "because" in text
 
 
 def test_curves_are_shortened_without_losing_their_end() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import pytest
 
-from adapter_core.base_model import BaseModel
-from adapter_core.bases import build_basis
 from adapter_core.errors import InvalidInput
 from trainer_worker.plan import BasisKind, TrainingPlan, make_plan
 
@@ -78,24 +75,3 @@ def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
 def test_a_run_of_one_step_has_a_rate() -> None:
     made = plan(1, n_epochs=1)
     assert made.learning_rate_at(0) == made.learning_rate
-
-
-def test_the_rate_falls_with_the_rank_and_the_gain() -> None:
-    rate = BasisKind("lora_xs", rank=16).learning_rate
-    assert BasisKind("lora_xs", rank=4).learning_rate == pytest.approx(4 * rate)
-    assert BasisKind("lora_xs", rank=16, gain=5.0).learning_rate == pytest.approx(rate / 5)
-    assert BasisKind("something_new", rank=32).learning_rate == pytest.approx(rate / 2)
-
-
-def test_a_scale_in_the_basis_changes_the_rate_and_not_the_step(small: BaseModel) -> None:
-    """What LoRA's alpha / r does elsewhere: R' is scaled, the stored core moves as far as before."""
-    plain = build_basis(small, rank=4, with_sigma=False)
-    assert BasisKind.of(plain).gain == pytest.approx(1.0)
-    scaled = dataclasses.replace(plain, P_out=plain.P_out * 7)
-    assert BasisKind.of(scaled).learning_rate * 7 == pytest.approx(BasisKind.of(plain).learning_rate)
-
-
-def test_the_rates_of_the_bundled_model_are_those_that_were_measured(tiny: BaseModel) -> None:
-    for with_sigma, best in ((True, 4e-3), (False, 12e-3)):
-        kind = BasisKind.of(build_basis(tiny, rank=16, with_sigma=with_sigma))
-        assert kind.learning_rate == pytest.approx(best, rel=0.1)

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_core.bases import METHODS
 from adapter_core.bases.decomposition import random_orthonormal
 from adapter_core.bases.hebbian import HebbianConfig
+from adapter_core.bases.method import fill_options
 from adapter_core.errors import InvalidInput
 
 #: LoRA-One's and LoRA-DA's γ: the first product's largest singular value is s / γ.
@@ -123,6 +125,34 @@ class LoraPreset:
     scale: Callable[[int], float] = _one
     online: HebbianConfig | None = None
     rank_factor: int = 1
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether it starts from data: from those that it trains on, unless others are given."""
+        return self.method is not None and METHODS[self.method].needs_calibration != "none"
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises `InvalidInput` for what its method has no option for."""
+        known = {} if self.method is None else METHODS[self.method].options
+        free = {name: option for name, option in known.items() if name not in self.options}
+        fill_options(f"LoRA form {self.name}", free, options)
+
+    def describe(self) -> dict[str, Any]:
+        """The form as JSON."""
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "method": self.method,
+            "options": {
+                name: option.describe()
+                for name, option in ({} if self.method is None else METHODS[self.method].options).items()
+                if name not in self.options
+            },
+            "trains": ["A", "B"] if self.trains_A else ["B"],
+            "local_rule": None if self.online is None else self.online.rule,
+            "needs_examples": self.needs_examples,
+            "stored_rank": self.stored_rank(1),
+        }
 
     def stored_rank(self, rank: int) -> int:
         """Of the basis that the trained factors are stored as: B A and -B_0 A_0 side by side, if A moves."""

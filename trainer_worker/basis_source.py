@@ -1,0 +1,190 @@
+"""The basis of a job: stored already, found by its recipe, or built now.
+
+A basis that follows from the base model, a method and a rank alone is everybody's. One that is built from
+somebody's data, or with options of somebody's choice, is the tenant's own and counts against its quota
+(`own_bases.py`). Either is named by its recipe, with the digest of the data, so a job that is tried again,
+or another one like it, gets what was built before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from adapter_core.base_model import BaseModel, iter_target_modules
+from adapter_core.bases import BuiltBasis, CalibrationSet, build_basis_and_step, find_method
+from adapter_core.bases.method import fill_options
+from adapter_core.basis import Basis
+from adapter_core.basis_holds import BasisHolds, source_key
+from adapter_core.basis_store import BasisStore, read_if_sound, recipe_key
+from adapter_core.errors import Unavailable
+from adapter_core.job_records import Job, JobSpec
+from adapter_core.own_bases import OwnBases
+from trainer_worker.orders import until_available
+from trainer_worker.sole_use import Progress, SoleUse
+
+#: Bases kept in memory between jobs; one of an 8B model at r = 16 is 84 MB.
+MAX_CACHED_BASES = 4
+#: Of a number in the factors as they are built.
+_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a job, as those who prepare it see it. on_progress(done, total) counts modules."""
+
+    job: Job
+    on_progress: Progress
+    note_outage: Callable[[Unavailable], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a basis is built of. sha256: of the file that the examples are from."""
+
+    examples: CalibrationSet
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JobBasis:
+    """A job's basis. step: [M, r, r], its method's own first step from the same data, if it has one."""
+
+    basis: Basis
+    origin: Literal["stored", "found", "built"]
+    step: Tensor | None = None
+
+
+class BasisSource:
+    """Finds and builds. use: the model, when something has to be built."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        use: SoleUse,
+        *,
+        bases: BasisStore,
+        own: OwnBases,
+        holds: BasisHolds,
+        target_modules: tuple[str, ...],
+    ) -> None:
+        self._base, self._use = base, use
+        self._bases, self._own, self._holds = bases, own, holds
+        self._target_modules = target_modules
+        self._cached: OrderedDict[str, Basis] = OrderedDict()
+
+    async def of(self, attempt: Attempt, calibration: Calibration | None) -> JobBasis:
+        """The basis that the job's specification asks for; an own one is held for the job.
+
+        Raises `InvalidInput`, `UnsupportedModel`, `NotFound`, `QuotaExceeded`, `Conflict` if it is gone.
+        """
+        job = attempt.job
+        if job.spec.basis_id is not None:
+            basis = await self.get(job.tenant, job.spec.basis_id)
+            await self._holds.hold(job.tenant, basis.basis_id, job.job_id)
+            return JobBasis(basis, "stored")
+        recipe = self._recipe(job.spec)
+        if is_everybodys(job.spec, self._target_modules):
+            found = await self._everybodys(attempt, recipe)
+        else:
+            found = await self._tenants(attempt, recipe, calibration)
+        self._keep(found.basis)
+        return found
+
+    async def get(self, tenant: str, basis_id: str) -> Basis:
+        """A stored basis that the tenant may use. Raises `NotFound`, `CorruptRecord`."""
+        await self._own.check_access(tenant, basis_id)
+        if basis_id not in self._cached:
+            self._keep(await self._bases.get(basis_id))
+        self._cached.move_to_end(basis_id)
+        return self._cached[basis_id]
+
+    def _recipe(self, spec: JobSpec) -> dict[str, Any]:
+        """Raises `InvalidInput`: what cannot work must not wait for the model."""
+        fill_options(spec.method, find_method(spec.method).options, spec.basis_options)
+        return {
+            "method": spec.method,
+            "rank": spec.rank,
+            "target_modules": tuple(spec.target_modules or self._target_modules),
+            **spec.basis_options,
+        }
+
+    async def _everybodys(self, attempt: Attempt, recipe: dict[str, Any]) -> JobBasis:
+        name = recipe_key(self._base.model_id, **recipe)
+        found = await read_if_sound(self._bases, await self._bases.find(name))
+        if found is not None:
+            return JobBasis(found, "found")
+        built = await self._build(attempt, recipe, None)
+        winner = await until_available(
+            lambda: self._bases.put(built.basis, recipe_key=name), attempt.note_outage
+        )
+        if winner == built.basis.basis_id:
+            return JobBasis(built.basis, "built", built.step)
+        return JobBasis(await self._bases.get(winner), "found")
+
+    async def _tenants(
+        self, attempt: Attempt, recipe: dict[str, Any], calibration: Calibration | None
+    ) -> JobBasis:
+        tenant, job_id = attempt.job.tenant, attempt.job.job_id
+        examples = None if calibration is None else calibration.examples
+        digest = None if examples is None else await asyncio.to_thread(lambda: examples.digest)
+        name = recipe_key(self._base.model_id, calibration_digest=digest, **recipe)
+        found = await read_if_sound(self._bases, await self._holds.find(tenant, name))
+        if found is not None:
+            await self._holds.hold(tenant, found.basis_id, job_id)
+            return JobBasis(found, "found", await self._bases.step(found))
+        await self._holds.check_room(tenant, self._size(attempt.job.spec))
+        built = await self._build(attempt, recipe, examples)
+        names = [name, _source_key(attempt.job.spec, calibration)]
+        await until_available(lambda: self._store_own(attempt.job, names, built), attempt.note_outage)
+        return JobBasis(built.basis, "built", built.step)
+
+    async def _store_own(self, job: Job, names: list[str], built: BuiltBasis) -> None:
+        """Repeating it changes nothing. Raises `QuotaExceeded`."""
+        basis_id = built.basis.basis_id
+        if await self._own.reserve(job.tenant, built.basis.manifest):
+            await self._holds.hold(job.tenant, basis_id, job.job_id)
+            await self._bases.put_own(built.basis, step=built.step)
+            await self._holds.remember(job.tenant, names, basis_id)
+
+    async def _build(
+        self, attempt: Attempt, recipe: dict[str, Any], calibration: CalibrationSet | None
+    ) -> BuiltBasis:
+        modules = [name for name, _ in iter_target_modules(self._base.model, recipe["target_modules"])]
+
+        def work(progress: Progress) -> BuiltBasis:
+            return build_basis_and_step(self._base, calibration=calibration, progress=progress, **recipe)
+
+        return await self._use.run(work, modules=modules, on_progress=attempt.on_progress)
+
+    def _size(self, spec: JobSpec) -> int:
+        modules = iter_target_modules(self._base.model, spec.target_modules or self._target_modules)
+        return _ITEM_BYTES * spec.rank * sum(m.in_features + m.out_features for _, m in modules)
+
+    def _keep(self, basis: Basis) -> None:
+        self._cached[basis.basis_id] = basis
+        self._cached.move_to_end(basis.basis_id)
+        while len(self._cached) > MAX_CACHED_BASES:
+            self._cached.popitem(last=False)
+
+
+def _source_key(spec: JobSpec, calibration: Calibration | None) -> str:
+    return source_key(
+        spec.method,
+        spec.rank,
+        options=spec.basis_options,
+        target_modules=spec.target_modules,
+        calibration=spec.calibration,
+        sha256="" if calibration is None else calibration.sha256,
+    )
+
+
+def is_everybodys(spec: JobSpec, target_modules: Sequence[str]) -> bool:
+    """Whether the basis follows from the base model, a method and a rank alone."""
+    has_default_targets = spec.target_modules is None or tuple(spec.target_modules) == tuple(target_modules)
+    return spec.calibration is None and not spec.basis_options and has_default_targets
