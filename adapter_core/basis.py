@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,11 @@ class BasisManifest:
         numbers = sum(self.rank * (m.d_in + m.d_out) for m in self.modules)
         return numbers * DTYPES[self.dtype].itemsize
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was made for adapters of its owner, not for everybody's."""
+        return bool(self.recipe.get("is_own"))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
 
@@ -84,7 +89,8 @@ class Basis:
     """A basis with its tensors, all in the manifest's dtype on one device.
 
     A[i]: [r, d_in], B[i]: [d_out, r] for module i of the manifest. P_in, P_out: [M, r, r] float32, the
-    training preconditioner.
+    training preconditioner. start: [M, r, r] float32, the stored core that the training of a user begins with
+    best, where the method has learned one; else None.
     """
 
     manifest: BasisManifest
@@ -92,6 +98,7 @@ class Basis:
     B: tuple[Tensor, ...]
     P_in: Tensor
     P_out: Tensor
+    start: Tensor | None = None
 
     @property
     def basis_id(self) -> str:
@@ -121,7 +128,9 @@ class Basis:
             yield raw_bytes(A) + raw_bytes(B)
 
     def preconditioner_bytes(self) -> bytes:
-        return raw_bytes(self.P_in) + raw_bytes(self.P_out)
+        """P_in, P_out and, if there is one, the start: what only training needs."""
+        start = b"" if self.start is None else raw_bytes(self.start)
+        return raw_bytes(self.P_in) + raw_bytes(self.P_out) + start
 
     @classmethod
     def from_bytes(cls, manifest: BasisManifest, modules: list[bytes], preconditioner: bytes) -> Basis:
@@ -134,10 +143,10 @@ class Basis:
             flat = torch.frombuffer(bytearray(blob), dtype=dtype)
             A.append(flat[: rank * shape.d_in].view(rank, shape.d_in))
             B.append(flat[rank * shape.d_in :].view(shape.d_out, rank))
-        if len(preconditioner) != 2 * M * rank * rank * 4:
+        if len(preconditioner) not in (2 * M * rank * rank * 4, 3 * M * rank * rank * 4):
             raise CorruptRecord(f"the preconditioner holds {len(preconditioner)} bytes")
-        P = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32).view(2, M, rank, rank)
-        basis = cls(manifest, tuple(A), tuple(B), P[0], P[1])
+        P = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32).view(-1, M, rank, rank)
+        basis = cls(manifest, tuple(A), tuple(B), P[0], P[1], P[2] if len(P) == 3 else None)
         if basis.digest() != manifest.basis_id:
             raise CorruptRecord(f"stored factors do not give basis {manifest.basis_id}")
         return basis
@@ -161,8 +170,11 @@ def make_basis(
     factors: dict[ModuleShape, tuple[Tensor, Tensor]],
     recipe: dict[str, Any],
     dtype: str = "float32",
+    start: Tensor | None = None,
 ) -> Basis:
     """A canonical basis from any frozen factors (A' [r, d_in], B' [d_out, r]) per module.
+
+    start: R'_0 [M, r, r] in the coordinates of these factors, which the basis keeps as P_out R'_0 P_in.
 
     A' = P_in A and B' = B P_out by QR in float64; signs are canonical (`canonical_signs`), so equal subspaces
     give equal bytes. Factors that are orthonormal already come back unchanged but for rounding, with
@@ -188,8 +200,9 @@ def make_basis(
         modules=tuple(factors), recipe=recipe,
     )  # fmt: skip
     draft = Basis(manifest, tuple(A), tuple(B), torch.stack(P_in), torch.stack(P_out))
-    named = BasisManifest(**{**manifest.__dict__, "basis_id": draft.digest()})
-    return Basis(named, draft.A, draft.B, draft.P_in, draft.P_out)
+    if start is not None:
+        draft = replace(draft, start=draft.fold(start.cpu().double()).float().contiguous())
+    return replace(draft, manifest=replace(manifest, basis_id=draft.digest()))
 
 
 def canonical_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,41 +12,53 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from adapter_core import keys
 from adapter_core.base_model import BaseModel
-from adapter_core.bases import build_basis
-from adapter_core.basis import DTYPES, Basis, BasisManifest
+from adapter_core.bases import CalibrationSet, build_basis
+from adapter_core.basis import DTYPES, Basis, BasisManifest, raw_bytes
 from adapter_core.errors import CorruptRecord, NotFound
+from adapter_core.own_bases import EVERYBODY, basis_not_found
 from adapter_core.redis_client import Client, translate_errors
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BASIS_ID = re.compile(r"[0-9a-f]{64}")
 #: A file of the disk cache: manifest length, manifest as JSON, factors of each module, preconditioner.
 _LENGTH_BYTES = 8
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 
 
 def recipe_key(
-    model_id: str, *, method: str, rank: int, target_modules: Sequence[str], **options: Any
+    model_id: str,
+    *,
+    method: str,
+    rank: int,
+    target_modules: Sequence[str],
+    calibration_digest: str | None = None,
+    **options: Any,
 ) -> str:
     """One name for one way to build a basis; the order of the patterns and of the options does not matter."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "model_id": model_id,
         "method": method,
         "rank": rank,
         "target_modules": sorted(set(target_modules)),
         "options": options,
     }
+    if calibration_digest is not None:
+        recipe["calibration"] = calibration_digest
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, allow_nan=False).encode()).hexdigest()
     return f"{method}:{rank}:{digest}"
 
@@ -58,25 +70,34 @@ async def ensure_basis(
     method: str,
     rank: int,
     target_modules: Sequence[str],
+    calibration: CalibrationSet | None = None,
     **options: Any,
 ) -> Basis:
-    """The basis of this recipe: found, or built in a thread and stored. Two racers end with the same one.
+    """The basis of this recipe, for all: found, or built in a thread and stored; racers end with one.
 
     A stored basis that cannot be read is built again: where that gives the same bytes, it is mended. Raises
     `InvalidInput`, `UnsupportedModel`, `CorruptRecord`, `StoreUnavailable`, `StoreFull`.
     """
-    name = recipe_key(base.model_id, method=method, rank=rank, target_modules=target_modules, **options)
-    found = await store.find(name)
+    recipe: dict[str, Any] = {"method": method, "rank": rank, "target_modules": target_modules, **options}
+    digest = None if calibration is None else calibration.digest
+    name = recipe_key(base.model_id, calibration_digest=digest, **recipe)
+    found = await read_if_sound(store, await store.find(name))
     if found is not None:
-        try:
-            return await store.get(found)
-        except (NotFound, CorruptRecord) as error:
-            log.error("basis %s is built again: %s", found, error)
-    built = await asyncio.to_thread(
-        build_basis, base, method=method, rank=rank, target_modules=target_modules, **options
-    )
+        return found
+    built = await asyncio.to_thread(build_basis, base, calibration=calibration, **recipe)
     winner = await store.put(built, recipe_key=name)
     return built if winner == built.basis_id else await store.get(winner)
+
+
+async def read_if_sound(store: BasisStore, basis_id: str | None) -> Basis | None:
+    """The stored basis of this id; None if there is no id, or it cannot be read and should be built again."""
+    if basis_id is None:
+        return None
+    try:
+        return await store.get(basis_id)
+    except (NotFound, CorruptRecord) as error:
+        log.error("basis %s is built again: %s", basis_id, error)
+        return None
 
 
 class BasisStore:
@@ -87,10 +108,41 @@ class BasisStore:
         self._cache = None if cache_dir is None else _DiskCache(cache_dir)
 
     async def put(self, basis: Basis, *, recipe_key: str | None = None) -> str:
-        """Store a basis; returns the basis that the recipe names, an earlier one if there is one."""
+        """Store a basis for all; returns the one that the recipe names, an earlier one if there is one."""
+        basis_id = basis.basis_id
+        name = f"id:{basis_id}" if recipe_key is None else recipe_key
+        with translate_errors():
+            if await self._redis.exists(keys.basis_owners(basis_id)):  # before the factors: they must stay
+                await self._redis.hset(keys.basis_owners(basis_id), EVERYBODY, "")
+        await self._write(basis)
+        with translate_errors():
+            await self._redis.hsetnx(keys.basis_index(), name, basis_id)
+            winner: Any = await self._redis.hget(keys.basis_index(), name)
+        return str(winner.decode())
+
+    async def put_own(self, basis: Basis, *, step: Tensor | None = None) -> None:
+        """Store a basis that `OwnBases.reserve` was called for. No list shows it, no disk keeps it.
+
+        step: [M, r, r], what `build_basis_and_step` found with it.
+        """
+        manifest = replace(basis.manifest, recipe={**basis.manifest.recipe, "is_own": True})
+        if step is not None:
+            with translate_errors():
+                await self._redis.set(keys.basis_step(basis.basis_id), raw_bytes(step.float()))
+        await self._write(replace(basis, manifest=manifest))
+
+    async def step(self, basis: Basis) -> Tensor | None:
+        """The step that was stored with an own basis, [M, r, r] float32; None if there is none."""
+        with translate_errors():
+            content: Any = await self._redis.get(keys.basis_step(basis.basis_id))
+        shape = (basis.num_modules, basis.rank, basis.rank)
+        if content is None or len(content) != 4 * math.prod(shape):
+            return None
+        return torch.frombuffer(bytearray(content), dtype=torch.float32).view(shape)
+
+    async def _write(self, basis: Basis) -> None:
         basis_id = basis.basis_id
         modules = ((keys.basis_module(basis_id, i), blob) for i, blob in enumerate(basis.module_bytes()))
-        name = f"id:{basis_id}" if recipe_key is None else recipe_key
         with translate_errors():
             for batch in _batches(modules, basis.manifest):
                 pipeline = self._redis.pipeline(transaction=False)
@@ -99,9 +151,6 @@ class BasisStore:
                 await pipeline.execute()
             await self._redis.set(keys.basis_preconditioner(basis_id), basis.preconditioner_bytes())
             await self._redis.set(keys.basis_manifest(basis_id), basis.manifest.to_json())
-            await self._redis.hsetnx(keys.basis_index(), name, basis_id)
-            winner: Any = await self._redis.hget(keys.basis_index(), name)
-        return str(winner.decode())
 
     async def find(self, recipe_key: str) -> str | None:
         """The id of the basis that this recipe gave."""
@@ -111,24 +160,24 @@ class BasisStore:
 
     async def manifest(self, basis_id: str) -> BasisManifest:
         """Raises `NotFound`, `CorruptRecord`."""
-        if not BASIS_ID.fullmatch(basis_id):
-            raise _not_found(basis_id)
+        if not keys.BASIS_ID.fullmatch(basis_id):
+            raise basis_not_found(basis_id)
         with translate_errors():
             text: Any = await self._redis.get(keys.basis_manifest(basis_id))
         if text is None:
-            raise _not_found(basis_id)
+            raise basis_not_found(basis_id)
         return _parse_manifest(basis_id, text)
 
     async def get(self, basis_id: str) -> Basis:
         """Read a basis from the disk cache or the store, verified. Raises `NotFound`, `CorruptRecord`."""
-        if self._cache is not None and BASIS_ID.fullmatch(basis_id):
+        if self._cache is not None and keys.BASIS_ID.fullmatch(basis_id):
             cached = await asyncio.to_thread(self._cache.load, basis_id)
             if cached is not None:
                 return cached
         manifest = await self.manifest(basis_id)
         modules, preconditioner = await self._factors(manifest)
         basis = await asyncio.to_thread(Basis.from_bytes, manifest, modules, preconditioner)
-        if self._cache is not None:
+        if self._cache is not None and not manifest.is_own:  # deleting it must leave no copy
             await asyncio.to_thread(self._cache.save, basis)
         return basis
 
@@ -214,7 +263,3 @@ def _parse_manifest(basis_id: str, text: bytes) -> BasisManifest:
     if manifest.basis_id != basis_id or manifest.dtype not in DTYPES or not manifest.modules:
         raise CorruptRecord(f"the manifest of basis {basis_id} is not its own")
     return manifest
-
-
-def _not_found(basis_id: str) -> NotFound:
-    return NotFound(f"there is no basis {basis_id!r}", param="basis_id", code="basis_not_found")

@@ -26,13 +26,14 @@ def start_child(
     environment: Mapping[str, str] | None = None,
     output: int | IO[bytes] | None = None,
     lock_file: Path | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `command`; on Linux it gets SIGTERM when the calling *thread* ends, however that ends.
 
     So call it from a thread that lives as long as the child should. The child gets its own session: Ctrl-C
     reaches the parent alone, which then stops its children in order. lock_file: locked (flock) before the
-    program begins and until it ends; waited for. command[0] is an absolute path. Raises `FileNotFoundError`
-    if that is no program.
+    program begins and until it ends; waited for. pass_fds: inherited under their numbers. command[0] is an
+    absolute path. Raises `FileNotFoundError` if that is no program.
     """
     if not os.access(command[0], os.X_OK):
         raise FileNotFoundError(f"{command[0]} is no program that can be run")
@@ -44,6 +45,7 @@ def start_child(
         stdout=output,
         stderr=output,
         start_new_session=True,
+        pass_fds=pass_fds,
     )
 
 

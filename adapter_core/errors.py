@@ -9,12 +9,14 @@
         BasisMismatch            the adapter belongs to another basis than the one named
         AdapterDeleted           the adapter was deleted after the work on it began
         StaleLease               another worker holds the job now
+        QuotaExceeded            the tenant may not store so much
       CorruptRecord              stored bytes that fail their checksum or their shape
       Unavailable                try again later
         StoreUnavailable         Redis does not answer
         StoreFull                Redis is at `maxmemory`
         EngineUnavailable        the engine process is starting, restarting or gone
         EngineOverloaded         the engine's waiting queue is full
+        TenantOverloaded         as many requests of this tenant wait as may
       RequestFailed              the engine gave up on this one request
 
 `raise` one of these for what others can cause, `assert` for what only our own code can. The table from
@@ -116,6 +118,12 @@ class StaleLease(Conflict):
     code = "stale_lease"
 
 
+class QuotaExceeded(Conflict):
+    """The tenant's own bases would take more bytes than one tenant may have."""
+
+    code = "basis_quota_exceeded"
+
+
 class CorruptRecord(TesseraError):
     """Stored bytes that fail their checksum, their shape or their limits."""
 
@@ -150,6 +158,12 @@ class EngineOverloaded(Unavailable):
     """The engine's waiting queue is full."""
 
     code = "engine_overloaded"
+
+
+class TenantOverloaded(Unavailable):
+    """As many requests of this tenant wait in the engine as may; those of others are still taken."""
+
+    code = "tenant_overloaded"
 
 
 class RequestFailed(TesseraError):

@@ -44,7 +44,8 @@ local function run(id, worker, lease_ms, start)
   set(id, 'status', 'running', 'worker', worker, 'charge', precise(charge))
   call('SADD', RUNNING .. tenant, id)
   call('ZADD', LEASES, whole(NOW + lease_ms), id)
-  log(id, 'info', 'Training started (attempt ' .. call('HINCRBY', JOB .. id, 'attempt', 1) .. ')')
+  local work = string.sub(id, 1, 6) == 'ftjob-' and 'Training' or 'Building'
+  log(id, 'info', work .. ' started (attempt ' .. call('HINCRBY', JOB .. id, 'attempt', 1) .. ')')
 end
 """
 
@@ -212,7 +213,8 @@ return 'done'
 """,
 )
 
-#: ARGV: …, error, its message, delay before the next attempt (ms; -1: not retryable), attempts allowed.
+#: ARGV: …, error, its message, delay before the next attempt (ms; -1: not retryable), attempts allowed, how
+#: many workers it costs.
 FAIL = queue_script(
     _FENCE,
     _LEAVE,
@@ -225,6 +227,7 @@ elseif attempt >= max_attempts and not get(id, 'cancel_requested') then
   bury(id, problem, string.format('Job failed after %d attempts: %s', attempt, message))
 else
   set(id, 'due_ms', whole(NOW + delay_ms))
+  call('HINCRBY', JOB .. id, 'lost_workers', ARGV[8])
   give_back(id, 'warn', string.format('Attempt %d of %d failed: %s', attempt, max_attempts, message))
 end
 return 'done'
@@ -271,6 +274,7 @@ for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', whole(NOW), 'LIMIT', 0
   elseif attempt >= max_attempts and not get(id, 'cancel_requested') then
     bury(id, problem, string.format('Job failed: its worker died in each of %d attempts', attempt))
   else
+    call('HINCRBY', JOB .. id, 'lost_workers', 1)
     give_back(id, 'warn', string.format('Attempt %d of %d lost its worker', attempt, max_attempts))
   end
   reaped[#reaped + 1] = id

@@ -192,17 +192,21 @@ class JobLeases:
         """End the job as succeeded, cancellation asked for or not. May be called again after success."""
         await self._step(COMPLETE, lease, to_json(result))
 
-    async def fail(self, lease: Lease, error: Mapping[str, Any], *, retryable: bool) -> None:
+    async def fail(
+        self, lease: Lease, error: Mapping[str, Any], *, retryable: bool, ends_worker: bool = False
+    ) -> None:
         """End the attempt with an error {code, message, param}.
 
         retryable: for faults of the infrastructure; the job is queued again after a growing delay, or fails
         after the last attempt and is noted in `keys.QUEUE_DEAD`. Otherwise (bad data) the job fails at once.
+        ends_worker: the worker does not survive this; counted as `Job.num_lost_workers`, as if it had died.
         """
         delay_ms = -1
         if retryable:
             jitter = random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
             delay_ms = int(self._retry_base_s * RETRY_FACTOR ** (lease.job.attempt - 1) * jitter * 1000)
-        await self._step(FAIL, lease, *_problem(error), delay_ms, self.max_attempts)
+        lost = int(ends_worker)
+        await self._step(FAIL, lease, *_problem(error), delay_ms, self.max_attempts, lost)
 
     async def release(self, lease: Lease) -> None:
         """Give the job back unharmed, for a shutdown or a pause. The attempt does not count.
@@ -231,7 +235,7 @@ class JobLeases:
         job_id, flat, _ = view
         epoch = dict(zip(flat[::2], flat[1::2], strict=True))[b"epoch"]
         problem = _problem({"code": error.code, "message": error.message})
-        await self._run(FAIL, job_id, epoch, secrets.token_hex(8), *problem, -1, self.max_attempts)
+        await self._run(FAIL, job_id, epoch, secrets.token_hex(8), *problem, -1, self.max_attempts, 0)
 
     async def _step(self, script: Script, lease: Lease, *args: Argument) -> str:
         """A fenced step. Its token makes a repetition by the client library harmless."""

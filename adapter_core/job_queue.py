@@ -57,11 +57,18 @@ class QueueStats:
     backlog_cost: int
 
 
-class JobQueue:
-    """Training jobs in Redis, as their owners see them. All methods raise `StoreUnavailable`, `StoreFull`."""
+#: What the ids of each kind of job begin with, so that a job of one kind is unknown among those of another.
+ID_PREFIXES = {"adapter": "ftjob-", "basis": "basisjob-"}
 
-    def __init__(self, redis: Client) -> None:
-        self._redis = redis
+
+class JobQueue:
+    """Jobs of one kind in Redis, as their owners see them. All methods raise `StoreUnavailable`, `StoreFull`.
+
+    All kinds wait in one line; `stats` and `set_share` are about all of them.
+    """
+
+    def __init__(self, redis: Client, *, kind: str = "adapter") -> None:
+        self._redis, self._kind, self._prefix = redis, kind, ID_PREFIXES[kind]
 
     async def submit(
         self,
@@ -76,6 +83,7 @@ class JobQueue:
 
         cost: estimated tokens, what fairness between tenants counts. not_before: Unix seconds.
         """
+        assert spec.kind == self._kind
         ttl_s = keys.IDEMPOTENCY_TTL_S if dedupe_key is not None else _REPETITION_TTL_S
         dedupe = f"{tenant}\n{dedupe_key if dedupe_key is not None else secrets.token_hex(16)}"
         digest = hashlib.sha256(dedupe.encode(errors="surrogatepass")).hexdigest()
@@ -90,12 +98,13 @@ class JobQueue:
             max(1, cost),
             due_ms,
             spec.basis_id or "",
+            self._prefix,
         )
         return parse_job(reply)
 
     async def get(self, tenant: str, job_id: str) -> Job:
         """The job as it is now. Raises `NotFound`."""
-        reply = await self._run(GET, tenant, job_id)
+        reply = await self._run(GET, tenant, self._of_kind(job_id))
         if reply is None:
             raise _not_found(job_id)
         return parse_job(reply)
@@ -105,7 +114,7 @@ class JobQueue:
         if after is not None and not _EVENT_ID.fullmatch(after):
             raise InvalidInput(f"not an event id: {after!r}", param="after")
         reply: list[tuple[bytes, list[bytes]]] | None = await self._run(
-            LIST_EVENTS, tenant, job_id, after or "", limit
+            LIST_EVENTS, tenant, self._of_kind(job_id), after or "", limit
         )
         if reply is None:
             raise _not_found(job_id)
@@ -154,11 +163,12 @@ class JobQueue:
 
     async def list(self, tenant: str, after: str | None = None, limit: int = 20) -> JobPage:
         """The tenant's jobs, newest first, those older than the job `after`; and whether there are more."""
-        reply: list[JobReply] = await self._run(LIST, tenant, after or "", limit)
+        reply: list[JobReply] = await self._run(LIST, tenant, after or "", limit, self._prefix)
         return list(_readable(reply[:limit])), len(reply) > limit
 
     async def _command(self, script: Script, tenant: str, job_id: str, verb: str) -> Job:
-        reply: JobReply | bytes | None = await self._run(script, tenant, job_id, secrets.token_hex(8))
+        token = secrets.token_hex(8)
+        reply: JobReply | bytes | None = await self._run(script, tenant, self._of_kind(job_id), token)
         if reply is None:
             raise _not_found(job_id)
         if isinstance(reply, bytes):
@@ -169,6 +179,12 @@ class JobQueue:
                 code=f"job_not_{adjective}",
             )
         return parse_job(reply)
+
+    def _of_kind(self, job_id: str) -> str:
+        """The id. Raises `NotFound` if it can be no job's of this kind."""
+        if not job_id.startswith(self._prefix):
+            raise _not_found(job_id)
+        return job_id
 
     async def _run(self, script: Script, *args: Argument) -> Any:
         return await script(self._redis, keys=[keys.QUEUE], args=args)

@@ -16,6 +16,9 @@ from typing import Any
 
 from adapter_core.errors import CorruptRecord
 
+#: Of a job's basis: its calibration data are the examples that it trains on.
+OWN_DATA = "own"
+
 #: The server's reply for one job: its id, its hash as name, value, name, value …, its place in the backlog.
 JobReply = tuple[bytes, list[bytes], int]
 
@@ -37,18 +40,33 @@ class JobStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What to train: written once at submission, never changed.
+    """What to train or to build: written once at submission, never changed.
+
+    kind: "adapter" trains one; "basis" builds a basis and leaves adapter_id and training_file empty.
+
+    form: "core" trains R in a frozen basis; "lora" trains A and B as the LoRA form `method` says
+    (`lora_presets.py`), with basis_options for what it starts from, and publishes a basis of its own.
+
+    The basis: basis_id, if it is stored already; else method, rank and basis_options say how it is found or
+    built (target_modules None: those of the worker's settings), from calibration: None, "own" (the examples
+    that the job trains on) or the id of a file. start: {"method", "options"} of `START_METHODS`, None: zero,
+    or the adapter `warm_start_from`.
 
     generation: of the adapter's name when the job was created (`AdapterStore.generation`). hyperparameters:
-    n_epochs, batch_size, learning_rate_multiplier, each a number or "auto". basis_id None: the worker finds
-    or builds the basis of (method, rank).
+    n_epochs, batch_size, learning_rate_multiplier, each a number or "auto".
     """
 
-    adapter_id: str
-    training_file: str
+    kind: str = "adapter"
+    form: str = "core"
+    adapter_id: str = ""
+    training_file: str = ""
     base_model: str
     method: str = "lora_xs"
     rank: int = 16
+    basis_options: dict[str, Any] = field(default_factory=dict)
+    target_modules: list[str] | None = None
+    calibration: str | None = None
+    start: dict[str, Any] | None = None
     generation: int = 0
     validation_file: str | None = None
     basis_id: str | None = None
@@ -71,11 +89,12 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """One request to train, as it was when it was read.
+    """One request to train or to build, as it was when it was read.
 
     attempt: tries that count, the running one included; 0 before the first. epoch: the fencing number of the
     last claim. cost: estimated tokens. error: {code, message, param} of a failed job. queue_position: 1-based
-    place among its tenant's claimable jobs, None if it is not one of them.
+    place among its tenant's claimable jobs, None if it is not one of them. num_lost_workers: attempts that
+    ended with their worker.
     """
 
     job_id: str
@@ -95,6 +114,7 @@ class Job:
     not_before: float | None = None
     cancel_requested: bool = False
     pause_requested: bool = False
+    num_lost_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +152,7 @@ def parse_job(reply: JobReply) -> Job:
             not_before=_seconds(record.get("due_ms")),
             cancel_requested="cancel_requested" in record,
             pause_requested="pause_requested" in record,
+            num_lost_workers=int(record.get("lost_workers", 0)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptRecord(f"job {job_id!r} cannot be read: {type(error).__name__}: {error}") from error

@@ -161,16 +161,17 @@ def queue_script(*bodies: str) -> Script:
     return Script("\n".join([*names, *limits, _SHARED, *bodies]))
 
 
-#: ARGV: tenant, digest of the dedupe key, its lifetime (s), tail of the id, spec, cost, due (ms or 0), basis.
+#: ARGV: tenant, digest of the dedupe key, its lifetime (s), tail of the id, spec, cost, due (ms or 0), basis,
+#: prefix of the id.
 #: Reply: the job; an earlier one if the dedupe key is known.
 SUBMIT = queue_script("""
-local tenant, dedupe, dedupe_ttl, tail, spec, cost, due, basis = unpack(ARGV)
+local tenant, dedupe, dedupe_ttl, tail, spec, cost, due, basis, prefix = unpack(ARGV)
 local known = call('GET', DEDUPE .. dedupe)
 if known and get(known, 'status') then return view(known) end
 
 local sequence = math.max(NOW_US, tonumber(call('GET', SEQUENCE) or 0) + 1)
 call('SET', SEQUENCE, whole(sequence))
-local id = string.format('ftjob-%07x%06x', math.floor(sequence / 16777216), sequence % 16777216) .. tail
+local id = prefix .. string.format('%07x%06x', math.floor(sequence / 16777216), sequence % 16777216) .. tail
 set(id, 'tenant', tenant, 'spec', spec, 'cost', cost, 'basis', basis, 'sequence', whole(sequence),
     'created_ms', whole(NOW), 'attempt', 0, 'epoch', 0)
 if tonumber(due) > NOW then set(id, 'due_ms', due) end
@@ -187,13 +188,15 @@ local tenant, id = unpack(ARGV)
 return get(id, 'tenant') == tenant and view(id)
 """)
 
-#: ARGV: tenant, newest id excluded from the page (or ''), limit. Reply: up to limit + 1 jobs, newest first.
+#: ARGV: tenant, newest id excluded from the page (or ''), limit, prefix of the ids. Reply: up to limit + 1
+#: jobs, newest first.
 LIST = queue_script("""
-local tenant, after, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local tenant, after, limit, prefix = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local jobs = {}
-local from = after == '' and '+' or '(' .. after
+if after ~= '' and string.sub(after, 1, #prefix) ~= prefix then return jobs end
+local from = after == '' and '(' .. prefix .. '~' or '(' .. after -- '~' is above all hex digits
 while #jobs <= limit do
-  local ids = call('ZREVRANGEBYLEX', INDEX .. tenant, from, '-', 'LIMIT', 0, limit + 1)
+  local ids = call('ZREVRANGEBYLEX', INDEX .. tenant, from, '[' .. prefix, 'LIMIT', 0, limit + 1)
   if #ids == 0 then break end
   for _, id in ipairs(ids) do
     if #jobs <= limit and get(id, 'status') then jobs[#jobs + 1] = view(id) end

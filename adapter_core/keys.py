@@ -17,6 +17,7 @@ NUM_BUCKETS = 1024
 
 #: Clients choose adapter names; they appear in URLs, keys and `model`, so no "/", ":" or "@".
 ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+BASIS_ID = re.compile(r"[0-9a-f]{64}")
 TENANT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 #: Longer than any job may run and any cache keeps an adapter: a late trainer cannot resurrect a deleted one.
@@ -81,6 +82,31 @@ def basis_module(basis_id: str, index: int) -> str:
 
 def basis_preconditioner(basis_id: str) -> str:
     return f"{PREFIX}:{{basis:{basis_id}}}:preconditioner"
+
+
+def basis_step(basis_id: str) -> str:
+    """The step that the method of an own basis found in the same pass, for a start without another one."""
+    return f"{PREFIX}:{{basis:{basis_id}}}:step"
+
+
+def basis_owners(basis_id: str) -> str:
+    """A hash: tenant → token of its ownership; "*" for everybody. Absent if it was built for all."""
+    return f"{PREFIX}:{{basis:{basis_id}}}:owners"
+
+
+def tenant_bases(tenant: str) -> str:
+    """A hash of the bases that a tenant owns: basis id → "<bytes>:<token>"."""
+    return f"{PREFIX}:{{{tenant}}}:bases"
+
+
+def basis_users(tenant: str, basis_id: str) -> str:
+    """A hash of the tenant's adapters that are in a basis of its own: adapter id → generation."""
+    return f"{PREFIX}:{{{tenant}}}:basis:{basis_id}:adapters"
+
+
+def tenant_recipes(tenant: str) -> str:
+    """A hash: recipe key (with the digest of the calibration data) → basis id, of the tenant's own bases."""
+    return f"{PREFIX}:{{{tenant}}}:recipes"
 
 
 def basis_index() -> str:

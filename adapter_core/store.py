@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 MAX_CONFLICTS = 64
 #: Buckets asked for in one pipeline.
 _PIPELINE_COMMANDS = 256
+#: Bases whose adapters' size is remembered: more than are in use at once, and users may have their own.
+MAX_KNOWN_SIZES = 1024
 
 
 class AdapterStore:
@@ -127,9 +129,14 @@ class AdapterStore:
                     values = await self._redis.mget(names)
             for ref, blob in zip(chunk, values, strict=True):
                 if blob is not None:
-                    self._blob_bytes[ref.basis_id] = max(len(blob), self._blob_bytes.get(ref.basis_id, 0))
+                    self._note_size(ref.basis_id, len(blob))
             blobs.extend(values)
         return blobs
+
+    def _note_size(self, basis_id: str, blob_bytes: int) -> None:
+        self._blob_bytes[basis_id] = max(blob_bytes, self._blob_bytes.pop(basis_id, 0))
+        if len(self._blob_bytes) > MAX_KNOWN_SIZES:
+            del self._blob_bytes[next(iter(self._blob_bytes))]
 
     def _next_chunk(self, refs: Sequence[AdapterRef]) -> Sequence[AdapterRef]:
         """As many of the first refs as are expected to fit; the first one of an unknown basis goes alone."""

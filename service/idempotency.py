@@ -31,9 +31,10 @@ class Idempotency:
     def __init__(self, redis: Client) -> None:
         self._redis = redis
 
-    async def by_key(self, tenant: str, key: str, body: str, create: Create[T]) -> T:
+    async def by_key(self, tenant: str, key: str, body: str, create: Create[T], *, scope: str = "") -> T:
         """Create, or return what this key created before.
 
+        scope: what is created; a key of one scope is not known in another.
         A request that fails leaves its key unused. Raises `InvalidInput` if the key came with another body.
         """
         if not 0 < len(key) <= MAX_KEY_LENGTH:
@@ -41,7 +42,7 @@ class Idempotency:
                 f"an Idempotency-Key has 1 to {MAX_KEY_LENGTH} characters", param="Idempotency-Key"
             )
         created, fingerprint = await create(f"key:{key}"), _digest("body", body)
-        name = keys.idempotency(tenant, _digest("key", key))
+        name = keys.idempotency(tenant, _digest(f"{scope}key", key))
         with translate_errors():
             first = await self._redis.set(name, fingerprint, nx=True, get=True, ex=keys.IDEMPOTENCY_TTL_S)
         if isinstance(first, bytes) and first.decode() != fingerprint:

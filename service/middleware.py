@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 #: Everything under it belongs to a tenant; health, metrics and documentation belong to nobody.
 TENANT_PREFIX = "/v1"
 UPLOAD_PATH = "/v1/files"
+IMPORT_PATH = re.compile(r"/v1/adapters/[^/]+/peft")
+#: Imports that are read at once: each is kept whole, and is much larger than anything else.
+MAX_IMPORTS = 2
+#: What an import may take to arrive, in time-outs of an ordinary body.
+IMPORT_TIMEOUTS = 10
 
 #: Of a body that is refused, so much is still read and thrown away: a client that is cut off while it sends
 #: never sees the answer.
@@ -133,10 +138,11 @@ class Authentication:
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """max_bytes: of any body; max_upload_bytes: of one sent to the upload path."""
+    """max_bytes: of any body but those to the upload path and to the import paths, which have their own."""
 
     max_bytes: int
     max_upload_bytes: int
+    max_import_bytes: int
     timeout_s: float
 
 
@@ -146,15 +152,30 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, *, limits: BodyLimits) -> None:
         self._app = app
         self._limits = limits
+        self._num_imports = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
-        limit = self._limits.max_upload_bytes if is_upload else self._limits.max_bytes
+        elif scope["method"] != "POST" or IMPORT_PATH.fullmatch(scope["path"]) is None:
+            is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+            limit = self._limits.max_upload_bytes if is_upload else self._limits.max_bytes
+            await self._pass_on(scope, receive, send, (limit, self._limits.timeout_s))
+        elif self._num_imports >= MAX_IMPORTS:
+            error = ServiceOverloaded(f"{MAX_IMPORTS} adapters are being imported already")
+            await response_of(error)(scope, receive, send)
+        else:
+            self._num_imports += 1
+            try:
+                limits = (self._limits.max_import_bytes, IMPORT_TIMEOUTS * self._limits.timeout_s)
+                await self._pass_on(scope, receive, send, limits)
+            finally:
+                self._num_imports -= 1
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, limits: tuple[int, float]) -> None:
+        """limits: of the body, in bytes and seconds."""
         try:
-            messages = await self._read(Headers(scope=scope), receive, limit)
+            messages = await self._read(Headers(scope=scope), receive, *limits)
         except TesseraError as error:
             response = response_of(error)
             response.headers["connection"] = "close"  # what was not read until now is not read
@@ -166,7 +187,7 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive, limit: int) -> deque[Message]:
+    async def _read(self, headers: Headers, receive: Receive, limit: int, timeout_s: float) -> deque[Message]:
         """The body's messages. Raises `BodyTooLarge`, `BodyTimeout`."""
         declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit + MAX_DISCARDED_BYTES):
@@ -174,7 +195,7 @@ class BodyLimit:
         messages: deque[Message] = deque()
         num_bytes = 0
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 has_more = True
                 while has_more and num_bytes <= limit + MAX_DISCARDED_BYTES:
                     message = await receive()
@@ -186,7 +207,7 @@ class BodyLimit:
                     has_more = message["type"] == "http.request" and message.get("more_body", False)
         except TimeoutError as error:
             if num_bytes <= limit:
-                raise BodyTimeout(f"the body did not arrive within {self._limits.timeout_s:g} s") from error
+                raise BodyTimeout(f"the body did not arrive within {timeout_s:g} s") from error
         if num_bytes > limit:
             raise _too_large(limit)
         return messages

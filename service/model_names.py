@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from adapter_core.adapter import AdapterRef
 from adapter_core.errors import EngineUnavailable, InvalidInput, NotFound
 from adapter_core.keys import ADAPTER_ID
+from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterRecord, AdapterStore
 from service.token_engine import TokenEngine
 
@@ -36,9 +37,12 @@ class Target:
 class Models:
     """The base model and the adapters, by the names that callers use."""
 
-    def __init__(self, base_name: str, adapters: AdapterStore, engine: TokenEngine) -> None:
+    def __init__(
+        self, base_name: str, adapters: AdapterStore, own_bases: OwnBases, engine: TokenEngine
+    ) -> None:
         self.base_name = base_name
         self._adapters = adapters
+        self._own_bases = own_bases
         self._engine = engine
 
     async def resolve(self, tenant: str, name: str) -> Target:
@@ -55,16 +59,16 @@ class Models:
             raise unknown_model(name)
         return adapter_id, int(version) if at else None
 
-    def check_new_id(self, adapter_id: str) -> str:
+    def check_new_id(self, adapter_id: str, *, param: str = "adapter.id") -> str:
         """`adapter_id`, if an adapter may have this name. Raises `InvalidInput`."""
         if not ADAPTER_ID.fullmatch(adapter_id):
             raise InvalidInput(
                 f"an adapter id is 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit; "
                 f"got {adapter_id!r}",
-                param="adapter.id",
+                param=param,
             )
         if adapter_id == self.base_name:
-            raise InvalidInput(f"{adapter_id!r} is the name of the base model", param="adapter.id")
+            raise InvalidInput(f"{adapter_id!r} is the name of the base model", param=param)
         return adapter_id
 
     async def get(self, tenant: str, name: str) -> AdapterRecord | None:
@@ -78,7 +82,8 @@ class Models:
         return record
 
     async def delete(self, tenant: str, name: str) -> str:
-        """Delete an adapter with all its versions, here and in the engine; returns its id.
+        """Delete an adapter with all its versions, here and in the engine, and with the bases that only it
+        needed; returns its id.
 
         Raises `NotFound`, and `InvalidInput` for the base model and for a single version.
         """
@@ -87,7 +92,11 @@ class Models:
         adapter_id, version = self.parse(name)
         if version is not None:
             raise InvalidInput("a single version cannot be deleted, only the adapter", param="model")
-        if not await self._adapters.delete(tenant, adapter_id):
+        is_deleted = await self._adapters.delete(tenant, adapter_id)
+        # Also if it was deleted before: that deletion may have been cut off here.
+        generation = await self._adapters.generation(tenant, adapter_id)
+        await self._own_bases.release(tenant, adapter_id, generation=generation)
+        if not is_deleted:
             raise unknown_model(name)
         await self.forget(tenant, adapter_id)
         return adapter_id

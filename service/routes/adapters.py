@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from adapter_core.errors import NotFound
 from adapter_core.store import AdapterRecord, AdapterVersion
 from service.exports import peft_zip
 from service.routes.deps import AfterDep, LimitDep, ModelsDep, StoresDep, TenantDep
@@ -23,13 +26,14 @@ async def list_adapters(
 ) -> Page[AdapterObject]:
     """The caller's adapters, in a fixed order that is not that of their names."""
     records, has_more = await stores.adapters.list(tenant, after=after, limit=limit)
-    return page_of([_object(record) for record in records], has_more)
+    return page_of([adapter_object(record) for record in records], has_more)
 
 
 @router.get("/adapters/{adapter_id}", operation_id="get_adapter")
 async def get_adapter(adapter_id: str, tenant: TenantDep, stores: StoresDep) -> AdapterObject:
     """One adapter with all its versions."""
-    return _object(await stores.adapters.get(tenant, adapter_id))
+    with _named_in_the_path():
+        return adapter_object(await stores.adapters.get(tenant, adapter_id))
 
 
 @router.get(
@@ -46,14 +50,15 @@ async def export_adapter_to_peft(
     version: Annotated[int | None, Query(ge=1, le=2**31, description="the active one by default")] = None,
 ) -> Response:
     """The adapter as an ordinary LoRA: adapter_config.json and adapter_model.safetensors in a zip."""
-    content = await peft_zip(
-        stores.adapters,
-        stores.bases,
-        tenant=tenant,
-        adapter_id=adapter_id,
-        version=version,
-        base_model=models.base_name,
-    )
+    with _named_in_the_path():
+        content = await peft_zip(
+            stores.adapters,
+            stores.bases,
+            tenant=tenant,
+            adapter_id=adapter_id,
+            version=version,
+            base_model=models.base_name,
+        )
     headers = {"content-disposition": f'attachment; filename="{adapter_id}-peft.zip"'}
     return Response(content, media_type="application/zip", headers=headers)
 
@@ -63,16 +68,29 @@ async def update_adapter(
     adapter_id: str, body: AdapterPatchRequest, tenant: TenantDep, stores: StoresDep
 ) -> AdapterObject:
     """Make another version the active one: requests that name no version get it from now on."""
-    return _object(await stores.adapters.activate(tenant, adapter_id, body.active_version))
+    with _named_in_the_path():
+        return adapter_object(await stores.adapters.activate(tenant, adapter_id, body.active_version))
 
 
 @router.delete("/adapters/{adapter_id}", operation_id="delete_adapter")
 async def delete_adapter(adapter_id: str, tenant: TenantDep, models: ModelsDep) -> Deleted:
     """Delete an adapter with all its versions, in the store and in the engine."""
-    return Deleted(id=await models.delete(tenant, adapter_id), object="adapter")
+    with _named_in_the_path():
+        return Deleted(id=await models.delete(tenant, adapter_id), object="adapter")
 
 
-def _object(record: AdapterRecord) -> AdapterObject:
+@contextmanager
+def _named_in_the_path() -> Iterator[None]:
+    """An adapter that is not there is wrong in the path: these requests have no field `model`."""
+    try:
+        yield
+    except NotFound as error:
+        param = "adapter_id" if error.param == "model" else error.param
+        raise NotFound(error.message, param=param, code=error.code) from error
+
+
+def adapter_object(record: AdapterRecord) -> AdapterObject:
+    """An adapter as callers see it."""
     return AdapterObject(
         id=record.adapter_id,
         created_at=int(record.created_at),

@@ -13,13 +13,17 @@ from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPBearer
 from redis.asyncio import Redis
 
+from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
 from adapter_core.file_store import FileStore
 from adapter_core.job_queue import JobQueue
+from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
+from service.basis_jobs import BasisJobs
 from service.event_stream import EventStream, event
 from service.generation import Generator
 from service.idempotency import Idempotency
+from service.imports import Imports
 from service.metrics import Metrics
 from service.model_names import Models
 from service.routes.errors import body_of, response_of
@@ -35,6 +39,7 @@ class Stores:
     redis: Redis
     adapters: AdapterStore
     bases: BasisStore
+    own_bases: OwnBases
     files: FileStore
 
 
@@ -46,9 +51,13 @@ class Services:
     engine: TokenEngine
     stores: Stores
     queue: JobQueue
+    basis_queue: JobQueue
     models: Models
     generator: Generator
     jobs: TrainingJobs
+    basis_jobs: BasisJobs
+    holds: BasisHolds
+    imports: Imports
     idempotency: Idempotency
     metrics: Metrics
 
@@ -98,15 +107,10 @@ def _queue(services: ServicesDep) -> JobQueue:
     return services.queue
 
 
-def _jobs(services: ServicesDep) -> TrainingJobs:
-    return services.jobs
-
-
 ModelsDep = Annotated[Models, Depends(_models)]
 GeneratorDep = Annotated[Generator, Depends(_generator)]
 StoresDep = Annotated[Stores, Depends(_stores)]
 QueueDep = Annotated[JobQueue, Depends(_queue)]
-JobsDep = Annotated[TrainingJobs, Depends(_jobs)]
 
 AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
 LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]

@@ -28,6 +28,7 @@ from adapter_core.errors import (
     RequestFailed,
     StoreFull,
     StoreUnavailable,
+    TenantOverloaded,
     TesseraError,
     Unavailable,
 )
@@ -69,6 +70,7 @@ TABLE: dict[type[Exception], Row] = {
     StoreFull: Row(503, "unavailable_error", "the store is full", 30),
     EngineUnavailable: Row(503, "unavailable_error", "the engine is starting or restarting; try again", 2),
     EngineOverloaded: Row(503, "unavailable_error", "the engine's queue is full; try again", 1),
+    TenantOverloaded: Row(429, "rate_limit_error", None, 1),
     ServiceOverloaded: Row(503, "unavailable_error", None, 1),
     ShuttingDown: Row(503, "unavailable_error", None, 5),
     Unavailable: Row(503, "unavailable_error", "not available at the moment; try again", 1),
@@ -95,6 +97,7 @@ _NAMES = {
     408: "the body did not arrive in time",
     409: "in conflict with the stored state",
     413: "the body is too large",
+    429: "too many requests of this tenant at once",
     500: "internal error",
     503: "try again later",
     504: "not finished in time",
@@ -142,7 +145,7 @@ def response_of(error: Exception) -> JSONResponse:
         level = logging.ERROR if is_bug else logging.WARNING
         logger.log(level, "answered %d: %s", row.status, error, exc_info=error if is_bug else None)
     headers = {} if row.retry_after_s is None else {"retry-after": str(row.retry_after_s)}
-    if row.status in PERMANENT:
+    if row.status in PERMANENT and row.retry_after_s is None:
         headers["x-should-retry"] = "false"
     if row.status == 401:
         headers["www-authenticate"] = "Bearer"

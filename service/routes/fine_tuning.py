@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from adapter_core.job_queue import Job, JobEvent
+from adapter_core.job_queue import Job
 from service import event_stream
-from service.event_stream import DONE, event
-from service.routes.deps import AfterDep, JobsDep, LimitDep, QueueDep, ServicesDep, TenantDep
+from service.routes.deps import AfterDep, LimitDep, QueueDep, ServicesDep, TenantDep
+from service.routes.job_events import follow_events
 from service.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
 from service.routes.json_routes import JsonRoute
 from service.routes.schemas import Page, page_of
@@ -24,9 +21,6 @@ from service.routes.schemas_training import (
 )
 
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=JsonRoute)
-
-#: How often a stream of events looks for new ones.
-FOLLOW_INTERVAL_S = 0.5
 
 
 @router.post("/jobs", operation_id="create_fine_tuning_job")
@@ -98,7 +92,7 @@ async def list_events(
 ) -> Page[JobEventObject] | Response:
     """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
     if stream:
-        return await services.stream(_follow(services.jobs, tenant, job_id))
+        return await services.stream(follow_events(services.queue, tenant, job_id))
     events, has_more = await services.queue.events(tenant, job_id, after, limit)
     return page_of([event_object(event) for event in events], has_more)
 
@@ -107,18 +101,3 @@ async def list_events(
 async def list_checkpoints(job_id: str, tenant: TenantDep, queue: QueueDep) -> Page[Checkpoint]:
     """The published state of a job that has succeeded; nothing else can be served."""
     return page_of(checkpoints_of(await queue.get(tenant, job_id)), has_more=False)
-
-
-async def _follow(jobs: JobsDep, tenant: str, job_id: str) -> AsyncGenerator[str, None]:
-    async with aclosing(jobs.follow(tenant, job_id)) as looks:
-        async for events, has_ended in looks:
-            for found in events:
-                yield _line(found)
-            if has_ended:
-                break
-            await asyncio.sleep(FOLLOW_INTERVAL_S)
-    yield DONE
-
-
-def _line(found: JobEvent) -> str:
-    return event(event_object(found).model_dump())

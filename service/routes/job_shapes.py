@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any, get_args
 
-from adapter_core.job_queue import Job, JobEvent, JobStatus
+from adapter_core.job_queue import Job, JobEvent, JobSpec, JobStatus
+from service.recipes import RecipeOrder, StartOrder
 from service.routes.schemas_training import (
+    BasisRecipe,
     Checkpoint,
     CheckpointMetrics,
     FineTuningJob,
@@ -16,6 +18,7 @@ from service.routes.schemas_training import (
     JobHyperparameters,
     JobMethod,
     JobSupervised,
+    StartRecipe,
     TrainedAdapter,
 )
 from service.training_jobs import JobOrder
@@ -36,11 +39,25 @@ def order_of(body: FineTuningJobRequest) -> JobOrder:
         adapter_id=body.adapter.id,
         rank=body.adapter.rank,
         method=body.adapter.method,
-        basis_id=body.adapter.basis,
+        basis=basis_of(body.adapter.basis),
+        init=start_of(body.adapter.init),
+        form=body.adapter.form,
         hyperparameters={name: getattr(chosen, name) for name in _HYPERPARAMETERS},
         early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
         metadata=body.metadata or {},
     )
+
+
+def basis_of(basis: str | BasisRecipe | None) -> str | RecipeOrder | None:
+    if not isinstance(basis, BasisRecipe):
+        return basis
+    return RecipeOrder(basis.method, dict(basis.options), basis.calibration)
+
+
+def start_of(start: str | StartRecipe | None) -> StartOrder | None:
+    if isinstance(start, StartRecipe):
+        return StartOrder(start.method, dict(start.options))
+    return None if start is None else StartOrder(start)
 
 
 def job_object(job: Job) -> FineTuningJob:
@@ -51,7 +68,7 @@ def job_object(job: Job) -> FineTuningJob:
     return FineTuningJob(
         id=job.job_id,
         created_at=int(job.created_at),
-        finished_at=_seconds(job.finished_at),
+        finished_at=seconds(job.finished_at),
         estimated_finish=_estimated_finish(job),
         fine_tuned_model=spec.adapter_id if has_succeeded else None,
         hyperparameters=hyperparameters,
@@ -62,7 +79,7 @@ def job_object(job: Job) -> FineTuningJob:
         trained_tokens=result.get("trained_tokens"),
         training_file=spec.training_file,
         validation_file=spec.validation_file,
-        error=_error(job.error),
+        error=error_of(job.error),
         metadata=spec.metadata,
         method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
         user_provided_suffix=spec.suffix,
@@ -70,7 +87,7 @@ def job_object(job: Job) -> FineTuningJob:
         progress=job.progress,
         result=job.result,
         early_stopping=spec.early_stopping,
-        started_at=_seconds(job.started_at),
+        started_at=seconds(job.started_at),
         attempt=job.attempt,
         queue_position=job.queue_position,
     )
@@ -121,18 +138,30 @@ def _adapter(job: Job, result: dict[str, Any]) -> TrainedAdapter:
     return TrainedAdapter(
         id=spec.adapter_id,
         version=result.get("version"),
+        form=spec.form,
         method=spec.method,
         rank=spec.rank,
         basis=result.get("basis_id", spec.basis_id),
+        calibration=spec.calibration,
+        init=_init(spec),
     )
 
 
-def _error(error: dict[str, Any] | None) -> JobError | None:
+def _init(spec: JobSpec) -> str:
+    """Where the training begins, by name."""
+    if spec.form != "core":
+        return spec.method
+    if spec.start is not None:
+        return str(spec.start["method"])
+    return "zero" if spec.warm_start_from is None else "warm"
+
+
+def error_of(error: dict[str, Any] | None) -> JobError | None:
     if error is None:
         return None
     code, message = str(error.get("code", "internal_error")), str(error.get("message", ""))
     return JobError(code=code, message=message, param=error.get("param"))
 
 
-def _seconds(moment: float | None) -> int | None:
+def seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)

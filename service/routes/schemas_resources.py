@@ -1,4 +1,4 @@
-"""Requests and answers of /v1/models, /v1/adapters, /v1/bases and the health pages."""
+"""Requests and answers of /v1/models, /v1/adapters and the health pages."""
 
 from __future__ import annotations
 
@@ -47,29 +47,6 @@ class AdapterPatchRequest(Strict):
     """What can be changed: which version is active (rollback)."""
 
     active_version: int = Field(ge=1, le=2**31 - 1)
-
-
-class BasisObject(Answer):
-    id: str
-    object: Literal["basis"] = "basis"
-    base_model_id: str
-    method: str
-    rank: int
-    dtype: str
-    num_modules: int
-    bytes: int = Field(description="of all factors")
-    is_default: bool | None = Field(description="None while the engine does not say")
-
-
-class ModuleObject(Answer):
-    name: str
-    d_in: int
-    d_out: int
-
-
-class BasisDetail(BasisObject):
-    modules: list[ModuleObject]
-    recipe: dict[str, Any]
 
 
 class Health(Answer):

@@ -57,13 +57,64 @@ class Method(OpenAIRequest):
     supervised: Supervised | None = None
 
 
+def _kind_of_choice(value: Any) -> str:
+    return "~name" if isinstance(value, str) else "~recipe"
+
+
+def _kind_of_option(value: Any) -> str | None:
+    kinds = {bool: "~flag", int: "~integer", float: "~number", str: "~text", type(None): "~null"}
+    return kinds.get(type(value))
+
+
+OptionValue = Annotated[
+    Annotated[bool, Tag("~flag")]
+    | Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Tag("~integer")]
+    | Annotated[float, Tag("~number")]
+    | Annotated[str, Field(max_length=128), Tag("~text")]
+    | Annotated[None, Tag("~null")],
+    Discriminator(_kind_of_option),
+]
+MethodOptions = Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)]
+Name = Annotated[str, Field(min_length=1, max_length=64), Tag("~name")]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class BasisRecipe(Strict):
+    """How the basis of a job is built. What there is: `GET /v1/bases/methods`."""
+
+    method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
+    options: MethodOptions = Field(default_factory=dict)
+    calibration: str | None = Field(
+        None, max_length=128, description="`own` (the training data) or a file id"
+    )
+
+
+class StartRecipe(Strict):
+    """Where the training of an adapter begins."""
+
+    method: str = Field(min_length=1, max_length=64, description="of a start, or a preset's start half")
+    options: MethodOptions = Field(default_factory=dict)
+
+
 class AdapterOptions(Strict):
     """Tessera's own options (`extra_body` of OpenAI's clients)."""
 
     id: str | None = Field(default=None, max_length=64, description="training it again: its next version")
+    form: Literal["core", "lora"] = Field(
+        default="core", description="lora: A and B are trained, as `init` says, into a basis of one's own"
+    )
     rank: int | None = Field(default=None, ge=1, le=512)
-    method: str | None = Field(default=None, max_length=64, description="how the basis is built")
-    basis: str | None = Field(default=None, max_length=64, description="id of a basis: decides rank, method")
+    method: str | None = Field(default=None, max_length=64, description="how a basis is built without data")
+    basis: Annotated[Name | Annotated[BasisRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
+        Field(default=None, description="id of a stored basis, name of a preset or method, or a recipe")
+    )
+    init: Annotated[Name | Annotated[StartRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
+        Field(default=None, description="name of a start or preset, or a recipe")
+    )
 
 
 class EarlyStopping(Strict):
@@ -81,13 +132,7 @@ class FineTuningJobRequest(OpenAIRequest):
     validation_file: str | None = Field(None, max_length=128)
     suffix: str | None = Field(None, min_length=1, max_length=64, description="part of the adapter's id")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-            Field(max_length=16),
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(None, description="the older place; `method` goes before")
     adapter: AdapterOptions = Field(default_factory=AdapterOptions)
@@ -111,13 +156,16 @@ class JobError(Answer):
 
 
 class TrainedAdapter(Answer):
-    """version: None until the job has succeeded."""
+    """version: None until the job has succeeded. init: what training began with: a start, or a LoRA form."""
 
     id: str
     version: int | None
+    form: str
     method: str
     rank: int
     basis: str | None
+    calibration: str | None
+    init: str
 
 
 class JobHyperparameters(Answer):

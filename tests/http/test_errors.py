@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from adapter_core.errors import EngineOverloaded
+from adapter_core.errors import EngineOverloaded, TenantOverloaded
 from tests.fakes import FakeEngine
 from tests.http.answers import SOUND, TEXT, check_error
 
@@ -93,6 +93,20 @@ async def test_a_full_engine_asks_to_come_again(client: httpx.AsyncClient, engin
 
     assert check_error(reply, 503)["code"] == "engine_overloaded"
     assert int(reply.headers["retry-after"]) > 0
+
+
+async def test_a_tenant_with_too_many_requests_is_told_to_come_again(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.refusal = TenantOverloaded("2048 requests of yours are waiting already")
+
+    reply = await client.post(TEXT, json=SOUND[TEXT])
+
+    error = check_error(reply, 429)
+    assert (error["code"], error["type"]) == ("tenant_overloaded", "rate_limit_error")
+    assert error["message"].startswith("2048 requests of yours")
+    assert int(reply.headers["retry-after"]) > 0
+    assert "x-should-retry" not in reply.headers
 
 
 async def test_request_ids_are_taken_over_only_if_they_are_sane(client: httpx.AsyncClient) -> None:

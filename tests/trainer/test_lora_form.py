@@ -17,6 +17,7 @@ from adapter_core.bases.hebbian import HebbianRule
 from adapter_core.bases.losses import attached
 from adapter_core.chat_format import EncodedExample
 from adapter_core.errors import InvalidInput
+from adapter_core.lora_presets import LORA_PRESETS
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from tests.engine.driver import Driver
@@ -26,7 +27,6 @@ from trainer_worker.lora_dedicated import METHOD, dedicated, train_lora
 from trainer_worker.lora_factors import LoraFactors, initial_factors
 from trainer_worker.lora_form import LoraRun, LoraTrainer
 from trainer_worker.lora_linear import RowLinear
-from trainer_worker.lora_presets import LORA_PRESETS
 from trainer_worker.plan import TrainingPlan
 
 RANK = 4

@@ -16,6 +16,7 @@ from adapter_core import keys
 from adapter_core.child_process import start_child
 from adapter_core.file_store import FileStore
 from adapter_core.job_queue import Job, JobQueue, JobSpec, JobStatus
+from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
 from tests.job_checks import check_queue
 from tests.trainer.conftest import DATA
@@ -49,12 +50,15 @@ def worker_process(redis_url: str, folder: Path, name: str) -> Iterator[subproce
 async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_published(
     redis: Redis, redis_url: str, tmp_path: Path
 ) -> None:
+    """In one basis, which the job builds from its own data, from one start."""
     queue = JobQueue(redis)
     content = b"\n".join((DATA / "devil.jsonl").read_bytes().split(b"\n")[:12])
     file = await FileStore(redis).put(TENANT, filename="d.jsonl", purpose="fine-tune", content=content)
     spec = JobSpec(
         adapter_id="devil", training_file=file.file_id, base_model="tiny", rank=8,
         hyperparameters={"n_epochs": 8, "batch_size": 2}, early_stopping={"patience": None},
+        method="lora_sb", calibration="own", target_modules=["*.layers.1.*.down_proj", "*.layers.0.*.v_proj"],
+        start={"method": "sb_step", "options": {}},
     )  # fmt: skip
     job_id = (await queue.submit(TENANT, spec, cost=10)).job_id
 
@@ -81,12 +85,16 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_publ
 
     ended = await job()
     assert ended.status is JobStatus.SUCCEEDED, ended.error
-    assert (ended.attempt, ended.epoch) == (2, 2)
+    assert (ended.attempt, ended.epoch, ended.num_lost_workers) == (2, 2, 1)
     assert ended.result is not None
     assert ended.result["steps"] == 40
     record = await AdapterStore(redis).get(TENANT, "devil")
     assert [version.version for version in record.versions] == [1]
+    own = OwnBases(redis, max_bytes=2**30)
+    assert set(await own.of_tenant(TENANT)) == {ended.result["basis_id"]}
+    assert await own.users(TENANT, ended.result["basis_id"]) == {"devil"}
     events, _ = await queue.events(TENANT, job_id, None, 1000)
+    assert len([event for event in events if event.message.startswith("Start sb_step")]) == 1
     [resumed] = [event.message for event in events if "continues at step" in event.message]
     assert int(resumed.split()[4]) >= 1
     await check_queue(redis)

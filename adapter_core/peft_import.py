@@ -1,0 +1,192 @@
+"""An ordinary LoRA, as PEFT saves it, on its way in: as an adapter in a basis of its own, or in a shared one.
+
+    adapter_config.json, adapter_model.safetensors   →   delta_W of every module, as PEFT computes it
+
+Whatever A, B and a scale per module cannot represent is refused by name; pickled files are never opened.
+A file that this system wrote itself (`peft_export.py`) names the basis that its A's came from: if they are
+that basis' factors, bit for bit, what comes back is the small adapter and not a copy of the basis.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from adapter_core.basis import Basis, ModuleShape
+from adapter_core.dedicated import Dedicated, LowRank, check_room, make_dedicated
+from adapter_core.errors import InvalidInput
+from adapter_core.peft_config import CODE, CONFIG_NAME, PeftConfig, parse_config, printable
+
+#: What the manifest of an imported basis calls its method.
+METHOD = "peft"
+MODEL_NAME = "adapter_model.safetensors"
+#: 1,500 modules have a header of 400 KB.
+MAX_HEADER_BYTES = 8 * 1024**2
+_LENGTH = struct.Struct("<Q")
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<side>lora_[AB])\.weight")
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: What other names in such a file mean, by a part of the name.
+_OTHER_TENSORS = {
+    "lora_magnitude_vector": "DoRA rescales the columns of W + BA",
+    "lora_embedding_": "embeddings cannot carry adapters",
+    "modules_to_save": "whole modules cannot be replaced",
+    "base_layer": "weights of the base model cannot be replaced",
+    ".bias": "a bias cannot be changed",
+}
+#: A core is taken for that of a shared basis if its product gives B back within the rounding of its dtype.
+_SPAN_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclass(frozen=True)
+class PeftLora:
+    """The change of each module in model order, and what the files say of themselves.
+
+    label: the basis that the A's are said to come from; anybody can write one.
+    """
+
+    changes: dict[ModuleShape, LowRank]
+    base_model: str | None
+    label: str | None
+
+    @property
+    def rank(self) -> int:
+        return max(change.rank for change in self.changes.values())
+
+    @property
+    def storage_dtype(self) -> str:
+        """Of a basis of its own. Orthonormal factors lose less in float16 than a half-precision file has."""
+        is_single = any(X.dtype == torch.float32 for c in self.changes.values() for X in (c.A, c.B))
+        return "float32" if is_single else "float16"
+
+
+def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora:
+    """Parse and check both files. modules: the base model's linear layers by name (`linear_shapes`).
+
+    Raises `InvalidInput` naming the key, tensor or module and its value, before any work is done.
+    """
+    settings = parse_config(config)
+    header = _read_header(model)
+    label = header.pop("__metadata__", {}).get("tessera_basis")
+    names = _check_tensors(header, settings, modules)
+    try:
+        tensors = safetensors.torch.load(model)
+    except (SafetensorError, ValueError, KeyError) as error:
+        _refuse(f"cannot be read: {error}")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            _refuse(f"{name} holds a value that is not finite")
+    changes = {}
+    for shape in modules.values():
+        if shape.name in names:
+            A, B = (tensors[names[shape.name][side]] for side in ("lora_A", "lora_B"))
+            changes[shape] = LowRank(A, B, settings.scale_of(shape.name, len(A)))
+    lora = PeftLora(changes, settings.base_model, label if isinstance(label, str) else None)
+    check_room(lora.rank, changes)
+    return lora
+
+
+def to_dedicated(lora: PeftLora, *, model_id: str) -> Dedicated:
+    """The LoRA as a basis of its own with its adapter. Raises `InvalidInput`."""
+    provenance: dict[str, Any] = {"source": "peft", "base_model": lora.base_model, "rank": lora.rank}
+    return make_dedicated(
+        lora.changes, model_id=model_id, method=METHOD, recipe=provenance, metadata=provenance,
+        dtype=lora.storage_dtype,
+    )  # fmt: skip
+
+
+def core_in(lora: PeftLora, basis: Basis) -> Tensor | None:
+    """R [M, r, r] of the LoRA in `basis`, if its A's are the basis' own bytes and its B's lie in the basis.
+
+    Else None: the label was wrong, or the files were changed since.
+    """
+    if tuple(lora.changes) != basis.manifest.modules:
+        return None
+    cores = []
+    for A, B, change in zip(basis.A, basis.B, lora.changes.values(), strict=True):
+        if not torch.equal(A.to(change.A.dtype), change.A):
+            return None
+        # B is orthonormal but for the rounding of its dtype, hence least squares and not Bᵀ alone.
+        wanted = change.scale * change.B.double()
+        core = torch.linalg.lstsq(B.double(), wanted).solution
+        error = torch.linalg.matrix_norm(B.double() @ core - wanted)
+        if error > _SPAN_TOLERANCE[change.B.dtype] * torch.linalg.matrix_norm(wanted):
+            return None
+        cores.append(core)
+    return torch.stack(cores).float().contiguous()
+
+
+def _read_header(model: bytes) -> dict[str, Any]:
+    """The header of a safetensors file: name → {dtype, shape, data_offsets}. Nothing is allocated by it."""
+    if len(model) < _LENGTH.size:
+        _refuse(f"holds {len(model)} bytes and is no safetensors file")
+    (length,) = _LENGTH.unpack_from(model)
+    if length > min(len(model) - _LENGTH.size, MAX_HEADER_BYTES):
+        _refuse("is truncated, or no safetensors file")
+    try:
+        header = json.loads(model[_LENGTH.size : _LENGTH.size + length])
+    except (ValueError, RecursionError) as error:
+        _refuse(f"has an unreadable header: {error}")
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    entries = header.items() if isinstance(header, dict) else ()
+    is_sound = isinstance(metadata, dict) and all(
+        name == "__metadata__" or (isinstance(entry, dict) and isinstance(entry.get("shape"), list))
+        for name, entry in entries
+    )
+    if not is_sound:
+        _refuse("has a header that is not that of a safetensors file")
+    return dict(header)
+
+
+def _check_tensors(
+    header: dict[str, Any], settings: PeftConfig, modules: Mapping[str, ModuleShape]
+) -> dict[str, dict[str, str]]:
+    """Module → {"lora_A": name, "lora_B": name}, all of sound names, dtypes and shapes."""
+    found: dict[str, dict[str, str]] = {}
+    for name, entry in header.items():
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            reasons = (why for part, why in _OTHER_TENSORS.items() if part in name)
+            reason = next(reasons, "only lora_A and lora_B weights can be imported")
+            _refuse(f"holds {printable(name)}: {reason}")
+        if match["module"] not in modules:
+            _refuse(
+                f"changes {printable(match['module'])}, which is no linear layer that can carry an adapter"
+            )
+        if str(entry.get("dtype")) not in _FLOATS:
+            _refuse(f"holds {printable(name)} as {str(entry.get('dtype'))[:20]}, not as {', '.join(_FLOATS)}")
+        found.setdefault(match["module"], {})[match["side"]] = name
+    if not found:
+        _refuse("holds no LoRA")
+    for module, names in found.items():
+        for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if side not in names:
+                _refuse(f"holds {other} of {module} without its {side}")
+        _check_shapes(
+            modules[module],
+            settings.rank_of(module),
+            {side: header[name]["shape"] for side, name in names.items()},
+        )
+    return found
+
+
+def _check_shapes(module: ModuleShape, rank: int, given: Mapping[str, list[int]]) -> None:
+    if rank > min(module.d_in, module.d_out):
+        side = min(module.d_in, module.d_out)
+        _refuse(f"gives {module.name} rank {rank}, more than its smaller side {side}")
+    for factor, shape in (("lora_A", [rank, module.d_in]), ("lora_B", [module.d_out, rank])):
+        if given[factor] != shape:
+            shown = str(given[factor])[:40]
+            _refuse(f"has {factor} of {module.name} as {shown}; by {CONFIG_NAME} and the model it is {shape}")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise InvalidInput(f"{MODEL_NAME}: it {reason}", param="adapter_model", code=CODE)

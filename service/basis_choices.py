@@ -1,0 +1,168 @@
+"""Which basis a job gets: a stored one that the caller may use, or a recipe that can work on this model.
+
+Everything that can be known without the weights is checked here, before a job is queued: methods, options,
+data, the rank against every target module, the room that the caller has for bases of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapter_core.bases.targets import check_rank
+from adapter_core.basis import ModuleShape
+from adapter_core.basis_holds import BasisHolds, source_key
+from adapter_core.basis_store import BasisStore
+from adapter_core.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
+from adapter_core.file_store import FileRecord, FileStore
+from adapter_core.job_records import OWN_DATA
+from adapter_core.model_layout import linear_shapes
+from adapter_core.own_bases import OwnBases
+from adapter_core.settings import CommonSettings
+from service.recipes import RecipeOrder, checked_recipe
+from service.uploads import PURPOSE
+
+#: Of a number in a basis as it is stored.
+ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class BasisChoice:
+    """The part of a job's specification that is about its basis. calibration_bytes: of the file to read."""
+
+    method: str
+    rank: int
+    basis_id: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    target_modules: list[str] | None = None
+    calibration: str | None = None
+    calibration_bytes: int = 0
+
+    @property
+    def spec_fields(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "rank": self.rank,
+            "basis_id": self.basis_id,
+            "basis_options": self.options,
+            "target_modules": self.target_modules,
+            "calibration": self.calibration,
+        }
+
+
+class BasisChoices:
+    """Checks what callers ask for against the base model's layers and the stores."""
+
+    def __init__(
+        self,
+        *,
+        bases: BasisStore,
+        own: OwnBases,
+        holds: BasisHolds,
+        files: FileStore,
+        settings: CommonSettings,
+    ) -> None:
+        self._bases, self._own, self._holds, self._files = bases, own, holds, files
+        self._settings = settings
+        self._layers: dict[str, ModuleShape] = {}
+
+    async def stored(self, tenant: str, basis_id: str) -> BasisChoice:
+        """Raises `NotFound`, also for a basis that belongs to others."""
+        try:
+            await self._own.check_access(tenant, basis_id)
+            manifest = await self._bases.manifest(basis_id)
+        except NotFound as error:
+            raise NotFound(error.message, param="adapter.basis", code=error.code) from error
+        return BasisChoice(manifest.method, manifest.rank, basis_id)
+
+    async def recipe(
+        self, tenant: str, order: RecipeOrder, *, rank: int | None, training: FileRecord | None = None
+    ) -> BasisChoice:
+        """training: the file of a job that trains. Raises `InvalidInput`, `NotFound`, `QuotaExceeded`."""
+        rank = rank or self._settings.rank
+        recipe = checked_recipe(order, rank)
+        if set(recipe.target_modules or ()) == set(self._settings.target_modules):
+            recipe = replace(recipe, target_modules=None)
+        shapes = await self.targets(recipe, rank)
+        data = training
+        if recipe.calibration is not None and (training is None or recipe.calibration != OWN_DATA):
+            data = await self.file(tenant, recipe.calibration, recipe.names.calibration)
+        choice = BasisChoice(
+            recipe.method,
+            rank,
+            options=recipe.options,
+            target_modules=recipe.target_modules,
+            calibration=recipe.calibration,
+            calibration_bytes=0 if recipe.calibration is None or data is None else data.bytes,
+        )
+        if recipe.calibration is not None or recipe.options or recipe.target_modules is not None:
+            sha256 = "" if recipe.calibration is None or data is None else data.sha256
+            await self._check_recipe_room(tenant, choice, recipe, sha256, shapes)
+        return choice
+
+    async def file(self, tenant: str, file_id: str, param: str) -> FileRecord:
+        """A file of examples. Raises `NotFound`, `InvalidInput` naming the parameter."""
+        try:
+            record = await self._files.get(tenant, file_id)
+        except NotFound as error:
+            raise NotFound(error.message, param=param, code=error.code) from error
+        if record.purpose != PURPOSE:
+            raise InvalidInput(f"file {file_id} is for {record.purpose!r}, not for {PURPOSE!r}", param=param)
+        return record
+
+    async def targets(self, recipe: RecipeOrder, rank: int) -> list[ModuleShape]:
+        """The layers that a recipe is about. Raises `UnsupportedModel`, `InvalidInput` for the rank."""
+        if not self._layers:
+            source, revision = self._settings.base_model, self._settings.base_model_revision
+            self._layers = await asyncio.to_thread(linear_shapes, source, revision=revision)
+        patterns = recipe.target_modules or self._settings.target_modules
+        found = [shape for name, shape in self._layers.items() if _matches(name, patterns)]
+        if not found:
+            kinds = sorted({name.split(".")[-1] for name in self._layers})
+            raise UnsupportedModel(
+                f"no linear layer matches {list(patterns)}; the model has {kinds}",
+                param=recipe.names.target_modules,
+            )
+        try:
+            for shape in found:
+                check_rank(rank, shape)
+        except InvalidInput as error:
+            raise InvalidInput(error.message, param=recipe.names.rank) from error
+        return found
+
+    async def check_room(
+        self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
+    ) -> None:
+        """Raises `QuotaExceeded` if the caller has no room for such a basis."""
+        size = item_bytes * rank * sum(shape.d_in + shape.d_out for shape in shapes)
+        await self._holds.check_room(tenant, size)
+
+    async def _check_recipe_room(
+        self, tenant: str, choice: BasisChoice, recipe: RecipeOrder, sha256: str, shapes: list[ModuleShape]
+    ) -> None:
+        """The basis will be the caller's own; if it was built before from the same data, it needs no room."""
+        key = source_key(
+            choice.method,
+            choice.rank,
+            options=choice.options,
+            target_modules=choice.target_modules,
+            calibration=choice.calibration,
+            sha256=sha256,
+        )
+        if await self._holds.find(tenant, key) is not None:
+            return
+        try:
+            await self.check_room(tenant, choice.rank, shapes)
+        except QuotaExceeded as error:
+            raise QuotaExceeded(error.message, param=recipe.names.method, code=error.code) from error
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """As `iter_target_modules`: by the last part of the name or the whole of it."""
+    last = name.split(".")[-1]
+    return "all-linear" in patterns or any(
+        fnmatch.fnmatchcase(last, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+    )

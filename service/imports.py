@@ -1,0 +1,106 @@
+"""An adapter on its way in: an ordinary LoRA becomes a version in a basis of its own, owned by the tenant.
+
+One of our own exports becomes a version in the basis that it came from. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapter_core.adapter import Adapter
+from adapter_core.base_model import model_name
+from adapter_core.basis import ModuleShape
+from adapter_core.basis_store import BasisStore
+from adapter_core.errors import NotFound, TesseraError, Unavailable
+from adapter_core.model_layout import linear_shapes
+from adapter_core.own_bases import OwnBases
+from adapter_core.peft_export import PeftFiles
+from adapter_core.peft_import import PeftLora, core_in, read_peft, to_dedicated
+from adapter_core.publishing import publish
+from adapter_core.store import AdapterStore, AdapterVersion
+
+
+@dataclass(frozen=True)
+class ImportTarget:
+    """Where an import goes: whose adapter, for the base model with this digest."""
+
+    tenant: str
+    adapter_id: str
+    model_id: str
+
+
+class Imports:
+    """Takes in LoRAs for one base model, one at a time: each needs several times its size in memory."""
+
+    def __init__(
+        self,
+        adapters: AdapterStore,
+        bases: BasisStore,
+        own: OwnBases,
+        *,
+        base_model: str,
+        revision: str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """dtype: of adapters in shared bases. In a basis of its own R is float32, small beside factors."""
+        self._adapters, self._bases, self._own = adapters, bases, own
+        self._base_model, self._revision, self._dtype = base_model, revision, dtype
+        self._shapes: dict[str, ModuleShape] = {}
+        self._turn = asyncio.Lock()
+
+    async def from_peft(self, target: ImportTarget, files: PeftFiles) -> AdapterVersion:
+        """Publish the LoRA as the adapter's next version.
+
+        Raises `InvalidInput` for what cannot be represented, `QuotaExceeded`, `AdapterDeleted`.
+        """
+        generation = await self._adapters.generation(target.tenant, target.adapter_id)
+        async with self._turn:
+            if not self._shapes:
+                self._shapes = await asyncio.to_thread(
+                    linear_shapes, self._base_model, revision=self._revision
+                )
+            lora = await asyncio.to_thread(read_peft, files.adapter_config, files.adapter_model, self._shapes)
+            adapter = await self._in_labelled_basis(target, lora)
+            if adapter is not None:
+                return await self._publish(target, adapter, self._dtype, generation)
+            return await self._in_own_basis(target, lora, generation)
+
+    async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
+        """The LoRA in the basis that it says it came from, if that is so and the tenant may use it."""
+        if lora.label is None:
+            return None
+        try:
+            await self._own.check_access(target.tenant, lora.label)
+            basis = await self._bases.get(lora.label)
+        except NotFound:
+            return None
+        if basis.manifest.model_id != target.model_id:
+            return None
+        R: Tensor | None = await asyncio.to_thread(core_in, lora, basis)
+        metadata = {"source": "peft", "base_model": model_name(self._base_model)}
+        return None if R is None else Adapter(basis.basis_id, R, metadata)
+
+    async def _in_own_basis(self, target: ImportTarget, lora: PeftLora, generation: int) -> AdapterVersion:
+        stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
+        is_own = await self._own.reserve(target.tenant, stored.basis.manifest)
+        try:
+            if is_own:
+                await self._bases.put_own(stored.basis)
+            return await self._publish(target, stored.adapter, torch.float32, generation)
+        except Unavailable:
+            raise  # the caller tries again, and finds what is there
+        except TesseraError:
+            await self._own.discard(target.tenant, stored.basis.basis_id)
+            raise
+
+    async def _publish(
+        self, target: ImportTarget, adapter: Adapter, dtype: torch.dtype, generation: int
+    ) -> AdapterVersion:
+        return await publish(
+            self._adapters, self._own, target.tenant, target.adapter_id, adapter,
+            dtype=dtype, generation=generation, base_model_id=target.model_id,
+        )  # fmt: skip

@@ -1,0 +1,209 @@
+"""Bases of tenants' own: the quota, two owners of the same bytes, deletion with the last adapter."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+
+from adapter_core import keys
+from adapter_core.adapter import Adapter
+from adapter_core.basis import Basis, ModuleShape, make_basis
+from adapter_core.basis_store import BasisStore
+from adapter_core.errors import Conflict, NotFound, QuotaExceeded
+from adapter_core.own_bases import OwnBases
+from adapter_core.redis_client import Client
+from adapter_core.store import AdapterStore
+
+
+def small_basis(seed: int = 0) -> Basis:
+    """Of 2 · 3 · (11 + 9) numbers, 480 bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        ModuleShape(f"layer.{i}.q_proj", 11, 9): (
+            torch.randn(3, 11, generator=generator),
+            torch.randn(9, 3, generator=generator),
+        )
+        for i in range(2)
+    }
+    return make_basis(model_id="m", method="test", factors=factors, recipe={"seed": seed})
+
+
+SIZE = small_basis().manifest.factor_bytes
+
+
+async def store_own(client: Client, own: OwnBases, basis: Basis, tenant: str = "t1") -> None:
+    assert await own.reserve(tenant, basis.manifest)
+    await BasisStore(client).put_own(basis)
+
+
+async def publish(redis: Redis, own: OwnBases, basis: Basis, name: str, tenant: str = "t1") -> None:
+    adapters = AdapterStore(redis)
+    generation = await adapters.generation(tenant, name)
+    await own.use(tenant, basis.basis_id, name, generation=generation)
+    adapter = Adapter(basis.basis_id, torch.zeros(2, 3, 3))
+    await adapters.publish(tenant, name, adapter, dtype=torch.float32, generation=generation)
+
+
+async def delete_adapter(redis: Redis, own: OwnBases, name: str, tenant: str = "t1") -> list[str]:
+    adapters = AdapterStore(redis)
+    assert await adapters.delete(tenant, name)
+    return await own.release(tenant, name, generation=await adapters.generation(tenant, name))
+
+
+async def keys_of(redis: Redis, basis: Basis) -> list[bytes]:
+    return [key async for key in redis.scan_iter(match=f"*{basis.basis_id}*")]
+
+
+@pytest.fixture
+def own(redis: Redis) -> OwnBases:
+    return OwnBases(redis, max_bytes=2 * SIZE)
+
+
+async def test_a_basis_goes_with_the_last_adapter_in_it(redis: Redis, own: OwnBases) -> None:
+    basis = small_basis()
+    await store_own(redis, own, basis)
+    for name in ("a", "b"):
+        await publish(redis, own, basis, name)
+    assert await own.users("t1", basis.basis_id) == {"a", "b"}
+    with pytest.raises(Conflict, match="2 adapter") as caught:
+        await own.delete("t1", basis.basis_id)
+    assert caught.value.code == "basis_in_use"
+
+    assert await delete_adapter(redis, own, "a") == []
+    assert (await BasisStore(redis).get(basis.basis_id)).manifest.is_own
+    assert await delete_adapter(redis, own, "b") == [basis.basis_id]
+    assert await keys_of(redis, basis) == []
+    assert await own.of_tenant("t1") == {}
+    with pytest.raises(Conflict, match="deleted"):
+        await own.use("t1", basis.basis_id, "a", generation=10**15)
+
+
+async def test_the_quota_counts_each_basis_once_and_leaves_no_trace(redis: Redis, own: OwnBases) -> None:
+    bases = [small_basis(seed) for seed in range(3)]
+    for basis in (bases[0], bases[1], bases[0]):
+        await store_own(redis, own, basis)
+    with pytest.raises(QuotaExceeded) as caught:
+        await own.reserve("t1", bases[2].manifest)
+    assert caught.value.code == "basis_quota_exceeded"
+    assert await keys_of(redis, bases[2]) == []
+    assert await own.of_tenant("t1") == {basis.basis_id: SIZE for basis in bases[:2]}
+    assert await own.reserve("t2", bases[2].manifest), "each tenant has a quota of its own"
+    await own.delete("t1", bases[1].basis_id)
+    assert await own.reserve("t1", bases[2].manifest)
+
+
+async def test_racers_do_not_exceed_the_quota(redis: Redis, own: OwnBases) -> None:
+    manifests = [small_basis(seed).manifest for seed in range(6)]
+    outcomes = await asyncio.gather(
+        *(own.reserve("t1", manifest) for manifest in manifests), return_exceptions=True
+    )
+    assert outcomes.count(True) == 2
+    assert sum(isinstance(outcome, QuotaExceeded) for outcome in outcomes) == 4
+
+
+async def test_room_that_is_kept_is_for_the_basis_that_it_is_kept_for(redis: Redis, own: OwnBases) -> None:
+    rooms = ["a" * 64, "b" * 64]
+    for room in (*rooms, rooms[0]):
+        await own.keep_room("t1", room, SIZE)
+        await own.use("t1", room, f"job:{room[0]}", generation=0)
+    bases = [small_basis(seed) for seed in range(2)]
+    with pytest.raises(QuotaExceeded):
+        await own.reserve("t1", bases[0].manifest)
+    with pytest.raises(QuotaExceeded):
+        await own.keep_room("t1", "c" * 64, SIZE)
+    assert await own.reserve("t1", bases[0].manifest, room_id=rooms[0])
+    assert await own.release("t1", "job:a", generation=1) == [rooms[0]]
+    assert set(await own.of_tenant("t1")) == {bases[0].basis_id, rooms[1]}
+    assert await own.reserve("t1", bases[1].manifest, room_id=rooms[1])
+
+
+async def test_equal_bytes_of_two_tenants_are_stored_once_and_stay_for_the_other(
+    redis: Redis, own: OwnBases
+) -> None:
+    basis = small_basis()
+    for tenant in ("t1", "t2"):
+        await store_own(redis, own, basis, tenant)
+        await publish(redis, own, basis, "a", tenant)
+    with pytest.raises(NotFound):
+        await own.check_access("t3", basis.basis_id)
+    assert await delete_adapter(redis, own, "a", "t1") == [basis.basis_id]
+    with pytest.raises(NotFound):
+        await own.check_access("t1", basis.basis_id)
+    await own.check_access("t2", basis.basis_id)
+    await BasisStore(redis).get(basis.basis_id)
+    await delete_adapter(redis, own, "a", "t2")
+    assert await keys_of(redis, basis) == []
+
+
+async def test_what_is_everybodys_costs_nobody_anything(redis: Redis, own: OwnBases) -> None:
+    bases, basis = BasisStore(redis), small_basis()
+    await bases.put(basis)
+    assert not await own.reserve("t1", basis.manifest)
+    assert await own.of_tenant("t1") == {}
+    await own.use("t1", basis.basis_id, "a", generation=0)
+    await own.check_access("t3", basis.basis_id)
+
+    other = small_basis(1)
+    await store_own(redis, own, other)
+    assert await bases.list() == [basis.manifest]
+    await bases.put(other)  # built for all, later
+    await own.check_access("t3", other.basis_id)
+    await own.delete("t1", other.basis_id)
+    assert (await bases.get(other.basis_id)).basis_id == other.basis_id
+
+
+async def test_an_adapter_published_again_keeps_its_basis(redis: Redis, own: OwnBases) -> None:
+    """The end of the first life, delayed until the second has begun, does not take the second's basis."""
+    basis, adapters = small_basis(), AdapterStore(redis)
+    await store_own(redis, own, basis)
+    await publish(redis, own, basis, "a")
+    assert await adapters.delete("t1", "a")
+    ended = await adapters.generation("t1", "a")
+    await publish(redis, own, basis, "a")
+    assert await own.release("t1", "a", generation=ended) == []
+    assert await delete_adapter(redis, own, "a") == [basis.basis_id]
+
+
+async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(redis: Redis, own: OwnBases) -> None:
+    basis = small_basis()
+    await store_own(redis, own, basis)
+    value = await redis.hget(keys.tenant_bases("t1"), basis.basis_id)
+    assert value is not None
+    await redis.hset(keys.tenant_bases("t1"), basis.basis_id, b"0:" + value.split(b":")[1])
+    assert await own.of_tenant("t1") == {}
+    with pytest.raises(Conflict):
+        await own.use("t1", basis.basis_id, "a", generation=0)
+    assert await own.release("t1", "whoever", generation=1) == [basis.basis_id]
+    assert await keys_of(redis, basis) == []
+
+
+async def test_a_basis_in_the_making_outlives_the_deletion_of_other_adapters(
+    redis: Redis, own: OwnBases
+) -> None:
+    basis = small_basis()
+    await store_own(redis, own, basis)
+    assert await own.release("t1", "other", generation=10**15) == []
+    await publish(redis, own, basis, "a")
+    with pytest.raises(NotFound):
+        await own.delete("t2", basis.basis_id)
+
+
+@pytest.mark.parametrize("basis_id", ["", "00", "../x", "\ud800"])
+async def test_what_is_no_id_is_not_found(own: OwnBases, basis_id: str) -> None:
+    with pytest.raises(NotFound):
+        await own.check_access("t1", basis_id)
+    with pytest.raises(NotFound):
+        await own.delete("t1", basis_id)
+
+
+async def test_everything_works_on_a_cluster(cluster: RedisCluster) -> None:
+    own, basis = OwnBases(cluster, max_bytes=SIZE), small_basis()
+    await store_own(cluster, own, basis)
+    await own.use("t1", basis.basis_id, "a", generation=0)
+    assert await own.release("t1", "a", generation=1) == [basis.basis_id]
+    with pytest.raises(NotFound):
+        await BasisStore(cluster).manifest(basis.basis_id)

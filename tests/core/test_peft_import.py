@@ -1,0 +1,257 @@
+"""LoRAs saved by PEFT itself give the same logits here; what cannot be represented is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from adapter_core.adapter import Adapter
+from adapter_core.base_model import BUNDLED_MODEL, BaseModel
+from adapter_core.bases.losses import attached
+from adapter_core.basis import Basis, ModuleShape
+from adapter_core.dedicated import Dedicated
+from adapter_core.errors import InvalidInput
+from adapter_core.model_layout import linear_shapes
+from adapter_core.peft_export import to_peft
+from adapter_core.peft_import import core_in, read_peft, to_dedicated
+
+PROMPT = torch.tensor([[1, 17, 250, 999, 4000, 12]])
+#: PEFT 0.21 still reads a property that transformers 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict[str, ModuleShape]:
+    return linear_shapes(BUNDLED_MODEL)
+
+
+def saved_by_peft(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[bytes, bytes, Tensor]:
+    """The two files of a LoRA with random factors, and the logits that PEFT itself computes from them."""
+    torch.manual_seed(5)
+    fresh = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    made = peft.get_peft_model(fresh, peft.LoraConfig(**options))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data = (0.3 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5).to(dtype)
+    made.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(again, folder)
+    with torch.no_grad():
+        logits: Tensor = loaded(PROMPT).logits
+    files = [(folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return files[0], files[1], logits
+
+
+def served_logits(base: BaseModel, stored: Dedicated) -> Tensor:
+    with torch.no_grad(), attached(base, stored.basis, stored.adapter.R):
+        logits: Tensor = base.model(PROMPT).logits
+    return logits
+
+
+CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "all linear": (torch.float32, {"r": 5, "lora_alpha": 20, "target_modules": "all-linear"}),
+    "one module": (torch.bfloat16, {"r": 8, "target_modules": ["model.layers.2.mlp.down_proj"]}),
+    "ranks and alphas": (
+        torch.float32,
+        {
+            "r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 9, "layers.1.self_attn.q_proj": 2, "^model.layers.0.*v_proj": 7},
+            "alpha_pattern": {"v_proj": 3.5, "model.layers.1.self_attn.q_proj": 40},
+        },
+    ),
+    "half": (torch.float16, {"r": 16, "target_modules": ["o_proj"], "init_lora_weights": "gaussian"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_peft(
+    tiny: BaseModel, shapes: dict[str, ModuleShape], tmp_path: Path, case: str
+) -> None:
+    dtype, options = CASES[case]
+    config, model, expected = saved_by_peft(tmp_path, dtype, **options)
+    lora = read_peft(config, model, shapes)
+    stored = to_dedicated(lora, model_id=tiny.model_id)
+    assert stored.basis.rank == max([options["r"], *options.get("rank_pattern", {}).values()])
+    assert stored.basis.manifest.method == "peft"
+    with torch.no_grad():
+        change = float((expected - tiny.model(PROMPT).logits).abs().max())
+    assert change > 0.05
+    tolerance = 2e-4 if dtype == torch.float32 else 2e-2 * change
+    torch.testing.assert_close(served_logits(tiny, stored), expected, rtol=0, atol=tolerance)
+    for X in (*stored.basis.A, *(B.T for B in stored.basis.B)):
+        X = X.double()
+        torch.testing.assert_close(X @ X.T, torch.eye(len(X)).double(), rtol=0, atol=5e-3)
+    assert to_dedicated(lora, model_id=tiny.model_id).basis.basis_id == stored.basis.basis_id
+
+
+def test_an_untrained_lora_changes_nothing(tiny: BaseModel, shapes: dict[str, ModuleShape]) -> None:
+    """B = 0: the basis is filled up with directions that nothing uses."""
+    stored = to_dedicated(read_peft(*files(), shapes), model_id=tiny.model_id)
+    assert not stored.adapter.R.any()
+    with torch.no_grad():
+        expected = tiny.model(PROMPT).logits
+    torch.testing.assert_close(served_logits(tiny, stored), expected, rtol=0, atol=1e-6)
+
+
+def test_our_own_export_comes_back_in_its_basis(
+    tiny: BaseModel, tiny_basis: Basis, shapes: dict[str, ModuleShape]
+) -> None:
+    R = torch.randn(tiny_basis.num_modules, 8, 8, generator=torch.Generator().manual_seed(0)).half().float()
+    adapter = Adapter(tiny_basis.basis_id, R)
+    exported = to_peft(tiny_basis, adapter, base_model="tiny")
+    lora = read_peft(exported.adapter_config, exported.adapter_model, shapes)
+    assert lora.label == tiny_basis.basis_id
+    core = core_in(lora, tiny_basis)
+    assert core is not None
+    torch.testing.assert_close(core, R, rtol=1e-5, atol=1e-5)
+
+    rounded = to_peft(tiny_basis, adapter, base_model="tiny", dtype=torch.bfloat16)
+    core = core_in(read_peft(rounded.adapter_config, rounded.adapter_model, shapes), tiny_basis)
+    assert core is not None
+    torch.testing.assert_close(core, R, rtol=0.02, atol=0.05)
+
+
+def test_a_false_label_is_not_believed(tiny_basis: Basis, shapes: dict[str, ModuleShape]) -> None:
+    R = torch.ones(tiny_basis.num_modules, 8, 8)
+    exported = to_peft(tiny_basis, Adapter(tiny_basis.basis_id, R), base_model="tiny")
+    label = {"tessera_basis": tiny_basis.basis_id}
+    tensors = safetensors.torch.load(exported.adapter_model)
+    for name in ("lora_A", "lora_B"):
+        forged = {key: value.clone() for key, value in tensors.items()}
+        next(value for key, value in forged.items() if name in key)[0] += 0.01
+        model = safetensors.torch.save(forged, metadata=label)
+        assert core_in(read_peft(exported.adapter_config, model, shapes), tiny_basis) is None
+    fewer = {key: value for key, value in tensors.items() if ".layers.0.self_attn.q_proj" not in key}
+    model = safetensors.torch.save(fewer, metadata=label)
+    assert core_in(read_peft(exported.adapter_config, model, shapes), tiny_basis) is None
+
+
+# What is refused
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"  # 256 → 256
+K = "base_model.model.model.layers.0.self_attn.k_proj"  # 256 → 128
+
+
+def pair(name: str = Q, rank: int = 4, d_in: int = 256, d_out: int = 256) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        f"{name}.lora_A.weight": torch.randn(rank, d_in, generator=generator),
+        f"{name}.lora_B.weight": torch.zeros(d_out, rank),
+    }
+
+
+def files(tensors: dict[str, Tensor] | None = None, **config: Any) -> tuple[bytes, bytes]:
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    return json.dumps(fields).encode(), safetensors.torch.save(pair() if tensors is None else tensors)
+
+
+CONFIGS: dict[str, Any] = {
+    "peft_type": "VERA", "task_type": "SEQ_CLS", "bias": "lora_only", "use_dora": True, "lora_bias": True,
+    "modules_to_save": ["lm_head"], "fan_in_fan_out": True, "init_lora_weights": "pissa_niter_4",
+    "trainable_token_indices": [1], "layer_replication": [[0, 2]], "target_parameters": ["experts"],
+    "use_qalora": True, "alora_invocation_tokens": [5], "arrow_config": {"top_k": 1}, "new_trick": 3,
+    "r": 0, "lora_alpha": "high", "use_rslora": "yes", "rank_pattern": [4], "alpha_pattern": {"(a+)+": 3},
+    "init_lora_weights ": "loftq", "r\ud800": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CONFIGS)
+def test_a_config_that_cannot_be_represented_is_named(shapes: dict[str, ModuleShape], key: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read_peft(*files(**{key: CONFIGS[key]}), shapes)
+    shown = key.encode("ascii", "backslashreplace").decode()
+    assert caught.value.param == f"adapter_config.{shown}"
+    assert caught.value.code == "invalid_peft_adapter"
+    assert f"{shown} is " in caught.value.message
+    caught.value.message.encode("utf-8")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"r": NaN}', b"[" * 100_000, b" " * 2**21])
+def test_a_config_that_is_none_is_refused(shapes: dict[str, ModuleShape], content: bytes) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read_peft(content, files()[1], shapes)
+    assert caught.value.param == "adapter_config"
+
+
+TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "nothing": ({}, "holds no LoRA"),
+    "DoRA": (pair() | {f"{Q}.lora_magnitude_vector.weight": torch.ones(256)}, "magnitude_vector.*DoRA"),
+    "embedding": (pair() | {"base_model.model.model.embed.lora_embedding_A": torch.ones(4, 9)}, "embeddings"),
+    "bias": (pair() | {f"{Q}.lora_B.bias": torch.ones(256)}, "bias cannot"),
+    "whole": ({"base_model.model.lm_head.modules_to_save.weight": torch.ones(2)}, "whole modules"),
+    "strange": ({"weights": torch.ones(2)}, "weights: only lora_A"),
+    "head": (pair("base_model.model.lm_head", d_out=8192), "lm_head"),
+    "unknown": (pair(Q.replace("layers.0", "layers.6")), "layers.6.self_attn.q_proj"),
+    "conv": ({f"{Q}.lora_A.weight": torch.ones(4, 256, 1, 1), f"{Q}.lora_B.weight": torch.ones(256, 4)},
+             r"\[4, 256, 1, 1\]"),
+    "half": ({f"{Q}.lora_B.weight": torch.zeros(256, 4)}, "lora_B of .* without its lora_A"),
+    "wide": (pair(d_in=255), r"lora_A of .* as \[4, 255\].*\[4, 256\]"),
+    "long": (pair(d_out=300), r"lora_B of .* as \[300, 4\]"),
+    "swapped": ({f"{Q}.lora_A.weight": torch.ones(256, 4), f"{Q}.lora_B.weight": torch.ones(4, 256)},
+                "256, 4"),
+    "rank": (pair(rank=3), r"\[3, 256\].*\[4, 256\]"),
+    "integers": ({name: value.int() for name, value in pair().items()}, "I32, not as F32"),
+    "double": ({name: value.double() for name, value in pair().items()}, "F64"),
+    "infinite": ({name: value / 0 for name, value in pair().items()}, "not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_cannot_be_represented_are_named(shapes: dict[str, ModuleShape], case: str) -> None:
+    tensors, words = TENSORS[case]
+    with pytest.raises(InvalidInput) as caught:
+        read_peft(*files(tensors), shapes)
+    assert caught.value.param == "adapter_model"
+    assert re.search(words, caught.value.message), caught.value.message
+
+
+def test_a_rank_that_a_module_has_no_room_for_is_refused(shapes: dict[str, ModuleShape]) -> None:
+    with pytest.raises(InvalidInput, match="rank 129, more than its smaller side 128"):
+        read_peft(*files(pair(K, rank=129, d_out=128), r=129), shapes)
+    mixed = pair(rank=200) | pair(K, rank=4, d_out=128)
+    with pytest.raises(InvalidInput, match=r"rank 200 exceeds the smaller side 128 of .*k_proj"):
+        read_peft(*files(mixed, rank_pattern={"q_proj": 200}), shapes)
+
+
+def test_spoiled_tensor_files_are_refused(shapes: dict[str, ModuleShape]) -> None:
+    config, model = files()
+    header = b'{"x": {"shape": 3}}'
+    spoiled = [
+        b"", model[:7], model[:100], model[:-1], model + b"\0", b"PK\x03\x04" + model, b"\x80\x04" + model,
+        struct.pack("<Q", 2**63) + model[8:], struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 19) + header,
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+    ]  # fmt: skip
+    for content in spoiled:
+        with pytest.raises(InvalidInput) as caught:
+            read_peft(config, content, shapes)
+        assert caught.value.param == "adapter_model"
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_whatever_is_changed_in_the_files_is_an_adapter_or_an_error(
+    shapes: dict[str, ModuleShape], data: st.DataObject
+) -> None:
+    contents = [bytearray(content) for content in files()]
+    for content in contents:
+        end = min(len(content), 400) - 1
+        for _ in range(data.draw(st.integers(0, 3))):
+            content[data.draw(st.integers(0, end))] = data.draw(st.integers(0, 255))
+    try:
+        lora = read_peft(bytes(contents[0]), bytes(contents[1]), shapes)
+    except InvalidInput as error:
+        error.message.encode("utf-8")
+    else:
+        assert lora.rank == 4
