@@ -1,8 +1,54 @@
-"""The public ops of the adapter path, one line of semantics each.
+"""The public ops of the adapter path: what they mean, shapes and errors stand in `fused.py` and `groups.py`.
 
-The rest of the tree imports ops only from here. The slow truth of every op is in `reference.py`.
+The rest of the tree imports ops only from here. The slow truth of every op is in `reference.py` and
+`reference_fused.py`.
 """
 
+from adapter_core.kernels.fused import (
+    ACTIVATIONS,
+    add_deltas,
+    add_residual,
+    add_rms_norm,
+    glu,
+    qkv_rope,
+    rms_norm,
+)
+from adapter_core.kernels.groups import (
+    MAX_SEGMENTS,
+    NO_MODULE,
+    PLAIN_ADD,
+    AddedDelta,
+    GroupDelta,
+    GroupFactors,
+    Norm,
+    QKVShape,
+    ResidualAdd,
+    RowSquares,
+    StepRows,
+    stack_factors,
+)
 from adapter_core.kernels.reference import adapter_delta, rank_delta
 
-__all__ = ["adapter_delta", "rank_delta"]
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_SEGMENTS",
+    "NO_MODULE",
+    "PLAIN_ADD",
+    "AddedDelta",
+    "GroupDelta",
+    "GroupFactors",
+    "Norm",
+    "QKVShape",
+    "ResidualAdd",
+    "RowSquares",
+    "StepRows",
+    "adapter_delta",
+    "add_deltas",
+    "add_residual",
+    "add_rms_norm",
+    "glu",
+    "qkv_rope",
+    "rank_delta",
+    "rms_norm",
+    "stack_factors",
+]

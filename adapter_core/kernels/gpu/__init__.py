@@ -1,0 +1,1 @@
+"""The fused ops in Triton. Imported only where a tensor is on a CUDA device (or by tests, interpreted)."""

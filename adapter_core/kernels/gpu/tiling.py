@@ -1,0 +1,85 @@
+"""Tile sizes of the kernels as data: which tile an op takes for how many tokens, and what each number rests
+on.
+
+Nothing here was tuned on a device yet: the entries follow from the reasoning in the kernels' README, and a
+tuning run replaces them. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+#: Numbers of R, [tokens, rank, rank], that a consumer gathers per warp, 32 registers a thread: rank 16
+#: in tiles of 16 tokens, rank 64 in tiles of one. Rank 32 in tiles of 16 would be 128 and spill. Above,
+#: `core_kernel` applies R once per token, in a launch of its own.
+MAX_GATHERED_NUMBERS = 1024
+
+#: R is gathered inside the consumers up to so many tokens. Each consumer program fetches its tokens' R again:
+#: at 256 tokens, r = 16 and 8B geometry 15 MB of L2 reads a layer for glu, at 2,048 it would be 117 MB.
+MAX_GATHERED_TOKENS = 256
+
+#: `add_rms_norm` with a delta is one launch up to so many tokens (one row per program, all of B_T per row:
+#: 128 KB at N = 4096, r = 16), two above and for higher ranks: tiles that share B between rows, the norm.
+MAX_ROW_TOKENS, MAX_ROW_RANK = 64, 16
+
+#: `core_kernel` takes one token per program up to here, so that every R is fetched by a program of its own;
+#: above, tiles of 16 tokens, which in a prefill mostly have one slot and share its R.
+MAX_SINGLE_CORE_TOKENS = 512
+
+#: [columns, rank] of B that a program holds in registers with few tokens (64 numbers a thread at 2 warps; at
+#: rank 128 a tile of 128 columns took all 255 registers), and in shared memory with more (32 KB; gate and up
+#: hold two of them, and at rank 512 a tile of 128 columns would not fit).
+MAX_B_NUMBERS, MAX_SHARED_B_NUMBERS = 4096, 16 * 1024
+
+#: Of a table's last entry.
+NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Tile:
+    """tokens: rows per program; from 16 on B is applied by tensor cores, below element by element."""
+
+    tokens: int
+    columns: int
+    warps: int
+
+
+#: Per op: (largest number of tokens, tile), in rising order; the last one serves all above.
+#: Few tokens: one row per program and narrow tiles, to spread B over many SMs (one SM draws about 60 to 100
+#: B/ns).
+TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
+    "qkv_rope": ((4, Tile(1, 0, 2)), (512, Tile(16, 0, 4)), (NO_LIMIT, Tile(32, 0, 4))),  # columns: a head's
+    "glu": (
+        (4, Tile(1, 128, 4)),
+        (64, Tile(16, 128, 4)),
+        (512, Tile(16, 256, 8)),  # wide, because every column tile fetches R of its tokens again
+        (NO_LIMIT, Tile(32, 128, 8)),
+    ),
+    "add": (
+        (4, Tile(1, 64, 2)),
+        (64, Tile(16, 64, 4)),
+        (512, Tile(16, 128, 4)),
+        (NO_LIMIT, Tile(32, 128, 4)),
+    ),
+}
+
+#: Warps of a program that holds a whole row of so many columns; with a delta twice as many, up to 16, because
+#: the rows of B_T are what it waits for.
+ROW_WARPS = ((1024, 4), (4096, 8), (NO_LIMIT, 16))
+
+
+def tile_of(op: str, num_tokens: int, *, rank: int = 0, itemsize: int = 2) -> Tile:
+    """itemsize: bytes of a number of B. No tensor core rounds as float32 does: its products hold operands in
+    registers, so its tiles are smaller. With few tokens high ranks take fewer columns, and 4 warps for R."""
+    tile = next(tile for most, tile in TILES[op] if num_tokens <= most)
+    if tile.tokens >= 16 and itemsize > 2:
+        return Tile(16, min(tile.columns, 64 if rank <= 32 else 32), tile.warps)
+    limit = MAX_B_NUMBERS if tile.tokens < 16 else MAX_SHARED_B_NUMBERS
+    if tile.columns * rank > limit:
+        tile = replace(tile, columns=max(16, limit // (1 << (rank - 1).bit_length())))
+    return replace(tile, warps=max(4, tile.warps)) if rank > 32 else tile
+
+
+def row_warps(width: int, *, has_delta: bool) -> int:
+    warps = next(warps for limit, warps in ROW_WARPS if width <= limit)
+    return min(16, 2 * warps) if has_delta else warps
