@@ -5,7 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("benchmarks.decode",)
+MODULES = (
+    "benchmarks.attention",
+    "benchmarks.operators",
+    "benchmarks.decode",
+    "benchmarks.slot_loads",
+    "benchmarks.cold",
+    "benchmarks.server",
+)
 
 
 def main() -> int:

@@ -11,18 +11,26 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
+from adapter_core.adapter import DTYPE_NAMES
 from adapter_core.base_model import model_name
+from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
+from adapter_core.errors import InvalidInput
 from adapter_core.file_store import FileStore
 from adapter_core.job_queue import JobQueue
+from adapter_core.own_bases import OwnBases
 from adapter_core.settings import CommonSettings
 from adapter_core.store import AdapterStore
 from service.auth import ApiKeys
+from service.basis_choices import BasisChoices
+from service.basis_jobs import BasisJobs
 from service.generation import Generator
 from service.idempotency import Idempotency
+from service.imports import Imports
 from service.metrics import Metrics, service_version
 from service.metrics_collector import ServiceCollector, StoreSampler
 from service.middleware import Authentication, BodyLimit, BodyLimits, RequestContext, RequestLimit
@@ -30,11 +38,13 @@ from service.model_names import Models
 from service.routes import (
     adapters,
     bases,
+    basis_jobs,
     chat,
     completions,
     errors,
     files,
     fine_tuning,
+    imports,
     models,
     ops,
     score,
@@ -49,7 +59,7 @@ from service.training_jobs import TrainingJobs
 TITLE = "Tessera"
 DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."
 
-TENANT_ROUTERS = (models, completions, chat, score, files, fine_tuning, adapters, bases)
+TENANT_ROUTERS = (models, completions, chat, score, files, fine_tuning, adapters, imports, basis_jobs, bases)
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -57,7 +67,13 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
     """The stores of one Redis."""
     cache_dir = settings.data_dir / "cache" / "bases"
-    return Stores(redis, AdapterStore(redis), BasisStore(redis, cache_dir=cache_dir), FileStore(redis))
+    return Stores(
+        redis,
+        AdapterStore(redis),
+        BasisStore(redis, cache_dir=cache_dir),
+        OwnBases(redis, max_bytes=settings.max_own_basis_bytes),
+        FileStore(redis),
+    )
 
 
 def create_app(
@@ -70,7 +86,7 @@ def create_app(
 ) -> FastAPI:
     """The application. It starts and closes the engine with itself; the Redis client is the caller's.
 
-    Raises `InvalidInput` for a key file that cannot be used.
+    Raises `InvalidInput` for a key file or a setting that cannot be used.
     """
     services = _services(engine, stores, codec, settings, common)
     sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
@@ -101,19 +117,42 @@ def _services(
     common: CommonSettings,
 ) -> Services:
     metrics, queue = Metrics(), JobQueue(stores.redis)
-    names = Models(model_name(common.base_model), stores.adapters, engine)
-    jobs = TrainingJobs(queue, names, stores.adapters, stores.bases, stores.files, settings=common)
+    names = Models(model_name(common.base_model), stores.adapters, stores.own_bases, engine)
+    basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.own_bases)
+    choices = BasisChoices(
+        bases=stores.bases, own=stores.own_bases, holds=holds, files=stores.files, settings=common
+    )
+    jobs = TrainingJobs(queue, names, stores.adapters, choices, settings=common)
+    imports = Imports(
+        stores.adapters,
+        stores.bases,
+        stores.own_bases,
+        base_model=common.base_model,
+        revision=common.base_model_revision,
+        dtype=_adapter_dtype(common.adapter_dtype),
+    )
     return Services(
         settings=settings,
         engine=engine,
         stores=stores,
         queue=queue,
+        basis_queue=basis_queue,
         models=names,
         generator=Generator(engine, codec, metrics, request_timeout_s=settings.request_timeout_s),
         jobs=jobs,
+        basis_jobs=BasisJobs(basis_queue, choices, base_model=names.base_name),
+        holds=holds,
+        imports=imports,
         idempotency=Idempotency(stores.redis),
         metrics=metrics,
     )
+
+
+def _adapter_dtype(name: str) -> torch.dtype:
+    if name not in DTYPE_NAMES:
+        known = ", ".join(DTYPE_NAMES)
+        raise InvalidInput(f"adapter_dtype must be one of {known}", param="TESSERA_ADAPTER_DTYPE")
+    return DTYPE_NAMES[name]
 
 
 def _lifespan(engine: TokenEngine, sampler: StoreSampler, interval_s: float) -> Lifespan:
@@ -132,7 +171,12 @@ def _lifespan(engine: TokenEngine, sampler: StoreSampler, interval_s: float) -> 
 
 def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
     """Innermost first."""
-    limits = BodyLimits(settings.max_body_bytes, settings.max_upload_bytes, settings.body_timeout_s)
+    limits = BodyLimits(
+        settings.max_body_bytes,
+        settings.max_upload_bytes,
+        settings.max_import_bytes,
+        settings.body_timeout_s,
+    )
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Authentication, api_keys=ApiKeys.load(settings.api_keys_file))
     app.add_middleware(RequestLimit, max_requests=settings.max_concurrent_requests)

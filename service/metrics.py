@@ -2,11 +2,12 @@
 
 Names are `tessera_…` in base units. No label ever holds a user, an adapter, a job or a path that a caller
 chose, so the number of series is bounded. Figures of the engine, the queue and the store, which others count,
-are added by `metrics_collector.py`.
+are added by `metrics_collector.py`. Of several API processes each counts into files that all of them read.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -19,8 +20,11 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 
 DISTRIBUTION = "tessera-adapters"
+#: Set for API processes that count together, before anything of Prometheus is imported.
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 #: A second series per counter and histogram, with the time of its birth, that no query needs.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -44,9 +48,8 @@ class Metrics:
     """The service's own counters and histograms, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
+        registry = CollectorRegistry()
+        self.registry = _exposed(registry)
         self.http_requests = Counter(
             "tessera_http_requests",
             "HTTP requests answered, by route template, method and status code.",
@@ -61,7 +64,10 @@ class Metrics:
             registry=registry,
         )
         self.http_in_flight = Gauge(
-            "tessera_http_requests_in_flight", "HTTP requests being answered.", registry=registry
+            "tessera_http_requests_in_flight",
+            "HTTP requests being answered.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.time_to_first_token = Histogram(
             "tessera_time_to_first_token_seconds",
@@ -90,7 +96,13 @@ class Metrics:
             buckets=DISTINCT_BUCKETS,
             registry=registry,
         )
-        build = Gauge("tessera_build_info", "Always 1.", ("version", "python"), registry=registry)
+        build = Gauge(
+            "tessera_build_info",
+            "Always 1.",
+            ("version", "python"),
+            registry=registry,
+            multiprocess_mode="max",
+        )
         build.labels(service_version(), platform.python_version()).set(1)
 
     def generation_ended(self, outcome: str, duration_s: float, max_distinct: int) -> None:
@@ -103,3 +115,15 @@ class Metrics:
     def http_answered(self, route: str, method: str, status: int, duration_s: float) -> None:
         self.http_requests.labels(route, method, str(status)).inc()
         self.http_duration.labels(route).observe(duration_s)
+
+
+def _exposed(own: CollectorRegistry) -> CollectorRegistry:
+    """What a scrape is answered from: `own`, or one that adds up what all API processes count. The figures
+    of a single process are left out there, because a scrape reaches any of them."""
+    if MULTIPROCESS_DIR in os.environ:
+        shared = CollectorRegistry()
+        MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
+        return shared
+    ProcessCollector(registry=own)
+    PlatformCollector(registry=own)
+    return own

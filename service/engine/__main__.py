@@ -19,13 +19,14 @@ def main() -> None:
     )
     parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen at")
     parser.add_argument("--parent", type=int, required=True, help="process with which this one ends")
+    parser.add_argument("--restarts", type=int, default=0, help="engine processes before this one")
     arguments = parser.parse_args()
     if os.getppid() != arguments.parent:
         sys.exit(f"process {arguments.parent} did not start this one, or is gone")
-    asyncio.run(run(arguments.socket, arguments.parent))
+    asyncio.run(run(arguments.socket, arguments.parent, arguments.restarts))
 
 
-async def run(socket: Path, parent: int) -> None:
+async def run(socket: Path, parent: int, restarts: int) -> None:
     # Only now, because it takes seconds: torch and transformers.
     from adapter_core.settings import CommonSettings, refuse_unknown_variables
     from service.engine.process import EngineProcess
@@ -36,7 +37,7 @@ async def run(socket: Path, parent: int) -> None:
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s"
     )
-    status = await EngineProcess(settings, EngineSettings()).run(socket, parent=parent)
+    status = await EngineProcess(settings, EngineSettings(), restarts=restarts).run(socket, parent=parent)
     logging.shutdown()
     # Not sys.exit: that waits for the threads, and one may be loading a model or be stuck in a CUDA call.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Adapters in host memory: the tier between the store and the slots.
+"""Adapters in host memory, packed for the slots: the tier between the store and the device.
 
 Least recently used go first when the bytes exceed the limit, but never one that a waiting request needs: it
 would have to be fetched again before that request could begin. So the cache may exceed its limit, by what the
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
-from adapter_core.adapter import Adapter, AdapterRef
+from adapter_core.adapter import AdapterRef
+from service.engine.packed_adapter import PackedAdapter
 
 
 class AdapterCache:
@@ -19,7 +20,7 @@ class AdapterCache:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.num_loads = self.num_evictions = 0
-        self._adapters: OrderedDict[AdapterRef, Adapter] = OrderedDict()  # least recently used first
+        self._adapters: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()  # least recently used first
         self._holds: Counter[AdapterRef] = Counter()
 
     def __contains__(self, ref: AdapterRef) -> bool:
@@ -32,23 +33,23 @@ class AdapterCache:
     def refs(self) -> list[AdapterRef]:
         return list(self._adapters)
 
-    def get(self, ref: AdapterRef) -> Adapter | None:
+    def get(self, ref: AdapterRef) -> PackedAdapter | None:
         adapter = self._adapters.get(ref)
         if adapter is not None:
             self._adapters.move_to_end(ref)
         return adapter
 
-    def put(self, ref: AdapterRef, adapter: Adapter) -> None:
+    def put(self, ref: AdapterRef, adapter: PackedAdapter) -> None:
         self.drop(ref)
         self._adapters[ref] = adapter
-        self.num_bytes += adapter.R.nbytes
+        self.num_bytes += adapter.nbytes
         self.num_loads += 1
         self._evict()
 
     def drop(self, ref: AdapterRef) -> None:
         adapter = self._adapters.pop(ref, None)
         if adapter is not None:
-            self.num_bytes -= adapter.R.nbytes
+            self.num_bytes -= adapter.nbytes
 
     def hold(self, ref: AdapterRef) -> None:
         """One waiting request more needs `ref`."""
@@ -62,7 +63,7 @@ class AdapterCache:
             self._evict()
 
     def check_integrity(self) -> None:
-        assert self.num_bytes == sum(adapter.R.nbytes for adapter in self._adapters.values())
+        assert self.num_bytes == sum(adapter.nbytes for adapter in self._adapters.values())
         assert all(count > 0 for count in self._holds.values())
         assert self.num_bytes <= self.max_bytes or all(ref in self._holds for ref in self._adapters)
 

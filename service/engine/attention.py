@@ -39,7 +39,13 @@ class AttentionStep(Protocol):
     """One step's attention: what a model's layers find under `paged_step`."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v]; returns [T, Hq, D_v]."""
+        """Keep the tokens' K and V, and attend. q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v]; returns
+        [T, Hq, D_v]."""
+        ...
+
+    def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend where the tokens' K and V are in the cache already. q: [T, Hq, D_k]; returns
+        [T, Hq, D_v]."""
         ...
 
 
@@ -117,12 +123,16 @@ class PagedAttention:
         if num_kv_heads not in self._rows:
             self._rows[num_kv_heads] = self._kv.rows(num_kv_heads, self._blocks, self._offsets)
         self._kv.write(layer, k, v, self._rows[num_kv_heads])
-        out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
+        return self.attend_cached(layer, q.transpose(0, 1), options)
+
+    def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
+        shape = self._kv.shapes[layer]
+        out = q.new_empty(q.shape[0], q.shape[1], shape.value_dim)
         for tile in self._tiles:
             n, Q = tile.positions.shape
-            K, V = self._kv.read(layer, tile.pages(self._kv, num_kv_heads))
+            K, V = self._kv.read(layer, tile.pages(self._kv, shape.num_kv_heads))
             rows = slice(tile.start, tile.start + n * Q)
-            queries = q[:, rows].reshape(num_kv_heads, -1, n, Q, q.shape[-1]).permute(2, 0, 1, 3, 4)
+            queries = q[rows].view(n, Q, shape.num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
             hidden = tile.hidden(K.shape[2], options.sliding_window)
             out[rows] = attend(queries, K, V, hidden, options).flatten(0, 1)
         return out
@@ -145,13 +155,19 @@ def attend(q: Tensor, K: Tensor, V: Tensor, hidden: Tensor, options: AttentionOp
 
 
 class AttentionProbe:
-    """Stands in for a step to learn what every layer keeps, from the shapes that it hands over."""
+    """Stands in for a step to learn what every layer keeps and asks for, from what it hands over."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
-        self.num_calls = 0
+        self.options: dict[int, AttentionOptions] = {}
+        self.num_heads = self.num_calls = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         self.shapes[layer] = KVShape(k.shape[0], k.shape[-1], v.shape[-1])
+        self.options[layer] = options
+        self.num_heads = q.shape[0]
         self.num_calls += 1
         return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
+
+    def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
+        raise AssertionError("a trial run goes through the model's own layers")

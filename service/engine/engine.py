@@ -10,12 +10,10 @@ import itertools
 import logging
 import os
 
-import torch
-
 from adapter_core.adapter import Adapter, AdapterRef
 from adapter_core.base_model import BaseModel
 from adapter_core.basis import Basis
-from adapter_core.errors import EngineOverloaded, InvalidInput, TesseraError
+from adapter_core.errors import InvalidInput, TesseraError
 from service.engine.adapter_cache import AdapterCache
 from service.engine.blocks import BlockPool
 from service.engine.config import EngineConfig
@@ -24,14 +22,16 @@ from service.engine.kv_cache import PagedKV
 from service.engine.limits import RequestLimits
 from service.engine.memory import add_remainder, module_bytes, num_kv_blocks
 from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
-from service.engine.plan import StepPlan
+from service.engine.model_path import adopt
+from service.engine.packed_adapter import PackedAdapter
 from service.engine.prefix_keys import root_key
 from service.engine.residency import Residency
 from service.engine.resident_bases import ResidentBases
-from service.engine.runner import ChunkResult, ModelRunner, adopt
+from service.engine.runner import ModelRunner
 from service.engine.sampling import make_generator
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
+from service.engine.step_loop import StepLoop
 
 __all__ = ["Engine", "EngineConfig"]
 
@@ -74,38 +74,38 @@ class Engine:
             self.residency,
             max_logit_rows=max(1, MAX_LOGITS_BYTES // (facts.vocab_size * dtype.itemsize)),
         )
-        self._runner = ModelRunner(base.model, self.kv, self.bases)
+        self.runner = ModelRunner(base.model, facts, self.kv, self.bases, config, max_model_len=max_model_len)
         self._in_flight = InFlight(self.scheduler)
         self._orders = itertools.count()
-        self._num_steps = self._num_failed_steps = 0
+        looks_ahead = config.lookahead == "on" or (config.lookahead == "auto" and device.type == "cuda")
+        self.loop = StepLoop(self.scheduler, self.runner, self._in_flight, looks_ahead=looks_ahead)
 
     def step(self) -> list[TokenOutput]:
-        """One iteration: decode, prefill and admit as much as fits, and return what that brought whom.
+        """One iteration: decode, prefill and admit as much as fits, and return what steps brought whom.
 
         Raises nothing but an accelerator's own errors: after one of them the process is of no more use.
         """
-        self._in_flight.expire()
-        plan = self.scheduler.schedule()
-        if plan.chunks:
-            try:
-                self._deliver(plan, self._runner.run(plan))
-            except Exception as error:
-                self._fail_step(plan, error)
+        self.loop.turn()
         return self._in_flight.take_outputs()
 
     @property
     def has_work(self) -> bool:
         """Whether `step`, or fetching what is missing, would get something on. A request that waits for an
         adapter on its way is no work until its deadline has passed, so ask at least once a second."""
-        return self._in_flight.has_news or self.scheduler.has_work or self.residency.has_missing
+        return (
+            self._in_flight.has_news
+            or self.loop.is_under_way
+            or self.scheduler.has_work
+            or self.residency.has_missing
+        )
 
     def submit(self, request: GenerationRequest) -> None:
-        """Let a request wait for its turn. Raises `InvalidInput` or `EngineOverloaded`, and nothing waits."""
+        """Let a request wait for its turn. Raises `InvalidInput`, `EngineOverloaded` or `TenantOverloaded`,
+        and nothing waits."""
         self._limits.check(request)
         if request.request_id in self._in_flight:
             raise InvalidInput(f"request {request.request_id} is in flight already", param="request_id")
-        if len(self.scheduler.waiting) >= self._config.max_waiting:
-            raise EngineOverloaded(f"{self._config.max_waiting} requests are waiting already")
+        self.scheduler.check_room(request.tenant)
         ref = request.adapter
         if ref is not None and not self.bases.can_ever_hold(ref.basis_id):
             raise InvalidInput(
@@ -137,7 +137,11 @@ class Engine:
         """Bases that requests wait for, that there is place for, and nobody has been asked for yet."""
         return self.bases.take_missing()
 
-    def provide_adapter(self, ref: AdapterRef, adapter: Adapter | TesseraError) -> None:
+    def holds(self, ref: AdapterRef) -> bool:
+        """Whether an adapter is here already. Any thread may ask, in order to fetch ahead; it is a hint."""
+        return self.residency.holds(ref)
+
+    def provide_adapter(self, ref: AdapterRef, adapter: Adapter | PackedAdapter | TesseraError) -> None:
         """Hand over what was missing, or why it cannot be had: then the requests that wait for it fail."""
         try:
             self.residency.provide(ref, adapter)
@@ -161,6 +165,7 @@ class Engine:
     def add_basis(self, basis: Basis) -> None:
         """Make a basis resident for good. Raises `BasisMismatch`, or `InvalidInput` if there is no place."""
         self.bases.add(basis, is_permanent=True)
+        self.runner.prepare()
 
     def unload(self, tenant: str, adapter_id: str) -> None:
         """Drop every version of an adapter: host copies and idle slots now, slots in use when their requests
@@ -169,6 +174,7 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as it was. The engine is of no more use."""
+        self.runner.close()
         self.bases.close()
         self._base.model.set_attn_implementation(self._attention_before)
 
@@ -181,6 +187,7 @@ class Engine:
             device=str(self._base.device),
             dtype=str(self._base.model.dtype).removeprefix("torch."),
             default_basis_id=self.bases.default_id,
+            model_path=self.runner.path_name,
             pid=os.getpid(),
         )
 
@@ -207,7 +214,7 @@ class Engine:
             host_cache_entries=len(cache),
             resident_bases=len(bases),
             memory_bytes=add_remainder(used, self._base.device),
-            steps_total=self._num_steps,
+            steps_total=self.loop.num_steps,
             prompt_tokens_total=scheduler.num_prompt_tokens,
             generation_tokens_total=self._in_flight.num_generated,
             cached_prompt_tokens_total=scheduler.num_cached_tokens,
@@ -215,37 +222,13 @@ class Engine:
             adapter_loads_total={"cached": cache.num_loads, "resident": bases.num_slot_loads},
             adapter_load_failures_total=self.residency.num_load_failures,
             adapter_evictions_total={"cached": cache.num_evictions, "resident": bases.num_slot_evictions},
-            step_failures_total=self._num_failed_steps,
+            step_failures_total=self.loop.num_failed,
         )
 
     def check_integrity(self) -> None:
         """Assert that everything that is owned is owned once, and that all of it is accounted for."""
         self.scheduler.check_integrity()
         self._in_flight.check_integrity()
-
-    def _deliver(self, plan: StepPlan, results: list[ChunkResult]) -> None:
-        """Turn the results of a step into outputs, and end what is complete."""
-        self._num_steps += 1
-        num_distinct = plan.num_distinct
-        for chunk, result in zip(plan.chunks, results, strict=True):
-            sequence = chunk.sequence
-            if not result.is_finite:
-                message = "the model's output is not finite; the adapter holds extreme values"
-                self._in_flight.fail(sequence, "non_finite_logits", message)
-                continue
-            self.scheduler.commit(chunk)
-            sequence.prompt_logprobs += result.prompt_logprobs
-            if chunk.is_last:
-                self._in_flight.deliver(sequence, result, num_distinct)
-
-    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """The step failed: so do the requests that were in it, and no others."""
-        logger.exception("a step of %d tokens failed", plan.num_tokens)
-        self._num_failed_steps += 1
-        for chunk in plan.chunks:
-            self._in_flight.fail(chunk.sequence, "step_failed", f"the step failed: {error}")
-        if isinstance(error, torch.AcceleratorError):
-            raise error
 
     def _settle(self, ref: AdapterRef) -> None:
         """Something arrived that requests wait for: let them go on if all is there now."""

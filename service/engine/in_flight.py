@@ -9,9 +9,12 @@ import heapq
 import time
 
 from service.engine.messages import TokenOutput
-from service.engine.runner import ChunkResult
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
+from service.engine.step_results import ChunkResult
+
+#: Deadlines of requests that have ended are kept up to here, so that they are dropped many at a time.
+MAX_PAST_DEADLINES = 256
 
 
 class InFlight:
@@ -27,6 +30,10 @@ class InFlight:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._sequences
 
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether this very sequence is in flight, and not another of the same request id."""
+        return self._sequences.get(sequence.request_id) is sequence
+
     @property
     def has_news(self) -> bool:
         """Whether there are outputs to be taken, or a deadline has passed."""
@@ -38,6 +45,7 @@ class InFlight:
         if sequence.request.deadline_s is not None:
             expires_at = time.monotonic() + sequence.request.deadline_s
             heapq.heappush(self._deadlines, (expires_at, sequence.order, sequence.request_id))
+            self._forget_deadlines()
 
     def deliver(self, sequence: Sequence, result: ChunkResult, num_distinct: int) -> None:
         """Send what a completed chunk brought: a token, the prompt's log-probabilities, the end."""
@@ -101,6 +109,13 @@ class InFlight:
             )
         )
         self._forget(sequence)
+
+    def _forget_deadlines(self) -> None:
+        """Drop those of requests that have ended, once they are the most: they may lie far ahead, and at a
+        thousand requests a second those of ten minutes would take 100 MB."""
+        if len(self._deadlines) > 2 * len(self._sequences) + MAX_PAST_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._sequences]
+            heapq.heapify(self._deadlines)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

@@ -5,13 +5,14 @@
     API → engine    submit   request
                     cancel   request_id
                     unload   id, tenant, adapter_id
+                    check    id                              the engine's books, between two steps
     engine → API    starting reason                          once a second until ready
                     failed   error                           it cannot start, and exits
                     ready    info                            first frame once it serves
                     stats    stats, stalled_s                once a second, and when the work is done
                     outputs  outputs                         all that one step brought this connection
                     refused  request_id, error               the request was not taken
-                    unloaded id
+                    done     id, error                       of an unload or a check
 
 Outputs travel as rows without field names: at 256 sequences and 100 steps a second `dataclasses.asdict` alone
 would take half a core. Knows nothing of sockets, processes or queues. No pickle.
@@ -37,6 +38,7 @@ from adapter_core.errors import (
     RequestFailed,
     StoreFull,
     StoreUnavailable,
+    TenantOverloaded,
     TesseraError,
     Unavailable,
     UnsupportedModel,
@@ -63,6 +65,7 @@ _ERRORS: dict[str, type[TesseraError]] = {
         RequestFailed,
         StoreFull,
         StoreUnavailable,
+        TenantOverloaded,
         Unavailable,
         UnsupportedModel,
     )

@@ -41,6 +41,7 @@ class PagedKV:
         dtype: torch.dtype,
     ) -> None:
         self.block_size = block_size
+        self.dtype = dtype
         self.shapes = tuple(shapes)
         self._K: list[Tensor] = [torch.empty(0)] * len(self.shapes)
         self._V: list[Tensor] = [torch.empty(0)] * len(self.shapes)
@@ -82,6 +83,10 @@ class PagedKV:
         )
         length = count * self.block_size
         return K.view(n, heads, length, -1), V.view(n, heads, length, -1)
+
+    def pages_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All blocks of one layer: K [num_blocks + 1, Hkv, block_size, D_k] and V [..., D_v]."""
+        return self._K[layer], self._V[layer]
 
     def rows(self, num_kv_heads: int, blocks: Tensor, offsets: Tensor) -> Tensor:
         """Where `write` puts each head's entry of T tokens. blocks, offsets: int64 [T]; returns [Hkv * T]."""

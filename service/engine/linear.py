@@ -21,12 +21,14 @@ from service.engine.slots import SlotTable
 
 @dataclass(frozen=True)
 class Factors:
-    """One basis' share in one module. A: [r, d_in], B: [d_out, r], R_slots: [S, r, r], seen in `slots`."""
+    """One basis' share in one module. A: [r, d_in], B: [d_out, r], R_slots: [S, r, r], seen in `slots`, where
+    the module has number `index`."""
 
     A: Tensor
     B: Tensor
     R_slots: Tensor
     slots: SlotTable
+    index: int
 
 
 class AdapterLinear(nn.Linear):
@@ -67,7 +69,7 @@ def attach(model: nn.Module, basis: Basis, slots: SlotTable) -> None:
     for index, module in enumerate(basis.manifest.modules):
         linear = _target(model, module)
         A, B = basis.A[index].to(linear.weight), basis.B[index].to(linear.weight)
-        shares.append(Factors(A, B, slots.R_slots[:, index], slots))
+        shares.append(Factors(A, B, slots.R_slots[:, index], slots, index))
     for module, factors in zip(basis.manifest.modules, shares, strict=True):
         layer = model.get_submodule(module.name)
         if not isinstance(layer, AdapterLinear):

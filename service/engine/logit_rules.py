@@ -22,7 +22,7 @@ from service.engine.sequence import Sequence
 def apply_rules(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """The logits that tokens are chosen from. logits: float32 [N, V]; a copy is returned if a row has
     rules."""
-    ruled = [index for index, sequence in enumerate(sequences) if _has_rules(sequence)]
+    ruled = [index for index, sequence in enumerate(sequences) if has_rules(sequence)]
     if not ruled:
         return logits
     logits = logits.clone()
@@ -31,19 +31,18 @@ def apply_rules(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     return logits
 
 
-def _has_rules(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
-    return (
-        sampling.repetition_penalty != 1
-        or sampling.frequency_penalty != 0
-        or sampling.presence_penalty != 0
-        or bool(sampling.logit_bias)
-        or _must_go_on(sequence)
-    )
+def has_rules(sequence: Sequence) -> bool:
+    """Whether its logits are changed, which may take its own last token."""
+    return sequence.has_rules or _must_go_on(sequence)
 
 
 def _must_go_on(sequence: Sequence) -> bool:
-    return sequence.num_output < sequence.sampling.min_tokens and bool(sequence.sampling.stop_token_ids)
+    sampling = sequence.sampling
+    return (
+        sampling.min_tokens > 0
+        and sequence.num_output < sampling.min_tokens
+        and bool(sampling.stop_token_ids)
+    )
 
 
 def _apply_to_row(row: Tensor, sequence: Sequence) -> None:

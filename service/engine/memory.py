@@ -15,7 +15,7 @@ from service.engine.kv_cache import KVShape
 #: On a CPU: enough for 16 sequences of 2,000 tokens of a 1B model; pages are only touched when used.
 CPU_KV_BYTES = 256 * 1024**2
 #: Of what is free on a GPU once the weights are loaded. The rest is for the slots of several bases (29 MB
-#: each at 8B, rank 16, 256 slots), their factors (84 MB) and a step's activations and logits.
+#: each at 8B, rank 16, 256 slots), their factors (84 MB), a step's activations and logits, and CUDA graphs.
 GPU_KV_SHARE = 0.8
 
 

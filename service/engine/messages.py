@@ -124,7 +124,8 @@ def _token_logprobs(values: dict[str, Any]) -> TokenLogprobs:
 
 @dataclass(frozen=True)
 class EngineInfo(Message):
-    """What the engine is, told once when it is ready. max_model_len: prompt plus output, in tokens."""
+    """What the engine is, told once when it is ready. max_model_len: prompt plus output, in tokens. restarts:
+    engine processes of the same parent before this one."""
 
     model_name: str
     model_id: str
@@ -134,6 +135,8 @@ class EngineInfo(Message):
     dtype: str
     default_basis_id: str
     pid: int
+    model_path: str = ""
+    restarts: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,35 +6,36 @@ from dataclasses import dataclass, field
 
 from service.engine.sequence import Sequence
 
+_NOTHING = range(0)
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False, slots=True)  # one per sequence and step: not frozen, which takes five times as long
 class Chunk:
-    """The tokens start .. start + length - 1 of a sequence, whose KV is to be computed."""
+    """The tokens start .. start + length - 1 of a sequence, whose KV is to be computed.
+
+    What follows from the sequence as it is when the chunk is made, for it changes before the results are in:
+    is_last: every known token is computed after this chunk. samples: its last logits choose the next token.
+    prompt_positions: positions whose logits are scored against the next prompt token.
+    """
 
     sequence: Sequence
     start: int
     length: int
+    is_last: bool = field(init=False)
+    samples: bool = field(init=False)
+    prompt_positions: range = field(init=False)
+
+    def __post_init__(self) -> None:
+        sequence = self.sequence
+        self.is_last = self.end == sequence.num_tokens
+        self.samples = self.is_last and sequence.num_output < sequence.sampling.max_tokens
+        self.prompt_positions = _NOTHING
+        if sequence.needs_prompt_logprobs:
+            self.prompt_positions = range(self.start, min(self.end, sequence.num_prompt - 1))
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-    @property
-    def is_last(self) -> bool:
-        """Whether every known token is computed after this chunk."""
-        return self.end == self.sequence.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether its last logits choose the next token."""
-        return self.is_last and self.sequence.num_output < self.sequence.sampling.max_tokens
-
-    @property
-    def prompt_positions(self) -> range:
-        """Positions whose logits are scored against the next prompt token."""
-        if not self.sequence.needs_prompt_logprobs:
-            return range(0)
-        return range(self.start, min(self.end, self.sequence.num_prompt - 1))
 
 
 @dataclass

@@ -13,14 +13,15 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapter_core.adapter import Adapter, AdapterRef
+from adapter_core.adapter import AdapterRef
 from adapter_core.base_model import BaseModel, load_base_model
 from adapter_core.basis import Basis
 from adapter_core.basis_store import BasisStore, ensure_basis
@@ -28,9 +29,11 @@ from adapter_core.errors import EngineUnavailable, InvalidInput, TesseraError, U
 from adapter_core.redis_client import connect
 from adapter_core.settings import CommonSettings
 from adapter_core.store import AdapterStore
+from service.engine.adapter_fetches import AdapterFetches
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.engine_thread import EngineThread, Turn
+from service.engine.packed_adapter import PackedAdapter
 from service.engine.server import EngineServer
 from service.engine.settings import EngineSettings
 from service.engine.store_reader import StoreReader
@@ -49,18 +52,30 @@ _FIRST_STORE_DELAY_S, _MAX_STORE_DELAY_S = 0.2, 5.0
 
 
 class EngineProcess:
-    """One run of the engine process. `run` returns its exit status."""
+    """One run of the engine process. `run` returns its exit status. restarts: how many runs there were
+    before. build: makes the engine, on a thread of its own."""
 
-    def __init__(self, settings: CommonSettings, engine_settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        settings: CommonSettings,
+        engine_settings: EngineSettings,
+        *,
+        restarts: int = 0,
+        build: Callable[[BaseModel, Basis, EngineConfig], Engine] | None = None,
+    ) -> None:
         url = settings.store_url_with_password()
         if url is None:
             raise InvalidInput("the engine process needs the URL of a store", param="TESSERA_STORE_URL")
         self._settings = settings
         self._engine_settings = engine_settings
+        self._restarts = restarts
+        self._build = build or build_engine
         redis = connect(url, timeout_s=settings.store_timeout_s)
         self._bases = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
         self._reader = StoreReader(AdapterStore(redis), self._bases)
-        self._server = EngineServer()
+        self._server = EngineServer(on_adapter=self._fetch_ahead)
+        self._fetches = AdapterFetches(self._read_adapters, self._provide_adapter, self._spawn)
+        self._engine: Engine | None = None
         self._thread: EngineThread | None = None
         self._exit_status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,12 +102,13 @@ class EngineProcess:
             base = await asyncio.to_thread(_load, self._settings, self._engine_settings)
             self._server.announce_starting("the engine is preparing the default basis")
             basis = await self._default_basis(base)
-            engine = await asyncio.to_thread(_build_engine, base, basis, engine_config(self._engine_settings))
+            engine = await asyncio.to_thread(self._build, base, basis, engine_config(self._engine_settings))
         except Exception as error:
             self._fail(error)
             return
+        self._engine = engine
         self._thread = EngineThread(engine, on_turn=self._on_turn, on_failure=self._fail)
-        info = engine.info()
+        info = replace(engine.info(), restarts=self._restarts)
         self._thread.post(
             partial(_bind_thread, device=base.device, num_threads=self._engine_settings.threads)
         )
@@ -120,23 +136,28 @@ class EngineProcess:
 
     def _on_turn(self, turn: Turn) -> None:
         self._server.deliver(turn)
-        if turn.missing_adapters:
-            self._spawn(self._fetch_adapters(turn.missing_adapters))
+        self._fetches.fetch(turn.missing_adapters)
         for basis_id in turn.missing_bases:
             self._spawn(self._fetch_basis(basis_id))
 
-    async def _fetch_adapters(self, refs: Sequence[AdapterRef]) -> None:
-        for ref, result in zip(refs, await self._reader.read_adapters(refs), strict=True):
-            self._provide_adapter(ref, result)
+    def _fetch_ahead(self, ref: AdapterRef) -> None:
+        """A request for `ref` has been posted to the engine, which will see it after the running step."""
+        if self._engine is not None and not self._engine.holds(ref):
+            self._fetches.fetch([ref])
 
-    def _provide_adapter(self, ref: AdapterRef, result: Adapter | TesseraError) -> None:
+    async def _read_adapters(self, refs: Sequence[AdapterRef]) -> list[PackedAdapter | TesseraError]:
+        assert self._engine is not None
+        return await self._reader.read_adapters(refs, self._engine.bases.slot_format)
+
+    def _provide_adapter(self, ref: AdapterRef, found: PackedAdapter | TesseraError) -> None:
         def reply(error: TesseraError | None) -> None:
-            if error is not None:  # the engine cannot use it: then its requests get that for an answer
-                self._provide_adapter(ref, error)
+            if error is not None and not isinstance(found, TesseraError):
+                self._provide_adapter(ref, error)  # the engine cannot use it: its requests get that answer
+            else:
+                self._fetches.arrived(ref)
 
         assert self._thread is not None
-        command = partial(Engine.provide_adapter, ref=ref, adapter=result)
-        self._thread.post(command, None if isinstance(result, TesseraError) else reply)
+        self._thread.post(partial(Engine.provide_adapter, ref=ref, adapter=found), reply)
 
     async def _fetch_basis(self, basis_id: str) -> None:
         self._provide_basis(basis_id, await self._reader.read_basis(basis_id))
@@ -206,7 +227,8 @@ def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseMode
     )
 
 
-def _build_engine(base: BaseModel, basis: Basis, config: EngineConfig) -> Engine:
+def build_engine(base: BaseModel, basis: Basis, config: EngineConfig) -> Engine:
+    """An engine with `basis` resident for good."""
     engine = Engine(base, config)
     engine.add_basis(basis)
     return engine

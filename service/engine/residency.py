@@ -13,6 +13,7 @@ from collections import Counter
 from adapter_core.adapter import Adapter, AdapterRef
 from adapter_core.errors import BasisMismatch, TesseraError
 from service.engine.adapter_cache import AdapterCache
+from service.engine.packed_adapter import PackedAdapter
 from service.engine.resident_bases import ResidentBases
 
 
@@ -55,9 +56,19 @@ class Residency:
     def want(self, ref: AdapterRef) -> None:
         """Have `ref` and its basis fetched, unless they are there or on their way."""
         self.bases.want(ref.basis_id)
-        if ref not in self._requested and not self._is_loaded(ref):
+        if ref not in self._requested and not self.holds(ref):
             self._requested.add(ref)
             self._missing[ref] = None
+
+    def holds(self, ref: AdapterRef) -> bool:
+        """Whether `ref` need not be fetched. Any thread may ask: each look-up is one operation on a dict; the
+        answer may be true no more when it arrives."""
+        return ref in self.cache or self.is_resident(ref)
+
+    def is_resident(self, ref: AdapterRef) -> bool:
+        """Whether `ref` has a slot, so that `pin` succeeds whatever the others do."""
+        resident = self.bases.find(ref.basis_id)
+        return resident is not None and ref in resident.slots
 
     def is_ready(self, ref: AdapterRef) -> bool:
         """Whether `pin` can succeed as soon as a slot is free. Raises `BasisMismatch` if it never can."""
@@ -84,21 +95,28 @@ class Residency:
             self.cache.release(ref)
         return slot
 
+    def load(self) -> None:
+        """Start the loads of everything that was pinned since the last call."""
+        for table in self.bases.tables.values():
+            table.load()
+
     def take_missing(self) -> list[AdapterRef]:
         """Adapters to be fetched, each returned once until it is provided."""
         missing = list(self._missing)
         self._missing.clear()
         return missing
 
-    def provide(self, ref: AdapterRef, adapter: Adapter | TesseraError) -> None:
+    def provide(self, ref: AdapterRef, adapter: Adapter | PackedAdapter | TesseraError) -> None:
         """Take what was fetched into the cache. Raises the error that came instead, or `BasisMismatch`."""
         self._requested.discard(ref)
         self._missing.pop(ref, None)
-        if isinstance(adapter, Adapter) and adapter.basis_id != ref.basis_id:
+        if not isinstance(adapter, TesseraError) and adapter.basis_id != ref.basis_id:
             adapter = BasisMismatch(f"adapter {ref.adapter_id} belongs to basis {adapter.basis_id}")
         if isinstance(adapter, TesseraError):
             self.num_load_failures += 1
             raise adapter
+        if isinstance(adapter, Adapter):
+            adapter = self.bases.slot_format.pack(adapter)
         if ref in self._unloaded and ref not in self._users:
             self._unloaded.discard(ref)
         else:
@@ -122,10 +140,6 @@ class Residency:
         assert all(count > 0 for count in self._users.values())
         assert self._missing.keys() <= self._requested
         assert all(ref in self._users or ref in self._requested for ref in self._unloaded)
-
-    def _is_loaded(self, ref: AdapterRef) -> bool:
-        resident = self.bases.find(ref.basis_id)
-        return ref in self.cache or (resident is not None and ref in resident.slots)
 
     def _drop(self, ref: AdapterRef) -> None:
         self.cache.drop(ref)

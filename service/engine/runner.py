@@ -1,139 +1,165 @@
 """The model, run for one step: plan in, a token and log-probabilities for every chunk out.
 
-Drives an unmodified transformers model through public doors only: a registered attention function, keyword
-arguments that flow to it, and `logits_to_keep`, so that the head with its soft-capping is the model's own.
+    launch    upload the step's integers, run the model, sample; nothing waits for the device
+    collect   wait, and read what it brought (`PendingResults`)
+
+Chooses nothing about requests: the plan says what is computed, the parameters of its sequences what is
+reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapter_core.errors import UnsupportedModel
-from service.engine import attention
-from service.engine.attention import AttentionProbe, AttentionStep, PagedAttention
 from service.engine.batch import StepBatch, build_batch
-from service.engine.kv_cache import KVShape, PagedKV
-from service.engine.logprobs import finite_rows, token_logprobs
-from service.engine.messages import TokenLogprobs
+from service.engine.config import EngineConfig
+from service.engine.decode_steps import DecodeSteps
+from service.engine.fused import self_check
+from service.engine.kv_cache import PagedKV
+from service.engine.model_path import ModelFacts, ModelPath
+from service.engine.paged_choice import AttentionKind
 from service.engine.plan import StepPlan
 from service.engine.resident_bases import ResidentBases
-from service.engine.sampling import sample
-
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a trial run of the model tells. kv_shapes: of every layer."""
-
-    kv_shapes: tuple[KVShape, ...]
-    vocab_size: int
-
-
-@dataclass
-class ChunkResult:
-    """What the step brought one chunk. token_id: None if nothing was to be sampled. is_finite: False if its
-    logits hold NaN or infinity, and then nothing else is meant."""
-
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    is_finite: bool = True
-
-
-@torch.inference_mode()
-def adopt(model: PreTrainedModel) -> ModelFacts:
-    """Make `model` attend through us, and try one token. Raises `UnsupportedModel` if that fails."""
-    config = model.config.get_text_config()
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS)
-    if odd:
-        raise _unsupported(model, f"has layers of type {', '.join(odd)}")
-    model.set_attn_implementation(attention.NAME)
-    probe = AttentionProbe()
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    try:
-        logits = _forward(model, zero, zero, zero[0], probe)
-    except TypeError as error:
-        raise _unsupported(model, f"refuses our keyword arguments: {error}") from error
-    layers = range(config.num_hidden_layers)
-    if sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
-        raise _unsupported(model, f"attends {probe.num_calls} times in {len(layers)} layers where we see it")
-    vocab_size = min(logits.shape[-1], model.get_input_embeddings().weight.shape[0])
-    return ModelFacts(tuple(probe.shapes[layer] for layer in layers), vocab_size)
-
-
-def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(f"{type(model).__name__} cannot be served: it {reason}", param="base_model")
+from service.engine.step_attention import StepAttention
+from service.engine.step_results import PendingResults, StepLogits
+from service.engine.token_sources import SampledTokens, TokenSources, find_sources
 
 
 class ModelRunner:
-    """Runs plans. The KV goes to `kv`, the adapters come from `bases`."""
+    """Runs plans. The KV goes to `kv`, the adapters come from `bases`. max_model_len: in tokens.
+    decode_steps: what runs steps of decoding only, None where they are run like all others."""
 
-    def __init__(self, model: PreTrainedModel, kv: PagedKV, bases: ResidentBases) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        facts: ModelFacts,
+        kv: PagedKV,
+        bases: ResidentBases,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+    ) -> None:
+        self._config = config
+        self._device = torch.device(model.device)
         self._kv = kv
         self._bases = bases
+        self._vocab_size = facts.vocab_size
+        num_positions = max(max_model_len, self_check.NUM_POSITIONS)
+        self._attention = StepAttention(kv, facts, config, num_positions=num_positions)
+        self._path = ModelPath(
+            model, facts, bases, num_positions=num_positions, enable_fused=config.enable_fused
+        )
+        self.decode_steps: DecodeSteps | None = None
+        self._sampled: SampledTokens | None = None
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[ChunkResult]:
-        """One result per chunk of the plan."""
-        batch = build_batch(plan, self._kv.block_size, self._model.device)
+    @property
+    def path_name(self) -> str:
+        """How the model is run, and why so."""
+        return "fused" if self._path.fused is not None else f"generic: {self._path.reason}"
+
+    def prepare(self) -> None:
+        """Settle how the model is run, now that the default basis is known; else the first step does it."""
+        if self._path.prepare(self._trial_error):
+            self.decode_steps = self._make_decode_steps()
+
+    def launch(self, plan: StepPlan) -> PendingResults:
+        """Start a step. Pending tokens in it are those of the step that was launched before."""
+        self.prepare()
+        self._path.follow_bases()
+        sources = find_sources(plan.chunks, self._sampled)
+        with torch.inference_mode():
+            if self.decode_steps is not None and self._is_plain_decode(plan):
+                results = self._launch_decode(self.decode_steps, plan, sources)
+            else:
+                results = self._launch_mixed(plan, sources)
+        sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        self._sampled = SampledTokens(results.tokens, sequences)
+        return results
+
+    def close(self) -> None:
+        """Give the model's layers back as they were."""
+        self.decode_steps = None
+        self._path.close()
+
+    def _launch_mixed(self, plan: StepPlan, sources: TokenSources | None) -> PendingResults:
+        batch = self._stage(plan, self._kv, sources)
         self._kv.clear(batch.fresh_blocks)
+        logits = self._path.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
+        return PendingResults(plan, StepLogits(logits), batch.prompt_targets)
+
+    def _launch_decode(
+        self, steps: DecodeSteps, plan: StepPlan, sources: TokenSources | None
+    ) -> PendingResults:
+        own_table = None
+        for basis_id, table in self._bases.tables.items():
+            if basis_id == self._bases.default_id:
+                own_table = table
+            else:
+                table.stage(None)
+        can_split = self._attention.can_split([chunk.end for chunk in plan.chunks])
+        logits = steps.launch(plan, own_table, sources, can_split=can_split)
+        return PendingResults(plan, logits, torch.empty(0, dtype=torch.int64, device=self._device))
+
+    def _is_plain_decode(self, plan: StepPlan) -> bool:
+        """Whether every chunk is one token that samples, with an adapter of the fused basis or none."""
+        return all(
+            chunk.length == 1
+            and chunk.samples
+            and not chunk.prompt_positions
+            and (chunk.sequence.adapter is None or chunk.sequence.adapter.basis_id == self._bases.default_id)
+            for chunk in plan.chunks
+        )
+
+    def _stage(self, plan: StepPlan, kv: PagedKV, sources: TokenSources | None = None) -> StepBatch:
+        batch = build_batch(plan, kv, self._attention.layout, self._device, sources)
         for basis_id, table in self._bases.tables.items():
             table.stage(batch.slots.get(basis_id))
-        step = PagedAttention(self._kv, batch.blocks, batch.offsets, batch.tiles)
-        logits = _forward(self._model, batch.input_ids, batch.positions, batch.logit_rows, step)
-        return _results(plan, batch, logits)
+        return batch
 
+    def _make_decode_steps(self) -> DecodeSteps | None:
+        wanted, model = self._config.decode_graphs, self._path.fused
+        # Over static tables the slow truth would gather every sequence at the full length of the model.
+        can_capture = self._device.type == "cuda" and self._attention.kind == AttentionKind.TRITON
+        is_wanted = wanted == "static" or (wanted == "auto" and can_capture)
+        if model is None or not is_wanted:
+            return None
+        max_rows = self._config.max_running
+        logits = torch.empty(max_rows, model.vocab_size, device=self._device, dtype=self._kv.dtype)
+        return DecodeSteps(model, self._kv, self._attention, max_rows=max_rows, logits=logits)
 
-def _forward(
-    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, logit_rows: Tensor, step: AttentionStep
-) -> Tensor:
-    """Logits [rows, V] of the chosen rows of the flattened batch. input_ids, positions: int64 [1, T]."""
-    output = model(
-        input_ids=input_ids,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=logit_rows,
-        paged_step=step,
-    )
-    logits: Tensor = output.logits[0]
-    return logits
+    @torch.inference_mode()
+    def _trial_error(self) -> float:
+        """How far the two ways through the model are apart, see `fused/self_check.py`."""
+        basis_id = self._bases.default_id
+        plans = self_check.trial_plans(
+            self._vocab_size, self._kv.block_size, basis_id, max_tokens=self._config.max_batch_tokens
+        )
+        table = self._bases.tables.get(basis_id)
+        if table is None:
+            return self_check.disagreement(*self._trial_logits(plans))
+        self_check.fill_trial_slot(table.R_slots)
+        try:
+            return self_check.disagreement(*self._trial_logits(plans))
+        finally:
+            self_check.clear_trial_slot(table.R_slots)
+            table.stage(None)
 
-
-def _results(plan: StepPlan, batch: StepBatch, logits: Tensor) -> list[ChunkResult]:
-    """logits: [samples + prompt rows, V], as `StepBatch.logit_rows` has them."""
-    results = [ChunkResult() for _ in plan.chunks]
-    sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
-    scoring = [index for index, chunk in enumerate(plan.chunks) for _ in chunk.prompt_positions]
-    is_finite = finite_rows(logits)  # read only after sampling is under way: a read waits for the device
-    if sampling:
-        _sample(plan, logits[: len(sampling)].float(), sampling, results)
-    if scoring:
-        num_top = [plan.chunks[index].sequence.sampling.prompt_logprobs or 0 for index in scoring]
-        reports = token_logprobs(logits[len(sampling) :], batch.prompt_targets, num_top)
-        for index, report in zip(scoring, reports, strict=True):
-            results[index].prompt_logprobs.append(report)
-    for index, is_row_finite in zip((*sampling, *scoring), is_finite.tolist(), strict=True):
-        results[index].is_finite &= is_row_finite
-    return results
-
-
-def _sample(plan: StepPlan, logits: Tensor, sampling: Rows[int], results: list[ChunkResult]) -> None:
-    """Fill in the tokens of the chunks `sampling`, and their log-probabilities where they are wanted."""
-    sequences = [plan.chunks[index].sequence for index in sampling]
-    tokens = sample(logits, sequences)
-    reported = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-    if reported:
-        num_top = [sequences[row].sampling.logprobs or 0 for row in reported]
-        for row, report in zip(
-            reported, token_logprobs(logits[reported], tokens[reported], num_top), strict=True
-        ):
-            results[sampling[row]].logprobs = report
-    for index, token_id in zip(sampling, tokens.tolist(), strict=True):
-        results[index].token_id = token_id
+    def _trial_logits(self, plans: Sequence[StepPlan]) -> list[Tensor]:
+        """Logits [rows, V] of all the plans' rows, by the fused way and by the generic one."""
+        logits = []
+        for forward in (self._path.forward_fused, self._path.forward_generic):
+            kv = PagedKV(
+                self._kv.shapes,
+                num_blocks=self_check.num_trial_blocks(self._kv.block_size),
+                block_size=self._kv.block_size,
+                device=self._device,
+                dtype=self._kv.dtype,
+            )
+            batches = (self._stage(plan, kv) for plan in plans)
+            outputs = [forward(batch.rows, kv, batch.attention) for batch in batches]
+            logits.append(torch.cat(outputs))
+        return logits

@@ -14,9 +14,10 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
-from service.engine.logit_rules import apply_rules
+from service.engine.logit_rules import apply_rules, has_rules
 from service.engine.messages import SamplingParams
 from service.engine.sequence import Sequence
+from service.engine.transfer import to_device
 
 #: Below this a temperature is greedy: dividing by it would overflow float32.
 MIN_TEMPERATURE = 1e-5
@@ -34,13 +35,18 @@ def is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < MIN_TEMPERATURE
 
 
+def is_plain_greedy(sequence: Sequence) -> bool:
+    """Whether its next token is the largest of the model's own logits."""
+    return sequence.generator is None and not has_rules(sequence)
+
+
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """The next token of each sequence, int64 [N]. logits: float32 [N, V], left as they are."""
     logits = apply_rules(logits, sequences)
     tokens = logits.argmax(-1)
     drawn = [index for index, sequence in enumerate(sequences) if sequence.generator is not None]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = to_device(drawn, logits.device, torch.int64)
         tokens[rows] = _draw(logits[rows], [sequences[index] for index in drawn])
     return tokens
 
@@ -76,4 +82,4 @@ def _truncate(probs: Tensor, samplings: Rows[SamplingParams]) -> Tensor:
 
 
 def _column(values: Rows[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]
+    return to_device(values, like.device, torch.float32)[:, None]

@@ -3,7 +3,7 @@
     1. decode     every running sequence with one token to compute, oldest first; if no block is free for it,
                   the newest running sequence is preempted: its blocks go, its tokens and random state stay
     2. prefill    the others that run, in chunks
-    3. admission  waiting sequences in the order of their turns, as far as tokens, blocks and slots reach
+    3. admission  waiting sequences in the order of their tenants' turns, as far as tokens, blocks, slots go
 
 It never deadlocks: the oldest running sequence is preempted only by its own lack of blocks when it is alone,
 and then they suffice, because longer requests are refused at submission. Nobody waits for ever: admission
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from adapter_core.adapter import AdapterRef
+from adapter_core.errors import EngineOverloaded, TenantOverloaded
 from service.engine.blocks import BlockPool
 from service.engine.config import EngineConfig
 from service.engine.plan import Chunk, StepPlan
@@ -36,7 +38,7 @@ class Scheduler:
     def __init__(
         self, config: EngineConfig, pool: BlockPool, residency: Residency, *, max_logit_rows: int
     ) -> None:
-        self.waiting = WaitingLine()
+        self.waiting = WaitingLine(config.tenant_weights)
         self.running: list[Sequence] = []  # oldest first, by order
         self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
         self._config = config
@@ -44,6 +46,7 @@ class Scheduler:
         self._residency = residency
         self._max_logit_rows = max_logit_rows
         self._num_passes = 0
+        self._full_bases: set[str] = set()  # in this pass
         self._starved: dict[str, Sequence] = {}  # per basis who gets its next slot, before anyone else
 
     @property
@@ -51,12 +54,19 @@ class Scheduler:
         """Whether `schedule` would find something to do."""
         return bool(self.running or self.waiting.num_in_line)
 
+    def check_room(self, tenant: str) -> None:
+        """Raises `EngineOverloaded` or `TenantOverloaded` where one request more of the tenant's must not
+        wait."""
+        if len(self.waiting) >= self._config.max_waiting:
+            raise EngineOverloaded(f"{self._config.max_waiting} requests are waiting already")
+        if self.waiting.num_waiting(tenant) >= self._config.max_waiting_per_tenant:
+            limit = self._config.max_waiting_per_tenant
+            raise TenantOverloaded(f"{limit} requests of yours are waiting already, as many as may")
+
     def submit(self, sequence: Sequence) -> None:
         if sequence.adapter is not None:
             self._residency.enlist(sequence.adapter)
-            self.waiting.park(sequence, sequence.adapter)
-        else:
-            self.waiting.append(sequence)
+        self.waiting.enter(sequence, parked_for=sequence.adapter)
 
     def settle(self, ref: AdapterRef) -> None:
         """Let those that are parked for `ref` join their lines if it is ready. Raises `BasisMismatch`."""
@@ -72,11 +82,24 @@ class Scheduler:
         self._schedule_prefills(step)
         if not has_preempted:  # else the victim would come back at once
             self._admit(step)
+        self._residency.load()  # now, so that the copies run while the step's tensors are made
         return step.finish()
 
+    def advance(self, plan: StepPlan) -> None:
+        """The step is under way: plan the next one as if it was computed, with tokens that are not known yet.
+        Sequences that ended meanwhile are left alone."""
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.is_running:
+                sequence.num_computed = chunk.end
+                if chunk.samples:
+                    sequence.append_pending()
+
     def commit(self, chunk: Chunk) -> None:
-        """The chunk is computed: its full blocks may be shared from now on."""
+        """The chunk is computed, and its tokens are known: its full blocks may be shared from now on."""
         sequence = chunk.sequence
+        if not sequence.is_running:
+            return  # preempted meanwhile
         sequence.num_computed = chunk.end
         if self._config.enable_prefix_cache:
             for index in range(sequence.num_registered, sequence.num_computed // self._pool.block_size):
@@ -90,13 +113,14 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+        self.waiting.leave(sequence)
         if sequence.adapter is not None:
             if self._starved.get(sequence.adapter.basis_id) is sequence:
                 del self._starved[sequence.adapter.basis_id]
             self._residency.dismiss(sequence.adapter, is_pinned=sequence.is_pinned)
 
     def check_integrity(self) -> None:
-        self.waiting.check_integrity()
+        self.waiting.check_integrity(Counter(sequence.tenant for sequence in self.running))
         self._residency.check_integrity()
         assert not any(sequence.blocks for sequence in self.waiting)
         self._pool.check_integrity([sequence.blocks for sequence in self.running])
@@ -110,7 +134,7 @@ class Scheduler:
     def _schedule_decodes(self, step: _StepBuilder) -> bool:
         """Returns whether a sequence was preempted."""
         has_preempted = False
-        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+        for sequence in [s for s in self.running if s.num_uncomputed == 1 and not s.awaits_end]:
             while sequence.is_running and not self._grow(sequence, step):
                 self._preempt(self.running[-1])
                 has_preempted = True
@@ -128,6 +152,7 @@ class Scheduler:
 
     def _admit(self, step: _StepBuilder) -> None:
         self._num_passes += 1
+        self._full_bases.clear()
         closing_basis = self._residency.bases.begin_pass()
         for sequence in self.waiting.in_turn() if self._has_room(step) else ():
             if not self._may_begin(sequence, closing_basis):
@@ -146,6 +171,9 @@ class Scheduler:
         ref = sequence.adapter
         if ref is None or sequence.is_pinned:
             return True
+        if ref.basis_id in self._full_bases and not self._residency.is_resident(ref):
+            self._note_lack_of_slot(sequence, ref.basis_id)  # cheap, for the many that wait for a slot
+            return False
         if not self._residency.is_ready(ref):
             self.waiting.park(sequence, ref)
             self._residency.want(ref)
@@ -154,6 +182,7 @@ class Scheduler:
             return False
         slot = self._residency.pin(ref)
         if slot is None:
+            self._full_bases.add(ref.basis_id)
             self._note_lack_of_slot(sequence, ref.basis_id)
             return False
         sequence.slot, sequence.is_pinned = slot, True

@@ -15,6 +15,9 @@ from adapter_core.adapter import AdapterRef
 from service.engine.messages import GenerationRequest, SamplingParams, TokenLogprobs
 from service.engine.prefix_keys import chain_key
 
+#: Stands for the last token where it has been sampled but not yet read from the device.
+PENDING = -1
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -23,6 +26,7 @@ class Sequence:
     order: running number of its submission. token_ids: prompt, then output. num_computed: leading tokens
     whose KV is in `blocks`. slot: index into its basis' slot table, 0 for the base model. generator: its own,
     so that what it draws does not depend on who shares the batch; it survives a preemption, as do the tokens.
+    is_charged: its tenant has been charged for it, which happens once.
     """
 
     request: GenerationRequest
@@ -36,6 +40,7 @@ class Sequence:
     slot: int = 0
     is_pinned: bool = False
     is_running: bool = False
+    is_charged: bool = False
     num_cached_tokens: int | None = None
     blocked_since_pass: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
@@ -83,10 +88,34 @@ class Sequence:
         return self.sampling.prompt_logprobs is not None and not self.has_sent_prompt_logprobs
 
     @cached_property
+    def has_rules(self) -> bool:
+        """Whether it asks for penalties or a bias (`logit_rules.py`)."""
+        sampling = self.sampling
+        penalties = (sampling.repetition_penalty - 1, sampling.frequency_penalty, sampling.presence_penalty)
+        return any(penalties) or bool(sampling.logit_bias)
+
+    @cached_property
     def prompt_set(self) -> frozenset[int]:
         return frozenset(self.request.token_ids)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether its last token is not known yet."""
+        return self.token_ids[-1] == PENDING
+
+    @property
+    def awaits_end(self) -> bool:
+        """Whether the token that is not known yet is the last one that it may have."""
+        return self.is_pending and self.num_output >= self.sampling.max_tokens
+
+    def append_pending(self) -> None:
+        """One token more, to be known later."""
+        self.token_ids.append(PENDING)
+
     def append(self, token_id: int) -> None:
+        """One token more, or the one that was pending."""
+        if self.is_pending:
+            self.token_ids.pop()
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 
@@ -94,7 +123,7 @@ class Sequence:
         """The prefix key of block `index`, all of whose tokens must be known."""
         while len(self._block_keys) <= index:
             start = len(self._block_keys) * block_size
-            assert start + block_size <= self.num_tokens
+            assert start + block_size <= self.num_tokens - self.is_pending
             parent = self._block_keys[-1] if self._block_keys else self.root_key
             self._block_keys.append(chain_key(parent, self.token_ids[start : start + block_size]))
         return self._block_keys[index]

@@ -1,6 +1,6 @@
 """The engine's side of the socket: several API connections, one engine thread between them.
 
-Every connection is greeted with the state (starting or ready), may submit, cancel and unload, and gets all
+Every connection is greeted with the state (starting or ready), may submit, cancel, unload and check, gets all
 that one step brought it in one frame. What a connection does wrong costs that connection alone; when it goes,
 its requests are cancelled. Knows nothing of Redis or of how the engine starts.
 """
@@ -12,14 +12,17 @@ import dataclasses
 import logging
 import os
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from adapter_core.errors import EngineUnavailable, TesseraError
+from adapter_core.adapter import AdapterRef
+from adapter_core.errors import EngineUnavailable, RequestFailed, TesseraError
 from service.engine import ipc
-from service.engine.engine_thread import STATS_INTERVAL_S, EngineThread, Turn
+from service.engine.engine import Engine
+from service.engine.engine_thread import STATS_INTERVAL_S, Command, EngineThread, Turn
 from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -57,9 +60,13 @@ class _Connection:
 
 
 class EngineServer:
-    """Connections on one side, the engine thread on the other. Lives in the asyncio loop."""
+    """Connections on one side, the engine thread on the other. Lives in the asyncio loop.
 
-    def __init__(self) -> None:
+    on_adapter: told what each request that was posted to the engine needs, so that it can be fetched ahead.
+    """
+
+    def __init__(self, *, on_adapter: Callable[[AdapterRef], None]) -> None:
+        self._on_adapter = on_adapter
         self._connections: dict[int, _Connection] = {}
         self._num_accepted = 0
         self._thread: EngineThread | None = None
@@ -168,7 +175,10 @@ class EngineServer:
                 case "cancel":
                     self._cancel(f"{connection.number}/{message['request_id']}")
                 case "unload":
-                    self._unload(connection, message["id"], message["tenant"], message["adapter_id"])
+                    tenant, adapter_id = message["tenant"], message["adapter_id"]
+                    self._call(connection, message["id"], lambda engine: engine.unload(tenant, adapter_id))
+                case "check":
+                    self._call(connection, message["id"], _check_integrity)
                 case _:
                     raise ValueError("unknown type")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -192,24 +202,38 @@ class EngineServer:
         connection.requests.add(engine_id)
         own = dataclasses.replace(request, request_id=engine_id)
         self._thread.post(lambda engine: engine.submit(own), reply)
+        if own.adapter is not None:
+            self._on_adapter(own.adapter)
 
     def _cancel(self, engine_id: str) -> None:
         if self._thread is not None:
             self._thread.post(lambda engine: engine.cancel(engine_id))
 
-    def _unload(self, connection: _Connection, number: int, tenant: str, adapter_id: str) -> None:
-        def reply(_: TesseraError | None) -> None:
-            connection.send(ipc.encode("unloaded", id=number))
+    def _call(self, connection: _Connection, number: int, command: Command) -> None:
+        """Have `command` run between two steps, and tell the sender that it is done."""
+
+        def reply(error: TesseraError | None) -> None:
+            connection.send(ipc.encode("done", id=number, error=error and ipc.error_map(error)))
 
         if self._thread is None:
             reply(None)
         else:
-            self._thread.post(lambda engine: engine.unload(tenant, adapter_id), reply)
+            self._thread.post(command, reply)
 
     def _forget(self, connection: _Connection) -> None:
         self._connections.pop(connection.number, None)
         for engine_id in connection.requests:
             self._cancel(engine_id)
+
+
+def _check_integrity(engine: Engine) -> None:
+    """Raises `RequestFailed` where the engine's books do not balance; it goes on all the same."""
+    try:
+        engine.check_integrity()
+    except AssertionError as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{where.name}, line {where.lineno}: {where.line} {error}"
+        raise RequestFailed(message, code="integrity_violated") from error
 
 
 def _split_id(engine_id: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -28,6 +29,12 @@ class EngineSettings(BaseSettings):
     max_waiting: int = Field(
         default=4096, ge=1, description="requests that may wait; further ones are refused"
     )
+    max_waiting_per_tenant: int = Field(
+        default=2048, ge=1, description="requests of one tenant that may wait; further ones get 429"
+    )
+    tenant_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        default=None, description="shares of the tokens by tenant, as a JSON object; 1 for those not named"
+    )
     block_size: int = Field(default=16, ge=1, description="tokens of one KV block")
     num_blocks: int | None = Field(default=None, ge=1, description="KV blocks; goes before kv_cache_bytes")
     kv_cache_bytes: int | None = Field(default=None, ge=1, description="memory for the KV cache")
@@ -40,6 +47,24 @@ class EngineSettings(BaseSettings):
     max_resident_bases: int = Field(default=4, ge=1, description="bases on the device at once")
     enable_prefix_cache: bool = Field(
         default=True, description="share the KV of equal prompts of one adapter"
+    )
+    enable_fused: bool = Field(
+        default=True,
+        description="run the layers of known architectures by fused ops; 0: the model's own layers, always",
+    )
+    attention: Literal["auto", "triton", "torch"] = Field(
+        default="auto",
+        description="auto: Triton kernels on CUDA if they pass a trial at start, else torch; or force one",
+    )
+    decode_graphs: Literal["auto", "static", "off"] = Field(
+        default="auto",
+        description="steps of decoding only: auto: as CUDA graphs where there is CUDA; static: over the same "
+        "static buffers, not captured; off: like all others",
+    )
+    lookahead: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="start a step before the last one's tokens are read; auto: on CUDA, whose device would "
+        "wait meanwhile",
     )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of the engine; unset: torch's choice"

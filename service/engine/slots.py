@@ -4,7 +4,8 @@
 
 A slot is free, pinned (a request in flight uses it) or idle (kept until another adapter needs its place,
 least recently used first). Loading overwrites a slot whole and dropping zeroes it, so a reused slot leaves no
-trace. A new version of an adapter is a new name, hence a new slot.
+trace. A new version of an adapter is a new name, hence a new slot. Pinning gives an adapter its slot; its
+bytes follow with those of all others that the step needs (`slot_loads.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from adapter_core.adapter import Adapter, AdapterRef
+from adapter_core.adapter import AdapterRef
+from service.engine.packed_adapter import PackedAdapter
+from service.engine.slot_loads import SlotLoads
 
 BASE_SLOT = 0
 
@@ -40,6 +43,7 @@ class SlotTable:
         self.R_slots = torch.zeros(num_slots + 1, num_modules, rank, rank, device=device, dtype=dtype)
         self.active: Tensor | None = None
         self.num_loads = self.num_evictions = 0
+        self._loads = SlotLoads(self.R_slots)
         self._token_slots = torch.zeros(max_tokens, device=device, dtype=torch.int64)
         self._free = list(range(num_slots, 0, -1))
         self._slot_of: dict[AdapterRef, int] = {}
@@ -65,14 +69,14 @@ class SlotTable:
     def nbytes(self) -> int:
         return self.R_slots.nbytes + self._token_slots.nbytes
 
-    def pin(self, ref: AdapterRef, adapter: Adapter | None) -> int | None:
-        """The slot of `ref`, loaded from `adapter` if it is not resident; None while all slots are pinned."""
+    def pin(self, ref: AdapterRef, adapter: PackedAdapter | None) -> int | None:
+        """The slot of `ref`, to be loaded from `adapter` if it is not resident; None while all are pinned."""
         if ref not in self._slot_of:
             slot = self._take_slot()
             if slot is None:
                 return None
             assert adapter is not None
-            self.R_slots[slot].copy_(adapter.R)
+            self._loads.add(slot, adapter.R)
             self._slot_of[ref] = slot
             self.num_loads += 1
         self._idle.pop(ref, None)
@@ -93,12 +97,22 @@ class SlotTable:
         if ref in self._slot_of:
             del self._idle[ref]
             slot = self._slot_of.pop(ref)
-            self.R_slots[slot].zero_()
+            self._loads.clear(slot)
             self._free.append(slot)
         return True
 
+    def load(self) -> None:
+        """Start loading what was pinned since the last call. Call it as soon as a step is planned."""
+        self._loads.start()
+
     def stage(self, token_slots: Tensor | None) -> None:
-        """Set the slots of the next step's tokens: int64 [T], T up to max_tokens; None for base rows only."""
+        """Set the slots of the next step's tokens: int64 [T], T up to max_tokens; None for base rows only.
+
+        What is launched on the current stream afterwards finds the slots loaded. Call it before a CUDA graph
+        is replayed, not inside one.
+        """
+        self._loads.start()
+        self._loads.wait()
         if token_slots is None:
             self.active = None
         else:
@@ -110,6 +124,7 @@ class SlotTable:
         assert self._idle.keys() | self._pins.keys() == self._slot_of.keys()
         assert not self._idle.keys() & self._pins.keys()
         assert all(count > 0 for count in self._pins.values())
+        self._loads.wait()
         assert not self.R_slots[BASE_SLOT].any()
         assert not self.R_slots[self._free].any()
 

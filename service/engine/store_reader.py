@@ -24,11 +24,15 @@ from adapter_core.errors import (
     Unavailable,
 )
 from adapter_core.store import AdapterStore
+from service.engine.packed_adapter import PackedAdapter, SlotFormat
 
 logger = logging.getLogger(__name__)
 
 #: How long a store outage may last before it costs the requests that wait for it. A restart takes about 1 s.
 RETRY_S = 5.0
+#: Parsed in the event loop: 0.3 ms for an adapter of 115 kB, while a thread beside has to wait for the
+#: engine's thread to let it run, and the loop again for the result.
+MAX_INLINE_BYTES = 128 * 1024
 _FIRST_DELAY_S = 0.1
 _MAX_DELAY_S = 1.0
 
@@ -42,24 +46,32 @@ class StoreReader:
         self._adapters = adapters
         self._bases = bases
 
-    async def read_adapters(self, refs: Sequence[AdapterRef]) -> list[Adapter | TesseraError]:
-        """Per ref the adapter, or NotFound, CorruptRecord, BasisMismatch or StoreUnavailable."""
+    async def read_adapters(
+        self, refs: Sequence[AdapterRef], slot_format: SlotFormat
+    ) -> list[PackedAdapter | TesseraError]:
+        """Per ref the adapter, packed, or NotFound, CorruptRecord, BasisMismatch or StoreUnavailable."""
         fetched = await _attempt(lambda: self._adapters.fetch(refs))
         if isinstance(fetched, TesseraError):
             return [fetched] * len(refs)
-        return await asyncio.to_thread(parse_adapters, refs, fetched)
+        if sum(len(blob) for blob in fetched if blob is not None) <= MAX_INLINE_BYTES:
+            return parse_adapters(refs, fetched, slot_format)
+        return await asyncio.to_thread(parse_adapters, refs, fetched, slot_format)
 
     async def read_basis(self, basis_id: str) -> Basis | TesseraError:
         """The basis, or NotFound, CorruptRecord or StoreUnavailable."""
         return await _attempt(lambda: self._bases.get(basis_id))
 
 
-def parse_adapters(refs: Sequence[AdapterRef], blobs: Sequence[bytes | None]) -> list[Adapter | TesseraError]:
-    return [parse_adapter(ref, blob) for ref, blob in zip(refs, blobs, strict=True)]
+def parse_adapters(
+    refs: Sequence[AdapterRef], blobs: Sequence[bytes | None], slot_format: SlotFormat
+) -> list[PackedAdapter | TesseraError]:
+    return [parse_adapter(ref, blob, slot_format) for ref, blob in zip(refs, blobs, strict=True)]
 
 
-def parse_adapter(ref: AdapterRef, blob: bytes | None) -> Adapter | TesseraError:
-    """The adapter in `blob` if it is the one that `ref` names, else what is wrong with it."""
+def parse_adapter(
+    ref: AdapterRef, blob: bytes | None, slot_format: SlotFormat
+) -> PackedAdapter | TesseraError:
+    """The adapter in `blob`, packed, if it is the one that `ref` names, else what is wrong with it."""
     if blob is None:
         return NotFound(
             f"version {ref.version} of adapter {ref.adapter_id} is no longer stored",
@@ -70,7 +82,7 @@ def parse_adapter(ref: AdapterRef, blob: bytes | None) -> Adapter | TesseraError
         version = read_header(blob).version
         if version != ref.version:
             raise CorruptRecord(f"the record says that it is version {version}")
-        return Adapter.from_bytes(blob, basis_id=ref.basis_id)
+        return slot_format.pack(Adapter.from_bytes(blob, basis_id=ref.basis_id))
     except (CorruptRecord, BasisMismatch) as error:
         return type(error)(f"adapter {ref.adapter_id}, version {ref.version}: {error.message}")
     except Exception as error:  # whatever the bytes of one record do, they do it to that record's requests

@@ -51,9 +51,12 @@ class EngineChild:
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start the process. It dies with the calling *thread*, so call this from one that lives on."""
-        place = ["--socket", str(self.socket), "--parent", str(os.getpid())]
+    def start(self, *, restarts: int = 0) -> None:
+        """Start the process. It dies with the calling *thread*, so call this from one that lives on.
+
+        restarts: how many there were before it, for it to tell.
+        """
+        place = ["--socket", str(self.socket), "--parent", str(os.getpid()), "--restarts", str(restarts)]
         self._process = start_child([*self._command, *place], environment=self._environment)
 
     @property

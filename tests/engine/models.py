@@ -8,19 +8,37 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GenerationConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from adapter_core.adapter import Adapter, AdapterRef
@@ -54,7 +72,46 @@ _SIZES = {
 }
 #: The least that is a model: for tests of what is round it.
 _MICRO = {**_SIZES, "vocab_size": 29, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+_GEMMA = {**_SIZES, "query_pre_attn_scalar": 16, "sliding_window": SLIDING_WINDOW}
+_RANDOM_MODELS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, _SIZES),
+    "micro": (LlamaConfig, LlamaForCausalLM, _MICRO),
+    "biased": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {**_SIZES, "attention_bias": True, "mlp_bias": True, "rope_parameters": _ROPE},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {**_SIZES, "sliding_window": SLIDING_WINDOW}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, _SIZES),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, _SIZES),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {**_SIZES, "partial_rotary_factor": 0.5}),
+    "gemma": (GemmaConfig, GemmaForCausalLM, _SIZES),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, **_CAPS}),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {**_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            **_SIZES,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, _SIZES),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {**_SIZES, "no_rope_layers": [1, 0, 1]}),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, _SIZES),  # LayerNorm: the generic path serves it
+}
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "tiny")
+#: What transformers ships and the fused path runs, beside those.
+MORE_FAMILIES = ("biased", "qwen2", "phi3", "gemma", "gemma3", "granite", "olmo2", "smollm3")
 
 
 @dataclass
@@ -131,8 +188,8 @@ class Served:
 def make_served(base: BaseModel, *, rank: int = 4, num_adapters: int = 4, scale: float = 1.0) -> Served:
     """Random adapters for `base`: `num_adapters` in a basis of all linear layers and two in one of
     attention's."""
-    basis = svd_basis(base, rank, LLAMA_LINEARS)
-    other = svd_basis(base, rank + 1, ("q_proj", "v_proj"))
+    basis = svd_basis(base, rank, (*LLAMA_LINEARS, "qkv_proj", "gate_up_proj"))
+    other = svd_basis(base, rank + 1, ("q_proj", "v_proj", "qkv_proj"))
     served = Served(base, basis, other)
     generator = torch.Generator().manual_seed(7)
     for name, (own, count) in {"a": (basis, num_adapters), "b": (other, 2)}.items():
@@ -186,7 +243,7 @@ def more_bases(served: Served, count: int) -> list[Basis]:
 
 @functools.cache
 def family(name: str, device: str = "cpu") -> Served:
-    """One of FAMILIES (random small models with fixed seeds, and the bundled one), or "micro"."""
+    """One of the random small models, with fixed seeds, or the bundled one, "tiny"."""
     if name == "tiny":
         return make_served(load_base_model(BUNDLED_MODEL, device=device, dtype="float32"), rank=8, scale=0.4)
     return make_served(BaseModel(name, f"random-{name}", random_model(name).to(device)))
@@ -194,18 +251,15 @@ def family(name: str, device: str = "cpu") -> Served:
 
 def random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(3)
-    if name == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**_SIZES))
-    elif name == "micro":
-        model = LlamaForCausalLM(LlamaConfig(**_MICRO))
-    elif name == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**_SIZES))
-    elif name == "mistral":
-        model = MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=SLIDING_WINDOW))
-    else:
-        caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
-        model = Gemma2ForCausalLM(
-            Gemma2Config(**_SIZES, **caps, sliding_window=SLIDING_WINDOW, query_pre_attn_scalar=16)
-        )
+    config_class, model_class, sizes = _RANDOM_MODELS[name]
+    model = model_class(config_class(**sizes))
+    randomise_vectors(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def randomise_vectors(model: PreTrainedModel) -> None:
+    """Norms that are all ones and biases that are all zeros would hide what is done with them."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)

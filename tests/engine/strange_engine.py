@@ -93,7 +93,7 @@ def answers(peer: Peer) -> None:
     while True:
         message = peer.receive()
         if message["type"] == "unload":
-            peer.send("unloaded", id=message["id"])
+            peer.send("done", id=message["id"], error=None)
         if message["type"] == "cancel":
             peer.send("stats", stats={"preemptions_total": 1}, stalled_s=0.0)
         if message["type"] != "submit":

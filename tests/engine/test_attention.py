@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from adapter_core.errors import UnsupportedModel
-from service.engine.attention import AttentionOptions, PagedAttention, paged_attention
-from service.engine.batch import TileLimits, build_batch
+from service.engine.attention import AttentionOptions, paged_attention
+from service.engine.attention_layout import TiledLayout
+from service.engine.batch import build_batch
 from service.engine.kv_cache import KVShape, PagedKV
 from service.engine.messages import GenerationRequest, SamplingParams
 from service.engine.plan import Chunk, StepPlan
@@ -63,12 +64,12 @@ def make_plan(mix: list[tuple[int, int]]) -> StepPlan:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
-@pytest.mark.parametrize("limits", [TileLimits(), TileLimits(keys=16, scores=32)], ids=str)
+@pytest.mark.parametrize("layout", [TiledLayout(), TiledLayout(keys=16, scores=32)], ids=str)
 def test_matches_slow_attention(
     heads: tuple[int, int],
     mix: list[tuple[int, int]],
     options: AttentionOptions,
-    limits: TileLimits,
+    layout: TiledLayout,
 ) -> None:
     torch.manual_seed(0)
     (num_heads, num_kv_heads), key_dim, value_dim = heads, 8, 5
@@ -91,9 +92,7 @@ def test_matches_slow_attention(
         0, 1
     )
 
-    tensors = build_batch(plan, BLOCK_SIZE, CPU, limits)
-    step = PagedAttention(kv, tensors.blocks, tensors.offsets, tensors.tiles)
-    out = step.attend(1, q, k, v, options)
+    out = build_batch(plan, kv, layout, CPU).attention.attend(1, q, k, v, options)
 
     row = 0
     for (K, V), chunk in zip(history, plan.chunks, strict=True):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapter_core.base_model import BaseModel
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.messages import SamplingParams
 from tests.engine.driver import Driver
-from tests.engine.models import FAMILIES, Served, family
+from tests.engine.models import FAMILIES, MORE_FAMILIES, Served, family
 from tests.engine.test_exactness import assert_exact, cases, run
 
 pytestmark = [
@@ -17,7 +24,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=(*FAMILIES, *MORE_FAMILIES))
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     """On the device, without TF32: the oracle's float32 must be float32."""
     before = torch.backends.cuda.matmul.allow_tf32
@@ -28,16 +35,75 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"max_batch_tokens": 5}, {"num_blocks": 10, "max_batch_tokens": 16}],
-    ids=["together", "chunked", "preempted"],
+    [
+        {},
+        {"max_batch_tokens": 5},
+        {"num_blocks": 10, "max_batch_tokens": 16},
+        {"decode_graphs": "off", "lookahead": "off"},
+        {"enable_fused": False},
+        {"attention": "torch"},
+    ],
+    ids=["together", "chunked", "preempted", "step by step", "generic", "torch attention"],
 )
-def test_exactness_on_cuda(served: Served, start: Callable[..., Driver], config: dict[str, int]) -> None:
+def test_exactness_on_cuda(served: Served, start: Callable[..., Driver], config: dict[str, Any]) -> None:
     all_cases = cases(served)
     driver = start(served, **config)
 
     assert_exact(served, all_cases, run(driver, all_cases))
     if "num_blocks" not in config:
         assert_exact(served, all_cases, run(driver, all_cases))  # now from the prefix cache
+    if config.get("enable_fused", True):
+        assert driver.engine.info().model_path == "fused"
+    steps = driver.engine.runner.decode_steps
+    has_graphs = steps is not None and steps.num_graphs > 0
+    assert has_graphs == (not config.keys() & {"decode_graphs", "enable_fused", "attention"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_half_precision_is_fused_too(name: str, dtype: torch.dtype, start: Callable[..., Driver]) -> None:
+    """The trial at the engine's start compares both paths; graphs and plain steps must then agree."""
+    served = family(name)
+    base = BaseModel(name, served.base.model_id, copy.deepcopy(served.pristine).to("cuda", dtype))
+    half = Served(base, served.basis, served.other_basis, served.adapters)
+    tokens = []
+    for config in ({}, {"decode_graphs": "off", "lookahead": "off"}):
+        driver = start(half, **config)
+        assert driver.engine.info().model_path == "fused"
+        tokens.append([answer.token_ids for answer in run(driver, cases(half))])
+        driver.engine.close()
+    same = sum(a[:4] == b[:4] for a, b in zip(*tokens, strict=True))
+    assert same >= 4, tokens  # a near tie may fall either way
+
+
+def test_a_graph_draws_what_plain_steps_draw(start: Callable[..., Driver]) -> None:
+    served = family("llama", "cuda")
+    sampling = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=3)
+    tokens = []
+    for config in ({}, {"decode_graphs": "off", "lookahead": "off"}):
+        driver = start(served, **config)
+        answers = [driver.submit(prompt, sampling, served.refs[0]) for prompt in served.prompts(5, 9, 14)]
+        driver.run()
+        driver.engine.close()
+        tokens.append([answer.token_ids for answer in answers])
+    assert tokens[0] == tokens[1]
+
+
+def test_weights_are_not_held_twice(start: Callable[..., Driver]) -> None:
+    """A model of wide layers: what is held after fusing is what was held before and the factors."""
+    config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=100)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    before = torch.cuda.memory_allocated()
+    engine = Engine(BaseModel("wide", "wide", model), EngineConfig(num_blocks=8, max_model_len=64))
+    driver = Driver(engine)
+    driver.submit([1, 2, 3])
+    driver.run()
+    held = torch.cuda.memory_allocated() - before - engine.kv.nbytes
+    engine.close()
+    assert engine.runner.decode_steps is None
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert held < 0.2 * weights, (held, weights)
 
 
 def test_memory_by_kind_adds_up_to_the_device(start: Callable[..., Driver]) -> None:

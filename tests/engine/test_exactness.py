@@ -20,6 +20,8 @@ NUM_TOKENS = 12
 Start = Callable[..., Driver]
 Case = tuple[AdapterRef | None, list[int]]
 
+both_paths = pytest.mark.parametrize("enable_fused", [True, False], ids=["fused", "generic"])
+
 
 def cases(served: Served) -> list[Case]:
     a, b, c, d = served.refs
@@ -42,9 +44,11 @@ def assert_exact(served: Served, all_cases: list[Case], answers: list[Answer]) -
         assert answer.finish_reason == "length"
 
 
-def test_five_requests_in_one_batch(served: Served, start: Start) -> None:
+@both_paths
+def test_five_requests_in_one_batch(served: Served, start: Start, enable_fused: bool) -> None:
     all_cases = cases(served)
-    answers = run(start(served), all_cases)
+    driver = start(served, enable_fused=enable_fused)
+    answers = run(driver, all_cases)
 
     assert_exact(served, all_cases, answers)
     assert answers[0].outputs[-2].num_distinct == 5
@@ -91,9 +95,10 @@ def test_blocks_are_shared_while_both_run(served: Served, start: Start) -> None:
     assert_exact(served, [(ref, prompt), (ref, prompt), (served.refs[1], prompt)], answers)
 
 
-def test_preemption(served: Served, start: Start) -> None:
+@both_paths
+def test_preemption(served: Served, start: Start, enable_fused: bool) -> None:
     all_cases = cases(served)
-    driver = start(served, num_blocks=10, max_batch_tokens=16)
+    driver = start(served, num_blocks=10, max_batch_tokens=16, enable_fused=enable_fused)
     answers = run(driver, all_cases)
 
     assert_exact(served, all_cases, answers)
@@ -110,11 +115,12 @@ def test_preemption_without_prefix_cache(served: Served, start: Start) -> None:
     assert driver.engine.stats().cached_prompt_tokens_total == 0
 
 
-def test_two_bases_in_one_batch(served: Served, start: Start) -> None:
+@both_paths
+def test_two_bases_in_one_batch(served: Served, start: Start, enable_fused: bool) -> None:
     short, long = served.prompts(6, 21)
     refs = [served.refs[0], served.other_refs[0], None, served.other_refs[1], served.refs[1]]
     all_cases = [(ref, long) for ref in refs[:3]] + [(ref, short) for ref in refs[3:]]
-    driver = start(served)
+    driver = start(served, enable_fused=enable_fused)
     answers = run(driver, all_cases)
 
     assert_exact(served, all_cases, answers)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -42,6 +44,7 @@ from tests.engine.engine_process import (
     running,
     store_basis,
 )
+from tests.engine.hanging_engine import HANGING_TOKEN
 from tests.waiting import wait_until
 
 # One engine process serves the whole module: its start costs seconds.
@@ -77,7 +80,8 @@ async def engine(
     """The client of a running engine whose default basis is `tiny_basis`."""
     await store_basis(BasisStore(redis), settings, tiny, tiny_basis)
     options = EngineSettings(heartbeat_timeout_s=HEARTBEAT_S, threads=1)
-    async with running(EngineClient(settings, redis_url, engine_settings=options)) as client:
+    command = [sys.executable, str(Path(__file__).with_name("hanging_engine.py"))]
+    async with running(EngineClient(settings, redis_url, engine_settings=options, command=command)) as client:
         await client.wait_ready(START_S)
         yield client
 
@@ -389,3 +393,28 @@ async def test_a_stopped_process_is_replaced(engine: EngineClient) -> None:
     await wait_until(lambda: not psutil.pid_exists(pid))
     await engine.wait_ready(START_S)
     assert engine.restarts_total == restarts + 1
+
+
+async def test_a_hung_step_costs_its_process_and_its_requests_get_a_clean_error(
+    engine: EngineClient,
+) -> None:
+    pid, restarts = engine.info.pid, engine.restarts_total
+    expected = await complete(engine, make_request("before"))
+    beside = engine.generate(make_request("beside", max_tokens=LONG, min_tokens=LONG))
+    await anext(beside)
+
+    with pytest.raises(EngineUnavailable, match="ended while it worked"):
+        await complete(engine, replace(make_request("hangs"), token_ids=[*PROMPT, HANGING_TOKEN]))
+    with pytest.raises(EngineUnavailable, match="ended while it worked"):
+        async for _ in beside:
+            pass
+
+    await wait_until(lambda: not psutil.pid_exists(pid))
+    info = await engine.wait_ready(START_S)
+    assert (info.restarts, engine.restarts_total) == (restarts + 1, restarts + 1)
+    assert (await complete(engine, make_request("after"))).token_ids == expected.token_ids
+
+
+async def test_the_books_balance_after_all_of_this(engine: EngineClient) -> None:
+    await wait_until(lambda: is_at_rest(engine))
+    await engine.check_integrity()

@@ -125,10 +125,15 @@ async def test_a_base_model_that_does_not_exist_is_told(
 
 
 def test_every_setting_reaches_the_core() -> None:
-    settings = EngineSettings(num_slots=5, block_size=8, num_blocks=9, enable_prefix_cache=False)
+    chosen = {
+        "num_slots": 5,
+        "block_size": 8,
+        "num_blocks": 9,
+        "enable_prefix_cache": False,
+        "max_waiting_per_tenant": 7,
+        "tenant_weights": {"acme": 2.5},
+    }
 
-    assert engine_config(settings) == EngineConfig(
-        num_slots=5, block_size=8, num_blocks=9, enable_prefix_cache=False
-    )
+    assert engine_config(EngineSettings(**chosen)) == EngineConfig(**chosen)
     assert engine_config(EngineSettings()) == EngineConfig()
     assert vars(engine_config(EngineSettings())).keys() <= EngineSettings.model_fields.keys()

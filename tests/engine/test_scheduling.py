@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -136,8 +137,10 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_seqs=st.integers(1, 4),
         max_resident_bases=st.integers(1, 2),
         enable_prefix_cache=st.booleans(),
+        decode_graphs=st.sampled_from(["off", "static"]),
+        lookahead=st.sampled_from(["off", "on"]),
     )
-    def start(self, **config: int) -> None:
+    def start(self, **config: Any) -> None:
         served = family("micro")
         few_bytes = 3 * served.adapters[served.refs[0]].R.nbytes
         self.engine = Engine(

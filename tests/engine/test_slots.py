@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from adapter_core.adapter import Adapter, AdapterRef, delta
 from adapter_core.base_model import iter_target_modules
 from adapter_core.basis import Basis, ModuleShape, make_basis
-from adapter_core.errors import BasisMismatch
+from adapter_core.errors import BasisMismatch, CorruptRecord, NotFound
 from service.engine.adapter_cache import AdapterCache
 from service.engine.linear import AdapterLinear, attach, detach
+from service.engine.packed_adapter import PackedAdapter, SlotFormat
 from service.engine.slots import SlotTable
+from service.engine.store_reader import parse_adapter
 from tests.engine.models import Served
 
 M, RANK = 3, 2
@@ -26,8 +28,8 @@ def ref(index: int, version: int = 1) -> AdapterRef:
     return AdapterRef("t", f"a{index}", version, "basis")
 
 
-def adapter(value: float) -> Adapter:
-    return Adapter("0" * 64, torch.full((M, RANK, RANK), float(value)))
+def adapter(value: float) -> PackedAdapter:
+    return PackedAdapter("0" * 64, torch.full((M, RANK, RANK), float(value)))
 
 
 def make_table(num_slots: int = NUM_SLOTS) -> SlotTable:
@@ -43,6 +45,7 @@ def test_a_reused_slot_holds_only_the_new_adapter() -> None:
     table.unpin(ref(1))
 
     assert table.pin(ref(2), adapter(2)) == slot
+    table.load()
     assert torch.equal(table.R_slots[slot], adapter(2).R)
     assert ref(1) not in table
     assert table.num_evictions == 1
@@ -58,10 +61,65 @@ def test_dropping_leaves_zeros() -> None:
     table.check_integrity()
 
 
+def test_all_that_a_step_needs_is_loaded_together() -> None:
+    table = make_table()
+    slots = [table.pin(ref(index), adapter(index)) for index in (1, 2, 3)]
+    assert not table.R_slots.any()
+
+    table.stage(torch.tensor(slots))
+
+    for index, slot in zip((1, 2, 3), slots, strict=True):
+        assert torch.equal(table.R_slots[slot], adapter(index).R)
+
+
+def test_an_adapter_that_was_unpinned_before_it_was_loaded_is_loaded_all_the_same() -> None:
+    table = make_table()
+    slot = table.pin(ref(1), adapter(1))
+    table.unpin(ref(1))
+    assert table.pin(ref(1), None) == slot
+    table.load()
+    assert torch.equal(table.R_slots[slot], adapter(1).R)
+
+
+def test_what_was_to_be_loaded_is_forgotten_with_its_slot() -> None:
+    table = make_table(num_slots=1)
+    slot = table.pin(ref(1), adapter(1))
+    table.unpin(ref(1))
+    assert table.drop(ref(1))
+    table.load()
+    assert not table.R_slots[slot].any()
+
+    table.pin(ref(2), adapter(2))
+    table.unpin(ref(2))
+    table.pin(ref(3), adapter(3))  # evicts what was never loaded
+    table.load()
+    assert torch.equal(table.R_slots[slot], adapter(3).R)
+    table.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored_as", [torch.float32, torch.float16, torch.int8], ids=str)
+def test_a_packed_adapter_is_the_stored_one_in_the_dtype_of_the_slots(
+    dtype: torch.dtype, stored_as: torch.dtype
+) -> None:
+    R = torch.randn(M, RANK, RANK, generator=torch.Generator().manual_seed(1))
+    blob = Adapter("ab" * 32, R).to_bytes(version=3, dtype=stored_as)
+    name = AdapterRef("t", "a", 3, "ab" * 32)
+
+    packed = parse_adapter(name, blob, SlotFormat(dtype))
+
+    assert isinstance(packed, PackedAdapter)
+    assert (packed.R.dtype, packed.nbytes) == (dtype, M * RANK * RANK * dtype.itemsize)
+    assert torch.equal(packed.R, Adapter.from_bytes(blob).R.to(dtype))
+    assert isinstance(parse_adapter(name, blob[:-1], SlotFormat(dtype)), CorruptRecord)
+    assert isinstance(parse_adapter(name, None, SlotFormat(dtype)), NotFound)
+
+
 def test_a_pinned_slot_is_never_taken() -> None:
     table = make_table(num_slots=2)
     pinned = table.pin(ref(1), adapter(1))
     table.pin(ref(2), adapter(2))
+    table.load()
     assert table.pin(ref(3), adapter(3)) is None
     table.unpin(ref(2))
     assert table.pin(ref(3), adapter(3)) is not None
@@ -92,6 +150,7 @@ def test_any_order_of_pins_and_drops_keeps_the_books(actions: list[tuple[str, in
             assert (slot is None) == (len(set(pins)) == NUM_SLOTS and index not in pins)
             if slot is not None:
                 pins.append(index)
+                table.load()
                 assert torch.equal(table.R_slots[slot], adapter(index + 1).R)
         elif action == "unpin" and index in pins:
             pins.remove(index)
@@ -150,7 +209,8 @@ def test_a_linear_layer_adds_each_tokens_own_delta(llama: Served) -> None:
     before = dict(iter_target_modules(model))
     attach(model, basis, table)
     refs = llama.refs[:2]
-    slots = [table.pin(r, llama.adapters[r]) or 0 for r in refs]
+    packing = SlotFormat(torch.float32)
+    slots = [table.pin(r, packing.pack(llama.adapters[r])) or 0 for r in refs]
     table.stage(torch.tensor([slots[0], 0, slots[1]]))
 
     for index, module in enumerate(basis.manifest.modules):

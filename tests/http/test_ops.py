@@ -199,6 +199,8 @@ async def test_the_documentation_is_served(client: httpx.AsyncClient) -> None:
         ("TESSERA_SERVICE_PORT", "many", "port"),
         ("TESSERA_SERVICE_HOST", "0.0.0.0", "API keys"),
         ("TESSERA_LOG_LEVEL", "LOUD", "LOUD"),
+        ("TESSERA_SERVICE_WORKERS", "0", "workers"),
+        ("TESSERA_ENGINE_TENANT_WEIGHTS", '{"acme": 0}', "tenant_weights.acme"),
     ],
 )
 def test_settings_that_cannot_be_used_end_the_process(

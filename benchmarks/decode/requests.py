@@ -1,6 +1,6 @@
-"""What do adapters cost while decoding? Tokens per second of the engine with 0, 1 and N different adapters.
+"""What do adapters cost while decoding? Tokens per second of whole requests with 0, 1 and N adapters.
 
-    python -m benchmarks.decode [--model DIR] [--batch 32] [--new-tokens 32] [--rank 16] [--json FILE]
+    python -m benchmarks.decode.requests [--model DIR] [--batch 32] [--new-tokens 32] [--rank 16]
 
 Peers on the same model, prompts and machine: transformers' padded `generate` (the base model alone), and
 the mixed batches of PEFT (`adapter_names`), the same adapters as LoRA. Ratios are within this run.

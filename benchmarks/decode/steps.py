@@ -1,0 +1,95 @@
+"""A batch that decodes, brought there without prefill: contexts are taken for computed, over random KV."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+
+from adapter_core.adapter import AdapterRef
+from benchmarks.device_time import time_on_device
+from service.engine.engine import Engine
+from service.engine.messages import GenerationRequest, SamplingParams
+
+#: Steps thrown away first: kernels are compiled and the graph is captured.
+_WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of each step in seconds, with scheduling, sampling and delivery; device_s: of the computation alone,
+    replayed without the host; host_s: of a step what the host did not spend waiting for the device."""
+
+    step_s: list[float]
+    device_s: list[float]
+    host_s: float
+
+
+def time_steps(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> StepTimes:
+    """Decode one sequence of `context` tokens for each of `refs`, `num_steps` times."""
+    start_batch(engine, refs, context=context, num_steps=num_steps + _WARM_UP + 2)
+    for _ in range(_WARM_UP):
+        engine.step()
+    _synchronize()
+    times, waited_s = [], engine.loop.wait_s
+    for _ in range(num_steps):
+        began = time.perf_counter()
+        outputs = engine.step()
+        times.append(time.perf_counter() - began)
+        assert len(outputs) == len(refs), "not every sequence decoded in every step"
+    host_s = (sum(times) - engine.loop.wait_s + waited_s) / num_steps
+    _synchronize()
+    device_s = _time_device(engine)
+    for index in range(len(refs)):
+        engine.cancel(str(index))
+    while engine.has_work:
+        engine.step()
+    return StepTimes(times, device_s, host_s)
+
+
+def start_batch(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> None:
+    """Let sequences of `context` tokens run that have all but one of them computed."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = engine.info().vocab_size
+    sampling = SamplingParams(max_tokens=num_steps, temperature=0.0)
+    for index, ref in enumerate(refs):
+        prompt = torch.randint(10, vocab_size, (context,), generator=generator).tolist()
+        engine.submit(GenerationRequest(str(index), "bench", prompt, sampling, ref))
+    while len(engine.scheduler.running) < len(refs):
+        plan = engine.scheduler.schedule()
+        assert plan.chunks, "not enough KV blocks for the batch"
+        for sequence in engine.scheduler.running:
+            sequence.num_computed = sequence.num_tokens - 1
+
+
+def fill_kv(engine: Engine) -> None:
+    """Random keys and values everywhere, as numbers like those that a model leaves."""
+    generator = torch.Generator(engine.kv.pages_of(0)[0].device).manual_seed(0)
+    for layer in range(len(engine.kv.shapes)):
+        for pages in engine.kv.pages_of(layer):
+            pages[1:].normal_(generator=generator)
+
+
+def _time_device(engine: Engine) -> list[float]:
+    """Seconds of the last step's computation; empty where it did not run over static buffers."""
+    steps = engine.runner.decode_steps
+    if steps is None or not steps.can_repeat:
+        return []
+    if not torch.cuda.is_available():
+        return time_on_device(steps.repeat, device=torch.device("cpu"), repeats=5)
+    times = []
+    for _ in range(10):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        steps.repeat()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return times
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

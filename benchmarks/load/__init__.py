@@ -1,0 +1,1 @@
+"""What the benchmarks of the running service share: a stack of processes, adapters, clients, arrivals."""

@@ -1,0 +1,68 @@
+"""`python -m service.api_worker`: one of several API processes over an engine; `python -m service` starts it.
+
+It inherits the socket that listens, and finds the engine at the engine's own. Whatever may differ between
+API processes is kept in the store, so any of them can answer any request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+from adapter_core.errors import TesseraError
+from adapter_core.redis_client import connect
+from adapter_core.settings import CommonSettings
+from service.app import create_app, stores_over
+from service.engine.attachment import AttachedEngine
+from service.engine.settings import EngineSettings
+from service.http_server import new_event_loop, serve_app
+from service.settings import ServiceSettings
+from service.text import load_text_codec
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Serve until SIGTERM, which the end of the parent brings too. Exit status 1 for what cannot start."""
+    parser = argparse.ArgumentParser(prog="python -m service.api_worker", description=__doc__)
+    parser.add_argument("--listen-fd", type=int, required=True, help="inherited socket that listens")
+    parser.add_argument("--engine-socket", type=Path, required=True, help="where the engine listens")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        common = CommonSettings()
+        logging.getLogger().setLevel(common.log_level)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(serve(common, arguments.listen_fd, arguments.engine_socket))
+    except (TesseraError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+
+
+async def serve(common: CommonSettings, listen_fd: int, engine_socket: Path) -> int:
+    settings = ServiceSettings()
+    url = common.store_url_with_password()
+    assert url is not None, "the parent names the store"
+    redis = connect(url, timeout_s=common.store_timeout_s)
+    try:
+        timeout_s = EngineSettings().heartbeat_timeout_s
+        app = create_app(
+            engine=AttachedEngine(engine_socket, heartbeat_timeout_s=timeout_s),
+            stores=stores_over(redis, common),
+            codec=load_text_codec(common.base_model, revision=common.base_model_revision),
+            settings=settings,
+            common=common,
+        )
+        logger.info("API process %d serves", os.getpid())
+        return 0 if await serve_app(app, settings, listener=socket.socket(fileno=listen_fd)) else 1
+    finally:
+        await redis.aclose()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The two ways through a model, which must agree: by its own unmodified layers, or by our fused ops.
+
+    generic    any architecture: the model's forward pass, with our attention function and our linear layers
+    fused      known architectures: the same weights, fewer and larger ops (`fused/`)
+
+The fused way is taken where the model is recognised and a trial of both says the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapter_core.errors import UnsupportedModel
+from service.engine import attention
+from service.engine.attention import AttentionOptions, AttentionProbe, AttentionStep
+from service.engine.batch import TokenRows
+from service.engine.fused.layers import FusedModel
+from service.engine.fused.self_check import TOLERANCES
+from service.engine.fused.spec import ModelSpec, NotFusable, recognise
+from service.engine.kv_cache import KVShape, PagedKV
+from service.engine.resident_bases import ResidentBases
+
+logger = logging.getLogger(__name__)
+
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a trial run of the model tells. kv_shapes, options: of every layer, what it keeps and asks for.
+    num_heads: of queries."""
+
+    kv_shapes: tuple[KVShape, ...]
+    options: tuple[AttentionOptions, ...]
+    num_heads: int
+    vocab_size: int
+
+
+@torch.inference_mode()
+def adopt(model: PreTrainedModel) -> ModelFacts:
+    """Make `model` attend through us, and try one token. Raises `UnsupportedModel` if that fails."""
+    config = model.config.get_text_config()
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS)
+    if odd:
+        raise _unsupported(model, f"has layers of type {', '.join(odd)}")
+    model.set_attn_implementation(attention.NAME)
+    probe = AttentionProbe()
+    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+    try:
+        logits = _run_model(model, zero, zero, probe, zero)
+    except TypeError as error:
+        raise _unsupported(model, f"refuses our keyword arguments: {error}") from error
+    layers = range(config.num_hidden_layers)
+    if sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
+        raise _unsupported(model, f"attends {probe.num_calls} times in {len(layers)} layers where we see it")
+    vocab_size = min(logits.shape[-1], model.get_input_embeddings().weight.shape[0])
+    return ModelFacts(
+        tuple(probe.shapes[layer] for layer in layers),
+        tuple(probe.options[layer] for layer in layers),
+        probe.num_heads,
+        vocab_size,
+    )
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{type(model).__name__} cannot be served: it {reason}", param="base_model")
+
+
+class ModelPath:
+    """Runs `model` the better of the two ways.
+
+    num_positions: the longest sequence in tokens. fused: the fused way where it is taken; reason: why not.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        facts: ModelFacts,
+        bases: ResidentBases,
+        *,
+        num_positions: int,
+        enable_fused: bool,
+    ) -> None:
+        self._model = model
+        self._facts = facts
+        self._bases = bases
+        self._num_positions = num_positions
+        self._spec: ModelSpec | None = None
+        self.fused: FusedModel | None = None
+        self._prepared_for: str | None = None
+        self.reason = "not prepared yet"
+        try:
+            if not enable_fused:
+                raise NotFusable("it is switched off")
+            self._spec = recognise(model, facts.options)
+        except NotFusable as error:
+            self.reason = str(error)
+
+    def prepare(self, measure_error: Callable[[], float]) -> bool:
+        """Fuse the weights with the factors of the default basis and try the result; False if that is done
+        already.
+
+        measure_error: how far the two ways are apart, as a share of the logits. Leaves the generic way in
+        place where the fused one is not to be had, and says in the log which it is.
+        """
+        if self._prepared_for == self._bases.default_id:
+            return False
+        self._prepared_for = self._bases.default_id
+        name = type(self._model).__name__
+        if self._spec is not None:
+            self.close()
+            self._try_to_fuse(self._spec, measure_error)
+        if self.fused is not None:
+            logger.info("%s is run by the fused path", name)
+        else:
+            logger.info("%s is run by the generic path: %s", name, self.reason)
+        return True
+
+    def forward(
+        self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits [n, V] of the chosen rows of the flattened batch, int64 [n], or of all of them."""
+        forward = self.forward_generic if self.fused is None else self.forward_fused
+        return forward(rows, kv, step, logit_rows)
+
+    def forward_fused(
+        self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
+    ) -> Tensor:
+        assert self.fused is not None
+        return self.fused.forward(rows, kv, step, logit_rows)
+
+    def forward_generic(
+        self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
+    ) -> Tensor:
+        """By the unmodified model, whose attention writes to `kv` itself."""
+        return _run_model(self._model, rows.input_ids, rows.positions, step, logit_rows)
+
+    def follow_bases(self) -> None:
+        """Take note of the bases that came and went."""
+        if self.fused is not None:
+            self.fused.follow(self._bases.tables)
+
+    def close(self) -> None:
+        """Give the model's layers their own weights back."""
+        if self.fused is not None:
+            self.fused.close()
+            self.fused = None
+
+    def _try_to_fuse(self, spec: ModelSpec, measure_error: Callable[[], float]) -> None:
+        basis_id = self._bases.default_id
+        try:
+            self.fused = FusedModel(
+                self._model, spec, self._facts.kv_shapes, basis_id=basis_id, num_positions=self._num_positions
+            )
+        except NotFusable as refusal:
+            self.reason = str(refusal)
+            return
+        self.reason = self._try_out(measure_error)
+        if self.reason:
+            logger.error("the fused path of %s is wrong: %s", type(self._model).__name__, self.reason)
+            self.close()
+
+    def _try_out(self, measure_error: Callable[[], float]) -> str:
+        """What is wrong with the fused way; "" if nothing is. Raises an accelerator's own errors."""
+        try:
+            error = measure_error()
+        except torch.AcceleratorError:
+            raise
+        except Exception as failure:  # whatever a compiler of kernels may raise
+            logger.exception("the trial of the fused path failed")
+            return f"its trial failed: {failure!r}"
+        if error <= TOLERANCES[self._model.dtype]:
+            return ""
+        return f"its logits differ from the model's own by {error:.2g} of their size"
+
+
+def _run_model(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    positions: Tensor,
+    step: AttentionStep,
+    logit_rows: Tensor | None,
+) -> Tensor:
+    """input_ids, positions: int64 [T]."""
+    output = model(
+        input_ids=input_ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=0 if logit_rows is None else logit_rows,
+        paged_step=step,
+    )
+    logits: Tensor = output.logits[0]
+    return logits

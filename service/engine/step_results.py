@@ -1,0 +1,112 @@
+"""What a step brought, from its logits: tokens, log-probabilities, and whether they can be believed.
+
+Everything is computed on the device when the step is launched; `collect` waits for the device and reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from service.engine.logprobs import PendingLogprobs, finite_rows
+from service.engine.messages import TokenLogprobs
+from service.engine.plan import StepPlan
+from service.engine.sampling import is_plain_greedy, sample
+from service.engine.transfer import to_device
+
+
+@dataclass
+class ChunkResult:
+    """What the step brought one chunk. token_id: None if nothing was to be sampled. is_finite: False if its
+    logits hold NaN or infinity, and then nothing else is meant."""
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_finite: bool = True
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """logits: [n, V], rows that sample first, in the order of their chunks, then those that are scored.
+    greedy: int64 [n], the largest of each row, and is_finite: bool [n], where they are known already."""
+
+    logits: Tensor
+    greedy: Tensor | None = None
+    is_finite: Tensor | None = None
+
+
+class PendingResults:
+    """The results of one step under way. tokens: int64 [rows that sample], on the device.
+
+    prompt_targets: int64 [rows that are scored].
+    """
+
+    def __init__(self, plan: StepPlan, step: StepLogits, prompt_targets: Tensor) -> None:
+        self._plan = plan
+        self._sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        self._scoring = [index for index, chunk in enumerate(plan.chunks) for _ in chunk.prompt_positions]
+        self._reported: list[int] = []
+        self._logprobs: PendingLogprobs | None = None
+        self._prompt_logprobs: PendingLogprobs | None = None
+        is_finite = finite_rows(step.logits) if step.is_finite is None else step.is_finite
+        self.tokens = self._sample(step)
+        if self._scoring:
+            num_top = [plan.chunks[index].sequence.sampling.prompt_logprobs or 0 for index in self._scoring]
+            scored = step.logits[len(self._sampling) :]
+            self._prompt_logprobs = PendingLogprobs(scored, prompt_targets, num_top)
+        self._host = _Host(torch.cat([self.tokens, is_finite.to(torch.int64)]))
+
+    def collect(self) -> list[ChunkResult]:
+        """One result per chunk of the plan; waits for the device."""
+        results = [ChunkResult() for _ in self._plan.chunks]
+        values = self._host.read()
+        for index, token_id in zip(self._sampling, values, strict=False):
+            results[index].token_id = token_id
+        is_finite = values[len(self._sampling) :]
+        for index, is_row_finite in zip((*self._sampling, *self._scoring), is_finite, strict=True):
+            results[index].is_finite &= bool(is_row_finite)
+        if self._logprobs is not None:
+            for index, report in zip(self._reported, self._logprobs.reports(), strict=True):
+                results[index].logprobs = report
+        if self._prompt_logprobs is not None:
+            for index, report in zip(self._scoring, self._prompt_logprobs.reports(), strict=True):
+                results[index].prompt_logprobs.append(report)
+        return results
+
+    def _sample(self, step: StepLogits) -> Tensor:
+        """The next tokens, and their log-probabilities where they are wanted."""
+        logits = step.logits[: len(self._sampling)]
+        if not self._sampling:
+            return torch.empty(0, dtype=torch.int64, device=logits.device)
+        sequences = [self._plan.chunks[index].sequence for index in self._sampling]
+        if step.greedy is not None and all(is_plain_greedy(sequence) for sequence in sequences):
+            tokens = step.greedy[: len(self._sampling)]
+        else:
+            tokens = sample(logits.float(), sequences)
+        wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+        if wanted:
+            num_top = [sequences[row].sampling.logprobs or 0 for row in wanted]
+            is_all = len(wanted) == len(sequences)
+            rows = slice(len(wanted)) if is_all else to_device(wanted, logits.device, torch.int64)
+            self._reported = [self._sampling[row] for row in wanted]
+            self._logprobs = PendingLogprobs(logits[rows], tokens[rows], num_top)
+        return tokens
+
+
+class _Host:
+    """A device tensor on its way to the host: nothing waits before `read`. values: int64 [n]."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,51 @@
+"""Ids of tokens that the host does not know yet: the step before sampled them, and they are on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.engine.plan import Chunk
+from service.engine.sequence import PENDING, Sequence
+from service.engine.transfer import Ints
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """What a step sampled: tokens int64 [n], on the device, for these sequences."""
+
+    tokens: Tensor
+    sequences: Rows[Sequence]
+
+
+@dataclass(frozen=True)
+class TokenSources:
+    """rows: int64 [T], for every token of a step its row in `tokens`; 0 where the host knows it. tokens:
+    int64 [n] on the device."""
+
+    rows: Ints
+    tokens: Tensor
+
+    def fill_in(self, input_ids: Tensor, rows: Tensor) -> Tensor:
+        """The ids, complete. input_ids: int64 [T], PENDING where unknown; rows: `self.rows` on the device."""
+        return torch.where(input_ids == PENDING, self.tokens.index_select(0, rows), input_ids)
+
+
+def find_sources(chunks: Rows[Chunk], sampled: SampledTokens | None) -> TokenSources | None:
+    """Where the pending tokens of a step come from; None if it has none."""
+    pending = [c.start <= c.sequence.num_tokens - 1 < c.end and c.sequence.is_pending for c in chunks]
+    if not any(pending):
+        return None
+    assert sampled is not None
+    row_of = {id(sequence): row for row, sequence in enumerate(sampled.sequences)}
+    rows = np.zeros(sum(chunk.length for chunk in chunks), np.int64)
+    last = -1
+    for chunk, is_pending in zip(chunks, pending, strict=True):
+        last += chunk.length
+        if is_pending:
+            rows[last] = row_of[id(chunk.sequence)]
+    return TokenSources(rows, sampled.tokens)
