@@ -20,11 +20,13 @@ from adapter_core.bases import (
     milora,
     olora,
     pissa,
+    population,
     random_factors,
 )
 from adapter_core.bases.build import BuildRequest, BuiltBasis, build
 from adapter_core.bases.calibration import CalibrationSet
 from adapter_core.bases.method import Method, Option
+from adapter_core.bases.population_users import Population, split_users
 from adapter_core.bases.rebasing import rebase
 from adapter_core.basis import Basis
 from adapter_core.errors import InvalidInput
@@ -36,10 +38,12 @@ __all__ = [
     "CalibrationSet",
     "Method",
     "Option",
+    "Population",
     "build_basis",
     "build_basis_and_step",
     "find_method",
     "rebase",
+    "split_users",
 ]
 
 _FILES = (
@@ -56,6 +60,7 @@ _FILES = (
     corda,
     eva,
     gradient_svd,
+    population,
     random_factors,
 )
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
@@ -81,7 +86,8 @@ def build_basis(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Basis:
-    """Build a basis by one of `METHODS`. progress(done, total) is called after each module.
+    """Build a basis by one of `METHODS`. progress(done, total) is called after each module, and
+    after each step of a method that learns. calibration: a `Population` says whose the examples are.
 
     The base model is left as it was; the caller must have it for itself meanwhile. Raises `InvalidInput`
     (unknown method or option, rank out of range, no or too little calibration data, values that are not

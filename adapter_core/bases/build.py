@@ -28,7 +28,10 @@ from adapter_core.errors import InvalidInput
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build by some method. options: as given, not checked. progress(done, total) counts modules."""
+    """What to build by some method. options: as given, not checked.
+
+    progress(done, total) counts modules, and the steps of a method that goes on learning after them.
+    """
 
     rank: int
     target_modules: Sequence[str]
@@ -60,16 +63,30 @@ def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
     usable = usable_calibration(base, method.name, needs, request.calibration)
     chosen = None if usable is None else method.select(usable, options)
     check_size(chosen, request.rank)
+    refinement = None
+    if method.refinement is not None:
+        refinement = method.refinement(usable, request.rank, options)
+    total = len(targets) + (0 if refinement is None else refinement.num_steps)
+    report = request.progress or (lambda done, total: None)
     found: dict[ModuleShape, ModuleFactors] = {}
     for target, statistics in passes(base, targets, needs, chosen, population=usable, options=options):
         found[target.shape] = _factorise(method, target, statistics, request.rank, options)
-        if request.progress is not None:
-            request.progress(len(found), len(targets))
+        report(len(found), total)
     recipe = _recipe(method, request, options, chosen, found)
     factors = {shape: (f.A, f.B * options["scale"]) for shape, f in found.items()}
     basis = method.assemble(
-        model_id=base.model_id, method=method.name, factors=factors, recipe=recipe, dtype=request.dtype
+        model_id=base.model_id,
+        method=method.name,
+        factors=factors,
+        recipe=recipe,
+        dtype=request.dtype if refinement is None else "float32",
     )
+    if refinement is not None:
+        done = len(targets)
+        refined = refinement.refine(
+            base, basis, dtype=request.dtype, progress=lambda step: report(done + step, total)
+        )
+        return BuiltBasis(refined, None)
     steps = [f.step / options["scale"] for f in found.values() if f.step is not None]
     return BuiltBasis(basis, torch.stack(steps).float() if steps else None)
 
@@ -153,7 +170,8 @@ def _factorise(
     )
     factors = method.factorise(data, options)
     step = None if factors.step is None else factors.step.double().cpu()
-    return ModuleFactors(factors.A.cpu(), factors.B.cpu(), step, factors.notes)
+    # Copies: r of a decomposition's vectors would keep the memory of all of them.
+    return ModuleFactors(factors.A.cpu().clone(), factors.B.cpu().clone(), step, factors.notes)
 
 
 def _recipe(

@@ -107,7 +107,9 @@ class CalibrationSet:
             )
         return self if len(kept) == len(self) else CalibrationSet(kept)
 
-    def batches(self, *, max_tokens: int = MAX_BATCH_TOKENS) -> Iterator[CalibrationBatch]:
+    def batches(
+        self, *, max_tokens: int = MAX_BATCH_TOKENS, min_fill: float = MIN_FILL
+    ) -> Iterator[CalibrationBatch]:
         """All examples in batches of similar lengths, padded on the right; a longer one goes alone.
 
         The batches come in a random order, always the same: an online rule must not see the short ones last.
@@ -116,7 +118,7 @@ class CalibrationSet:
         for index in sorted(range(len(self)), key=lambda index: (-len(self.examples[index][0]), index)):
             length = len(self.examples[index][0])
             longest = len(self.examples[groups[-1][0]][0]) if groups else 0
-            fits = groups and (len(groups[-1]) + 1) * longest <= max_tokens and length >= MIN_FILL * longest
+            fits = groups and (len(groups[-1]) + 1) * longest <= max_tokens and length >= min_fill * longest
             if fits:
                 groups[-1].append(index)
             else:

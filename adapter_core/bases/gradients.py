@@ -52,7 +52,7 @@ def collect(
     counts = _counts(calibration, population or calibration)
     taps = [_Tap(target, needs, counts) for target in targets]
     shared = _SharedInputs()
-    with _frozen(base.model), _hooked(taps, shared):
+    with frozen(base.model), _hooked(taps, shared):
         for batch in calibration.batches():
             _run(base, batch.to(base.device), taps, shared, backward=needs.labels)
     return [tap.finish() for tap in taps]
@@ -86,7 +86,7 @@ def _run(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient meanwhile, and the model is in evaluation mode (no dropout)."""
     was_trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = [module for module in model.modules() if module.training]

@@ -51,6 +51,21 @@ class HebbianRule:
         self._moment1 = torch.zeros_like(self.A)
         self._moment2 = torch.zeros_like(self.A)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that is not in `A`, on the CPU, for a checkpoint."""
+        state = {"moment1": self._moment1, "moment2": self._moment2}
+        state["num_steps"] = torch.tensor(self.num_steps)
+        if self.mean is not None:
+            state["mean"] = self.mean
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave. Raises `KeyError`, `ValueError` for another rule's."""
+        if any(state[name].shape != self.A.shape for name in ("moment1", "moment2")):
+            raise ValueError("moments of another shape")
+        self._moment1, self._moment2 = state["moment1"], state["moment2"]
+        self.num_steps, self.mean = int(state["num_steps"]), state.get("mean")
+
     @torch.no_grad()
     def observe(self, x: Tensor, lengths: Sequence[int] = ()) -> None:
         """Learn from x [T, d_in], in about equal steps of about `tokens_per_step`.
@@ -65,8 +80,7 @@ class HebbianRule:
     @torch.no_grad()
     def step(self, z: Tensor) -> None:
         """One update of the running mean and of A from z [T, d_in]."""
-        if self.num_steps == 0:
-            self.A, self._moment1, self._moment2 = (t.to(z) for t in (self.A, self._moment1, self._moment2))
+        self.A, self._moment1, self._moment2 = (t.to(z) for t in (self.A, self._moment1, self._moment2))
         z = self._centre(z)
         if self.num_steps == 0 and self.config.svd_first:
             self._start_from(z)
@@ -77,7 +91,7 @@ class HebbianRule:
         if not self.config.is_centred:
             return z
         mean, keep = z.mean(0), self.config.momentum
-        self.mean = mean if self.mean is None else keep * self.mean + (1 - keep) * mean
+        self.mean = mean if self.mean is None else keep * self.mean.to(z) + (1 - keep) * mean
         return z - self.mean
 
     def _start_from(self, z: Tensor) -> None:
@@ -87,7 +101,9 @@ class HebbianRule:
                 param="calibration",
                 code="calibration_too_small",
             )
-        self.A = torch.linalg.svd(z, full_matrices=False)[2][: len(self.A)].clone()
+        found = torch.linalg.svd(z, full_matrices=False)[2][: len(self.A)]
+        # Row-major, as one that comes back from a checkpoint: products round by the layout.
+        self.A = found.clone(memory_format=torch.contiguous_format)
 
     def _adam(self, g: Tensor) -> None:
         self._moment1 = BETAS[0] * self._moment1 + (1 - BETAS[0]) * g

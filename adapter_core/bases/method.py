@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from adapter_core.base_model import BaseModel
 from adapter_core.bases.calibration import CalibrationSet
 from adapter_core.bases.collected import Needs, Statistics
 from adapter_core.bases.decomposition import Decomposition
@@ -117,6 +118,17 @@ class ModuleFactors:
     notes: dict[str, float] = field(default_factory=dict)
 
 
+class Refinement(Protocol):
+    """What a method learns once the factors of all modules are known, with the model and all data at hand."""
+
+    @property
+    def num_steps(self) -> int:
+        """For the account of progress."""
+
+    def refine(self, base: BaseModel, basis: Basis, *, dtype: str, progress: Callable[[int], None]) -> Basis:
+        """The basis to use instead, stored as `dtype`. progress(steps done) may raise to end it."""
+
+
 def no_needs(rank: int, options: Options) -> Needs:
     return Needs()
 
@@ -155,7 +167,8 @@ class Method:
     needs_calibration: the least that its default options need (`needs` knows what given options need).
     factorise: the method itself. check: raises `InvalidInput` for a rank or a combination of options that
     cannot work. select: the part of the data to use, where that is not just `num_examples`. assemble: from
-    factors to basis.
+    factors to basis. refinement: from all usable data, the rank and the options to what is learned on top of
+    that, for a method whose modules are not independent; it raises for what it cannot do.
     """
 
     name: str
@@ -168,6 +181,7 @@ class Method:
     check: Callable[[int, Options], None] = no_check
     select: Callable[[CalibrationSet, Options], CalibrationSet] = take_num_examples
     assemble: Callable[..., Basis] = make_basis
+    refinement: Callable[[CalibrationSet | None, int, Options], Refinement] | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a caller may know, as JSON."""

@@ -35,6 +35,7 @@ START_METHODS: dict[str, StartMethod] = {
         step_starts.SB_STEP,
         step_starts.DA_STEP,
         step_starts.GRADIENT,
+        fixed.POPULATION,
         fixed.WARM,
     )
 }
@@ -78,8 +79,9 @@ def find_start(request: StartRequest, *, method: str = "zero", **options: Any) -
     chosen = START_METHODS[method]
     filled = fill_options(f"start {method}", chosen.options, options)
     R0, notes = chosen.make(request, filled)
+    R0 = R0.float()  # before it is looked at: what float64 holds may not fit
     if not bool(torch.isfinite(R0).all()):
         bad = int((~torch.isfinite(R0)).flatten(1).any(1).nonzero()[0])
         name = request.basis.manifest.modules[bad].name
         raise InvalidInput(f"start {method} of {name} is not finite", param="init")
-    return Start(R0.float().cpu().contiguous(), {"method": method, "options": filled, **notes})
+    return Start(R0.cpu().contiguous(), {"method": method, "options": filled, **notes})

@@ -1,4 +1,4 @@
-"""Starts that need no data: zero, noise, and another adapter."""
+"""Starts that need no data: zero, noise, what a population has in common, and another adapter."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def noise(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, An
     generator = torch.Generator().manual_seed(options["seed"])
     shape = (basis.num_modules, basis.rank, basis.rank)
     return options["sigma"] * torch.randn(shape, generator=generator), {}
+
+
+def population(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 = P_out^-1 S P_in^-1 of the start that the basis was learned with."""
+    basis = request.basis
+    if basis.start is None:
+        raise InvalidInput(
+            f"basis {basis.basis_id} ({basis.manifest.method}) has no start of its own", param="init"
+        )
+    return basis.unfold(basis.start.double()), {}
 
 
 def warm(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
@@ -63,6 +73,12 @@ NOISE = StartMethod(
         "sigma": Option(1e-5, "standard deviation, in trained coordinates", minimum=0.0),
         "seed": Option(0, "of the noise"),
     },
+)
+POPULATION = StartMethod(
+    name="population",
+    description="what the users have in common that the basis was learned from",
+    paper="Reptile, arXiv 1803.02999",
+    make=population,
 )
 WARM = StartMethod(
     name="warm",

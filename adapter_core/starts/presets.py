@@ -72,5 +72,6 @@ PRESETS: dict[str, Preset] = {
         own_basis=True,
     ),
     "gradient_svd": Preset("gradient_svd", "gradient", "the gradient's own basis, step by line search"),
+    "population": Preset("population", "population", "a basis and a start learned from other users"),
     "random": Preset("random", "zero", "random orthonormal factors, the control"),
 }

@@ -238,4 +238,4 @@ def test_a_warm_start_from_too_far_away(small: BaseModel) -> None:
         make_start(new, method="warm", adapter=adapter)
     with pytest.raises(InvalidInput, match=r"loses 9\d\.\d% of it; 50.0% is allowed"):
         make_start(new, method="warm", adapter=adapter, adapter_basis=old)
-    assert set(START_METHODS) == {"zero", "noise", "sb_step", "da_step", "gradient", "warm"}
+    assert set(START_METHODS) == {"zero", "noise", "sb_step", "da_step", "gradient", "population", "warm"}

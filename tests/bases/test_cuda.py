@@ -12,8 +12,9 @@ from adapter_core.starts import START_METHODS, make_start
 from tests.bases.matrices import chordal, small_model
 
 pytestmark = pytest.mark.gpu
-#: Small gradients decide signs, and an online rule follows a path: these differ with the device's rounding.
-SENSITIVE = {"lora_sb": 0.3, "lolora": 0.1}
+#: Small gradients decide signs, and what learns step by step follows a path: these differ with the device's
+#: rounding.
+SENSITIVE = {"lora_sb": 0.3, "lolora": 0.1, "population": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_a_basis_does_not_depend_on_the_device(
         assert chordal(there.B[i].T, here.B[i].T) < SENSITIVE.get(method, 2e-2)
 
 
-@pytest.mark.parametrize("start", sorted(set(START_METHODS) - {"warm"}))
+@pytest.mark.parametrize("start", sorted(set(START_METHODS) - {"warm", "population"}))
 def test_a_start_does_not_depend_on_the_device(
     on_cuda: BaseModel, small: BaseModel, calibration: CalibrationSet, start: str
 ) -> None:

@@ -1,0 +1,26 @@
+"""Users who are easy to tell apart, and options that learn from them in a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adapter_core.bases import CalibrationSet
+from tests.bases.matrices import VOCABULARY
+
+#: Enough to learn a little in a second.
+SHORT: dict[str, Any] = {"passes": 2.0, "episode_steps": 6, "basis_rate": 0.03}
+
+
+def personal(seed: int, num_examples: int = 24) -> CalibrationSet:
+    """A user who answers everything with three of twelve words."""
+    generator = torch.Generator().manual_seed(seed)
+    liked = (3 + 5 * torch.arange(12))[torch.randperm(12, generator=generator)[:3]]
+    examples = []
+    for _ in range(num_examples):
+        prompt = torch.randint(3, VOCABULARY, (5,), generator=generator)
+        answer = liked[torch.randint(3, (7,), generator=generator)]
+        ids = (*prompt.tolist(), *answer.tolist())
+        examples.append((ids, (False,) * 5 + (True,) * 7))
+    return CalibrationSet(tuple(examples))
