@@ -49,6 +49,8 @@ settings.register_profile(
 settings.load_profile("tessera")
 
 #: Every key comes from `keys.py`: the prefix, then exactly one hash tag.
+#: Of one call, for a test machine on which other things run. Tests of time-outs have clients of their own.
+TIMEOUT_S = 10.0
 OWN_KEY = re.compile(rb"tessera:\{[^{}]+\}")
 
 
@@ -64,7 +66,7 @@ def redis_url() -> Iterator[str]:
 @pytest_asyncio.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
     """A client of an empty server; afterwards every key left must be one of ours, and all are dropped."""
-    client = connect(redis_url)
+    client = connect(redis_url, timeout_s=TIMEOUT_S)
     await wait_until(client.ping)
     await client.flushall()
     yield client
