@@ -102,7 +102,8 @@ class JobSession:
         try:
             outcome = await self._work()
         except Stopped:
-            outcome = await self._end(self._stop)
+            unread = self._unread_failure()
+            outcome = await self._end(self._stop if unread is None else lambda: self._fail(unread))
         except Exception as error:
             failure = error
             outcome = await self._end(lambda: self._fail(failure))
@@ -204,14 +205,26 @@ class JobSession:
             await self._reporter.report(run, updates)
             for item in news:
                 if isinstance(item, Exception):
-                    self._run = None  # its trainer is gone, and the run's memory with it
-                    self.failure = None if isinstance(item, TesseraError) else item
-                    raise item
+                    raise self._note_failure(item)
             if any(update.finish_reason is not None for update in updates):
                 return
             if time.monotonic() >= due:
                 await self._checkpoint(run)
                 due = time.monotonic() + self._checkpoints.interval_s
+
+    def _note_failure(self, error: Exception) -> Exception:
+        self._run = None  # its trainer is gone, and the run's memory with it
+        self.failure = None if isinstance(error, TesseraError) else error
+        return error
+
+    def _unread_failure(self) -> Exception | None:
+        """What broke the step, if the worker ends because of it before this session has read its news.
+
+        Releasing the job then would count no attempt, and nobody would learn that it breaks workers.
+        """
+        if self._orders.command is not Command.RELEASE:
+            return None
+        return next((self._note_failure(item) for item in self._news if isinstance(item, Exception)), None)
 
     async def _checkpoint(self, run: TrainRun) -> None:
         content = await self._tools.loop.snapshot(run.run_id) if self._checkpoints.are_wanted else None

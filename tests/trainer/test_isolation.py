@@ -20,6 +20,7 @@ from adapter_core.job_queue import JobStatus
 from tests.job_checks import check_queue, expire_lease, make_due
 from tests.trainer.world import TENANT, World, messages
 from tests.waiting import wait_until
+from trainer_worker.orders import Command
 from trainer_worker.worker import EXIT_FAILED
 
 #: What only the poisonous job says.
@@ -74,6 +75,21 @@ async def test_a_job_that_breaks_the_step_costs_the_one_beside_it_one_attempt(wo
     assert (lost.status, lost.attempt) == (JobStatus.FAILED, 3)
     assert lost.error is not None
     assert "illegal memory access" in lost.error["message"]
+    await check_queue(world.redis)
+
+
+async def test_a_broken_step_counts_also_where_the_worker_ends_before_the_session_looks(world: World) -> None:
+    """Else a job that breaks workers could be handed back as unharmed, and break the next one."""
+    job_id = await world.submit(epochs=50, early_stopping={"patience": None})
+    worker = world.make_worker()
+    running = asyncio.create_task(worker.run())
+    await world.under_way(job_id)
+    [session] = worker.sessions
+    session.command(Command.RELEASE)
+    session._on_news(RuntimeError("CUDA error: an illegal memory access"))
+    assert await asyncio.wait_for(running, 100) == EXIT_FAILED
+    job = await world.job(job_id)
+    assert (job.status, job.attempt, job.num_lost_workers) == (JobStatus.QUEUED, 1, 1)
     await check_queue(world.redis)
 
 
