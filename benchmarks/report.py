@@ -63,11 +63,21 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def save(path: Path | None, *, question: str, arguments: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write question, arguments, hardware and rows to a JSON file, if a path is given."""
+    """Write question, arguments, hardware and rows to a JSON file, if a path is given.
+
+    Of paths among the arguments only the last part is kept: the rest is of that machine alone.
+    """
     if path is None:
         return
+    arguments = {name: _shown(value) for name, value in arguments.items() if name != "json"}
     record = {"question": question, "hardware": hardware(), "arguments": arguments, "rows": rows}
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def _shown(value: Any) -> Any:
+    """An argument as it is recorded."""
+    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_dir())
+    return Path(value).name if is_path else value
 
 
 def _synchronize() -> None:

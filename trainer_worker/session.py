@@ -101,12 +101,9 @@ class JobSession:
         """Never raises but for cancellation."""
         try:
             outcome = await self._work()
-        except Stopped:
-            unread = self._unread_failure()
-            outcome = await self._end(self._stop if unread is None else lambda: self._fail(unread))
         except Exception as error:
-            failure = error
-            outcome = await self._end(lambda: self._fail(failure))
+            failure = self._unread_failure() if isinstance(error, Stopped) else error
+            outcome = await self._end(self._stop if failure is None else lambda: self._fail(failure))
         if outcome in FINAL_OUTCOMES:
             await self._let_go()
         self._tools.metrics.count_job(outcome, self.lease.job.spec.method)

@@ -32,10 +32,6 @@ class SlotLoads:
             self._stream.wait_stream(torch.cuda.current_stream(R_slots.device))  # for the zeros
             R_slots.record_stream(self._stream)  # its memory is not reused while this stream writes to it
 
-    @property
-    def num_pending(self) -> int:
-        return len(self._pending)
-
     def add(self, slot: int, R: Tensor) -> None:
         """Have R [M, r, r], in the slots' dtype, copied into a slot by the next `start`."""
         self._pending[slot] = R
