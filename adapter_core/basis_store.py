@@ -26,7 +26,7 @@ from torch import Tensor
 from adapter_core import keys
 from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet, build_basis
-from adapter_core.basis import DTYPES, Basis, BasisManifest, raw_bytes
+from adapter_core.basis import DTYPES, Basis, BasisManifest, raw_bytes, storage_dtype
 from adapter_core.errors import CorruptRecord, NotFound
 from adapter_core.own_bases import EVERYBODY, basis_not_found
 from adapter_core.redis_client import Client, translate_errors
@@ -84,7 +84,8 @@ async def ensure_basis(
     found = await read_if_sound(store, await store.find(name))
     if found is not None:
         return found
-    built = await asyncio.to_thread(build_basis, base, calibration=calibration, **recipe)
+    dtype = storage_dtype(base.model.dtype)
+    built = await asyncio.to_thread(build_basis, base, calibration=calibration, dtype=dtype, **recipe)
     winner = await store.put(built, recipe_key=name)
     return built if winner == built.basis_id else await store.get(winner)
 

@@ -6,13 +6,17 @@ Three kinds of line, which a file may mix:
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
+In a file that builds a basis, every line may also say in `user` whose example it is, or none.
+
 Knows no tokenizer and no template: what is checked here needs neither, so an upload is judged before any
 model is asked. A line that `parse_examples` lets through has at least one character to train on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapter_core.jsonl import Problems, kind, read_objects, shown
@@ -25,19 +29,24 @@ FORMATS = '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text
 MAX_LINE_BYTES = 1024 * 1024
 #: An adapter of 57,000 numbers holds some thousands of examples at the most.
 MAX_EXAMPLES = 50_000
+#: Of a user's name: an id or an address, no text.
+MAX_USER_CHARS = 256
+#: A user's examples are divided into some to learn from and some to measure with.
+MIN_USER_EXAMPLES = 2
 
 
 @dataclass(frozen=True)
 class Example:
     """One training item: a conversation, a prompt with its completion, or a text; the others are None.
 
-    line: where it stands in its file, 1-based.
+    user: whose it is, if the file says so. line: where it stands in its file, 1-based.
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    user: str | None = None
     line: int = 0
 
 
@@ -47,8 +56,11 @@ def parse_examples(
     max_errors: int = 100,
     max_line_bytes: int = MAX_LINE_BYTES,
     max_examples: int = MAX_EXAMPLES,
+    with_users: bool = False,
 ) -> list[Example]:
     """The examples of a JSONL file, in order. Blank lines, a UTF-8 byte order mark and CRLF are let pass.
+
+    with_users: lines may say whose they are; else that is a key like any unknown one.
 
     Raises `InvalidTrainingData` with the problems of all lines; beyond `max_errors` they are only counted, in
     one last entry with code "more_errors". A file without any example has the error code "empty_file".
@@ -57,7 +69,9 @@ def parse_examples(
     examples: list[Example] = []
     for value in read_objects(content, problems, max_line_bytes=max_line_bytes, max_lines=max_examples):
         if value is not None:
-            examples.append(_example(value, problems))
+            user = _user(value, problems) if with_users else None
+            examples.append(replace(_example(value, problems), user=user))
+    _check_users(examples, problems)
     problems.raise_if_any()
     if not examples:
         problems.line = 1
@@ -88,6 +102,38 @@ def _example(value: dict[str, Any], problems: Problems) -> Example:
     keys = ", ".join(shown(key) for key in list(value)[:5]) or "none"
     problems.add("unknown_format", f"a line must be {FORMATS}; the keys of this one: {keys}")
     return Example(line=line)
+
+
+def _user(value: dict[str, Any], problems: Problems) -> str | None:
+    """Whose example it is, taken out of the line; None if it does not say, "" if that cannot be read."""
+    if "user" not in value:
+        return None
+    user = _text(value, "user", problems)
+    del value["user"]
+    if user is not None and not 0 < len(user) <= MAX_USER_CHARS:
+        problems.add("invalid_user", f"user must have 1 to {MAX_USER_CHARS} characters, not {len(user)}")
+        return ""
+    return user or ""
+
+
+def _check_users(examples: Sequence[Example], problems: Problems) -> None:
+    """Adds lines without a user where others have one, and the users of too few examples.
+
+    Those are not counted in a file with other mistakes: some of their lines may be among them.
+    """
+    first = next((example for example in examples if example.user is not None), None)
+    if first is None:
+        return
+    is_whole = not problems.total
+    counts = Counter(example.user for example in examples)
+    for example in examples:
+        problems.line = example.line
+        if example.user is None:
+            hint = f"line {first.line} has one; give every line a user, or none"
+            problems.add("missing_user", f"the line says no user, but {hint}")
+        elif is_whole and counts[example.user] < MIN_USER_EXAMPLES:
+            message = f"user {shown(example.user)} has only this example; give every user {MIN_USER_EXAMPLES}"
+            problems.add("user_too_small", f"{message} or more")
 
 
 def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problems, where: str = "") -> None:

@@ -170,19 +170,31 @@ def _section(table: Table, unseen: set[str]) -> list[str]:
 
 
 def _building(records: Sequence[Record]) -> list[str]:
-    """What was built, with the loss of the users in the slots where a population taught."""
-    columns = ("cast", "basis", "rank", "seconds", "users", "steps", "loss, first", "loss, last")
+    """What was built; where a population taught, with the loss of the users in the slots, and of those held
+    out as [step, loss]."""
+    columns = (
+        "cast", "basis", "rank", "seconds", "users", "steps", "loss, first", "loss, last", "held out",
+        "result of step", "their loss",
+    )  # fmt: skip
     lines = ["## Building", "", _cells(columns), "|" + "---|" * len(columns)]
     for row in records:
         if row["kind"] == "build":
-            taught = ["", "", "", ""]
+            taught = [""] * 7
             if curve := row.get("curve"):
                 losses = [f"{curve[0][1]:.3f}", f"{curve[-1][1]:.3f}"]
-                taught = [str(row["num_users"]), str(row["plan"]["steps"]), *losses]
+                steps = str(row["plan"]["steps"])
+                taught = [str(row["num_users"]), steps, *losses, *_held_out(row.get("held_out"), steps)]
             lines.append(
                 _cells((row["cast"], row["method"], str(row["rank"]), f"{row['seconds']:.1f}", *taught))
             )
     return [*lines, ""]
+
+
+def _held_out(trials: Record | None, steps: str) -> list[str]:
+    if trials is None:
+        return ["0", steps, ""]
+    curve = ", ".join(f"[{step}, {loss:.3f}]" for step, loss in trials["curve"])
+    return [str(trials["num_users"]), str(trials["best_step"]), curve]
 
 
 def _cells(cells: Iterable[str]) -> str:

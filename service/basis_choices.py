@@ -23,10 +23,10 @@ from adapter_core.model_layout import linear_shapes
 from adapter_core.own_bases import OwnBases
 from adapter_core.settings import CommonSettings
 from service.recipes import RecipeOrder, checked_recipe
-from service.uploads import PURPOSE
+from service.uploads import FINE_TUNE, PURPOSES
 
-#: Of a number in a basis as it is stored.
-ITEM_BYTES = 4
+#: Of a number in a basis as it is stored (`adapter_core.basis.storage_dtype`).
+ITEM_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class BasisChoices:
         shapes = await self.targets(recipe, rank)
         data = training
         if recipe.calibration is not None and (training is None or recipe.calibration != OWN_DATA):
-            data = await self.file(tenant, recipe.calibration, recipe.names.calibration)
+            data = await self.file(tenant, recipe.calibration, recipe.names.calibration, purposes=PURPOSES)
         choice = BasisChoice(
             recipe.method,
             rank,
@@ -103,14 +103,17 @@ class BasisChoices:
             await self._check_recipe_room(tenant, choice, recipe, sha256, shapes)
         return choice
 
-    async def file(self, tenant: str, file_id: str, param: str) -> FileRecord:
-        """A file of examples. Raises `NotFound`, `InvalidInput` naming the parameter."""
+    async def file(
+        self, tenant: str, file_id: str, param: str, *, purposes: Sequence[str] = (FINE_TUNE,)
+    ) -> FileRecord:
+        """A file for one of `purposes`. Raises `NotFound`, `InvalidInput` naming the parameter."""
         try:
             record = await self._files.get(tenant, file_id)
         except NotFound as error:
             raise NotFound(error.message, param=param, code=error.code) from error
-        if record.purpose != PURPOSE:
-            raise InvalidInput(f"file {file_id} is for {record.purpose!r}, not for {PURPOSE!r}", param=param)
+        if record.purpose not in purposes:
+            wanted = " or ".join(map(repr, purposes))
+            raise InvalidInput(f"file {file_id} is for {record.purpose!r}, not for {wanted}", param=param)
         return record
 
     async def targets(self, recipe: RecipeOrder, rank: int) -> list[ModuleShape]:

@@ -1,4 +1,4 @@
-"""Training files on their way in: checked whole before they are kept."""
+"""Files of examples on their way in: checked whole before they are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from adapter_core.errors import InvalidInput
 from adapter_core.examples import parse_examples
 from adapter_core.file_store import FileRecord, FileStore
 
-PURPOSE = "fine-tune"
+#: To train on, or to build a basis of; in a file for nothing but that, lines may say whose they are.
+FINE_TUNE, CALIBRATION = PURPOSES = ("fine-tune", "calibration")
 MAX_FILENAME = 255
 
 
@@ -20,9 +21,10 @@ async def keep_training_file(
 
     Raises `InvalidTrainingData` with every problem by line, `InvalidInput` for another purpose.
     """
-    if purpose != PURPOSE:
-        raise InvalidInput(f"files are for {PURPOSE!r} only, not for {purpose[:64]!r}", param="purpose")
-    examples = await asyncio.to_thread(parse_examples, content)
+    if purpose not in PURPOSES:
+        known = " or ".join(map(repr, PURPOSES))
+        raise InvalidInput(f"files are for {known} only, not for {purpose[:64]!r}", param="purpose")
+    examples = await asyncio.to_thread(parse_examples, content, with_users=purpose == CALIBRATION)
     return await files.put(
         tenant,
         filename=plain_name(filename or ""),

@@ -19,7 +19,7 @@ from torch import Tensor
 from adapter_core.base_model import BaseModel, iter_target_modules
 from adapter_core.bases import BuiltBasis, CalibrationSet, build_basis_and_step, find_method
 from adapter_core.bases.method import fill_options
-from adapter_core.basis import Basis
+from adapter_core.basis import DTYPES, Basis, storage_dtype
 from adapter_core.basis_holds import BasisHolds, source_key
 from adapter_core.basis_store import BasisStore, read_if_sound, recipe_key
 from adapter_core.errors import Unavailable
@@ -30,8 +30,6 @@ from trainer_worker.sole_use import Progress, SoleUse
 
 #: Bases kept in memory between jobs; one of an 8B model at r = 16 is 84 MB.
 MAX_CACHED_BASES = 4
-#: Of a number in the factors as they are built.
-_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class BasisSource:
         self._base, self._use = base, use
         self._bases, self._own, self._holds = bases, own, holds
         self._target_modules = target_modules
+        self._dtype = storage_dtype(base.model.dtype)
         self._cached: OrderedDict[str, Basis] = OrderedDict()
 
     async def of(self, attempt: Attempt, calibration: Calibration | None) -> JobBasis:
@@ -158,13 +157,16 @@ class BasisSource:
         modules = [name for name, _ in iter_target_modules(self._base.model, recipe["target_modules"])]
 
         def work(progress: Progress) -> BuiltBasis:
-            return build_basis_and_step(self._base, calibration=calibration, progress=progress, **recipe)
+            return build_basis_and_step(
+                self._base, calibration=calibration, dtype=self._dtype, progress=progress, **recipe
+            )
 
         return await self._use.run(work, modules=modules, on_progress=attempt.on_progress)
 
     def _size(self, spec: JobSpec) -> int:
         modules = iter_target_modules(self._base.model, spec.target_modules or self._target_modules)
-        return _ITEM_BYTES * spec.rank * sum(m.in_features + m.out_features for _, m in modules)
+        width = sum(m.in_features + m.out_features for _, m in modules)
+        return DTYPES[self._dtype].itemsize * spec.rank * width
 
     def _keep(self, basis: Basis) -> None:
         self._cached[basis.basis_id] = basis

@@ -118,7 +118,7 @@ def _validation_digests(digests: Sequence[str]) -> set[str]:
 
 
 def _example_digest(example: Example) -> str:
-    fields = {key: value for key, value in asdict(example).items() if key != "line"}
+    fields = {key: value for key, value in asdict(example).items() if key not in ("user", "line")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -43,6 +43,14 @@ RATED_RANK = 16
 #: Both agree on the order of methods' steps and differ by about 2.4 in all of them: longer jobs on a wider
 #: model bear more. The values stand at the upper end of (a), where it is flat, because (b) would have more.
 SMALL_STEP, LARGE_STEP = 1.6e-2, 3.2e-2
+#: (c) The small model, newcomers of 50 examples, two seeds, one H100: the records of
+#: benchmarks/results/population-h100-small. A basis learned from 29 users at rank 16, the lengths of its
+#: vectors free (gain 2.01), stored step 4e-3 / 1e-2 / 2.5e-2 / 6e-2: 4.049 / 3.941 / 3.978 / 4.193 from
+#: zero, 3.903 / 3.878 / 3.976 / 4.205 from its own start; kept orthonormal 4.082 / 4.005 / 4.040 / 4.240 and
+#: 3.956 / 3.941 / 4.033 / 4.252. At rank 64, the same times 16 / 64: 4.029 / 4.043 / 4.320 / 4.837 and 3.956
+#: / 4.016 / 4.313 / 4.837, so there 1 / r falls too slowly, by 2.5 or more. The pooled gradient in that run
+#: is best at 4e-3 to 1e-2, with 400 examples at 1e-2 to 2.5e-2: a part of it is the number of examples.
+POPULATION_STEP = 1e-2
 PEAK_STEPS: Mapping[str, float] = {
     "lora_xs": SMALL_STEP,
     "pissa": SMALL_STEP,  # LoRA-XS's basis; only the preconditioner differs
@@ -61,9 +69,10 @@ PEAK_STEPS: Mapping[str, float] = {
     "milora/middle": LARGE_STEP,
     "milora/top": SMALL_STEP,
     "loram": LARGE_STEP,  # sines know as little of W as random factors
+    "population": POPULATION_STEP,
 }
-#: For a basis without a measurement of its own or of its like (OLoRA, CorDA, EVA, LoLoRA, a population's, an
-#: imported one): between the two.
+#: For a basis without a measurement of its own or of its like (OLoRA, CorDA, EVA, LoLoRA, an imported
+#: one): between the two.
 DEFAULT_PEAK_STEP = 2.2e-2
 
 #: What a start does to the step. Measured in (b): LoRA-SB's basis at rank 4 from its line-searched step and

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adapter_core.adapter import Adapter
 from adapter_core.base_model import BaseModel
-from adapter_core.bases import CalibrationSet
+from adapter_core.bases import CalibrationSet, Population
 from adapter_core.basis import Basis
-from adapter_core.chat_format import ChatFormat
+from adapter_core.chat_format import ChatFormat, EncodedExample
 from adapter_core.errors import Conflict, CorruptRecord, InvalidInput, InvalidTrainingData, NotFound
 from adapter_core.examples import parse_examples
 from adapter_core.file_store import FileStore
@@ -145,14 +145,11 @@ class Preparation:
             return None
         content = await self._content(tenant, spec.calibration, "calibration")
         try:
-            data = await asyncio.to_thread(
-                read_data, self._chat, content, None, max_tokens=self._max_tokens, split=False
-            )
+            return await asyncio.to_thread(read_calibration, self._chat, content, max_tokens=self._max_tokens)
         except InvalidTrainingData as error:
             raise InvalidTrainingData(
                 error.errors, param="calibration", code=error.code, num_problems=error.num_problems
             ) from error
-        return await asyncio.to_thread(own_calibration, data, content)
 
     async def _start(
         self,
@@ -198,19 +195,26 @@ def own_calibration(data: TrainingData, content: bytes) -> Calibration:
     return Calibration(CalibrationSet.from_encoded(data.train), hashlib.sha256(content).hexdigest())
 
 
+def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Calibration:
+    """All examples of a file; a `Population` if it says whose they are. Raises `InvalidTrainingData`."""
+    examples = parse_examples(content, with_users=True)
+    data = encode_data(chat, examples, max_tokens=max_tokens, validation=[])
+    calibration = own_calibration(data, content)
+    if examples[0].user is None:
+        return calibration
+    users: dict[str | None, list[EncodedExample]] = {}
+    for example, encoded in zip(examples, data.train, strict=True):
+        users.setdefault(example.user, []).append(encoded)
+    population = Population.of([CalibrationSet.from_encoded(user) for user in users.values()])
+    return replace(calibration, examples=population)
+
+
 def read_data(
-    chat: ChatFormat,
-    training: bytes,
-    validation: bytes | None,
-    *,
-    max_tokens: int,
-    split: bool = True,
+    chat: ChatFormat, training: bytes, validation: bytes | None, *, max_tokens: int
 ) -> TrainingData:
-    """Parse, encode and, if `split`, hold some back to validate. Raises `InvalidTrainingData`."""
+    """Parse, encode and hold some back to validate. Raises `InvalidTrainingData`."""
     examples = parse_examples(training)
     checks = None if validation is None else parse_examples(validation)
-    if not split:
-        checks = []
     return encode_data(chat, examples, max_tokens=max_tokens, validation=checks)
 
 

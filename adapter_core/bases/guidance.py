@@ -15,14 +15,22 @@ from adapter_core.errors import InvalidInput
 
 #: Alternating steps of the two-sided form; it ends when the bound falls by less than 1e-9 of itself.
 MAX_ALTERNATIONS = 50
+#: Of the sums that the moments are made of, whatever they are kept in: products of activations are float32.
+SUM_EPSILON = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """The inverse K-FAC factors. Z_inv: [d_in, d_in];  Y_inv: [d_out], the diagonal D, or [d_out, d_out]."""
+    """The inverse K-FAC factors. Z_inv: [d_in, d_in];  Y_inv: [d_out], the diagonal D, or [d_out, d_out].
+
+    unseen_in: [d_in, k], unseen_out: [d_out, l], orthonormal: directions in which the data holds nothing but
+    rounding, where that had to be told apart (`damped_inverse`).
+    """
 
     Z_inv: Tensor
     Y_inv: Tensor
+    unseen_in: Tensor | None = None
+    unseen_out: Tensor | None = None
 
     @property
     def output_trace(self) -> float:
@@ -30,7 +38,15 @@ class Fisher:
         return float(self.Y_inv.sum() if self.Y_inv.dim() == 1 else self.Y_inv.trace())
 
     def natural_step(self, g: Tensor) -> Tensor:
-        """Δ = -Y^-1 g Z^-1, [d_out, d_in]."""
+        """Δ = -Y^-1 g Z^-1, [d_out, d_in], and 0 in the directions that the data has not.
+
+        A gradient is a sum of δ xᵀ over the data, so what it holds there is rounding; 1 / λ would make it
+        the largest part of the step.
+        """
+        if self.unseen_in is not None:
+            g = g - (g @ self.unseen_in) @ self.unseen_in.mT
+        if self.unseen_out is not None:
+            g = g - self.unseen_out @ (self.unseen_out.mT @ g)
         scaled = self.Y_inv[:, None] * g if self.Y_inv.dim() == 1 else self.Y_inv @ g
         return -scaled @ self.Z_inv
 
@@ -43,10 +59,11 @@ def invert_fisher(Z: Tensor, Y: Tensor, *, damping: float, is_relative: bool, na
     lambda_z, lambda_y = damping * size_z, damping * size_y
     if not (lambda_z > 0 and lambda_y > 0):
         raise InvalidInput(f"the damping of {name} is {lambda_z:g} and {lambda_y:g}", param="calibration")
-    Z_inv = _damped_inverse(Z, lambda_z, f"the input moment of {name}")
+    Z_inv, unseen_in = damped_inverse(Z, lambda_z, f"the input moment of {name}")
     if Y.dim() == 1:
-        return Fisher(Z_inv, 1 / (Y.to(Z_inv) + lambda_y))
-    return Fisher(Z_inv, _damped_inverse(Y, lambda_y, f"the output moment of {name}").to(Z_inv))
+        return Fisher(Z_inv, 1 / (Y.to(Z_inv) + lambda_y), unseen_in)
+    Y_inv, unseen_out = damped_inverse(Y.to(Z_inv), lambda_y, f"the output moment of {name}")
+    return Fisher(Z_inv, Y_inv, unseen_in, unseen_out)
 
 
 def guidance(
@@ -90,10 +107,50 @@ def two_sided_bound(fisher: Fisher, delta: Tensor, A: Tensor, B: Tensor, *, inve
     return inverse_n * variance + float(delta.square().sum()) - kept
 
 
-def _damped_inverse(X: Tensor, damping: float, what: str) -> Tensor:
-    damped = (X + X.mT) / 2 + damping * torch.eye(len(X), dtype=X.dtype, device=X.device)
+def damped_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor | None]:
+    """(X + λ I)^-1 of a moment X [n, n], and the directions [n, k] that its data has not, or None.
+
+    By Cholesky. A moment of fewer tokens than n is singular, and the rounding of its sums makes eigenvalues
+    a little negative. Where that takes half of the damping or more, `eigen_inverse` takes over (five to six
+    times the work). Raises `InvalidInput` for a matrix that is not finite or that rounding does not explain.
+    """
+    X = (X + X.mT) / 2
+    if not bool(torch.isfinite(X).all()):
+        raise InvalidInput(f"{what} holds a value that is not finite", param="calibration")
+    damped = X.clone()
+    damped.diagonal().add_(damping)  # in place: an identity of this size would be 0.8 GB for an 8B model
     L, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
-        raise InvalidInput(f"{what} with damping {damping:g} is not positive definite", param="damping")
-    inverse: Tensor = torch.cholesky_inverse(L)
-    return inverse
+    del damped
+    if int(info) == 0:
+        inverse: Tensor = torch.cholesky_inverse(L)
+        if _largest_eigenvalue(inverse) * damping < 2:
+            return inverse, None
+    return eigen_inverse(X, damping, what)
+
+
+def eigen_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor | None]:
+    """`damped_inverse` by the eigenvalues of symmetric X, those that are rounding taken as 0.
+
+    Rounding is at least as large as the most negative eigenvalue, so no eigenvalue of that size or less is
+    known to be more. Raises `InvalidInput` if it is beyond n eps of the largest one: no moment then.
+    """
+    values, Q = torch.linalg.eigh(X)
+    rounding, largest = max(0.0, -float(values[0])), float(values[-1])
+    if rounding > len(X) * SUM_EPSILON * largest:
+        raise InvalidInput(
+            f"{what} has eigenvalues from {-rounding:g} to {largest:g}: it is no moment of any data",
+            param="calibration",
+        )
+    num_unseen = int((values <= rounding).sum()) if rounding else 0
+    values = values.clone()
+    values[:num_unseen] = 0
+    inverse = Q / (values + damping) @ Q.mT
+    return inverse, Q[:, :num_unseen] if num_unseen else None
+
+
+def _largest_eigenvalue(X: Tensor) -> float:
+    """Of positive X [n, n], by power iteration: nearly it if it stands out, which is what is asked."""
+    v = torch.randn(len(X), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(X)
+    for _ in range(20):
+        v = X @ torch.nn.functional.normalize(v, dim=0)
+    return float(torch.linalg.vector_norm(v))

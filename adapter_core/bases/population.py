@@ -4,6 +4,9 @@ A and B begin as the leading singular vectors of the users' summed gradient and 
 user with an R of its own, so that users who train nothing but R get far (`population_learner` says how). Then
 they are frozen, for users to come.
 
+How far learning goes is decided by users who never teach: `population_trials`. A population of fewer than
+eight has none to spare and learns to the end.
+
 Beside A and B comes a start: the core that a user's training best begins with, which is what the population
 has in common. It is kept in the basis (`Basis.start`); a new user begins with it (start "population") or
 with zero.
@@ -13,7 +16,8 @@ Knows how a basis is learned, not whose examples are whose: `population_users` s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +30,8 @@ from adapter_core.bases.gradients import frozen
 from adapter_core.bases.method import DATA_OPTIONS, Option, Options
 from adapter_core.bases.population_factors import SharedFactors
 from adapter_core.bases.population_learner import Learner, LearningPlan
-from adapter_core.bases.population_users import users_of
+from adapter_core.bases.population_trials import TrialPlan, Trials
+from adapter_core.bases.population_users import Population, hold_out, users_of
 from adapter_core.bases.targets import find_targets
 from adapter_core.basis import Basis, make_basis
 from adapter_core.errors import InvalidInput
@@ -49,15 +54,17 @@ CURVE_POINTS = 20
 
 @dataclass(frozen=True)
 class PopulationLearning:
-    """The `Refinement` of this method: users, and how they teach."""
+    """The `Refinement` of this method: users who teach, users held out, and how they do it."""
 
     users: Sequence[CalibrationSet]
+    held_out: Sequence[CalibrationSet]
     plan: LearningPlan
     scale: float
 
     @property
     def num_steps(self) -> int:
-        return self.plan.steps
+        """Of A and B, and of all trials."""
+        return self.plan.steps + TrialPlan.of(self.plan, len(self.held_out)).num_steps
 
     @torch.inference_mode(False)
     def refine(self, base: BaseModel, basis: Basis, *, dtype: str, progress: Callable[[int], None]) -> Basis:
@@ -66,34 +73,58 @@ class PopulationLearning:
         pairs = list(zip(basis.A, basis.B, strict=True))
         factors = SharedFactors(targets, pairs, num_slots=self.plan.num_slots)
         learner = Learner(base, factors, self.users, self.plan)
-        losses: list[float] = []
+        trials = Trials(base, factors, self.held_out, self.plan)
         with frozen(base.model):
-            for step in range(self.plan.steps):
-                losses.append(self._step(learner, step))
-                progress(step + 1)
-        learned = {shape: (A, B * self.scale) for shape, (A, B) in factors.tensors().items()}
+            losses = self._learn(learner, trials, progress)
+        start, learned = learner.final_start(), factors.tensors()
+        if trials.best is not None:
+            start = trials.best.start.to(factors.device)
+            learned = trials.best.on(factors.device)
+        account = {**self._account(losses), "held_out": trials.account()}
         return make_basis(
             model_id=base.model_id,
             method=NAME,
-            factors=learned,
-            recipe={**basis.manifest.recipe, "population": self._account(losses)},
+            factors={shape: (A, B * self.scale) for shape, (A, B) in learned.items()},
+            recipe={**basis.manifest.recipe, "population": account},
             dtype=dtype,
-            start=learner.final_start() / self.scale,
+            start=start / self.scale,
         )
 
-    def _step(self, learner: Learner, step: int) -> float:
-        plan = self.plan
+    def _learn(self, learner: Learner, trials: Trials, progress: Callable[[int], None]) -> list[float]:
+        """The losses of all steps; the last is that of the plan, or the one after which trials end it."""
+        losses: list[float] = []
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress(done)
+
+        for step in range(self.plan.steps + 1):
+            with self._naming(step):
+                trials.hold(step, learner.final_start(), advance)
+                if step == self.plan.steps or trials.have_risen:
+                    break
+                losses.append(learner.step(step / self.plan.steps))
+                if self.plan.retract_every and (step + 1) % self.plan.retract_every == 0:
+                    learner.retract()
+            advance()
+        if done < self.num_steps:
+            progress(self.num_steps)
+        return losses
+
+    @contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        """What fails after `step` steps says so."""
         try:
-            loss = learner.step(step / plan.steps)
-            if plan.retract_every and (step + 1) % plan.retract_every == 0:
-                learner.retract()
+            yield
         except InvalidInput as error:
+            plan = self.plan
             raise InvalidInput(
-                f"learning the basis failed at step {step + 1} of {plan.steps}: {error.message}; "
-                f"take smaller rates than {plan.core_rate:g} and {plan.basis_rate:g}",
+                f"learning the basis failed at step {min(step + 1, plan.steps)} of {plan.steps}: "
+                f"{error.message}; take smaller rates than {plan.core_rate:g} and {plan.basis_rate:g}",
                 param="core_rate",
             ) from error
-        return loss
 
     def _account(self, losses: Sequence[float]) -> dict[str, Any]:
         """curve: [step, mean loss of the users in the slots since the point before]."""
@@ -111,10 +142,10 @@ def plan_learning(calibration: CalibrationSet | None, rank: int, options: Option
     """Who teaches, and how. Raises `InvalidInput` for data that make no two users."""
     assert calibration is not None, "the method needs labelled data"
     seed = options["seed"]
-    users = users_of(calibration, options["num_users"], seed=seed)
+    users, held_out = roles(calibration, options)
     num_slots = min(options["num_slots"] or len(users), len(users))
     examples_per_step = num_slots * options["batch_size"]
-    steps = max(MIN_STEPS, round(options["passes"] * len(calibration) / examples_per_step))
+    steps = max(MIN_STEPS, round(options["passes"] * sum(map(len, users)) / examples_per_step))
     plan = LearningPlan(
         steps=steps,
         episode_steps=options["episode_steps"] or steps,
@@ -127,12 +158,20 @@ def plan_learning(calibration: CalibrationSet | None, rank: int, options: Option
         seed=seed,
         batch_tokens=options["batch_tokens"],
     )
-    return PopulationLearning(users, plan, options["scale"])
+    return PopulationLearning(users, held_out, plan, options["scale"])
+
+
+def roles(calibration: CalibrationSet, options: Options) -> tuple[list[CalibrationSet], ...]:
+    """(users who teach, users held out). Raises `InvalidInput` for data that make no two users."""
+    users = users_of(calibration, options["num_users"], seed=options["seed"])
+    return hold_out(users, options["held_out"], seed=options["seed"])
 
 
 def initial_part(calibration: CalibrationSet, options: Options) -> CalibrationSet:
-    """Some examples of all users, for the gradient that the learning begins with."""
-    return calibration.take(INITIAL_EXAMPLES, seed=options["seed"])
+    """Some examples of all users who teach, for the gradient that the learning begins with."""
+    teachers, held_out = roles(calibration, options)
+    taught = Population.of(teachers) if held_out else calibration
+    return taught.take(INITIAL_EXAMPLES, seed=options["seed"])
 
 
 OPTIONS: Mapping[str, Option] = {
@@ -143,6 +182,13 @@ OPTIONS: Mapping[str, Option] = {
         minimum=0,
     ),
     "passes": Option(PASSES, "over all users' examples", minimum=1e-3),
+    "held_out": Option(
+        0.15,
+        "part of 8 or more users who never teach but say how far learning goes (2 to 10 users); 0: none, "
+        "learning goes to the end",
+        minimum=0.0,
+        maximum=0.5,
+    ),
     "num_slots": Option(10, "users in one step; 0: all", minimum=0),
     "batch_size": Option(3, "examples of each user in one step", minimum=1),
     "episode_steps": Option(40, "of a user's R, before it begins anew; 0: never", minimum=0),

@@ -39,14 +39,22 @@ class SharedFactors:
     """
 
     def __init__(
-        self, targets: Sequence[Target], factors: Sequence[tuple[Tensor, Tensor]], *, num_slots: int
+        self,
+        targets: Sequence[Target],
+        factors: Sequence[tuple[Tensor, Tensor]],
+        *,
+        num_slots: int,
+        learns: bool = True,
     ) -> None:
-        """factors: orthonormal (A, B) of each target, on any device."""
+        """factors: orthonormal (A, B) of each target, on any device. learns: or used as they are."""
         weight, rank = targets[0].weight, len(factors[0][0])
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._targets = targets
-        self.A = [A.to(weight.device, self.dtype).clone().requires_grad_() for A, _ in factors]
-        self.B = [B.to(weight.device, self.dtype).clone().requires_grad_() for _, B in factors]
+        self.A = [A.to(weight.device, self.dtype) for A, _ in factors]
+        self.B = [B.to(weight.device, self.dtype) for _, B in factors]
+        if learns:
+            self.A = [A.clone().requires_grad_() for A in self.A]
+            self.B = [B.clone().requires_grad_() for B in self.B]
         self.core = torch.zeros(len(targets), num_slots, rank, rank, dtype=self.dtype, device=weight.device)
         self.core_grad = torch.zeros_like(self.core)
         self._rows = torch.zeros(0, dtype=torch.int64, device=weight.device)
@@ -67,6 +75,11 @@ class SharedFactors:
             target.shape: (A.detach().clone(), B.detach().clone())
             for target, A, B in zip(self._targets, self.A, self.B, strict=True)
         }
+
+    def frozen(self, *, num_slots: int) -> SharedFactors:
+        """The same A and B, as they are at any time, for other users; they get no gradients there."""
+        pairs = [(A.detach(), B.detach()) for A, B in zip(self.A, self.B, strict=True)]
+        return SharedFactors(self._targets, pairs, num_slots=num_slots, learns=False)
 
     def own_rows(self, rows: Tensor) -> None:
         """rows: int64 [S], the slot that each row of the next batch belongs to."""

@@ -32,7 +32,7 @@ MAX_GRAD_NORM = 1.0
 WARMUP_SHARE = 0.05
 FINAL_SHARE = 0.1
 
-Examples = tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]
+Example = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,21 @@ class Learner:
     """
 
     def __init__(
-        self, base: BaseModel, factors: SharedFactors, users: Sequence[CalibrationSet], plan: LearningPlan
+        self,
+        base: BaseModel,
+        factors: SharedFactors,
+        users: Sequence[CalibrationSet],
+        plan: LearningPlan,
+        *,
+        start: Tensor | None = None,
     ) -> None:
+        """start: S to begin with; None: zero."""
         self.factors, self._base, self._users, self._plan = factors, base, users, plan
         M, K, r, _ = factors.core.shape
         self.start = torch.zeros(M, r, r, dtype=factors.dtype, device=factors.device)
+        if start is not None:
+            self.start.copy_(start)
+        factors.core.detach().copy_(self.start[:, None].expand_as(factors.core))
         self._scale = LOSS_SCALE.get(base.model.dtype, 1.0)
         self._m, self._v = torch.zeros_like(factors.core), torch.zeros_like(factors.core)
         self._random = torch.Generator().manual_seed(plan.seed)
@@ -102,6 +112,21 @@ class Learner:
                 self._finish(slot, self._plan.start_rate * schedule(place))
         return loss
 
+    def step_cores(self) -> float:
+        """One step of all slots' R alone. Returns the slots' mean loss. Raises as `step`."""
+        self.factors.zero_grad()
+        loss = self.add_gradients()
+        self._step_cores()
+        return loss
+
+    @torch.no_grad()
+    def loss_on(self, others: Sequence[CalibrationSet]) -> float:
+        """The slots' mean loss on `others`, more examples of each user. Raises as `step`."""
+        items = [(slot, e) for slot, user in enumerate(self._seated) for e in others[user].examples]
+        with self.factors.attached():
+            total = sum(self._losses(items), torch.zeros((), device=self.factors.device))
+        return float(total) / len(self._seated)
+
     @torch.no_grad()
     def retract(self) -> None:
         """Make A and B orthonormal again; what every slot and the start add to the layers stays."""
@@ -121,26 +146,37 @@ class Learner:
 
         A slot's loss is the mean over the tokens to learn of its next examples. Returns the slots' mean.
         """
-        K, device = len(self._seated), self.factors.device
-        items = [(slot, index) for slot in range(K) for index in self._batch(slot)]
-        examples = tuple(self._users[self._seated[slot]].examples[index] for slot, index in items)
-        owners = torch.tensor([slot for slot, _ in items])
-        num_tokens = torch.zeros(K, dtype=torch.float64)
-        for (slot, _), (_, mask) in zip(items, examples, strict=True):
-            num_tokens[slot] += sum(mask[1:])
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        K = len(self._seated)
+        items = [
+            (slot, self._users[self._seated[slot]].examples[index])
+            for slot in range(K)
+            for index in self._batch(slot)
+        ]
+        total = torch.zeros((), dtype=torch.float64, device=self.factors.device)
         with self.factors.attached():
-            for batch in self._batches(examples):
-                rows = owners[list(batch.indices)]
-                share = (batch.label_counts.double() / num_tokens[rows]).to(device)
-                self.factors.own_rows(rows.to(device))
-                losses = example_losses(self._base, batch.to(device))
-                loss = (losses * share.to(losses)).sum()
+            for loss in self._losses(items):
                 torch.autograd.backward(loss * self._scale)
                 total += loss.detach()
         return float(total) / K
 
-    def _batches(self, examples: Examples) -> Iterator[CalibrationBatch]:
+    def _losses(self, items: Sequence[tuple[int, Example]]) -> Iterator[Tensor]:
+        """Parts of the sum of the slots' losses, one a pass through the model with the factors in it.
+
+        items: (slot, example).
+        """
+        device = self.factors.device
+        owners = torch.tensor([slot for slot, _ in items])
+        num_tokens = torch.zeros(len(self._seated), dtype=torch.float64)
+        for slot, (_, mask) in items:
+            num_tokens[slot] += sum(mask[1:])
+        for batch in self._batches(tuple(example for _, example in items)):
+            rows = owners[list(batch.indices)]
+            share = (batch.label_counts.double() / num_tokens[rows]).to(device)
+            self.factors.own_rows(rows.to(device))
+            losses = example_losses(self._base, batch.to(device))
+            yield (losses * share.to(losses)).sum()
+
+    def _batches(self, examples: tuple[Example, ...]) -> Iterator[CalibrationBatch]:
         """On an accelerator a small pass costs what its launches do: there padding is cheaper than two."""
         min_fill = MIN_FILL if self.factors.device.type == "cpu" else 0.0
         return CalibrationSet(examples).batches(max_tokens=self._plan.batch_tokens, min_fill=min_fill)

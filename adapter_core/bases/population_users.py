@@ -26,6 +26,10 @@ NUM_DRAWS = 8
 #: What `split_users` aims at: about the data of one user; and how many users it makes at most.
 EXAMPLES_PER_USER = 100
 MAX_USERS = 64
+#: In a smaller population every user is needed to teach, and two who are held out say little.
+MIN_POPULATION = 8
+#: As many as there are in one step of learning; more would not decide better by what they cost.
+MAX_HELD_OUT = 10
 #: A prime above any vocabulary, so that neighbouring token ids do not share a bucket by their order.
 _HASH = 2_654_435_761
 
@@ -81,6 +85,23 @@ def users_of(calibration: CalibrationSet, num_users: int, *, seed: int) -> list[
             code="calibration_too_small",
         )
     return calibration.users
+
+
+def hold_out(users: Sequence[CalibrationSet], share: float, *, seed: int) -> tuple[list[CalibrationSet], ...]:
+    """(users who teach, users held out): of `MIN_POPULATION` users on a share of them, at least two.
+
+    Nobody is held out where the population is smaller, or has no two users whose examples can be divided.
+    """
+    able = [index for index, user in enumerate(users) if len(user) >= 2]
+    if not share or len(users) < MIN_POPULATION or len(able) < 2:
+        return list(users), []
+    num = min(max(2, round(share * len(users))), MAX_HELD_OUT, len(able))
+    order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = {able[i] for i in order[:num]}
+    return (
+        [user for index, user in enumerate(users) if index not in chosen],
+        [user for index, user in enumerate(users) if index in chosen],
+    )
 
 
 def split_users(calibration: CalibrationSet, num_users: int, *, seed: int = 0) -> list[CalibrationSet]:

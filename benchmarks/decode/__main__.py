@@ -24,9 +24,10 @@ import torch
 from adapter_core.adapter import AdapterRef
 from adapter_core.base_model import DTYPES, BaseModel
 from adapter_core.basis import Basis
+from benchmarks.decode.kernels import kernel_times
 from benchmarks.decode.peers import time_continuous_batching, time_forward
 from benchmarks.decode.random_models import GEOMETRIES, random_adapter, random_basis, random_model
-from benchmarks.decode.steps import StepTimes, fill_kv, time_steps
+from benchmarks.decode.steps import StepTimes, fill_kv, time_mixed_steps, time_steps
 from benchmarks.device_time import copy_bandwidth
 from benchmarks.report import percentiles, print_table, save
 from service.engine.config import EngineConfig
@@ -36,6 +37,8 @@ from service.engine.messages import GenerationRequest, SamplingParams
 Row = dict[str, Any]
 #: Tokens that a sequence may grow by while it is measured.
 _ROOM = 128
+#: Beside the batch: the request whose prompt a mixed step computes, and the one before it.
+_MIXED_SEQS = 2
 #: Of the requests that are compared with continuous batching.
 _CB_PROMPT, _CB_NEW = 64, 64
 _BATCHING = "transformers, continuous batching"
@@ -76,6 +79,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50 if has_cuda else 5)
     parser.add_argument("--decode-graphs", default="auto")
     parser.add_argument("--lookahead", default="auto")
+    parser.add_argument(
+        "--mixed", type=int, nargs="*", default=[], help="also with prompts of so many tokens"
+    )
+    parser.add_argument("--kernels", action="store_true", help="also where a step's time goes (CUDA only)")
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--continuous-batching", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -99,6 +106,11 @@ def engine_rows(base: BaseModel, arguments: argparse.Namespace, bandwidth: float
                     roofline_s = step_bytes(base, batch, context) / bandwidth
                     case = {"batch": batch, "context": context, "rank": rank, "adapters": distinct}
                     yield {"what": "engine", **case, **figures(times, batch, roofline_s)}
+                    if arguments.kernels and engine.runner.decode_steps is not None:
+                        for row in kernel_times(engine.runner.decode_steps.repeat):
+                            yield {"what": "kernel", **case, **row}
+                    for prompt_tokens in arguments.mixed:
+                        yield mixed_row(engine, chosen, case, prompt_tokens, arguments.steps)
         if not rank and arguments.continuous_batching:
             yield from request_rows(engine, arguments)
         engine.close()
@@ -106,13 +118,25 @@ def engine_rows(base: BaseModel, arguments: argparse.Namespace, bandwidth: float
         release()
 
 
+def mixed_row(
+    engine: Engine, refs: list[AdapterRef | None], case: Row, prompt_tokens: int, num_steps: int
+) -> Row:
+    """A batch that decodes while one prompt after the other is computed beside it."""
+    times = time_mixed_steps(
+        engine, refs, context=case["context"], prompt_tokens=prompt_tokens, num_steps=num_steps
+    )
+    tokens_per_s = round((len(refs) + prompt_tokens) / statistics.mean(times.step_s), 1)
+    row = {"what": "engine, mixed", **case, "prompt": prompt_tokens, "tokens_per_s": tokens_per_s}
+    return {**row, **percentiles(times.step_s), "host_ms": round(times.host_s * 1e3, 3)}
+
+
 def make_engine(base: BaseModel, arguments: argparse.Namespace) -> Engine:
     batch, context = max(arguments.batch), max(arguments.context)
     config = EngineConfig(
         num_slots=max(arguments.distinct),
-        max_batch_seqs=batch,
-        max_batch_tokens=max(batch, 2048),
-        num_blocks=None if torch.cuda.is_available() else batch * -(-(context + _ROOM) // 16),
+        max_batch_seqs=batch + _MIXED_SEQS,
+        max_batch_tokens=max(batch + max(arguments.mixed, default=0), 2048),
+        num_blocks=None if torch.cuda.is_available() else (batch + 1) * -(-(context + _ROOM) // 16),
         max_model_len=context + _ROOM,
         enable_prefix_cache=False,
         host_cache_bytes=8 * 1024**3,  # every adapter of the run, at any rank

@@ -49,6 +49,32 @@ def time_steps(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, n
     return StepTimes(times, device_s, host_s)
 
 
+def time_mixed_steps(
+    engine: Engine, refs: Rows[AdapterRef | None], *, context: int, prompt_tokens: int, num_steps: int
+) -> StepTimes:
+    """The same, with the prefill of another request of `prompt_tokens` in every step. No device_s."""
+    start_batch(engine, refs, context=context, num_steps=num_steps + _WARM_UP + 2)
+    generator = torch.Generator().manual_seed(1)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    times, waited_s = [], 0.0
+    for index in range(_WARM_UP + num_steps):
+        if index == _WARM_UP:
+            _synchronize()
+            waited_s = engine.loop.wait_s
+        prompt = torch.randint(10, engine.info().vocab_size, (prompt_tokens,), generator=generator).tolist()
+        began = time.perf_counter()
+        engine.submit(GenerationRequest(f"prompt-{index}", "bench", prompt, sampling, refs[0]))
+        engine.step()
+        times.append(time.perf_counter() - began)
+    times = times[_WARM_UP:]
+    host_s = (sum(times) - engine.loop.wait_s + waited_s) / num_steps
+    for index in range(len(refs)):
+        engine.cancel(str(index))
+    while engine.has_work:
+        engine.step()
+    return StepTimes(times, [], host_s)
+
+
 def start_batch(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> None:
     """Let sequences of `context` tokens run that have all but one of them computed."""
     generator = torch.Generator().manual_seed(0)

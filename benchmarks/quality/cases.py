@@ -100,8 +100,8 @@ _CASES = (
     _da("lora_da_no_variance", use_variance=False),
     _da("lora_da_no_fisher", use_variance=False, use_fisher=False),
     _da("lora_da_repo", mode="repo"),
-    # The authors' units alone: of few tokens the factors are too singular for their absolute damping, and a
-    # normalised step is another start.
+    # The authors' units alone: of few tokens the factors are so singular that their absolute damping makes
+    # another method of it, and a normalised step is another start.
     _da("lora_da_repo_units", mode="repo", damping=1e-3, damping_mode="relative", normalise=False),
     _da("lora_da_two_sided", form="two_sided"),
     *(_da(f"lora_da_n{count}", num_examples=count) for count in (16, 64, 1024)),

@@ -9,8 +9,6 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -135,21 +133,24 @@ class ModelRunner:
     def _trial_error(self) -> float:
         """How far the two ways through the model are apart, see `fused/self_check.py`."""
         basis_id = self._bases.default_id
-        plans = self_check.trial_plans(
-            self._vocab_size, self._kv.block_size, basis_id, max_tokens=self._config.max_batch_tokens
-        )
         table = self._bases.tables.get(basis_id)
         if table is None:
-            return self_check.disagreement(*self._trial_logits(plans))
-        self_check.fill_trial_slot(table.R_slots)
+            return self_check.disagreement(*self._trial_logits(basis_id, 0))
+        slot = table.begin_trial(self_check.trial_core(table.R_slots.shape[1:]))
         try:
-            return self_check.disagreement(*self._trial_logits(plans))
+            return self_check.disagreement(*self._trial_logits(basis_id, slot))
         finally:
-            self_check.clear_trial_slot(table.R_slots)
-            table.stage(None)
+            table.end_trial()
 
-    def _trial_logits(self, plans: Sequence[StepPlan]) -> list[Tensor]:
-        """Logits [rows, V] of all the plans' rows, by the fused way and by the generic one."""
+    def _trial_logits(self, basis_id: str, slot: int) -> list[Tensor]:
+        """Logits [rows, V] of all rows of the trial, by the fused way and by the generic one."""
+        plans = self_check.trial_plans(
+            self._vocab_size,
+            self._kv.block_size,
+            basis_id,
+            slot=slot,
+            max_tokens=self._config.max_batch_tokens,
+        )
         logits = []
         for forward in (self._path.forward_fused, self._path.forward_generic):
             kv = PagedKV(

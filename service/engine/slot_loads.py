@@ -29,7 +29,7 @@ class SlotLoads:
         self._done: torch.cuda.Event | None = None  # of the loads that no step has waited for yet
         if R_slots.is_cuda:
             self._stream = torch.cuda.Stream(R_slots.device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(R_slots.device))  # for the zeros
+            self.follow()  # the zeros
             R_slots.record_stream(self._stream)  # its memory is not reused while this stream writes to it
 
     def add(self, slot: int, R: Tensor) -> None:
@@ -58,6 +58,12 @@ class SlotLoads:
         if self._done is not None:
             torch.cuda.current_stream(self._R_slots.device).wait_event(self._done)
             self._done = None
+
+    def follow(self) -> None:
+        """Let the copies and zeros to come wait for what was launched on the current stream: for whoever
+        writes to slots there."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._R_slots.device))
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

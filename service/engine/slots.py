@@ -118,6 +118,18 @@ class SlotTable:
         else:
             self.active = self._token_slots[: len(token_slots)].copy_(token_slots)
 
+    def begin_trial(self, R: Tensor) -> int:
+        """Put R [M, r, r] into a free slot for steps that are no requests', before any adapter is loaded."""
+        slot = self._free[-1]
+        self.R_slots[slot] = R.to(self.R_slots)
+        return slot
+
+    def end_trial(self) -> None:
+        """Clear that slot again, before whatever is loaded next."""
+        self.R_slots[self._free[-1]] = 0
+        self._loads.follow()
+        self.active = None
+
     def check_integrity(self) -> None:
         used = list(self._slot_of.values())
         assert sorted(used + self._free) == list(range(1, self.num_slots + 1))

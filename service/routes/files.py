@@ -1,4 +1,4 @@
-"""/v1/files: training files."""
+"""/v1/files: files of examples, to train on or to build a basis of."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ router = APIRouter(prefix="/v1", tags=["files"], route_class=JsonRoute)
 @router.post("/files", operation_id="create_file")
 async def create_file(
     file: Annotated[UploadFile, File(description="JSONL, one example per line")],
-    purpose: Annotated[str, Form(description="fine-tune")],
+    purpose: Annotated[str, Form(description="fine-tune or calibration")],
     tenant: TenantDep,
     stores: StoresDep,
 ) -> FileObject:
-    """Upload a training file. It is checked now: an answer names every problem with its line."""
+    """Upload a file of examples. It is checked now: an answer names every problem with its line."""
     content = await file.read()
     record = await keep_training_file(
         stores.files, tenant, filename=file.filename, purpose=purpose, content=content
@@ -39,7 +39,7 @@ async def list_files(
     limit: LimitDep = 20,
     purpose: str | None = None,
 ) -> Page[FileObject]:
-    """The caller's files, newest first. All have the one purpose that there is."""
+    """The caller's files, newest first; of one purpose, if it is named."""
     records, has_more = await stores.files.list(tenant, after=after, limit=limit)
     wanted = [record for record in records if purpose in (None, record.purpose)]
     return page_of([_object(record) for record in wanted], has_more and bool(wanted))

@@ -12,7 +12,7 @@ MAX_SEED = 2**31 - 1
 
 
 class FileObject(Answer):
-    """An uploaded training file. It was checked at the upload, so it is processed at once."""
+    """An uploaded file of examples. It was checked at the upload, so it is processed at once."""
 
     id: str
     object: Literal["file"] = "file"

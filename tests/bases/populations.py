@@ -13,6 +13,17 @@ from tests.bases.matrices import VOCABULARY
 SHORT: dict[str, Any] = {"passes": 2.0, "episode_steps": 6, "basis_rate": 0.03}
 
 
+def alike(seed: int, num_examples: int) -> CalibrationSet:
+    """A user like all others: twelve common words at random. More than that can only be learned by heart."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for _ in range(num_examples):
+        prompt = torch.randint(3, VOCABULARY, (5,), generator=generator)
+        answer = 3 + 5 * torch.randint(12, (7,), generator=generator)
+        examples.append(((*prompt.tolist(), *answer.tolist()), (False,) * 5 + (True,) * 7))
+    return CalibrationSet(tuple(examples))
+
+
 def personal(seed: int, num_examples: int = 24) -> CalibrationSet:
     """A user who answers everything with three of twelve words."""
     generator = torch.Generator().manual_seed(seed)

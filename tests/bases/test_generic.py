@@ -166,7 +166,7 @@ def train(
     return torch.stack(losses), R.detach()
 
 
-METHODS_TO_REPEAT = ("lora_xs", "lora_sb", "lora_da", "loram", "lolora", "random")
+METHODS_TO_REPEAT = tuple(METHODS)
 BUILD = f"""
 from tests.bases.test_generic import built_ids
 print(*built_ids({METHODS_TO_REPEAT}))

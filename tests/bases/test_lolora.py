@@ -154,6 +154,18 @@ def test_l5_without_centring_one_direction_goes_to_the_mean() -> None:
     assert float((Q.T @ mean).norm()) > 0.98, "the mean is in the learned space"
 
 
+def test_l5_the_mean_runs_and_begins_with_the_first_batch() -> None:
+    """μ ← 0.98 μ + 0.02 mean z, from the first mean; the rule sees z - μ with the μ that has seen z."""
+    rule = HebbianRule(WIDTH, RANK, HebbianConfig(), generator=torch.Generator().manual_seed(0))
+    first, second = random_matrix(50, WIDTH) + 3, random_matrix(30, WIDTH, seed=1) - 2
+
+    rule.step(first)
+    assert rule.mean is not None
+    torch.testing.assert_close(rule.mean, first.mean(0))
+    rule.step(second)
+    torch.testing.assert_close(rule.mean, 0.98 * first.mean(0) + 0.02 * second.mean(0))
+
+
 def test_l6_the_forward_pass_uses_the_old_a_uncentred() -> None:
     rule = HebbianRule(WIDTH, RANK, HebbianConfig(), generator=torch.Generator().manual_seed(0))
     x, B = Stream().batch(64), random_matrix(5, RANK, dtype=torch.float32).requires_grad_()

@@ -12,9 +12,9 @@ from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet
 from adapter_core.bases.activations import SecondMoment
 from adapter_core.bases.collected import Counts, Needs
-from adapter_core.bases.decomposition import smallest_eigenvectors
+from adapter_core.bases.decomposition import MAX_EIGH_SIDE, smallest_eigenvectors
 from adapter_core.bases.gradients import collect
-from adapter_core.bases.guidance import guidance
+from adapter_core.bases.guidance import guidance, invert_fisher
 from adapter_core.bases.targets import find_targets
 from tests.bases.da_module import D_IN, D_OUT, RANK, da, fisher_of, make_data
 from tests.bases.matrices import chordal, factorise, orthonormal, random_matrix, svd_rank
@@ -179,6 +179,22 @@ def test_da7_lobpcg_finds_the_eigenvectors() -> None:
     data = make_data()
     by_lobpcg = factorise("lora_da", data, solver="lobpcg", num_iterations=200)
     assert chordal(by_lobpcg.A, da(data).A) < 1e-3
+
+
+@pytest.mark.parametrize("num_tokens", [100, 10**6])
+def test_da7_beyond_the_width_where_all_eigenvectors_are_found(num_tokens: int) -> None:
+    """From 1,025 inputs on LOBPCG is the default: with much variance, and with hardly any."""
+    width = MAX_EIGH_SIDE + 16
+    x = random_matrix(2500, width, seed=1) * torch.linspace(2, 0.1, width, dtype=torch.float64)
+    Y = random_matrix(400, 60, seed=3).square().mean(0) * torch.linspace(1, 0.05, 60)
+    g = random_matrix(60, 8, seed=4) @ random_matrix(8, width, seed=5) + 0.1 * random_matrix(60, width)
+    fisher = invert_fisher(x.T @ x / 2500, Y, damping=1e-3, is_relative=True, name="layer")
+    delta = fisher.natural_step(g)
+    omega = guidance(fisher, delta, variance=fisher.output_trace / num_tokens)
+
+    found = smallest_eigenvectors(omega, 8)
+
+    assert chordal(found.T, smallest_eigenvectors(omega, 8, solver="eigh").T) < 1e-3
 
 
 def test_da7_scaling_the_step_and_n_together_changes_nothing() -> None:

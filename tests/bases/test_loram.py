@@ -142,7 +142,7 @@ def train_network(
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_m5_the_manifest_gives_the_basis_bit_for_bit(small: BaseModel, dtype: str) -> None:
     basis = build_basis(small, method="loram", rank=4, dtype=dtype, scale=0.3, rule="core")
 

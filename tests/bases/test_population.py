@@ -70,10 +70,12 @@ def test_users_who_were_not_in_the_population_get_further(learned: Basis, popula
 def test_the_recipe_says_who_taught_it(learned: Basis, population: Population) -> None:
     account = learned.manifest.recipe["population"]
 
-    assert account["num_users"] == 10
+    assert account["num_users"] == 8
+    assert account["held_out"]["num_users"] == 2
     assert account["examples_per_user"] == [24, 24]
     assert account["plan"]["steps"] == 48
     assert account["curve"][-1][0] == 48
+    assert [step for step, _ in account["held_out"]["curve"]] == [0, 48]
     assert account["curve"][-1][1] < account["curve"][0][1] - 0.5
     assert learned.manifest.recipe["calibration"]["digest"] == population.digest
     assert learned.manifest.method == "population"
@@ -154,8 +156,9 @@ def test_without_retractions_the_vectors_lengths_become_the_preconditioner(
 def test_all_users_at_once_for_the_whole_time(small: BaseModel, population: Population) -> None:
     """Plain joint training; where no episode ends, the start is the mean of the users' cores."""
     basis = build_basis(
-        small, method="population", rank=2, calibration=population, passes=2.0, num_slots=0, episode_steps=0
-    )
+        small, method="population", rank=2, calibration=population,
+        passes=2.0, num_slots=0, episode_steps=0, held_out=0.0,
+    )  # fmt: skip
     plan = basis.manifest.recipe["population"]["plan"]
 
     assert plan["num_slots"] == 10
@@ -176,13 +179,15 @@ def test_float16_learns_what_float32_learns(population: Population) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=0.02)
 
 
-def test_progress_counts_modules_and_then_steps(small: BaseModel, population: Population) -> None:
+def test_progress_counts_modules_and_then_all_steps(small: BaseModel, population: Population) -> None:
     seen: list[tuple[int, int]] = []
     built = build_basis_and_step(
         small, method="population", rank=2, calibration=population,
         progress=lambda done, total: seen.append((done, total)), **SHORT,
     )  # fmt: skip
-    total = 14 + built.basis.manifest.recipe["population"]["plan"]["steps"]
+    account = built.basis.manifest.recipe["population"]
+    trials = account["held_out"]
+    total = 14 + account["plan"]["steps"] + len(trials["curve"]) * trials["steps"]
 
     assert seen == [(done, total) for done in range(1, total + 1)]
     assert built.step is None
@@ -213,6 +218,7 @@ def test_whoever_watches_the_progress_may_end_it(population: Population) -> None
         (small_calibration(12), {"num_users": 7}, "12 examples are too few for 7 users"),
         (small_calibration(12), {"num_users": 1}, "12 examples are too few for 1 users"),
         (small_calibration(12), {"passes": 0.0}, "passes must be at least"),
+        (small_calibration(12), {"held_out": 0.6}, "held_out must be at most 0.5"),
         (small_calibration(12), {"start_rate": 1.5}, "start_rate must be at most 1"),
         (small_calibration(12), {"num_examples": 4}, "has no option 'num_examples'"),
     ],

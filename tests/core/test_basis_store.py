@@ -206,7 +206,7 @@ def test_a_recipe_is_named_by_what_matters() -> None:
 
 async def test_ensure_builds_once_and_then_finds(store: BasisStore, redis: Redis, tiny: BaseModel) -> None:
     built = await ensure_basis(store, tiny, **OPTIONS)
-    assert (built.rank, built.manifest.model_id) == (4, tiny.model_id)
+    assert (built.rank, built.manifest.model_id, built.manifest.dtype) == (4, tiny.model_id, "float16")
     await redis.config_resetstat()
     assert_same(await ensure_basis(store, tiny, **OPTIONS), built)
     assert "cmdstat_set" not in await redis.info("commandstats")

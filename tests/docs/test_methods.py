@@ -11,7 +11,13 @@ import pytest
 from adapter_core.bases import METHODS
 from adapter_core.lora_presets import LORA_PRESETS
 from adapter_core.starts import PRESETS, START_METHODS
-from trainer_worker.learning_rates import DEFAULT_PEAK_STEP, LARGE_STEP, PEAK_STEPS, SMALL_STEP
+from trainer_worker.learning_rates import (
+    DEFAULT_PEAK_STEP,
+    LARGE_STEP,
+    PEAK_STEPS,
+    POPULATION_STEP,
+    SMALL_STEP,
+)
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
@@ -39,7 +45,7 @@ def test_the_table_of_steps_is_the_one_in_use() -> None:
         if (found := re.fullmatch(r"\| (`.+) \| ([\d.e-]+)(?: \(default\))? \|", line)) is not None:
             rows |= dict.fromkeys(re.findall(r"`([a-z_]+)`", found[1].split(", other")[0]), float(found[2]))
     assert rows == {name: PEAK_STEPS.get(name, DEFAULT_PEAK_STEP) for name in METHODS}
-    assert {SMALL_STEP, LARGE_STEP, DEFAULT_PEAK_STEP} == set(rows.values())
+    assert {SMALL_STEP, LARGE_STEP, POPULATION_STEP, DEFAULT_PEAK_STEP} == set(rows.values())
 
 
 def test_the_tests_that_are_named_exist() -> None:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapter_core.adapter import AdapterRef
 from adapter_core.base_model import BaseModel
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.messages import SamplingParams
+from service.engine.packed_adapter import PackedAdapter
+from service.engine.slots import SlotTable
 from tests.engine.driver import Driver
 from tests.engine.models import FAMILIES, MORE_FAMILIES, Served, family
 from tests.engine.test_exactness import assert_exact, cases, run
@@ -116,3 +119,18 @@ def test_memory_by_kind_adds_up_to_the_device(start: Callable[..., Driver]) -> N
     free, total = torch.cuda.mem_get_info()
     assert sum(memory.values()) == pytest.approx(total, rel=0.01), memory
     assert memory["free"] == pytest.approx(free, rel=0.01)
+
+
+def test_a_slot_is_loaded_after_the_trial_has_left_it() -> None:
+    """The trial writes to a slot on the stream of the steps, loads have a stream of their own."""
+    table = SlotTable((2, 4), num_slots=1, max_tokens=1, device=torch.device("cuda"), dtype=torch.float32)
+    R = torch.ones(2, 4, 4)
+    slot = table.begin_trial(2 * R)
+    torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the zeros of the trial's end wait
+    table.end_trial()
+
+    assert table.pin(AdapterRef("t", "a", 1, "b"), PackedAdapter("b", R.pin_memory())) == slot
+    table.stage(torch.tensor([slot], device="cuda"))
+
+    torch.cuda.synchronize()
+    assert torch.equal(table.R_slots[slot].cpu(), R)

@@ -104,6 +104,7 @@ async def test_an_own_basis_lives_from_its_first_adapter_to_its_last(world: Worl
     manifest = await bases.store.manifest(basis_id)
     assert (manifest.method, manifest.rank, manifest.is_own) == ("lora_sb", 4, True)
     assert len(manifest.modules) == 2
+    assert manifest.factor_bytes == 2 * 4 * sum(module.d_in + module.d_out for module in manifest.modules)
     assert await bases.own.of_tenant(TENANT) == {basis_id: manifest.factor_bytes}
     assert await bases.own.users(TENANT, basis_id) == {"devil", "again"}
     assert await bases.store.list() == []  # it is not everybody's

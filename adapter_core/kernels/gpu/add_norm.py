@@ -20,6 +20,7 @@ from adapter_core.kernels.gpu.parts import (
     fetch_slots,
     fetch_y,
     late,
+    wait_for_inputs,
 )
 
 
@@ -37,17 +38,20 @@ def add_kernel(
     inside = n < N
     rows = t.to(tl.int64)
     slot = fetch_slots(delta, rows, live, SPEC)
-    v = fetch_y(y, y_row, rows, live, n, inside)
     bias_ = fetch_columns(bias, n, inside, BIAS)
-    if RESIDUAL:
-        old = fetch_y(residual, N, rows, live, n, inside)
     if SCALED:
         w = fetch_columns(weight, n, inside, True)
     if SPEC[0] != NONE:
-        h = fetch_h(delta, 0, rows, live, SPEC)
         B = fetch_B(delta, n, inside, SPEC)
         R = fetch_R(delta, 0, slot, SPEC)
-        z = apply_R(delta, R, fetch_R_scale(delta, 0, slot, SPEC), h, 0, slot, SPEC)
+        R_scale = fetch_R_scale(delta, 0, slot, SPEC)
+    wait_for_inputs(SPEC)
+    v = fetch_y(y, y_row, rows, live, n, inside)
+    if RESIDUAL:
+        old = fetch_y(residual, N, rows, live, n, inside)
+    if SPEC[0] != NONE:
+        h = fetch_h(delta, 0, rows, live, SPEC)
+        z = apply_R(delta, R, R_scale, h, 0, slot, SPEC)
     v = late(v, delta, SPEC)
     if SPEC[0] != NONE:
         v += expand(delta, z, B, SPEC, DOT)
@@ -81,20 +85,23 @@ def row_kernel(
     inside = n < N
     rows, live = row + tl.arange(0, 1), tl.arange(0, 1) < 1
     slot = fetch_slots(delta, rows, live, SPEC)
-    v = tl.load(y + row * y_row + n, mask=inside, other=0.0).to(tl.float32)
     bias_ = fetch_columns(bias, n, inside, BIAS)
-    if RESIDUAL:
-        old = tl.load(residual + row * N + n, mask=inside, other=0.0).to(tl.float32)
     w = fetch_columns(weight, n, inside, NORM)
     post_w = fetch_columns(post_weight, n, inside, POST)
     if SPEC[0] != NONE:
         PADDED: tl.constexpr = SPEC[2]
         i = tl.arange(0, PADDED)
-        h = fetch_h(delta, 0, rows, live, SPEC)
         seen = (i < SPEC[1])[:, None] & inside[None, :]
         B = tl.load(B_T + i[:, None] * N + n[None, :], mask=seen, other=0.0)  # whole, before R is waited for
         R = fetch_R(delta, 0, slot, SPEC)
-        z = apply_R(delta, R, fetch_R_scale(delta, 0, slot, SPEC), h, 0, slot, SPEC)
+        R_scale = fetch_R_scale(delta, 0, slot, SPEC)
+    wait_for_inputs(SPEC)
+    v = tl.load(y + row * y_row + n, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        old = tl.load(residual + row * N + n, mask=inside, other=0.0).to(tl.float32)
+    if SPEC[0] != NONE:
+        h = fetch_h(delta, 0, rows, live, SPEC)
+        z = apply_R(delta, R, R_scale, h, 0, slot, SPEC)
         z = tl.reshape(z, [PADDED])
         v += tl.sum(z[:, None] * B.to(tl.float32), axis=0)
     v += bias_

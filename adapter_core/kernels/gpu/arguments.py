@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_core.kernels import early_launch
 from adapter_core.kernels.gpu import deltas, parts, tiling
 from adapter_core.kernels.gpu.tiling import Tile
 from adapter_core.kernels.groups import NO_MODULE, GroupDelta, GroupFactors, RowSquares
@@ -31,7 +32,13 @@ class DeltaArguments:
 
 def no_delta(like: Tensor) -> DeltaArguments:
     """For the base model alone; `like` stands in for pointers that are not read."""
-    return DeltaArguments((like, 0, like, like, 0, 0, 0, 0, 0, like, 0, like), (parts.NONE.value, *[0] * 5))
+    values = (like, 0, like, like, 0, 0, 0, 0, 0, like, 0, like)
+    return DeltaArguments(values, (parts.NONE.value, *[0] * 5, early_launch.is_early(like)))
+
+
+def launch_options(arguments: DeltaArguments, warps: int) -> dict[str, Any]:
+    """How a kernel that takes this delta is launched."""
+    return {"num_warps": warps, **early_launch.launch_options(early=bool(arguments.spec[-1]))}
 
 
 def delta_arguments(delta: GroupDelta | None, y: Tensor, tile: Tile) -> DeltaArguments:
@@ -62,7 +69,8 @@ def gathered(factors: GroupFactors, token_slots: Tensor, h: Tensor) -> DeltaArgu
         *_of_three(offsets),
         *(scales, scales.stride(0), factors.B),
     )
-    return DeltaArguments(values, (kind.value, factors.rank, padded(factors.rank), *_of_three(columns)))
+    spec = (kind.value, factors.rank, padded(factors.rank), *_of_three(columns), early_launch.is_early(h))
+    return DeltaArguments(values, spec)
 
 
 def apply_core(
@@ -81,7 +89,8 @@ def with_core(arguments: DeltaArguments, factors: GroupFactors, num_tokens: int)
     tokens = 1 if num_tokens <= tiling.MAX_SINGLE_CORE_TOKENS else 16
     chunk = min(CORE_CHUNK, arguments.spec[2])
     deltas.core_kernel[(-(-num_tokens // tokens), num_segments)](
-        arguments.values, z, z.stride(0), num_tokens, arguments.spec, tokens, chunk, num_warps=4
+        *(arguments.values, z, z.stride(0), num_tokens, arguments.spec, tokens, chunk),
+        **launch_options(arguments, 4),
     )
     values = (z, z.stride(0), *arguments.values[2:])
     return replace(arguments, values=values, spec=(parts.READY.value, *arguments.spec[1:]), z=z)

@@ -14,6 +14,7 @@ from adapter_core.kernels.gpu.parts import (
     fetch_R_scale,
     fetch_slots,
     pick,
+    wait_for_inputs,
 )
 
 
@@ -31,6 +32,7 @@ def core_kernel(
     live = t < T
     rows = t.to(tl.int64)
     slot = tl.load(delta[2] + rows, mask=live, other=0).to(tl.int64)
+    wait_for_inputs(SPEC)
     if BT == 1:
         _core_of_each(delta, z, z_row, start, 1, segment, T, SPEC, CHUNK)
     else:
@@ -97,6 +99,8 @@ def add_deltas_kernel(
     BN: tl.constexpr,
 ):  # fmt: skip
     """y += the deltas of all bases. deltas, SPECS: one per basis. Program column: a tile of one segment."""
+    FIRST: tl.constexpr = SPECS[0]
+    wait_for_inputs(FIRST)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     live = t < T
     rows = t.to(tl.int64)

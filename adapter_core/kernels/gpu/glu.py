@@ -18,6 +18,7 @@ from adapter_core.kernels.gpu.parts import (
     fetch_y,
     late,
     row_scale,
+    wait_for_inputs,
 )
 
 
@@ -32,19 +33,21 @@ def glu_kernel(
     inside = n < WIDTH
     rows = t.to(tl.int64)
     slot = fetch_slots(delta, rows, live, SPEC)
-    gate = fetch_y(y, y_row, rows, live, n, inside)
-    up = fetch_y(y, y_row, rows, live, WIDTH + n, inside)
     gate_bias = fetch_columns(bias, n, inside, BIAS)
     up_bias = fetch_columns(bias, WIDTH + n, inside, BIAS)
     if SPEC[0] != NONE:
-        gate_h = fetch_h(delta, 0, rows, live, SPEC)
-        up_h = fetch_h(delta, 1, rows, live, SPEC)
         gate_B = fetch_B(delta, n, inside, SPEC)
         up_B = fetch_B(delta, WIDTH + n, inside, SPEC)
         gate_R = fetch_R(delta, 0, slot, SPEC)
         up_R = fetch_R(delta, 1, slot, SPEC)
         gate_scale = fetch_R_scale(delta, 0, slot, SPEC)
         up_scale = fetch_R_scale(delta, 1, slot, SPEC)
+    wait_for_inputs(SPEC)
+    gate = fetch_y(y, y_row, rows, live, n, inside)
+    up = fetch_y(y, y_row, rows, live, WIDTH + n, inside)
+    if SPEC[0] != NONE:
+        gate_h = fetch_h(delta, 0, rows, live, SPEC)
+        up_h = fetch_h(delta, 1, rows, live, SPEC)
         tl.debug_barrier()  # or the assembler takes the sums first, and waits for them
     sums = fetch_sums(squares, rows, live, SUMS)
 

@@ -18,6 +18,7 @@ from adapter_core.kernels.gpu.arguments import (
     apply_core,
     delta_arguments,
     gathered,
+    launch_options,
     no_delta,
     num_sums,
     padded,
@@ -91,7 +92,7 @@ def qkv_rope(
         SPEC=arguments.spec,
         DOT=tile.tokens >= 16,
         BT=tile.tokens,
-        num_warps=tile.warps,
+        **launch_options(arguments, tile.warps),
     )
     return q
 
@@ -122,7 +123,7 @@ def glu(
         DOT=tile.tokens >= 16,
         BT=tile.tokens,
         BN=tile.columns,
-        num_warps=tile.warps,
+        **launch_options(arguments, tile.warps),
     )
     return out
 
@@ -187,7 +188,7 @@ def add_deltas(y: Tensor, added: Sequence[AddedDelta]) -> Tensor:
         DOT=tile.tokens >= 16,
         BT=tile.tokens,
         BN=tile.columns,
-        num_warps=tile.warps,
+        **launch_options(arguments[0], tile.warps),
     )
     return y
 
@@ -233,7 +234,7 @@ def _add(
             DOT=tile.tokens >= 16,
             BT=tile.tokens,
             BN=tile.columns,
-            num_warps=tile.warps,
+            **launch_options(arguments, tile.warps),
         )
     return x, sums
 
@@ -266,7 +267,7 @@ def _rows(
         POST_PLUS_ONE=post is not None and post.plus_one,
         BIAS=how.bias is not None,
         SPEC=arguments.spec,
-        num_warps=tiling.row_warps(N, has_delta=delta is not None),
+        **launch_options(arguments, tiling.row_warps(N, has_delta=delta is not None)),
     )
 
 

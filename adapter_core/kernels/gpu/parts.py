@@ -2,9 +2,11 @@
 """Device functions that the kernels share: R for a tile of tokens, B for a tile of columns, the put-off norm.
 
 They come in two kinds, and every kernel calls them in this order: `fetch_*` start loads, the rest waits for
-what they bring. R comes last, because its address waits for another load, the slot: whatever stands behind a
-wait is issued after it, and at few tokens an op takes as long as its chain of loads (0.3 to 0.7 µs each). For
-the same reason what was loaded goes through `late` before it meets the product with B.
+what they bring. First what no kernel of the step writes: slots, B, R (last of these, because its address
+waits for the slot), weights. Then `wait_for_inputs`, then what the kernels before have written. At few tokens
+an op takes as long as its chain of loads (0.3 to 0.7 µs each), and a kernel that is launched early goes
+through the first part of it while the GEMM before still runs. For the same reason what was loaded goes
+through `late` before it meets the product with B.
 
 What a kernel has to know of a delta comes as one tuple `delta` of run-time values
 
@@ -13,9 +15,10 @@ What a kernel has to know of a delta comes as one tuple `delta` of run-time valu
     h: first h column of row 0, h_row its row stride; offset_i: where segment i's R begins within a slot
     (module * R_module); scales [S, M] of int8; B [N, rank]
 
-and one tuple SPEC of constants (kind, rank, padded rank, column0, column1, column2)
+and one tuple SPEC of constants (kind, rank, padded rank, column0, column1, column2, is_early)
 
-    kind: how z is come by, below. column_i: segment i's h block, -1 if it is no target module.
+    kind: how z is come by, below. column_i: segment i's h block, -1 if it is no target module. is_early:
+    whether the kernel is launched before its inputs are there (programmatic dependent launch).
 
 Offsets and not module indices, because Triton compiles a kernel anew for arguments that are multiples of 16:
 offsets are, module indices now and then.
@@ -23,6 +26,7 @@ offsets are, module indices now and then.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 #: Kinds of a delta: none at all; z stands ready in place of h, one block per segment; R as floats; R as int8.
 NONE = tl.constexpr(0)
@@ -35,6 +39,18 @@ INT8 = tl.constexpr(3)
 def pick(segment, first, second, third):
     """The segment's own of three values."""
     return tl.where(segment == 0, first, tl.where(segment == 1, second, third))
+
+
+@triton.jit
+def wait_for_inputs(SPEC: tl.constexpr):
+    """Until the kernels before have ended, in a kernel that was launched early; and let the next one begin.
+
+    Only what was written before the last kernel that was not launched early may be read above this: slots
+    and weights, not residuals.
+    """
+    if SPEC[6]:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from adapter_core.kernels.gpu.parts import (
     fetch_y,
     late,
     row_scale,
+    wait_for_inputs,
 )
 
 
@@ -50,29 +51,32 @@ def qkv_rope_kernel(
 
     slot = fetch_slots(delta, rows, live, SPEC)
     if HALF > 0:
-        first = fetch_y(y, y_row, rows, live, n + i, in_half)
-        second = fetch_y(y, y_row, rows, live, n + HALF + i, in_half)
         first_bias = fetch_columns(bias, n + i, in_half, BIAS)[None, :]
         second_bias = fetch_columns(bias, n + HALF + i, in_half, BIAS)[None, :]
         first_weight = _head_weight(q_norm, k_norm, i, in_half, head, HQ, Q_NORM, K_NORM, PLUS_ONE)
         second_weight = _head_weight(q_norm, k_norm, HALF + i, in_half, head, HQ, Q_NORM, K_NORM, PLUS_ONE)
-        turned = live[:, None] & (i < tl.where(is_rotated, HALF, 0))[None, :]
-        c = tl.load(cos + rows[:, None] * cos_row + i[None, :], mask=turned, other=1.0)
-        s = tl.load(sin + rows[:, None] * sin_row + i[None, :], mask=turned, other=0.0)
     if REST > 0:
-        rest = fetch_y(y, y_row, rows, live, n + j, in_rest)
         rest_bias = fetch_columns(bias, n + j, in_rest, BIAS)[None, :]
         rest_weight = _head_weight(q_norm, k_norm, j, in_rest, head, HQ, Q_NORM, K_NORM, PLUS_ONE)
     if SPEC[0] != NONE:
-        h = fetch_h(delta, segment, rows, live, SPEC)
         if HALF > 0:
             first_B = fetch_B(delta, n + i, in_half, SPEC)
             second_B = fetch_B(delta, n + HALF + i, in_half, SPEC)
         if REST > 0:
             rest_B = fetch_B(delta, n + j, in_rest, SPEC)
-    if SPEC[0] != NONE:
         R = fetch_R(delta, segment, slot, SPEC)
         R_scale = fetch_R_scale(delta, segment, slot, SPEC)
+    wait_for_inputs(SPEC)
+    if HALF > 0:
+        first = fetch_y(y, y_row, rows, live, n + i, in_half)
+        second = fetch_y(y, y_row, rows, live, n + HALF + i, in_half)
+        turned = live[:, None] & (i < tl.where(is_rotated, HALF, 0))[None, :]
+        c = tl.load(cos + rows[:, None] * cos_row + i[None, :], mask=turned, other=1.0)
+        s = tl.load(sin + rows[:, None] * sin_row + i[None, :], mask=turned, other=0.0)
+    if REST > 0:
+        rest = fetch_y(y, y_row, rows, live, n + j, in_rest)
+    if SPEC[0] != NONE:
+        h = fetch_h(delta, segment, rows, live, SPEC)
         tl.debug_barrier()  # or the assembler takes the sums first, and waits for them
     block = tl.load(blocks + rows, mask=live, other=0).to(tl.int64)
     offset = tl.load(offsets + rows, mask=live, other=0).to(tl.int64)

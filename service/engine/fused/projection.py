@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from adapter_core.kernels import NO_MODULE, AddedDelta, GroupDelta, GroupFactors, add_deltas, stack_factors
+from service.engine.fused.gemm_rows import RowPlan, plan_rows
 from service.engine.linear import AdapterLinear, Factors
 from service.engine.slots import SlotTable
-
-#: Rows of the fused weight are padded with zero rows to a multiple of this, so that every row of y begins at
-#: 16 bytes: tensor cores and vector loads want it, and N + c r has it by itself from rank 8 on.
-_ROW_MULTIPLE = 8
 
 
 class FusedProjection:
@@ -33,6 +30,7 @@ class FusedProjection:
         self._names = tuple(names)
         self._widths = tuple(widths)
         self._weight = torch.empty(0)
+        self._rows = RowPlan((1,), (0,))
         self._own: tuple[GroupFactors, SlotTable] | None = None
         self._others: dict[str, tuple[GroupFactors, SlotTable, Tensor]] = {}
         self.width = sum(widths)
@@ -48,7 +46,8 @@ class FusedProjection:
         rank = A[0].shape[0] if A else 0
         weights = [linear.weight for linear in self._linears]
         num_rows = self.width + rank * len(A)
-        fused = weights[0].new_zeros(-(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, weights[0].shape[1])
+        self._rows = plan_rows(num_rows, weights[0])
+        fused = weights[0].new_zeros(self._rows.max_rows, weights[0].shape[1])
         torch.cat([*weights, *A], out=fused[:num_rows])
         outputs = torch.split(fused[: self.width], [len(weight) for weight in weights])
         for weight, rows in zip(weights, outputs, strict=True):
@@ -82,7 +81,7 @@ class FusedProjection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [T, at least N + c r], with the deltas of every basis but the fused one in it. x: [T, d_in]."""
-        y = torch.mm(x, self._weight.t())
+        y = torch.mm(x, self._weight[: self._rows.rows_for(len(x))].t())
         added = [
             AddedDelta(factors, slots.active, torch.mm(x, A.t()))
             for factors, slots, A in self._others.values()

@@ -20,7 +20,6 @@ from service.engine.sequence import Sequence
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 #: Of the random R: enough for an adapter that is left out, or another's, to show.
 _R_SCALE = 0.5
-_SLOT = 1
 _LENGTHS = (6, 4)
 #: Positions that the trial needs, however short the sequences are that the engine serves.
 NUM_POSITIONS = max(_LENGTHS)
@@ -31,9 +30,11 @@ def num_trial_blocks(block_size: int) -> int:
     return sum(-(-length // block_size) for length in _LENGTHS)
 
 
-def trial_plans(vocab_size: int, block_size: int, basis_id: str, *, max_tokens: int) -> list[StepPlan]:
-    """Steps that cover prefill, continued prefill and decode, in the blocks from 1 on. basis_id: of an
-    adapter in slot 1 for the first sequence, or "". max_tokens: of one step; too few for a mix make steps
+def trial_plans(
+    vocab_size: int, block_size: int, basis_id: str, *, slot: int, max_tokens: int
+) -> list[StepPlan]:
+    """Steps that cover prefill, continued prefill and decode, in the blocks from 1 on. basis_id: of the
+    adapter in `slot` for the first sequence, or "". max_tokens: of one step; too few for a mix make steps
     of one."""
     generator = torch.Generator().manual_seed(0)
     sequences, first = [], 1
@@ -41,7 +42,7 @@ def trial_plans(vocab_size: int, block_size: int, basis_id: str, *, max_tokens: 
         token_ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         adapter = AdapterRef("", "trial", 1, name) if name else None
         sequence = Sequence(GenerationRequest("", "", token_ids, SamplingParams(), adapter), 0, b"")
-        sequence.slot = _SLOT if name else 0
+        sequence.slot = slot if name else 0
         last = first + -(-length // block_size)
         sequence.blocks, first = list(range(first, last)), last
         sequences.append(sequence)
@@ -54,14 +55,9 @@ def trial_plans(vocab_size: int, block_size: int, basis_id: str, *, max_tokens: 
     ]
 
 
-def fill_trial_slot(R_slots: Tensor) -> None:
-    """Put a random adapter into slot 1. R_slots: [S, M, r, r]."""
-    generator = torch.Generator().manual_seed(0)
-    R_slots[_SLOT] = _R_SCALE * torch.randn(R_slots.shape[1:], generator=generator).to(R_slots)
-
-
-def clear_trial_slot(R_slots: Tensor) -> None:
-    R_slots[_SLOT] = 0
+def trial_core(shape: tuple[int, ...]) -> Tensor:
+    """R of the trial's adapter, [M, r, r]."""
+    return _R_SCALE * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def disagreement(logits: Tensor, expected: Tensor) -> float:
