@@ -6,7 +6,7 @@ On a CPU, the clock. Also the bandwidth of a plain copy, the yardstick of everyt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,8 +18,27 @@ _COPY_BYTES = {"cuda": 2 * 1024**3, "cpu": 64 * 1024**2}
 
 def time_on_device(run: Callable[[], object], *, device: torch.device, repeats: int = 20) -> list[float]:
     """Seconds of each of `repeats` runs. On CUDA `run` is captured: it must launch the same work always."""
+    return time_in_turn([run], device=device, rounds=repeats)[0]
+
+
+def time_in_turn(
+    runs: Sequence[Callable[[], object]], *, device: torch.device, rounds: int
+) -> list[list[float]]:
+    """Seconds of each run in each of `rounds` rounds through all of them, by run."""
+    replays = [_captured(run, device) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for index in range(_WARM_UP + rounds):
+        for replay, own in zip(replays, times, strict=True):
+            seconds = _timed(replay, device)
+            if index >= _WARM_UP:
+                own.append(seconds)
+    return times
+
+
+def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A replay of what `run` launches; elsewhere than on CUDA `run` itself."""
     if device.type != "cuda":
-        return _time_on_cpu(run, repeats)
+        return run
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):  # compiles, allocates
         run()
@@ -27,16 +46,20 @@ def time_on_device(run: Callable[[], object], *, device: torch.device, repeats: 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for index in range(_WARM_UP + repeats):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        graph.replay()
-        ended.record()
-        torch.cuda.synchronize(device)
-        if index >= _WARM_UP:
-            times.append(began.elapsed_time(ended) / 1e3)
-    return times
+    return graph.replay
+
+
+def _timed(replay: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        began = time.perf_counter()
+        replay()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    replay()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -45,13 +68,3 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = time_on_device(lambda: torch.add(source, 0, out=target), device=device)
     return 2 * source.nbytes / sorted(times)[len(times) // 2]
-
-
-def _time_on_cpu(run: Callable[[], object], repeats: int) -> list[float]:
-    run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return times

@@ -109,6 +109,8 @@ def row_of(name: tuple[str, int, str], runs: Sequence[Record]) -> Row | None:
 def report(run: Record, records: Sequence[Record]) -> str:
     """The whole document."""
     where = ", ".join(f"{key} {value}" for key, value in run["hardware"].items())
+    if "earlier" in run:
+        where += f"; some records are of an earlier run on {run['earlier']['device']}"
     lines = [
         "# The population basis",
         "",

@@ -1,13 +1,13 @@
 """The automatic learning rate: a small table by basis, start and LoRA form, and what it was measured on.
 
-    r x r form   eta = peak step of the basis * factor of the start * (16 / r) / gain
+    r x r form   eta = peak step of the basis * factor of the start * (16 / r) / gain * factor of few examples
     LoRA form    eta = rate of the form * sqrt(16 / r) * s(16) / s(r)
 
 A step eta on R' moves the *stored* core by eta times the preconditioner's gain (under Adam a scale in front
 of R is a learning rate and nothing else: LoRAM, proposition 1), so one number serves every scale, LoRA-XS
 with and without singular values, PiSSA's even split. What is left of the method is the table.
 
-Knows no data and no model: nothing here depends on how long a job is.
+Knows no data but their number, and no model: nothing here depends on how long a job is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RATED_RANK = 16
 #: model bear more. The values stand at the upper end of (a), where it is flat, because (b) would have more.
 SMALL_STEP, LARGE_STEP = 1.6e-2, 3.2e-2
 #: (c) The small model, newcomers of 50 examples, two seeds, one H100: the records of
-#: benchmarks/results/population-h100-small. A basis learned from 29 users at rank 16, the lengths of its
+#: benchmarks/results/population-h200-small. A basis learned from 29 users at rank 16, the lengths of its
 #: vectors free (gain 2.01), stored step 4e-3 / 1e-2 / 2.5e-2 / 6e-2: 4.049 / 3.941 / 3.978 / 4.193 from
 #: zero, 3.903 / 3.878 / 3.976 / 4.205 from its own start; kept orthonormal 4.082 / 4.005 / 4.040 / 4.240 and
 #: 3.956 / 3.941 / 4.033 / 4.252. At rank 64, the same times 16 / 64: 4.029 / 4.043 / 4.320 / 4.837 and 3.956
@@ -71,6 +71,14 @@ PEAK_STEPS: Mapping[str, float] = {
     "loram": LARGE_STEP,  # sines know as little of W as random factors
     "population": POPULATION_STEP,
 }
+#: Bases that know a gradient. Few examples are learned by heart in them, and the sooner, the larger the step.
+#: (d) The small model, 50 examples of one user (base 4.928), rank 16, two or three seeds, one H200: the
+#: records of benchmarks/results/quality-h200-small. Rate 3e-3 / 1e-2 / 3e-2: LoRA-SB 4.308 / 4.402 / 4.593,
+#: gradient SVD 4.303 / 4.371 / 4.619, LoRA-DA 4.630 / 4.668 / 4.742. Factors that know nothing of the data
+#: do not need it: LoRA-XS (gain 3.49) 4.360 / 4.395 / 4.728, random 4.695 / 4.504 / 4.401. 250 examples (a)
+#: and more bear the whole step.
+GRADIENT_BASES = frozenset({"lora_sb", "gradient_svd", "lora_ga", "lora_one", "lora_da"})
+EXAMPLES_FOR_WHOLE_STEP = 250
 #: For a basis without a measurement of its own or of its like (OLoRA, CorDA, EVA, LoLoRA, an imported
 #: one): between the two.
 DEFAULT_PEAK_STEP = 2.2e-2
@@ -142,6 +150,12 @@ class BasisKind:
         factor = START_FACTORS.get(self.start, DEFAULT_START_FACTOR)
         return step * factor * RATED_RANK / self.rank / self.gain
 
+    def rate_for(self, num_examples: int) -> float:
+        """`learning_rate` with so many examples to train on: (d) of the tables."""
+        if self.method not in GRADIENT_BASES:
+            return self.learning_rate
+        return self.learning_rate * min(1.0, num_examples / EXAMPLES_FOR_WHOLE_STEP)
+
 
 @dataclass(frozen=True)
 class LoraKind:
@@ -164,6 +178,11 @@ class LoraKind:
         return (
             LORA_RATES.get(self.form, DEFAULT_LORA_RATE) * relative * float((RATED_RANK / self.rank) ** 0.5)
         )
+
+    def rate_for(self, num_examples: int) -> float:
+        """The same for any number: LoRA's best rate with 50 examples in (d) is 1e-3, one step of the sweep
+        below that with 1,600."""
+        return self.learning_rate
 
 
 def variant(method: str, recipe: Mapping[str, Any]) -> str:

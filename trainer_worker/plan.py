@@ -65,8 +65,7 @@ class TrainingPlan:
 class Rated(Protocol):
     """What has an automatic learning rate: `BasisKind`, `LoraKind`."""
 
-    @property
-    def learning_rate(self) -> float: ...
+    def rate_for(self, num_examples: int) -> float: ...
 
 
 def make_plan(
@@ -97,7 +96,7 @@ def make_plan(
         num_epochs=num_epochs,
         batch_size=batch_size,
         total_steps=total_steps,
-        learning_rate=kind.learning_rate * _multiplier(hyperparameters),
+        learning_rate=kind.rate_for(num_examples) * _multiplier(hyperparameters),
         seed=seed,
         warmup_steps=max(1, round(WARMUP_SHARE * total_steps)),
         evaluate_every=max(1, math.ceil(total_steps / NUM_EVALUATIONS)),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.device_time import time_on_device
+from benchmarks.device_time import time_in_turn
 from benchmarks.operators.peers import Loras, lora, torch_ops
 from benchmarks.operators.single import single_rows
 from benchmarks.operators.stack import GEOMETRIES, Adapters, Step, Weights
@@ -52,7 +52,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tokens", type=int, nargs="+", default=[1, 17] if is_small else [1, 8, 32, 128, 256]
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[16] if is_small else [8, 16, 32, 64])
-    parser.add_argument("--row-multiple", type=int, default=8, help="to which W with A is padded with zeros")
     parser.add_argument("--repeats", type=int, default=5 if is_small else 30)
     parser.add_argument("--single", action="store_true", help="each op alone")
     parser.add_argument("--tune", action="store_true", help="find the fastest tiles (CUDA only)")
@@ -68,7 +67,7 @@ def all_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[di
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weights = Weights(GEOMETRIES[arguments.geometry], device, dtype)
     for rank in arguments.ranks:
-        adapters = Adapters(weights, rank, max(arguments.tokens), row_multiple=arguments.row_multiple)
+        adapters = Adapters(weights, rank, max(arguments.tokens))
         for num_tokens in arguments.tokens:
             step = Step(weights, num_tokens)
             if arguments.tune:
@@ -82,12 +81,12 @@ def all_rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[di
 
 
 def stack_rows(step: Step, adapters: Adapters, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Bare first and last, so that a drift of the clocks shows."""
+    """All ways in turn, round after round: a device that grows warm slows them all alike."""
     runs = dict(ways(step, adapters, arguments))
-    bare = None
-    for name, run in (*runs.items(), ("bare again", runs["bare"])):
-        times = time_on_device(run, device=step.weights.device, repeats=arguments.repeats)
-        bare = statistics.median(times) if bare is None else bare
+    again = {**runs, "bare again": runs["bare"]}
+    rounds = time_in_turn(list(again.values()), device=step.weights.device, rounds=arguments.repeats)
+    bare = statistics.median(rounds[0])
+    for name, times in zip(again, rounds, strict=True):
         yield {
             "tokens": step.num_tokens,
             "rank": adapters.rank,

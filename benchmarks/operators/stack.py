@@ -29,6 +29,7 @@ from adapter_core.kernels import (
     rms_norm,
     stack_factors,
 )
+from service.engine.fused.layers import allocate_together
 from tests.popularity import make_token_slots
 
 #: Target modules of a layer: q, k, v, o, gate, up, down.
@@ -65,13 +66,27 @@ GEOMETRIES = {
 }
 
 
+def fuse_layer(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The weights of a layer's groups, where the engine would put them. parts: of each, the rows it has."""
+    shapes = [(sum(map(len, rows)), rows[0].shape[1]) for rows in parts.values()]
+    weights = dict(zip(parts, allocate_together(shapes, like=parts["qkv"][0]), strict=True))
+    for name, rows in parts.items():
+        torch.cat(rows, out=weights[name])
+    return weights
+
+
 class Weights:
     """Random weights of all layers. W: per layer and group [N, d_in]."""
 
     def __init__(self, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
         self.geometry, self.device, self.dtype = geometry, device, dtype
         self.W = [
-            {name: self.random(sum(widths), d_in) for name, (d_in, widths, _) in geometry.groups.items()}
+            fuse_layer(
+                {
+                    name: [self.random(sum(widths), d_in)]
+                    for name, (d_in, widths, _) in geometry.groups.items()
+                }
+            )
             for _ in range(geometry.layers)
         ]
         self.norm = Norm(torch.ones(geometry.hidden, device=device, dtype=dtype), 1e-5)
@@ -83,11 +98,10 @@ class Weights:
 class Adapters:
     """One basis of the given rank and R for `num_slots` adapters.
 
-    WA: per layer and group, W with the group's A rows below, and zero rows up to a multiple of
-    `row_multiple`. factors: the same, what its delta needs.
+    WA: per layer and group, W with the group's A rows below. factors: the same, what its delta needs.
     """
 
-    def __init__(self, weights: Weights, rank: int, num_slots: int, *, row_multiple: int = 8) -> None:
+    def __init__(self, weights: Weights, rank: int, num_slots: int) -> None:
         geometry = weights.geometry
         self.rank = rank
         self.R_slots = weights.random(num_slots + 1, geometry.layers * NUM_MODULES, rank, rank)
@@ -95,15 +109,16 @@ class Adapters:
         self.WA: list[dict[str, Tensor]] = []
         self.factors: list[dict[str, GroupFactors]] = []
         for layer in range(geometry.layers):
-            self.WA.append({})
+            parts = {}
             self.factors.append({})
             for name, (d_in, widths, modules) in geometry.groups.items():
                 A = weights.random(len(widths) * rank, d_in)
-                padding = A.new_zeros(-(sum(widths) + len(A)) % row_multiple, d_in)
-                self.WA[-1][name] = torch.cat([weights.W[layer][name], A, padding])
+                W = weights.W[layer][name]
+                parts[name] = [W, A]
                 B = [weights.random(width, rank) for width in widths]
                 numbers = [layer * NUM_MODULES + module for module in modules]
                 self.factors[-1][name] = stack_factors(B, widths, numbers, self.R_slots)
+            self.WA.append(fuse_layer(parts))
 
 
 class Step:

@@ -7,9 +7,12 @@ from typing import Any
 from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.claims import TOLERANCE
+from benchmarks.quality.data import PERSONAL_EXAMPLES, is_personal
 from benchmarks.quality.results import Results
 from trainer_worker.learning_rates import BasisKind, LoraKind, variant
 
+#: Of a whole data set: as many as make no difference.
+MANY_EXAMPLES = 1000
 #: One step of the sweeps: 3e-3, 1e-2, 3e-2, …
 GRID_STEP = 10 / 3
 
@@ -17,15 +20,16 @@ GRID_STEP = 10 / 3
 def automatic_rate(results: Results, data: str, case: str, rank: int) -> float | None:
     """What a job of this method and rank would get; None for what no job trains, or an unknown gain."""
     form, _, name = case.rpartition(":")
+    num_examples = PERSONAL_EXAMPLES if is_personal(data) else MANY_EXAMPLES
     if form == "lora" and name in LORA_PRESETS:
-        return LoraKind(name, rank).learning_rate
+        return LoraKind(name, rank).rate_for(num_examples)
     build: dict[str, Any] = results.build(data, case, rank) or {}
     gain = build.get("gain")
     if form or name not in CASES or CASES[name].change != "none" or gain is None:
         return None
     known = CASES[name]
     method = variant(known.method, {"options": known.options})
-    return BasisKind(method, rank, gain, known.start).learning_rate
+    return BasisKind(method, rank, gain, known.start).rate_for(num_examples)
 
 
 def good_rates(results: Results, data: str, case: str, rank: int) -> tuple[list[float], bool]:

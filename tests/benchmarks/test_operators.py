@@ -26,7 +26,7 @@ def weights() -> Weights:
     weights = Weights(GEOMETRY, torch.device("cpu"), torch.float64)
     for layer in weights.W:
         for W in layer.values():
-            W *= 10  # so that deltas and layers show
+            W.mul_(10)  # so that deltas and layers show
     return weights
 
 

@@ -19,6 +19,7 @@ from adapter_core.lora_presets import LORA_PRESETS
 from adapter_core.starts import PRESETS, START_METHODS
 from trainer_worker.learning_rates import (
     DEFAULT_PEAK_STEP,
+    GRADIENT_BASES,
     LORA_RATES,
     PEAK_STEPS,
     RATED_RANK,
@@ -106,7 +107,7 @@ def test_every_method_with_every_start_has_a_rate() -> None:
     for method, start, rank in itertools.product(METHODS, START_METHODS, (1, 2, 4, 64)):
         rate = BasisKind(method, rank, start=start).learning_rate
         assert rate * rank / RATED_RANK == pytest.approx(PEAK_STEPS.get(method, DEFAULT_PEAK_STEP))
-        made = make_plan({}, None, num_examples=40, kind=BasisKind(method, rank, start=start), seed=0)
+        made = make_plan({}, None, num_examples=400, kind=BasisKind(method, rank, start=start), seed=0)
         assert made.learning_rate == rate
     stated = {name.partition("/")[0] for name in PEAK_STEPS}
     assert stated <= set(METHODS)
@@ -116,6 +117,18 @@ def test_every_method_with_every_start_has_a_rate() -> None:
     for preset in PRESETS.values():
         assert preset.basis in METHODS
         assert preset.start in START_METHODS
+
+
+def test_few_examples_take_smaller_steps_where_the_basis_knows_a_gradient() -> None:
+    for method in METHODS:
+        kind = BasisKind(method, 16)
+        rates = [
+            make_plan({}, None, num_examples=count, kind=kind, seed=0).learning_rate
+            for count in (50, 250, 5000)
+        ]
+        assert rates[1] == rates[2] == kind.learning_rate
+        assert rates[0] == pytest.approx(kind.learning_rate * (0.2 if method in GRADIENT_BASES else 1.0))
+    assert set(METHODS) >= GRADIENT_BASES
 
 
 def test_every_lora_form_has_a_rate() -> None:

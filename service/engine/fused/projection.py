@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from adapter_core.kernels import NO_MODULE, AddedDelta, GroupDelta, GroupFactors, add_deltas, stack_factors
-from service.engine.fused.gemm_rows import RowPlan, plan_rows
 from service.engine.linear import AdapterLinear, Factors
 from service.engine.slots import SlotTable
+
+#: Rows of the fused weight are padded with zero rows to a multiple of this, so that every row of y begins at
+#: 16 bytes: tensor cores and vector loads want it, and N + c r has it by itself from rank 8 on.
+_ROW_MULTIPLE = 8
 
 
 class FusedProjection:
@@ -30,7 +33,6 @@ class FusedProjection:
         self._names = tuple(names)
         self._widths = tuple(widths)
         self._weight = torch.empty(0)
-        self._rows = RowPlan((1,), (0,))
         self._own: tuple[GroupFactors, SlotTable] | None = None
         self._others: dict[str, tuple[GroupFactors, SlotTable, Tensor]] = {}
         self.width = sum(widths)
@@ -38,16 +40,21 @@ class FusedProjection:
         assert self.width == sum(linear.out_features for linear in linears)
         self.bias = _cat_biases(linears)
 
+    def shape_with(self, basis_id: str) -> tuple[int, int]:
+        """Rows and columns of the tensor that `fuse` wants."""
+        A = [share.A for share in self._factors_of(basis_id) if share is not None]
+        num_rows = self.width + sum(map(len, A))
+        return -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, self._linears[0].in_features
+
     @torch.no_grad()
-    def fuse(self, basis_id: str) -> None:
-        """Make the weights views of one tensor, with the A of `basis_id` below; "" for no basis."""
+    def fuse(self, basis_id: str, fused: Tensor) -> None:
+        """Make the weights views of `fused`, zeros of that shape, with the A of `basis_id` below; ""
+        for no basis."""
         factors = self._factors_of(basis_id)
         A = [share.A for share in factors if share is not None]
         rank = A[0].shape[0] if A else 0
         weights = [linear.weight for linear in self._linears]
         num_rows = self.width + rank * len(A)
-        self._rows = plan_rows(num_rows, weights[0])
-        fused = weights[0].new_zeros(self._rows.max_rows, weights[0].shape[1])
         torch.cat([*weights, *A], out=fused[:num_rows])
         outputs = torch.split(fused[: self.width], [len(weight) for weight in weights])
         for weight, rows in zip(weights, outputs, strict=True):
@@ -81,7 +88,7 @@ class FusedProjection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [T, at least N + c r], with the deltas of every basis but the fused one in it. x: [T, d_in]."""
-        y = torch.mm(x, self._weight[: self._rows.rows_for(len(x))].t())
+        y = torch.mm(x, self._weight.t())
         added = [
             AddedDelta(factors, slots.active, torch.mm(x, A.t()))
             for factors, slots, A in self._others.values()
