@@ -9,6 +9,7 @@ MODULES = (
     "benchmarks.attention",
     "benchmarks.operators",
     "benchmarks.decode",
+    "benchmarks.host",
     "benchmarks.slot_loads",
     "benchmarks.cold",
     "benchmarks.server",

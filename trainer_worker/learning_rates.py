@@ -113,8 +113,15 @@ LORA_RATES: Mapping[str, float] = {
     "lora_da_no_variance": 1.5e-3,
     "lora_da_no_fisher": 1.5e-3,
     "lora_da_repo": 1.5e-3,
+    # A frozen, from the records of (d) with 1,600 examples: B alone bears more.
+    "lora_fa": 8e-3,
+    "lora_fa_orthogonal": 8e-3,
+    "lora_da_fa": 2e-2,
+    "eva_fa": 3e-3,
+    "pissa_fa": 3e-3,
+    "lolora": 3e-3,
 }
-#: For a form without a measurement (A frozen, A by a local rule, CorDA, LoRA-GA): between the two groups.
+#: For a form without a measurement (most with A by a local rule, CorDA, LoRA-GA): between the two groups.
 DEFAULT_LORA_RATE = 1.5e-3
 
 

@@ -106,8 +106,8 @@ def engine_rows(base: BaseModel, arguments: argparse.Namespace, bandwidth: float
                     roofline_s = step_bytes(base, batch, context) / bandwidth
                     case = {"batch": batch, "context": context, "rank": rank, "adapters": distinct}
                     yield {"what": "engine", **case, **figures(times, batch, roofline_s)}
-                    if arguments.kernels and engine.runner.decode_steps is not None:
-                        for row in kernel_times(engine.runner.decode_steps.repeat):
+                    if arguments.kernels and engine.runner.static_steps is not None:
+                        for row in kernel_times(engine.runner.static_steps.repeat):
                             yield {"what": "kernel", **case, **row}
                     for prompt_tokens in arguments.mixed:
                         yield mixed_row(engine, chosen, case, prompt_tokens, arguments.steps)
@@ -127,7 +127,13 @@ def mixed_row(
     )
     tokens_per_s = round((len(refs) + prompt_tokens) / statistics.mean(times.step_s), 1)
     row = {"what": "engine, mixed", **case, "prompt": prompt_tokens, "tokens_per_s": tokens_per_s}
-    return {**row, **percentiles(times.step_s), "host_ms": round(times.host_s * 1e3, 3)}
+    device_ms = round(statistics.median(times.device_s) * 1e3, 3) if times.device_s else None
+    return {
+        **row,
+        **percentiles(times.step_s),
+        "device_ms": device_ms,
+        "host_ms": round(times.host_s * 1e3, 3),
+    }
 
 
 def make_engine(base: BaseModel, arguments: argparse.Namespace) -> Engine:

@@ -52,7 +52,7 @@ def time_steps(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, n
 def time_mixed_steps(
     engine: Engine, refs: Rows[AdapterRef | None], *, context: int, prompt_tokens: int, num_steps: int
 ) -> StepTimes:
-    """The same, with the prefill of another request of `prompt_tokens` in every step. No device_s."""
+    """The same, with the prefill of another request of `prompt_tokens` in every step."""
     start_batch(engine, refs, context=context, num_steps=num_steps + _WARM_UP + 2)
     generator = torch.Generator().manual_seed(1)
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
@@ -68,11 +68,13 @@ def time_mixed_steps(
         times.append(time.perf_counter() - began)
     times = times[_WARM_UP:]
     host_s = (sum(times) - engine.loop.wait_s + waited_s) / num_steps
+    _synchronize()
+    device_s = _time_device(engine)
     for index in range(len(refs)):
         engine.cancel(str(index))
     while engine.has_work:
         engine.step()
-    return StepTimes(times, [], host_s)
+    return StepTimes(times, device_s, host_s)
 
 
 def start_batch(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> None:
@@ -100,7 +102,7 @@ def fill_kv(engine: Engine) -> None:
 
 def _time_device(engine: Engine) -> list[float]:
     """Seconds of the last step's computation; empty where it did not run over static buffers."""
-    steps = engine.runner.decode_steps
+    steps = engine.runner.static_steps
     if steps is None or not steps.can_repeat:
         return []
     if not torch.cuda.is_available():

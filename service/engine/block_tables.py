@@ -19,7 +19,7 @@ from torch import Tensor
 from service.engine.transfer import Ints
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """What row `index` of the tables holds: the first `length` of `blocks`, a list that its sequence extends
     in place and replaces when it begins again."""
@@ -45,27 +45,32 @@ class BlockTables:
     def plan(self, lists: Sequence[list[int]]) -> tuple[list[int], Ints]:
         """The row of each of these lists, and the entries [2, n] that `write` must set before a step reads
         them: places in the flat tables, and blocks. Rows of lists that are not among them may be given up."""
-        if sum(id(blocks) not in self._rows for blocks in lists) > len(self._free):
-            self._give_up_all_but(lists)
-        rows: list[int] = []
+        rows = self._rows_of(lists)
         places: list[int] = []
         values: list[int] = []
         width = self.tables.shape[1]
-        for blocks in lists:
-            row = self._rows.get(id(blocks))
-            if row is None:
-                row = self._rows[id(blocks)] = _Row(self._free.pop(), blocks)
-            if row.length < len(blocks):
+        for row, blocks in zip(rows, lists, strict=True):
+            if row.length != len(blocks):
                 places += range(row.index * width + row.length, row.index * width + len(blocks))
                 values += blocks[row.length :]
                 row.length = len(blocks)
-            rows.append(row.index)
-        return rows, np.asarray([places, values], np.int64)
+        return [row.index for row in rows], np.asarray([places, values], np.int64)
 
     def write(self, entries: Tensor) -> None:
         """entries: int64 [2, n] of `plan`, on the device."""
         if entries.shape[1]:
             self.tables.view(-1).index_copy_(0, entries[0], entries[1].to(torch.int32))
+
+    def _rows_of(self, lists: Sequence[list[int]]) -> list[_Row]:
+        """The rows of these lists, new ones for those that have none."""
+        known = list(map(self._rows.get, map(id, lists)))
+        if None in known:
+            if known.count(None) > len(self._free):
+                self._give_up_all_but(lists)
+            for blocks in lists:
+                if id(blocks) not in self._rows:
+                    self._rows[id(blocks)] = _Row(self._free.pop(), blocks)
+        return [self._rows[id(blocks)] for blocks in lists]
 
     def _give_up_all_but(self, lists: Sequence[list[int]]) -> None:
         kept = {id(blocks) for blocks in lists}

@@ -9,9 +9,10 @@ import heapq
 import time
 
 from service.engine.messages import TokenOutput
+from service.engine.plan import StepPlan
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
-from service.engine.step_results import ChunkResult
+from service.engine.step_results import StepOutcome
 
 #: Deadlines of requests that have ended are kept up to here, so that they are dropped many at a time.
 MAX_PAST_DEADLINES = 256
@@ -30,10 +31,6 @@ class InFlight:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._sequences
 
-    def holds(self, sequence: Sequence) -> bool:
-        """Whether this very sequence is in flight, and not another of the same request id."""
-        return self._sequences.get(sequence.request_id) is sequence
-
     @property
     def has_news(self) -> bool:
         """Whether there are outputs to be taken, or a deadline has passed."""
@@ -47,27 +44,38 @@ class InFlight:
             heapq.heappush(self._deadlines, (expires_at, sequence.order, sequence.request_id))
             self._forget_deadlines()
 
-    def deliver(self, sequence: Sequence, result: ChunkResult, num_distinct: int) -> None:
-        """Send what a completed chunk brought: a token, the prompt's log-probabilities, the end."""
-        is_stop = result.token_id in sequence.sampling.stop_token_ids
-        if result.token_id is not None:
-            sequence.append(result.token_id)
-            self.num_generated += 1
-        is_full = sequence.num_output >= sequence.sampling.max_tokens
-        finish_reason = "stop" if is_stop else "length" if is_full else None
-        output = TokenOutput(
-            sequence.request_id,
-            token_ids=[] if result.token_id is None or is_stop else [result.token_id],
-            logprobs=[] if result.logprobs is None or is_stop else [result.logprobs],
-            prompt_logprobs=sequence.prompt_logprobs if sequence.needs_prompt_logprobs else None,
-            finish_reason=finish_reason,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            num_distinct=num_distinct,
-        )
-        sequence.has_sent_prompt_logprobs = True
-        self._outputs.append(output)
-        if finish_reason is not None:
-            self._forget(sequence)
+    def deliver(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Send what the chunks of a step brought: a token, the prompt's log-probabilities, the end; nothing
+        to those that have ended meanwhile."""
+        num_distinct, logprobs = plan.num_distinct, outcome.logprobs
+        for index, scored in outcome.prompt_logprobs.items():
+            plan.chunks[index].sequence.prompt_logprobs += scored
+        for index, (chunk, token_id) in enumerate(zip(plan.chunks, outcome.token_ids, strict=True)):
+            sequence = chunk.sequence
+            if sequence.has_ended or not chunk.is_last:
+                continue
+            finish_reason = None
+            if token_id is not None:
+                sequence.append(token_id)
+                self.num_generated += 1
+                if token_id in sequence.sampling.stop_token_ids:
+                    finish_reason, token_id = "stop", None
+            if finish_reason is None and len(sequence.token_ids) >= sequence.max_length:
+                finish_reason = "length"
+            output = TokenOutput(
+                sequence.request_id,
+                [] if token_id is None else [token_id],
+                [logprobs[index]] if token_id is not None and index in logprobs else [],
+                sequence.prompt_logprobs if sequence.needs_prompt_logprobs else None,
+                finish_reason,
+                None,
+                sequence.num_cached_tokens or 0,
+                num_distinct,
+            )
+            sequence.needs_prompt_logprobs = False
+            self._outputs.append(output)
+            if finish_reason is not None:
+                self._forget(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request, unless it has ended already."""
@@ -76,7 +84,7 @@ class InFlight:
 
     def fail(self, sequence: Sequence, code: str, message: str) -> None:
         """End a sequence with an error, unless it has ended already."""
-        if sequence.request_id in self._sequences:
+        if not sequence.has_ended:
             self._end(sequence, "error", (code, message))
 
     def expire(self) -> None:
@@ -119,4 +127,5 @@ class InFlight:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
+        sequence.has_ended = True
         self._scheduler.remove(sequence)

@@ -84,7 +84,7 @@ class TokenLogprobs(Message):
     top: list[tuple[int, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass  # one per request and step: not frozen, which takes three times as long
 class TokenOutput(Message):
     """What one step brought one request.
 

@@ -39,7 +39,9 @@ class PagedInputs:
     batch belongs to sequence n; of these a length of 0 is a padded row, whose output is zeros. tiles: [P, 4],
     the queries of the others, from `paged_work.query_tiles` with queries_per_tile. can_split: whether long
     contexts may be split over several programs, see `paged_work.wants_split`; None: decided by how many there
-    are.
+    are. singles: [S, 4], tiles of one query each, where lengths and num_single are not read. Of tiles and
+    singles those without a query are padding; rows of the batch that are in none of them are left as they
+    were allocated.
     """
 
     tables: Tensor
@@ -48,6 +50,13 @@ class PagedInputs:
     tiles: Tensor | None = None
     queries_per_tile: int = 1
     can_split: bool | None = None
+    singles: Tensor | None = None
+
+    def of_phase(self, phase: Phase) -> Tensor:
+        """What `paged_kernels.cut_work` cuts: lengths [n], or tiles [n, 4]."""
+        if phase == Phase.DECODE:
+            return self.lengths[: self.num_single] if self.singles is None else self.singles
+        return self.tables[:0] if self.tiles is None else self.tiles
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,20 @@ def queries_per_tile(kv: PagedKV, num_heads: int) -> int:
 
 def decode_split_target(kv: PagedKV) -> int:
     """How many items fill the device in decode: what `paged_work.wants_split` asks for."""
+    return _split_limits(kv, Phase.DECODE)[0]
+
+
+def prefill_split_limits(kv: PagedKV) -> tuple[int, int]:
+    """The same in prefill, and the smallest part in tokens."""
+    return _split_limits(kv, Phase.PREFILL)
+
+
+def _split_limits(kv: PagedKV, phase: Phase) -> tuple[int, int]:
     K, _ = kv.pages_of(0)
-    config = launch_config(Phase.DECODE, kv.shapes[0], K.dtype, K.device)
+    config = launch_config(phase, kv.shapes[0], K.dtype, K.device)
     num_multiprocessors = device_limits(K.device).num_multiprocessors
-    return split_target(kv.shapes[0].num_kv_heads, num_multiprocessors, config.programs_per_sm)
+    target = split_target(kv.shapes[0].num_kv_heads, num_multiprocessors, config.programs_per_sm)
+    return target, config.part_tokens
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,7 @@ class TritonPagedAttention:
         self._blocks = blocks
         self._offsets = offsets
         self._configs = configs or {}
+        self._phases = [phase for phase in Phase if len(inputs.of_phase(phase))]
         self._work: dict[tuple[Phase, int, int, int], _Work] = {}
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -146,10 +166,8 @@ class TritonPagedAttention:
         [T, Hq, D_v]."""
         q = _with_dense_heads(q)
         out = q.new_empty(q.shape[0], q.shape[1], self._kv.shapes[layer].value_dim)
-        if self._inputs.num_single:
-            self._launch(Phase.DECODE, layer, q, out, options)
-        if self._inputs.tiles is not None and len(self._inputs.tiles):
-            self._launch(Phase.PREFILL, layer, q, out, options)
+        for phase in self._phases:
+            self._launch(phase, layer, q, out, options)
         return out
 
     def _launch(self, phase: Phase, layer: int, q: Tensor, out: Tensor, options: AttentionOptions) -> None:
@@ -182,7 +200,7 @@ class TritonPagedAttention:
 
     def _cut(self, phase: Phase, config: KernelConfig, num_kv_heads: int, window: int | None) -> _Work:
         """The items of all layers with this window, cut at the first of them."""
-        device = self._inputs.lengths.device
+        device = self._inputs.tables.device
         target = split_target(num_kv_heads, device_limits(device).num_multiprocessors, config.programs_per_sm)
         key = (phase, window or _NO_WINDOW, target, config.part_tokens)
         if key not in self._work:
@@ -191,11 +209,8 @@ class TritonPagedAttention:
 
     def _cut_now(self, phase: Phase, window: int, target: int, part_tokens: int) -> _Work:
         inputs = self._inputs
-        if phase == Phase.DECODE:
-            tiles, num_tiles = inputs.lengths, inputs.num_single
-        else:
-            assert inputs.tiles is not None
-            tiles, num_tiles = inputs.tiles, len(inputs.tiles)
+        tiles = inputs.of_phase(phase)
+        num_tiles = len(tiles)
         can_split = few_programs(num_tiles, target) if inputs.can_split is None else inputs.can_split
         num_items = num_tiles + (target if can_split else 0)
         work = _Work(
@@ -205,14 +220,14 @@ class TritonPagedAttention:
         )
         _kernels().cut_work[(1,)](
             tiles, work.items, work.parts, num_tiles, num_items, target, window,
-            part_tokens, max(_MIN_TILES, _power_of_two(num_tiles)), phase == Phase.DECODE, can_split,
+            part_tokens, max(_MIN_TILES, _power_of_two(num_tiles)), tiles.ndim == 1, can_split,
         )  # fmt: skip
         return work
 
     def _part_buffers(self, *size: int) -> tuple[Tensor, Tensor]:
         """What parts leave, float32 [items, Hkv, rows, D_v] and [items, Hkv, rows, 2]: one for all layers."""
         if size not in self._parts:
-            device = self._inputs.lengths.device
+            device = self._inputs.tables.device
             self._parts[size] = (
                 torch.empty(size, dtype=torch.float32, device=device),
                 torch.empty(*size[:-1], 2, dtype=torch.float32, device=device),

@@ -28,9 +28,11 @@ def few_programs(num_tiles: int, target: int) -> bool:
     return num_tiles < _ENOUGH_ROUNDS * target
 
 
-def wants_split(lengths: Sequence[int] | Ints, target: int) -> bool:
-    """Whether any context of a decode step is to be split. lengths: of the contexts, [N]; target: of
-    `split_target`.
+def wants_split(
+    lengths: Sequence[int] | Ints, target: int, *, part_tokens: int = _SHORTEST_PART_TOKENS
+) -> bool:
+    """Whether any context of a step is to be split. lengths: of the contexts, one for each tile, [N]; target:
+    of `split_target`; part_tokens: the smallest part.
 
     Where none is, one pass does it all. Part of the key of a CUDA graph: whether the second pass is in it
     cannot depend on the lengths at replay.
@@ -38,7 +40,7 @@ def wants_split(lengths: Sequence[int] | Ints, target: int) -> bool:
     contexts = np.asarray(lengths)
     if contexts.size == 0:
         return False
-    share = max(float(contexts.sum()) / target, _SHORTEST_PART_TOKENS)
+    share = max(float(contexts.sum()) / target, part_tokens)
     return bool(contexts.max() >= _LONG * share)
 
 

@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from service.engine.sequence import Sequence
+from service.engine.sequence import PENDING, Sequence
 
 _NOTHING = range(0)
+_is_plain = operator.attrgetter("is_plain")
 
 
-@dataclass(eq=False, slots=True)  # one per sequence and step: not frozen, which takes five times as long
 class Chunk:
-    """The tokens start .. start + length - 1 of a sequence, whose KV is to be computed.
+    """The tokens start .. end - 1 of a sequence, whose KV is to be computed; length: their number.
 
     What follows from the sequence as it is when the chunk is made, for it changes before the results are in:
-    is_last: every known token is computed after this chunk. samples: its last logits choose the next token.
-    prompt_positions: positions whose logits are scored against the next prompt token.
+    is_last: every known token is computed after this chunk. is_pending: the last of its tokens is sampled but
+    not known yet. samples: its last logits choose the next token. is_plain: they do no more than that, by
+    their largest. prompt_positions: positions whose logits are scored against the next prompt token.
     """
 
-    sequence: Sequence
-    start: int
-    length: int
-    is_last: bool = field(init=False)
-    samples: bool = field(init=False)
-    prompt_positions: range = field(init=False)
+    # One per sequence and step. A dataclass with these fields takes twice as long to make, a frozen one five
+    # times.
+    __slots__ = (
+        "end",
+        "is_last",
+        "is_pending",
+        "is_plain",
+        "length",
+        "prompt_positions",
+        "samples",
+        "sequence",
+        "start",
+    )
 
-    def __post_init__(self) -> None:
-        sequence = self.sequence
-        self.is_last = self.end == sequence.num_tokens
-        self.samples = self.is_last and sequence.num_output < sequence.sampling.max_tokens
+    def __init__(self, sequence: Sequence, start: int, length: int) -> None:
+        token_ids = sequence.token_ids
+        end = start + length
+        is_last = end == len(token_ids)
+        samples = is_last and end < sequence.max_length
+        self.sequence = sequence
+        self.start = start
+        self.length = length
+        self.end = end
+        self.is_last = is_last
+        self.is_pending = is_last and token_ids[-1] == PENDING
+        self.samples = samples
+        self.is_plain = samples and sequence.is_plain
         self.prompt_positions = _NOTHING
         if sequence.needs_prompt_logprobs:
-            self.prompt_positions = range(self.start, min(self.end, sequence.num_prompt - 1))
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
+            self.prompt_positions = range(start, min(end, sequence.num_prompt - 1))
 
 
 @dataclass
 class StepPlan:
-    """chunks: those of one token first, longest context first, then the others. fresh_blocks: KV blocks that
-    were another's before, to be cleared."""
+    """chunks: those of one token first, longest context first, then the others; they stay as they are.
+    fresh_blocks: KV blocks that were another's before, to be cleared."""
 
     chunks: list[Chunk] = field(default_factory=list)
     fresh_blocks: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
+        return sum([chunk.length for chunk in self.chunks])
 
-    @property
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether every chunk only samples, and the largest logit at that: the usual step, and the one that
+        is to take the least time."""
+        return all(map(_is_plain, self.chunks))
+
+    @cached_property
+    def is_decode(self) -> bool:
+        """Whether every chunk is one token that samples, and scores nothing."""
+        has_long = bool(self.chunks) and self.chunks[-1].length > 1
+        return not has_long and (
+            self.is_plain or all(c.samples and not c.prompt_positions for c in self.chunks)
+        )
+
+    @cached_property
+    def basis_ids(self) -> set[str | None]:
+        """Whose adapters are in the step; None for the base model alone."""
+        return {chunk.sequence.basis_id for chunk in self.chunks}
+
+    @cached_property
     def num_distinct(self) -> int:
         """Different models in the step: adapter versions, and the base model if it is among them."""
-        return len({chunk.sequence.adapter for chunk in self.chunks})
+        return len({chunk.sequence.model_name for chunk in self.chunks})

@@ -10,6 +10,7 @@ It listens before it can serve, so that the API can tell why it is not ready. Wh
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -228,7 +229,11 @@ def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseMode
 
 
 def build_engine(base: BaseModel, basis: Basis, config: EngineConfig) -> Engine:
-    """An engine with `basis` resident for good."""
+    """An engine with `basis` resident for good, which has captured its graphs. What exists now stays: a
+    collection of all garbage would go through 360,000 objects of the libraries, for 0.16 s."""
     engine = Engine(base, config)
     engine.add_basis(basis)
+    engine.runner.warm_up()
+    gc.collect()
+    gc.freeze()
     return engine

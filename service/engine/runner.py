@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from service.engine.batch import StepBatch, build_batch
 from service.engine.config import EngineConfig
-from service.engine.decode_steps import DecodeSteps
 from service.engine.fused import self_check
 from service.engine.kv_cache import PagedKV
 from service.engine.model_path import ModelFacts, ModelPath
 from service.engine.paged_choice import AttentionKind
 from service.engine.plan import StepPlan
 from service.engine.resident_bases import ResidentBases
+from service.engine.slots import SlotTable
+from service.engine.static_steps import StaticSteps
 from service.engine.step_attention import StepAttention
 from service.engine.step_results import PendingResults, StepLogits
 from service.engine.token_sources import SampledTokens, TokenSources, find_sources
@@ -29,7 +30,7 @@ from service.engine.token_sources import SampledTokens, TokenSources, find_sourc
 
 class ModelRunner:
     """Runs plans. The KV goes to `kv`, the adapters come from `bases`. max_model_len: in tokens.
-    decode_steps: what runs steps of decoding only, None where they are run like all others."""
+    static_steps: what runs steps over static tensors, None where all are launched op by op."""
 
     def __init__(
         self,
@@ -51,7 +52,8 @@ class ModelRunner:
         self._path = ModelPath(
             model, facts, bases, num_positions=num_positions, enable_fused=config.enable_fused
         )
-        self.decode_steps: DecodeSteps | None = None
+        self.static_steps: StaticSteps | None = None
+        self._no_targets = torch.empty(0, dtype=torch.int64, device=self._device)
         self._sampled: SampledTokens | None = None
 
     @property
@@ -62,7 +64,15 @@ class ModelRunner:
     def prepare(self) -> None:
         """Settle how the model is run, now that the default basis is known; else the first step does it."""
         if self._path.prepare(self._trial_error):
-            self.decode_steps = self._make_decode_steps()
+            self.static_steps = self._make_static_steps()
+
+    def warm_up(self) -> None:
+        """Compile and capture what steps over static tensors will need, so that no request waits for it. When
+        the default basis is there and nothing is under way: half a minute on a GPU, nothing elsewhere."""
+        self.prepare()
+        if self.static_steps is not None and self._device.type == "cuda":
+            with torch.inference_mode():
+                self.static_steps.warm_up(self._own_slots())
 
     def launch(self, plan: StepPlan) -> PendingResults:
         """Start a step. Pending tokens in it are those of the step that was launched before."""
@@ -70,47 +80,37 @@ class ModelRunner:
         self._path.follow_bases()
         sources = find_sources(plan.chunks, self._sampled)
         with torch.inference_mode():
-            if self.decode_steps is not None and self._is_plain_decode(plan):
-                results = self._launch_decode(self.decode_steps, plan, sources)
+            if self.static_steps is not None and self.static_steps.can_run(plan, self._bases.default_id):
+                results = self._launch_static(self.static_steps, plan, sources)
             else:
-                results = self._launch_mixed(plan, sources)
+                results = self._launch_plain(plan, sources)
         sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         self._sampled = SampledTokens(results.tokens, sequences)
         return results
 
     def close(self) -> None:
         """Give the model's layers back as they were."""
-        self.decode_steps = None
+        self.static_steps = None
         self._path.close()
 
-    def _launch_mixed(self, plan: StepPlan, sources: TokenSources | None) -> PendingResults:
+    def _launch_plain(self, plan: StepPlan, sources: TokenSources | None) -> PendingResults:
         batch = self._stage(plan, self._kv, sources)
         self._kv.clear(batch.fresh_blocks)
         logits = self._path.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
         return PendingResults(plan, StepLogits(logits), batch.prompt_targets)
 
-    def _launch_decode(
-        self, steps: DecodeSteps, plan: StepPlan, sources: TokenSources | None
+    def _launch_static(
+        self, steps: StaticSteps, plan: StepPlan, sources: TokenSources | None
     ) -> PendingResults:
-        own_table = None
-        for basis_id, table in self._bases.tables.items():
-            if basis_id == self._bases.default_id:
-                own_table = table
-            else:
-                table.stage(None)
-        can_split = self._attention.can_split([chunk.end for chunk in plan.chunks])
-        logits = steps.launch(plan, own_table, sources, can_split=can_split)
-        return PendingResults(plan, logits, torch.empty(0, dtype=torch.int64, device=self._device))
+        logits = steps.launch(plan, self._own_slots(), sources)
+        return PendingResults(plan, logits, self._no_targets)
 
-    def _is_plain_decode(self, plan: StepPlan) -> bool:
-        """Whether every chunk is one token that samples, with an adapter of the fused basis or none."""
-        return all(
-            chunk.length == 1
-            and chunk.samples
-            and not chunk.prompt_positions
-            and (chunk.sequence.adapter is None or chunk.sequence.adapter.basis_id == self._bases.default_id)
-            for chunk in plan.chunks
-        )
+    def _own_slots(self) -> SlotTable | None:
+        """Those of the fused basis. A step over static tensors has no rows of another."""
+        for basis_id, table in self._bases.tables.items():
+            if basis_id != self._bases.default_id:
+                table.stage(None)
+        return self._bases.tables.get(self._bases.default_id)
 
     def _stage(self, plan: StepPlan, kv: PagedKV, sources: TokenSources | None = None) -> StepBatch:
         batch = build_batch(plan, kv, self._attention.layout, self._device, sources)
@@ -118,16 +118,20 @@ class ModelRunner:
             table.stage(batch.slots.get(basis_id))
         return batch
 
-    def _make_decode_steps(self) -> DecodeSteps | None:
+    def _make_static_steps(self) -> StaticSteps | None:
         wanted, model = self._config.decode_graphs, self._path.fused
         # Over static tables the slow truth would gather every sequence at the full length of the model.
         can_capture = self._device.type == "cuda" and self._attention.kind == AttentionKind.TRITON
         is_wanted = wanted == "static" or (wanted == "auto" and can_capture)
         if model is None or not is_wanted:
             return None
-        max_rows = self._config.max_running
-        logits = torch.empty(max_rows, model.vocab_size, device=self._device, dtype=self._kv.dtype)
-        return DecodeSteps(model, self._kv, self._attention, max_rows=max_rows, logits=logits)
+        return StaticSteps(
+            model,
+            self._kv,
+            self._attention,
+            max_sequences=self._config.max_running,
+            max_tokens=self._config.max_batch_tokens,
+        )
 
     @torch.inference_mode()
     def _trial_error(self) -> float:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Rows
 
 from adapter_core.adapter import AdapterRef
 from adapter_core.errors import EngineOverloaded, TenantOverloaded
@@ -24,12 +26,14 @@ from service.engine.config import EngineConfig
 from service.engine.plan import Chunk, StepPlan
 from service.engine.residency import Residency
 from service.engine.resident_bases import MAX_BLOCKED_PASSES
-from service.engine.sequence import Sequence
+from service.engine.sequence import PENDING, Sequence
 from service.engine.waiting_line import WaitingLine
 
 #: While others run, admission leaves this share of the pool for them to grow into, or each admission would
 #: soon cost a preemption.
 RESERVED_SHARE = 0.01
+
+_end = operator.attrgetter("end")
 
 
 class Scheduler:
@@ -78,8 +82,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide on the next step."""
         step = _StepBuilder(self._config.max_batch_tokens, self._max_logit_rows)
-        has_preempted = self._schedule_decodes(step)
-        self._schedule_prefills(step)
+        prefills, has_preempted = self._schedule_decodes(step)
+        self._schedule_prefills(prefills, step)
         if not has_preempted:  # else the victim would come back at once
             self._admit(step)
         self._residency.load()  # now, so that the copies run while the step's tensors are made
@@ -93,19 +97,17 @@ class Scheduler:
             if sequence.is_running:
                 sequence.num_computed = chunk.end
                 if chunk.samples:
-                    sequence.append_pending()
+                    sequence.token_ids.append(PENDING)
 
-    def commit(self, chunk: Chunk) -> None:
-        """The chunk is computed, and its tokens are known: its full blocks may be shared from now on."""
-        sequence = chunk.sequence
-        if not sequence.is_running:
-            return  # preempted meanwhile
-        sequence.num_computed = chunk.end
-        if self._config.enable_prefix_cache:
-            for index in range(sequence.num_registered, sequence.num_computed // self._pool.block_size):
-                key = sequence.block_key(index, self._pool.block_size)
-                self._pool.register(sequence.blocks[index], key)
-                sequence.num_registered = index + 1
+    def commit(self, chunks: Iterable[Chunk]) -> None:
+        """The chunks are computed, and their tokens are known: full blocks may be shared from now on."""
+        has_cache, block_size = self._config.enable_prefix_cache, self._pool.block_size
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.is_running:  # else preempted meanwhile
+                sequence.num_computed = chunk.end
+                if has_cache and chunk.end // block_size > sequence.num_registered:
+                    self._register(sequence, chunk.end // block_size)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended: free all that it holds."""
@@ -131,19 +133,32 @@ class Scheduler:
         pinned = {s.adapter for s in (*self.running, *self.waiting) if s.is_pinned}
         assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
 
-    def _schedule_decodes(self, step: _StepBuilder) -> bool:
-        """Returns whether a sequence was preempted."""
+    def _schedule_decodes(self, step: _StepBuilder) -> tuple[list[Sequence], bool]:
+        """Returns the running sequences that have more than one token to compute, and whether one was
+        preempted."""
+        # Every step goes through all that run: no call for one that has its block, nor a property.
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
         has_preempted = False
-        for sequence in [s for s in self.running if s.num_uncomputed == 1 and not s.awaits_end]:
-            while sequence.is_running and not self._grow(sequence, step):
-                self._preempt(self.running[-1])
-                has_preempted = True
+        block_size = self._pool.block_size
+        for sequence in list(self.running):
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - sequence.num_computed != 1:
+                prefills.append(sequence)
+                continue
+            if num_tokens >= sequence.max_length and sequence.awaits_end:
+                continue
+            if num_tokens > len(sequence.blocks) * block_size:
+                while sequence.is_running and not self._grow(sequence, step):
+                    self._preempt(self.running[-1])
+                    has_preempted = True
             if sequence.is_running:
-                step.add(sequence, 1)
-        return has_preempted
+                decodes.append(sequence)
+        step.add_decodes(decodes)
+        # not those that an older one has preempted, or that are computed but for the results
+        return [s for s in prefills if s.is_running and s.num_uncomputed > 1], has_preempted
 
-    def _schedule_prefills(self, step: _StepBuilder) -> None:
-        prefills = [s for s in self.running if s.num_uncomputed > 1]
+    def _schedule_prefills(self, prefills: list[Sequence], step: _StepBuilder) -> None:
         for index, sequence in enumerate(prefills):
             if step.num_tokens_left == 0:
                 return
@@ -224,14 +239,19 @@ class Scheduler:
                 yield sequence.block_key(index, self._pool.block_size)
 
     def _grow(self, sequence: Sequence, step: _StepBuilder) -> bool:
-        """Make sure that its last token has a block."""
-        if self._pool.blocks_for(sequence.num_tokens) > len(sequence.blocks):
-            blocks = self._pool.acquire([], 1)
-            if blocks is None:
-                return False
-            sequence.blocks += blocks
-            step.fresh_blocks += blocks
+        """Another block, for its last token. False if none is free."""
+        blocks = self._pool.acquire([], 1)
+        if blocks is None:
+            return False
+        sequence.blocks += blocks
+        step.fresh_blocks += blocks
         return True
+
+    def _register(self, sequence: Sequence, num_full: int) -> None:
+        """Let others share its first `num_full` blocks."""
+        for index in range(sequence.num_registered, num_full):
+            self._pool.register(sequence.blocks[index], sequence.block_key(index, self._pool.block_size))
+        sequence.num_registered = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the front of its line; it keeps its slot, and with it the version it began with."""
@@ -253,14 +273,13 @@ class _StepBuilder:
         self.num_tokens_left = max_tokens
         self.fresh_blocks: list[int] = []
         self._num_logit_rows_left = max_logit_rows
-        self._chunks: list[Chunk] = []
+        self._single: list[Chunk] = []
+        self._long: list[Chunk] = []
 
-    def add(self, sequence: Sequence, length: int) -> None:
-        chunk = Chunk(sequence, sequence.num_computed, length)
-        self._chunks.append(chunk)
-        self.num_tokens_left -= length
-        self._num_logit_rows_left -= len(chunk.prompt_positions)
-        assert self.num_tokens_left >= 0
+    def add_decodes(self, sequences: Rows[Sequence]) -> None:
+        """The one token that each of them has to compute: it scores nothing, its prompt being over."""
+        self._single += [Chunk(sequence, sequence.num_computed, 1) for sequence in sequences]
+        self.num_tokens_left -= len(sequences)
 
     def add_prefill(self, sequence: Sequence, *, is_alone: bool) -> None:
         """As many tokens as are left; half of them if others could use some, so that a long prompt does not
@@ -268,8 +287,12 @@ class _StepBuilder:
         share = self.num_tokens_left if is_alone else -(-self.num_tokens_left // 2)
         if sequence.needs_prompt_logprobs:  # one row of logits per token
             share = min(share, max(1, self._num_logit_rows_left))
-        self.add(sequence, min(sequence.num_uncomputed, share))
+        chunk = Chunk(sequence, sequence.num_computed, min(sequence.num_uncomputed, share))
+        (self._single if chunk.length == 1 else self._long).append(chunk)
+        self.num_tokens_left -= chunk.length
+        self._num_logit_rows_left -= len(chunk.prompt_positions)
 
     def finish(self) -> StepPlan:
-        self._chunks.sort(key=lambda chunk: (0, -chunk.end) if chunk.length == 1 else (1, 0))
-        return StepPlan(self._chunks, self.fresh_blocks)
+        assert self.num_tokens_left >= 0
+        self._single.sort(key=_end, reverse=True)  # equal ones keep their order
+        return StepPlan(self._single + self._long, self.fresh_blocks)

@@ -26,7 +26,14 @@ class Sequence:
     order: running number of its submission. token_ids: prompt, then output. num_computed: leading tokens
     whose KV is in `blocks`. slot: index into its basis' slot table, 0 for the base model. generator: its own,
     so that what it draws does not depend on who shares the batch; it survives a preemption, as do the tokens.
-    is_charged: its tenant has been charged for it, which happens once.
+    is_charged: its tenant has been charged for it, which happens once. has_ended: its last output is made.
+
+    What is read of every sequence in every step is a plain attribute, copied from the request or worked out
+    once. max_length: prompt and output together, at most. model_name: of the adapter version or the base
+    model, equal where they are. has_rules: it asks for penalties or a bias (`logit_rules.py`). is_plain: its
+    next token is always the largest of the model's own logits, and nothing else is reported.
+    needs_prompt_logprobs: they are wanted and not sent yet. output_counts: of the tokens of its output, kept
+    only where it has rules.
     """
 
     request: GenerationRequest
@@ -41,58 +48,46 @@ class Sequence:
     is_pinned: bool = False
     is_running: bool = False
     is_charged: bool = False
+    has_ended: bool = False
     num_cached_tokens: int | None = None
     blocked_since_pass: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    has_sent_prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.token_ids)
+        request = self.request
+        sampling = request.sampling
+        self.token_ids = list(request.token_ids)
+        self.request_id: str = request.request_id
+        self.tenant: str = request.tenant
+        self.adapter: AdapterRef | None = request.adapter
+        self.sampling: SamplingParams = sampling
+        self.basis_id: str | None = None if request.adapter is None else request.adapter.basis_id
+        self.model_name: str = repr(request.adapter)  # a string knows its hash, an AdapterRef computes it
+        self.num_prompt: int = len(request.token_ids)
+        self.max_length: int = self.num_prompt + sampling.max_tokens
+        self.has_rules: bool = _has_rules(sampling)
+        self.needs_prompt_logprobs: bool = sampling.prompt_logprobs is not None
+        self.is_plain: bool = (
+            self.generator is None
+            and not self.has_rules
+            and not (sampling.min_tokens > 0 and sampling.stop_token_ids)
+            and sampling.logprobs is None
+            and sampling.prompt_logprobs is None
+        )
         self._block_keys: list[bytes] = []
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def tenant(self) -> str:
-        return self.request.tenant
-
-    @property
-    def adapter(self) -> AdapterRef | None:
-        return self.request.adapter
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
     @property
-    def num_prompt(self) -> int:
-        return len(self.request.token_ids)
-
-    @property
     def num_output(self) -> int:
-        return self.num_tokens - self.num_prompt
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
-        return self.num_tokens - self.num_computed
-
-    @property
-    def needs_prompt_logprobs(self) -> bool:
-        return self.sampling.prompt_logprobs is not None and not self.has_sent_prompt_logprobs
-
-    @cached_property
-    def has_rules(self) -> bool:
-        """Whether it asks for penalties or a bias (`logit_rules.py`)."""
-        sampling = self.sampling
-        penalties = (sampling.repetition_penalty - 1, sampling.frequency_penalty, sampling.presence_penalty)
-        return any(penalties) or bool(sampling.logit_bias)
+        return len(self.token_ids) - self.num_computed
 
     @cached_property
     def prompt_set(self) -> frozenset[int]:
@@ -106,18 +101,16 @@ class Sequence:
     @property
     def awaits_end(self) -> bool:
         """Whether the token that is not known yet is the last one that it may have."""
-        return self.is_pending and self.num_output >= self.sampling.max_tokens
-
-    def append_pending(self) -> None:
-        """One token more, to be known later."""
-        self.token_ids.append(PENDING)
+        return self.is_pending and len(self.token_ids) >= self.max_length
 
     def append(self, token_id: int) -> None:
         """One token more, or the one that was pending."""
-        if self.is_pending:
-            self.token_ids.pop()
-        self.token_ids.append(token_id)
-        self.output_counts[token_id] += 1
+        if self.token_ids[-1] == PENDING:
+            self.token_ids[-1] = token_id
+        else:
+            self.token_ids.append(token_id)
+        if self.has_rules:
+            self.output_counts[token_id] += 1
 
     def block_key(self, index: int, block_size: int) -> bytes:
         """The prefix key of block `index`, all of whose tokens must be known."""
@@ -132,5 +125,10 @@ class Sequence:
         """Begin again without any KV; tokens, slot and random state stay."""
         self.blocks = []
         self.num_computed = self.num_registered = 0
-        if not self.has_sent_prompt_logprobs:
+        if self.needs_prompt_logprobs:
             self.prompt_logprobs = []
+
+
+def _has_rules(sampling: SamplingParams) -> bool:
+    penalties = (sampling.repetition_penalty - 1, sampling.frequency_penalty, sampling.presence_penalty)
+    return any(penalties) or bool(sampling.logit_bias)

@@ -58,8 +58,8 @@ class EngineSettings(BaseSettings):
     )
     decode_graphs: Literal["auto", "static", "off"] = Field(
         default="auto",
-        description="steps of decoding only: auto: as CUDA graphs where there is CUDA; static: over the same "
-        "static buffers, not captured; off: like all others",
+        description="steps by the fused path: auto: as CUDA graphs where there is CUDA; static: over the "
+        "same static tensors, not captured; off: op by op",
     )
     lookahead: Literal["auto", "on", "off"] = Field(
         default="auto",

@@ -23,7 +23,7 @@ from service.engine.logit_rules import has_rules
 from service.engine.plan import StepPlan
 from service.engine.runner import ModelRunner
 from service.engine.scheduler import Scheduler
-from service.engine.step_results import ChunkResult, PendingResults
+from service.engine.step_results import PendingResults, StepOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 class _UnderWay:
     plan: StepPlan
     results: PendingResults
-    num_distinct: int
 
 
 class StepLoop:
@@ -73,7 +72,7 @@ class StepLoop:
 
     def _start(self, plan: StepPlan) -> _UnderWay | None:
         try:
-            return _UnderWay(plan, self._runner.launch(plan), plan.num_distinct)
+            return _UnderWay(plan, self._runner.launch(plan))
         except Exception as error:
             self._fail(plan, error)
             return None
@@ -81,37 +80,28 @@ class StepLoop:
     def _finish(self, step: _UnderWay) -> None:
         began = time.perf_counter()
         try:
-            results = step.results.collect()
+            outcome = step.results.collect()
         except Exception as error:
             self._fail(step.plan, error)
             return
         self.wait_s += time.perf_counter() - began
-        self._deliver(step, results)
+        self._deliver(step.plan, outcome)
 
-    def _deliver(self, step: _UnderWay, results: list[ChunkResult]) -> None:
-        """Turn the results of a step into outputs, and end what is complete."""
+    def _deliver(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Turn the outcome of a step into outputs, and end what is complete."""
         self.num_steps += 1
-        for chunk, result in zip(step.plan.chunks, results, strict=True):
-            sequence = chunk.sequence
-            if not self._in_flight.holds(sequence):
-                continue  # ended while the step was under way
-            if not result.is_finite:
-                message = "the model's output is not finite; the adapter holds extreme values"
-                self._in_flight.fail(sequence, "non_finite_logits", message)
-                continue
-            self._scheduler.commit(chunk)
-            sequence.prompt_logprobs += result.prompt_logprobs
-            if chunk.is_last:
-                self._in_flight.deliver(sequence, result, step.num_distinct)
+        for index in outcome.not_finite:
+            message = "the model's output is not finite; the adapter holds extreme values"
+            self._in_flight.fail(plan.chunks[index].sequence, "non_finite_logits", message)
+        self._scheduler.commit(plan.chunks)
+        self._in_flight.deliver(plan, outcome)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """The step failed: so do the requests that were in it, and no others."""
         logger.error("a step of %d tokens failed", plan.num_tokens, exc_info=error)
         self.num_failed += 1
         for chunk in plan.chunks:
-            if self._in_flight.holds(chunk.sequence):
-                message = f"the step failed: {error}"
-                self._in_flight.fail(chunk.sequence, "step_failed", message)
+            self._in_flight.fail(chunk.sequence, "step_failed", f"the step failed: {error}")
         if isinstance(error, torch.AcceleratorError):
             raise error
 
@@ -119,6 +109,6 @@ class StepLoop:
 def _can_wait(plan: StepPlan) -> bool:
     """Whether the next step can be planned and started before this one's tokens are known. Penalties and the
     like take them; log-probabilities of a prompt are kept with the sequence, which may be preempted."""
-    return not any(
+    return plan.is_plain or not any(
         chunk.prompt_positions or (chunk.samples and has_rules(chunk.sequence)) for chunk in plan.chunks
     )

@@ -5,6 +5,7 @@ Everything is computed on the device when the step is launched; `collect` waits 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 import torch
@@ -17,15 +18,18 @@ from service.engine.sampling import is_plain_greedy, sample
 from service.engine.transfer import to_device
 
 
-@dataclass
-class ChunkResult:
-    """What the step brought one chunk. token_id: None if nothing was to be sampled. is_finite: False if its
-    logits hold NaN or infinity, and then nothing else is meant."""
+@dataclass(frozen=True)
+class StepOutcome:
+    """What the step brought its chunks, which are known by their index in the plan.
 
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    is_finite: bool = True
+    token_ids: of all chunks, None where nothing was to be sampled. not_finite: those whose logits hold NaN or
+    infinity; whatever else is said of them means nothing. logprobs, prompt_logprobs: where they are wanted.
+    """
+
+    token_ids: list[int | None]
+    not_finite: set[int] = field(default_factory=set)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,11 @@ class PendingResults:
 
     def __init__(self, plan: StepPlan, step: StepLogits, prompt_targets: Tensor) -> None:
         self._plan = plan
-        self._sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
-        self._scoring = [index for index, chunk in enumerate(plan.chunks) for _ in chunk.prompt_positions]
+        self._sampling: Rows[int] = range(len(plan.chunks))
+        self._scoring: list[int] = []
+        if not plan.is_plain:
+            self._sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+            self._scoring = [index for index, c in enumerate(plan.chunks) for _ in c.prompt_positions]
         self._reported: list[int] = []
         self._logprobs: PendingLogprobs | None = None
         self._prompt_logprobs: PendingLogprobs | None = None
@@ -59,28 +66,32 @@ class PendingResults:
             self._prompt_logprobs = PendingLogprobs(scored, prompt_targets, num_top)
         self._host = _Host(torch.cat([self.tokens, is_finite.to(torch.int64)]))
 
-    def collect(self) -> list[ChunkResult]:
-        """One result per chunk of the plan; waits for the device."""
-        results = [ChunkResult() for _ in self._plan.chunks]
-        values = self._host.read()
-        for index, token_id in zip(self._sampling, values, strict=False):
-            results[index].token_id = token_id
-        is_finite = values[len(self._sampling) :]
-        for index, is_row_finite in zip((*self._sampling, *self._scoring), is_finite, strict=True):
-            results[index].is_finite &= bool(is_row_finite)
+    def collect(self) -> StepOutcome:
+        """Waits for the device."""
+        values, num_sampled, num_chunks = self._host.read(), len(self._sampling), len(self._plan.chunks)
+        is_finite = values[num_sampled:]
+        token_ids: list[int | None] = [*values[:num_sampled]]
+        if num_sampled < num_chunks:
+            by_chunk = dict(zip(self._sampling, token_ids, strict=True))
+            token_ids = [by_chunk.get(index) for index in range(num_chunks)]
+        outcome = StepOutcome(token_ids)
+        if not all(is_finite):
+            rows = zip((*self._sampling, *self._scoring), is_finite, strict=True)
+            outcome.not_finite.update(index for index, is_row_finite in rows if not is_row_finite)
         if self._logprobs is not None:
-            for index, report in zip(self._reported, self._logprobs.reports(), strict=True):
-                results[index].logprobs = report
+            outcome.logprobs.update(zip(self._reported, self._logprobs.reports(), strict=True))
         if self._prompt_logprobs is not None:
             for index, report in zip(self._scoring, self._prompt_logprobs.reports(), strict=True):
-                results[index].prompt_logprobs.append(report)
-        return results
+                outcome.prompt_logprobs.setdefault(index, []).append(report)
+        return outcome
 
     def _sample(self, step: StepLogits) -> Tensor:
         """The next tokens, and their log-probabilities where they are wanted."""
         logits = step.logits[: len(self._sampling)]
         if not self._sampling:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
+        if step.greedy is not None and self._plan.is_plain:
+            return step.greedy[: len(self._sampling)]
         sequences = [self._plan.chunks[index].sequence for index in self._sampling]
         if step.greedy is not None and all(is_plain_greedy(sequence) for sequence in sequences):
             tokens = step.greedy[: len(self._sampling)]

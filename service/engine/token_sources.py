@@ -37,10 +37,12 @@ class TokenSources:
 
 def find_sources(chunks: Rows[Chunk], sampled: SampledTokens | None) -> TokenSources | None:
     """Where the pending tokens of a step come from; None if it has none."""
-    pending = [c.start <= c.sequence.num_tokens - 1 < c.end and c.sequence.is_pending for c in chunks]
-    if not any(pending):
+    pending = [chunk.is_pending for chunk in chunks]
+    if True not in pending:
         return None
     assert sampled is not None
+    if chunks[-1].length == 1 and [chunk.sequence for chunk in chunks] == sampled.sequences:
+        return TokenSources(np.arange(len(chunks)), sampled.tokens)  # all decode on, the usual step
     row_of = {id(sequence): row for row, sequence in enumerate(sampled.sequences)}
     rows = np.zeros(sum(chunk.length for chunk in chunks), np.int64)
     last = -1

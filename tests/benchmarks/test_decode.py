@@ -19,11 +19,15 @@ def test_a_row_for_every_case() -> None:
     base = random_model("small", device=CPU, dtype=torch.float32, max_position=256)
     arguments = argparse.Namespace(
         batch=[1, 3], context=[20], distinct=[1, 8], rank=[4], steps=2, decode_graphs="static",
-        lookahead="auto", continuous_batching=False,
+        lookahead="auto", continuous_batching=False, mixed=[5], kernels=False,
     )  # fmt: skip
     rows = list(engine_rows(base, arguments, bandwidth=1e9))
     add_ratios(rows)
 
+    mixed = [row for row in rows if row["what"] == "engine, mixed"]
+    rows = [row for row in rows if row not in mixed]
+    assert [row["prompt"] for row in mixed] == [5] * len(rows)
+    assert all(row["tokens_per_s"] > 0 and row["host_ms"] > 0 for row in mixed)
     cases = [(row["batch"], row["rank"], row["adapters"]) for row in rows]
     assert cases == [(1, 0, 0), (3, 0, 0), (1, 4, 1), (3, 4, 1), (3, 4, 3)]
     assert all(row["tokens_per_s"] > 0 and row["device_ms"] > 0 for row in rows)

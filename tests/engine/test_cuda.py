@@ -57,9 +57,48 @@ def test_exactness_on_cuda(served: Served, start: Callable[..., Driver], config:
         assert_exact(served, all_cases, run(driver, all_cases))  # now from the prefix cache
     if config.get("enable_fused", True):
         assert driver.engine.info().model_path == "fused"
-    steps = driver.engine.runner.decode_steps
-    has_graphs = steps is not None and steps.num_graphs > 0
-    assert has_graphs == (not config.keys() & {"decode_graphs", "enable_fused", "attention"})
+    steps = driver.engine.runner.static_steps
+    captured = [] if steps is None else steps.captured
+    has_graphs = not config.keys() & {"decode_graphs", "enable_fused", "attention"}
+    assert {shape.is_mixed for shape in captured} == ({True, False} if has_graphs else set())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"max_batch_tokens": 7}, {"num_blocks": 10, "max_batch_tokens": 16}],
+    ids=["together", "chunked", "preempted"],
+)
+def test_replayed_steps_with_prompts_in_them_are_exact(
+    served: Served, start: Callable[..., Driver], config: dict[str, Any]
+) -> None:
+    """Rounds of the same traffic, until a round needs no graph that the ones before have not captured."""
+    all_cases = cases(served)
+    driver = start(served, enable_prefix_cache=False, **config)
+    steps = driver.engine.runner.static_steps
+    assert steps is not None
+    for _ in range(3):
+        before, num_replays, num_steps = steps.captured, steps.num_replays, driver.engine.loop.num_steps
+        assert_exact(served, all_cases, run(driver, all_cases))
+    assert steps.captured == before
+    assert any(shape.is_mixed for shape in before)
+    assert steps.num_replays - num_replays == driver.engine.loop.num_steps - num_steps
+
+
+def test_graphs_captured_at_start(start: Callable[..., Driver]) -> None:
+    """Nothing is captured any more when requests come, and what is replayed is exact."""
+    served = family("llama", "cuda")
+    driver = start(served, max_batch_tokens=100)
+    driver.engine.runner.warm_up()
+    steps = driver.engine.runner.static_steps
+    assert steps is not None
+    captured = steps.captured
+    assert {shape.num_rows for shape in captured if shape.is_mixed} == {16, 32, 64, 96, 100}
+    assert not any(page.any() for layer in range(3) for page in driver.engine.kv.pages_of(layer))
+
+    all_cases = cases(served)
+    assert_exact(served, all_cases, run(driver, all_cases))
+    assert steps.captured == captured
+    assert steps.num_replays == driver.engine.loop.num_steps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -84,9 +123,10 @@ def test_a_graph_draws_what_plain_steps_draw(start: Callable[..., Driver]) -> No
     sampling = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=3)
     tokens = []
     for config in ({}, {"decode_graphs": "off", "lookahead": "off"}):
-        driver = start(served, **config)
-        answers = [driver.submit(prompt, sampling, served.refs[0]) for prompt in served.prompts(5, 9, 14)]
-        driver.run()
+        driver = start(served, enable_prefix_cache=False, **config)
+        for _ in range(2):  # the second time all steps are replayed
+            answers = [driver.submit(prompt, sampling, served.refs[0]) for prompt in served.prompts(5, 9, 14)]
+            driver.run()
         driver.engine.close()
         tokens.append([answer.token_ids for answer in answers])
     assert tokens[0] == tokens[1]
@@ -104,7 +144,7 @@ def test_weights_are_not_held_twice(start: Callable[..., Driver]) -> None:
     driver.run()
     held = torch.cuda.memory_allocated() - before - engine.kv.nbytes
     engine.close()
-    assert engine.runner.decode_steps is None
+    assert engine.runner.static_steps is None
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert held < 0.2 * weights, (held, weights)
 

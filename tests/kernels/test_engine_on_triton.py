@@ -1,8 +1,12 @@
-"""The engine with Triton's attention, interpreted: tables on the device, tiles, padded buckets, splits."""
+"""The engine with Triton's attention, interpreted: tables on the device, tiles, padded shapes. What nobody
+has written is NaN: rows and tiles of padding may hold anything."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -11,6 +15,16 @@ from tests.engine.driver import Driver
 from tests.engine.models import family
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Tensors that are allocated and not filled hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 def test_says_what_the_merged_model_says() -> None:
     served = family("gemma2")  # windows and soft caps
     config = EngineConfig(
@@ -24,7 +38,11 @@ def test_says_what_the_merged_model_says() -> None:
     sampling = SamplingParams(max_tokens=5, temperature=0.0, logprobs=0)
     answers = [driver.submit(prompt, sampling, ref) for ref, prompt in cases]
     driver.run()
+    steps = engine.runner.static_steps
     engine.close()
+
+    assert steps is not None
+    assert {shape.is_mixed for shape in steps.shapes} == {True, False}
 
     for (ref, prompt), answer in zip(cases, answers, strict=True):
         tokens, logprobs = served.oracle(ref, prompt, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,25 @@ def test_a_step_over_changed_lengths_is_cut_anew() -> None:
     attention.begin()
 
     assert_exact(short, attention.attend_cached(0, short.q, PLAIN))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("can_split", [False, True], ids=["whole", "split"])
+def test_tiles_among_padding(can_split: bool, options: AttentionOptions) -> None:
+    """What a CUDA graph of a mixed step reads: tiles for single queries too, and some without a query."""
+    step = make_step(Geometry(), [(200, 1), (9, 1), (90, 11), (0, 6)], options, can_split=can_split)
+    inputs, padding = step.inputs, torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
+    assert inputs.tiles is not None
+    singles = torch.tensor([[0, 1, 200, 0], [1, 1, 9, 1]], device=DEVICE)
+    step.inputs = replace(
+        inputs,
+        lengths=inputs.lengths[:0],
+        num_single=0,
+        singles=torch.cat([singles, padding]),
+        tiles=torch.cat([inputs.tiles, padding]),
+    )
+
+    assert_exact(step, step.run(options, SMALL))
 
 
 def test_layers_with_and_without_a_window_share_a_step() -> None:
@@ -233,6 +253,8 @@ def test_contexts_are_split_where_it_pays() -> None:
     assert not wants_split([1000] * 64, target=32)
     assert wants_split([32_000] + [200] * 255, target=32)
     assert not wants_split([], target=32)
+    assert wants_split([300], target=32, part_tokens=128)
+    assert not wants_split([300], target=32, part_tokens=256)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -1,20 +1,25 @@
-"""Decode steps over static buffers, and steps started before the last one's tokens are known, must be told
-apart from plain steps by nothing but their speed. On the CPU the buffers are the same and nothing is
+"""Steps over static tensors, and steps started before the last one's tokens are known, must be told
+apart from plain steps by nothing but their speed. On the CPU the tensors are the same and nothing is
 captured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adapter_core.adapter import Adapter, AdapterRef
 from service.engine.config import EngineConfig
-from service.engine.decode_steps import bucket_size
+from service.engine.engine import Engine
 from service.engine.messages import GenerationRequest, SamplingParams
+from service.engine.plan import Chunk, StepPlan
+from service.engine.sequence import Sequence
+from service.engine.step_shapes import MAX_ROWS
 from tests.engine.driver import GREEDY, Answer, Driver
 from tests.engine.models import Served, family
 from tests.engine.test_exactness import assert_exact, cases, run
@@ -26,6 +31,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "static ahead": {"decode_graphs": "static", "lookahead": "on"},
 }
 CROWDED = {"num_blocks": 10, "max_batch_tokens": 16}
+
+
+def has_mixed_shapes(driver: Driver) -> bool:
+    """Whether steps with pieces of prompts in them ran over static tensors."""
+    steps = driver.engine.runner.static_steps
+    return steps is not None and any(shape.is_mixed for shape in steps.shapes)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +56,7 @@ def test_exact(name: str, way: dict[str, Any], crowd: dict[str, Any], start: Sta
 
     assert_exact(served, all_cases, run(driver, all_cases))
     assert_exact(served, all_cases, run(driver, all_cases))  # from the prefix cache, where there is one
+    assert has_mixed_shapes(driver) == ("decode_graphs" in way)
     assert driver.engine.stats().kv_blocks_used == 0
 
 
@@ -165,13 +177,123 @@ def test_a_nan_fails_its_user_only(llama: Served, start: Start, way: dict[str, A
     assert_exact(llama, [(llama.refs[0], prompt), (llama.refs[1], prompt)], [good, reused])
 
 
-def test_buckets() -> None:
-    sizes = [bucket_size(count, 300) for count in range(1, 301)]
-    assert all(size >= count for count, size in enumerate(sizes, 1))
-    assert sizes == sorted(sizes)
-    assert sizes[-1] == 300
-    assert len(set(sizes)) == 26
-    assert max(size / count for count, size in enumerate(sizes, 1) if count > 8) <= 1.78
+@pytest.mark.parametrize(
+    ("chunks", "params", "basis_id", "expected"),
+    [
+        ([(7, 1), (0, 40)], {}, "own", True),
+        ([(7, 1)], {}, None, True),
+        ([(0, 30)], {"prompt_logprobs": 0}, "own", False),
+        ([(3, 1), (0, 9)], {}, "other", False),
+        ([(3, 1)], {}, "other", False),
+        ([(0, MAX_ROWS)], {}, "own", True),
+        ([(8, 1), (3, 1), (0, MAX_ROWS - 1)], {}, "own", False),
+    ],
+)
+def test_what_is_static(
+    llama: Served,
+    start: Start,
+    chunks: list[tuple[int, int]],
+    params: dict[str, Any],
+    basis_id: str | None,
+    expected: bool,
+) -> None:
+    """A prompt that is scored, an adapter of another basis, more tokens than the largest shape are not."""
+    steps = start(llama, decode_graphs="static", max_batch_tokens=2 * MAX_ROWS).engine.runner.static_steps
+    assert steps is not None
+    ref = None if basis_id is None else AdapterRef("default", "a", 1, basis_id)
+    plan = StepPlan()
+    for order, (first, length) in enumerate(chunks):
+        request = GenerationRequest(str(order), "t", [1] * (first + length), SamplingParams(**params), ref)
+        plan.chunks.append(Chunk(Sequence(request, order, b""), first, length))
+
+    assert steps.can_run(plan, "own") == expected
+
+
+@dataclass(frozen=True)
+class Request:
+    """which: an adapter by number, 0 the base model, the last ones of another basis. arrives_at: a step."""
+
+    which: int
+    length: int
+    max_tokens: int
+    arrives_at: int
+    extras: dict[str, Any]
+
+
+REQUESTS = st.lists(
+    st.builds(
+        Request,
+        which=st.integers(0, 6),
+        length=st.integers(1, 30),
+        max_tokens=st.integers(0, 8),
+        arrives_at=st.integers(0, 8),
+        extras=st.sampled_from(
+            [{}, {}, {"prompt_logprobs": 1}, {"temperature": 1.0, "seed": 1}, {"presence_penalty": 0.7}]
+        ),
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(max_examples=50)
+@given(
+    requests=REQUESTS,
+    num_blocks=st.integers(10, 30),
+    max_batch_tokens=st.sampled_from([4, 16, 17, 50]),
+    enable_prefix_cache=st.booleans(),
+    lookahead=st.sampled_from(["on", "off"]),
+)
+def test_any_traffic_says_what_plain_steps_say(requests: list[Request], **config: Any) -> None:
+    """Chunks of all sizes, adapters, preemption, tokens that the host does not know yet."""
+    served = family("micro")
+    plain = answers_to(served, requests, {**config, "lookahead": "off"})
+    static = answers_to(served, requests, {**config, "decode_graphs": "static"})
+
+    for got, expected in zip(static, plain, strict=True):
+        assert got.token_ids == expected.token_ids
+        assert got.finish_reason == expected.finish_reason
+        for one, other in zip(got.logprobs, expected.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def answers_to(served: Served, requests: list[Request], config: dict[str, Any]) -> list[Answer]:
+    fixed: dict[str, Any] = {"block_size": 4, "num_slots": 3, "max_batch_seqs": 5}
+    engine = Engine(served.base, EngineConfig(**fixed, **config))
+    try:
+        engine.add_basis(served.basis)
+        driver = Driver(engine, served.adapters, {served.other_basis.basis_id: served.other_basis})
+        refs = [None, *served.refs, *served.other_refs]
+        answers: dict[int, Answer] = {}
+        for step in range(9):
+            for number, request in enumerate(requests):
+                if request.arrives_at == step:
+                    params = replace(GREEDY, max_tokens=request.max_tokens, **request.extras)
+                    prompt = served.prompts(request.length, seed=number)[0]
+                    answers[number] = driver.submit(prompt, params, refs[request.which])
+            driver.fetch()
+            driver.step()
+        driver.run()
+        return [answers[number] for number in range(len(requests))]
+    finally:
+        engine.close()
+
+
+def test_warming_up_leaves_nothing_behind(llama: Served, start: Start) -> None:
+    """Every shape is run on padding: no KV is written, and the steps that follow are exact."""
+    driver = start(llama, decode_graphs="static", max_batch_tokens=40, max_batch_seqs=5)
+    steps, engine = driver.engine.runner.static_steps, driver.engine
+    assert steps is not None
+    with torch.inference_mode():
+        steps.warm_up(engine.bases.tables[llama.basis.basis_id])
+    shapes = steps.shapes
+
+    assert {shape.num_rows for shape in shapes if shape.is_mixed} == {16, 32, 40}
+    assert {shape.num_rows for shape in shapes if not shape.is_mixed} == {1, 2, 3, 4, 5}
+    assert not any(page.any() for layer in range(3) for page in engine.kv.pages_of(layer))
+    all_cases = cases(llama)
+    assert_exact(llama, all_cases, run(driver, all_cases))
+    assert steps.shapes == shapes
 
 
 @pytest.mark.parametrize("field", ["decode_graphs", "lookahead", "attention"])
