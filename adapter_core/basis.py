@@ -75,6 +75,16 @@ class BasisManifest:
         return numbers * DTYPES[self.dtype].itemsize
 
     @property
+    def is_regenerated(self) -> bool:
+        """Whether its tensors follow from this manifest alone, so that nothing else is stored (LoRAM)."""
+        return bool(self.recipe.get("is_regenerated"))
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the basis takes in a store, which is what a quota counts: its factors, or this as JSON."""
+        return len(self.to_json()) if self.is_regenerated else self.factor_bytes
+
+    @property
     def is_own(self) -> bool:
         """Whether it was made for adapters of its owner, not for everybody's."""
         return bool(self.recipe.get("is_own"))

@@ -2,7 +2,8 @@
 
 A basis is found by what it was built from (`recipe_key`) and named by its digest. Factors are written before
 the manifest and the manifest before the name, so whoever finds a basis can read all of it. A copy on the disk
-saves the transfer; it is verified like the stored bytes.
+saves the transfer; it is verified like the stored bytes. A basis that follows from its manifest (LoRAM) is
+that manifest, in the store and on the disk: its factors are made again by whoever reads it, and verified.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from adapter_core import keys
 from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet, build_basis
+from adapter_core.bases.loram import regenerate
 from adapter_core.basis import DTYPES, Basis, BasisManifest, raw_bytes, storage_dtype
 from adapter_core.errors import CorruptRecord, NotFound
 from adapter_core.own_bases import EVERYBODY, basis_not_found
@@ -35,7 +37,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: A file of the disk cache: manifest length, manifest as JSON, factors of each module, preconditioner.
+#: A file of the disk cache: manifest length, manifest as JSON, factors of each module, preconditioner; or
+#: only the first two.
 _LENGTH_BYTES = 8
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 
@@ -141,8 +144,17 @@ class BasisStore:
             return None
         return torch.frombuffer(bytearray(content), dtype=torch.float32).view(shape)
 
+    async def keep_factors(self, basis: Basis) -> None:
+        """Store the factors of a basis that is in the store as a manifest only; else do nothing."""
+        if not basis.manifest.is_regenerated and (await self.manifest(basis.basis_id)).is_regenerated:
+            await self._write(basis)
+
     async def _write(self, basis: Basis) -> None:
         basis_id = basis.basis_id
+        if basis.manifest.is_regenerated:
+            with translate_errors():
+                await self._redis.set(keys.basis_manifest(basis_id), basis.manifest.to_json())
+            return
         modules = ((keys.basis_module(basis_id, i), blob) for i, blob in enumerate(basis.module_bytes()))
         with translate_errors():
             for batch in _batches(modules, basis.manifest):
@@ -176,8 +188,11 @@ class BasisStore:
             if cached is not None:
                 return cached
         manifest = await self.manifest(basis_id)
-        modules, preconditioner = await self._factors(manifest)
-        basis = await asyncio.to_thread(Basis.from_bytes, manifest, modules, preconditioner)
+        if manifest.is_regenerated:
+            basis = await asyncio.to_thread(regenerate, manifest)
+        else:
+            modules, preconditioner = await self._factors(manifest)
+            basis = await asyncio.to_thread(Basis.from_bytes, manifest, modules, preconditioner)
         if self._cache is not None and not manifest.is_own:  # deleting it must leave no copy
             await asyncio.to_thread(self._cache.save, basis)
         return basis
@@ -217,6 +232,8 @@ class _DiskCache:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
                 manifest = _parse_manifest(basis_id, file.read(min(length, _MAX_MANIFEST_BYTES)))
+                if manifest.is_regenerated:
+                    return regenerate(manifest)
                 modules = [file.read(size) for size in _module_sizes(manifest)]
                 return Basis.from_bytes(manifest, modules, file.read())
         except FileNotFoundError:
@@ -235,9 +252,10 @@ class _DiskCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 file.write(len(manifest).to_bytes(_LENGTH_BYTES, "little") + manifest)
-                for blob in basis.module_bytes():
-                    file.write(blob)
-                file.write(basis.preconditioner_bytes())
+                if not basis.manifest.is_regenerated:
+                    for blob in basis.module_bytes():
+                        file.write(blob)
+                    file.write(basis.preconditioner_bytes())
             part.replace(self._folder / f"{basis.basis_id}.basis")
         except OSError as error:
             log.warning("basis %s is not cached: %s", basis.basis_id, error)

@@ -137,7 +137,7 @@ class OwnBases:
         basis_id = manifest.basis_id
         if await self._is_everybodys(basis_id):
             return False
-        reply = await self._claim(tenant, basis_id, manifest.factor_bytes, room_id)
+        reply = await self._claim(tenant, basis_id, manifest.stored_bytes, room_id)
         names = [keys.basis_owners(basis_id), keys.basis_manifest(basis_id)]
         if await _OWN(self._redis, keys=names, args=[tenant, reply]):
             return True

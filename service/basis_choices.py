@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adapter_core.bases import find_method
 from adapter_core.bases.targets import check_rank
 from adapter_core.basis import ModuleShape
 from adapter_core.basis_holds import BasisHolds, source_key
@@ -156,6 +157,8 @@ class BasisChoices:
             sha256=sha256,
         )
         if await self._holds.find(tenant, key) is not None:
+            return
+        if not find_method(choice.method).stores_factors(choice.options):
             return
         try:
             await self.check_room(tenant, choice.rank, shapes)

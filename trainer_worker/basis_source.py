@@ -137,7 +137,8 @@ class BasisSource:
         if found is not None:
             await self._holds.hold(tenant, found.basis_id, job_id)
             return JobBasis(found, "found", await self._bases.step(found))
-        await self._holds.check_room(tenant, self._size(attempt.job.spec))
+        if find_method(attempt.job.spec.method).stores_factors(attempt.job.spec.basis_options):
+            await self._holds.check_room(tenant, self._size(attempt.job.spec))
         built = await self._build(attempt, recipe, examples)
         names = [name, _source_key(attempt.job.spec, calibration)]
         await until_available(lambda: self._store_own(attempt.job, names, built), attempt.note_outage)
@@ -150,6 +151,8 @@ class BasisSource:
             await self._holds.hold(job.tenant, basis_id, job.job_id)
             await self._bases.put_own(built.basis, step=built.step)
             await self._holds.remember(job.tenant, names, basis_id)
+        else:
+            await self._bases.keep_factors(built.basis)
 
     async def _build(
         self, attempt: Attempt, recipe: dict[str, Any], calibration: CalibrationSet | None

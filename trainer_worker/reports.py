@@ -45,7 +45,7 @@ def basis_result(found: JobBasis, *, building_s: float) -> dict[str, Any]:
     return {
         "basis_id": manifest.basis_id,
         "origin": found.origin,
-        "bytes": manifest.factor_bytes,
+        "bytes": manifest.stored_bytes,
         "num_modules": len(manifest.modules),
         "building_s": round(building_s, 2),
         "calibration": manifest.recipe.get("calibration"),

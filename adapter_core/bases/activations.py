@@ -16,6 +16,10 @@ from torch import Tensor
 MAX_DOUBLE_WIDTH = 2048
 
 
+#: A batch's product of inputs is added in so many parts, each of which is a transient.
+NUM_STRIPES = 8
+
+
 def moment_bytes(width: int) -> int:
     """Of one second moment [width, width]."""
     return width * width * (8 if width <= MAX_DOUBLE_WIDTH else 4)
@@ -32,13 +36,14 @@ class SecondMoment:
     """Z = mean x xᵀ and μ = mean x over all tokens (LoRA-DA's K-FAC factor; EVA's covariance is Z - μ μᵀ).
 
     Sums are taken about the mean of the first batch, or the covariance of inputs with a large mean would be
-    the difference of two large numbers.
+    the difference of two large numbers. num_readers: of the modules that will take its moment; 0: it is kept.
     """
 
     def __init__(self, width: int) -> None:
         self._width = width
         self._sum: Tensor | None = None
         self.num_tokens = 0
+        self.num_readers = 0
 
     def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
         if not len(x):
@@ -50,7 +55,8 @@ class SecondMoment:
             self._outer = torch.zeros(self._width, self._width, dtype=dtype, device=x.device)
         centred = x - self._shift
         self._sum += centred.sum(0)
-        self._outer += centred.mT @ centred
+        for rows in range(0, self._width, step := -(-self._width // NUM_STRIPES)):
+            self._outer[rows : rows + step] += centred[:, rows : rows + step].mT @ centred
         self.num_tokens += len(x)
 
     @property
@@ -70,6 +76,16 @@ class SecondMoment:
     def moment(self) -> Tensor:
         """Z = E[x xᵀ], uncentred: [d_in, d_in], symmetric."""
         return self.covariance + torch.outer(self.mean, self.mean)
+
+    def take_moment(self) -> Tensor:
+        """Z, to be overwritten. The last of `num_readers` gets the memory of the sums, which end with it."""
+        self.num_readers -= 1
+        if self.num_readers != 0:
+            return self.moment
+        assert self._sum is not None
+        Z, mean, offset = self._outer, self.mean, self._sum / self.num_tokens
+        del self._outer
+        return Z.div_(self.num_tokens).addr_(offset, offset, alpha=-1).addr_(mean, mean)
 
 
 class ScaledMoment:

@@ -20,8 +20,9 @@ from adapter_core.bases.collected import Counts, Needs, Statistics
 from adapter_core.bases.decomposition import Decomposition, module_seed
 from adapter_core.bases.gradients import collect
 from adapter_core.bases.losses import check_fits
+from adapter_core.bases.memory_bound import MemoryBound
 from adapter_core.bases.method import Method, ModuleData, ModuleFactors, Options, fill_options
-from adapter_core.bases.targets import Target, find_targets, layer_groups
+from adapter_core.bases.targets import Target, find_targets, layer_groups, module_groups
 from adapter_core.basis import DTYPES, Basis, ModuleShape
 from adapter_core.errors import InvalidInput
 
@@ -61,6 +62,7 @@ def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
     method.check(request.rank, options)
     needs = method.needs(request.rank, options)
     usable = usable_calibration(base, method.name, needs, request.calibration)
+    check_size(usable, request.rank)
     chosen = None if usable is None else method.select(usable, options)
     check_size(chosen, request.rank)
     refinement = None
@@ -69,7 +71,8 @@ def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
     total = len(targets) + (0 if refinement is None else refinement.num_steps)
     report = request.progress or (lambda done, total: None)
     found: dict[ModuleShape, ModuleFactors] = {}
-    for target, statistics in passes(base, targets, needs, chosen, population=usable, options=options):
+    reading = Reading(chosen, usable, request.rank, options.get("statistics_bytes", 0))
+    for target, statistics in passes(base, targets, needs, reading):
         found[target.shape] = _factorise(method, target, statistics, request.rank, options)
         report(len(found), total)
     recipe = _recipe(method, request, options, chosen, found)
@@ -118,42 +121,44 @@ def check_size(chosen: CalibrationSet | None, rank: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read, and within which memory. chosen: of the `population`; limit_bytes: 0 is the bound's.
+
+    rank: of the LoRA whose training is the bound.
+    """
+
+    chosen: CalibrationSet | None
+    population: CalibrationSet | None
+    rank: int
+    limit_bytes: int = 0
+
+
 def passes(
-    base: BaseModel,
-    targets: Sequence[Target],
-    needs: Needs,
-    chosen: CalibrationSet | None,
-    *,
-    population: CalibrationSet | None,
-    options: Options,
+    base: BaseModel, targets: Sequence[Target], needs: Needs, reading: Reading
 ) -> Iterator[tuple[Target, Statistics]]:
     """Each target with its statistics, one pass over `chosen` per group of layers that fits the memory limit.
 
-    A group's statistics are dropped, module by module, before the next pass.
+    A group's statistics are dropped, module by module, before the next pass. Where whole layers are too much
+    for the bound a group is a part of a layer, if it is about gradients: rules that learn from inputs are
+    shared by modules of a layer, and must be.
     """
-    if chosen is None:
+    if reading.chosen is None:
         for target in targets:
             yield target, Statistics(Counts())
         return
     sizes = [needs.bytes_for(target) for target in targets]
-    limit_bytes = options["statistics_bytes"] or spare_bytes(targets, chosen, sum(sizes))
-    for group in layer_groups(targets, sizes, limit_bytes):
+    bound = MemoryBound(targets, reading.rank, reading.chosen)
+    limit_bytes = reading.limit_bytes or bound.statistics_bytes(sum(sizes))
+    cut = module_groups if needs.gradient and not reading.limit_bytes else layer_groups
+    for group in cut(targets, sizes, limit_bytes):
         members = [targets[index] for index in group]
-        statistics = collect(base, members, chosen, needs, population=population)
-        for target in members:
-            yield target, statistics.pop(0)
-
-
-def spare_bytes(targets: Sequence[Target], calibration: CalibrationSet, total_bytes: int) -> int:
-    """Statistics in one pass so that its peak stays below that of training LoRA on the same batches.
-
-    LoRA keeps the input of every target module until its gradient comes, X bytes (about half of the modules
-    share theirs: query, key and value; gate and up). A pass over a share f of the modules keeps f X and f S
-    of all S = `total_bytes`; f X + f S <= X gives f S = S X / (X + S).
-    """
-    width = sum(target.shape.d_in * target.weight.element_size() for target in targets)
-    inputs_bytes = calibration.max_batch_tokens * width // 2
-    return total_bytes * inputs_bytes // (inputs_bytes + total_bytes)
+        statistics = collect(base, members, reading.chosen, needs, population=reading.population, bound=bound)
+        for index in group:
+            found = statistics.pop(0)
+            found.working_bytes = bound.working_bytes(sum(sizes[index : group.stop]))
+            yield targets[index], found
+            del found
 
 
 @torch.no_grad()
@@ -166,12 +171,15 @@ def _factorise(
         rank=rank,
         seed=module_seed(options["seed"], method.name, target.name, rank),
         statistics=statistics,
-        decomposition=Decomposition(options["svd"]),
+        decomposition=Decomposition(options["svd"], statistics.working_bytes),
     )
     factors = method.factorise(data, options)
     step = None if factors.step is None else factors.step.double().cpu()
-    # Copies: r of a decomposition's vectors would keep the memory of all of them.
-    return ModuleFactors(factors.A.cpu().clone(), factors.B.cpu().clone(), step, factors.notes)
+    # Copies: r of a decomposition's vectors would keep the memory of all of them. Of sums in float32 no more
+    # than float32 is known.
+    dtype = factors.A.dtype if statistics.working_bytes is None else torch.float32
+    A, B = (x.to("cpu", dtype, copy=True) for x in (factors.A, factors.B))
+    return ModuleFactors(A, B, step, factors.notes)
 
 
 def _recipe(

@@ -61,17 +61,30 @@ class Counts:
 
 @dataclass
 class Statistics:
-    """What was collected for one module. gradient: [d_out, d_in] float32, the sum over examples."""
+    """What was collected for one module. gradient: [d_out, d_in] float32, the sum over examples.
+
+    working_bytes: what its factorisation may use beside these, None for no bound. Where there is a bound they
+    are for one use, and `take_gradient` gives away what it returns.
+    """
 
     counts: Counts
     gradient: Tensor | None = None
     inputs: InputRule | None = None
     outputs: Tensor | None = None
+    working_bytes: int | None = None
 
     def g(self) -> Tensor:
         """The summed gradient [d_out, d_in]."""
         assert self.gradient is not None, "the method did not say that it needs the gradient"
         return self.gradient
+
+    def take_gradient(self) -> Tensor:
+        """The summed gradient [d_out, d_in], to be overwritten."""
+        g = self.g()
+        if self.working_bytes is None:
+            return g.clone()
+        self.gradient = None
+        return g
 
     def Y(self) -> Tensor:
         """The second moment of the output gradients, [d_out] or [d_out, d_out], in the units asked for."""

@@ -21,8 +21,11 @@ from adapter_core.errors import InvalidInput
 MAX_EXACT_SIDE = 4096
 #: Up to this smaller side the exact SVD is done in float64.
 MAX_DOUBLE_SIDE = 2048
-#: Up to this side all eigenvectors are computed, beyond it LOBPCG finds the few that are wanted.
-MAX_EIGH_SIDE = 1024
+#: Up to this side all eigenvectors are computed, beyond it LOBPCG finds the few that are wanted: where
+#: eigenvalues cluster, another space of about the same worth. The cost at most is that of an exact SVD.
+MAX_EIGH_SIDE = 4096
+#: Up to this side a spectral norm comes from all singular values, beyond it from power iteration.
+MAX_NORM_SIDE = 1024
 OVERSAMPLING = 4
 NUM_POWER_ITERATIONS = 4
 #: Below this share of the largest singular value a direction is rounding, not data (sums are in float32).
@@ -33,9 +36,14 @@ Kind = Literal["auto", "exact", "randomised"]
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How singular vectors are found. kind: "auto" is exact up to `MAX_EXACT_SIDE`."""
+    """How singular vectors are found. kind: "auto" is exact up to `MAX_EXACT_SIDE`.
+
+    limit_bytes: of memory beside the matrix, None for no limit. Where float64 does not fit, float32 is used,
+    and where that does not fit either, "auto" is randomised.
+    """
 
     kind: Kind = "auto"
+    limit_bytes: int | None = None
 
     def svd(self, X: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """U [m, k], S [k], Vh [k, n] of X [m, n], with k > rank where X has more, in canonical signs.
@@ -43,8 +51,9 @@ class Decomposition:
         Float64 for small matrices, else float32. The caller's random generator is left untouched.
         """
         side = min(X.shape)
-        if self.kind == "exact" or (self.kind == "auto" and side <= MAX_EXACT_SIDE):
-            U, S, Vh = torch.linalg.svd(_precise(X), full_matrices=False)
+        exact = self._exact_dtype(X)
+        if exact is not None:
+            U, S, Vh = torch.linalg.svd(X.to(exact), full_matrices=False)
         else:
             q = min(max(OVERSAMPLING * rank, rank + 16), side)
             with torch.random.fork_rng(devices=[X.device] if X.is_cuda else []):
@@ -53,6 +62,23 @@ class Decomposition:
             Vh = V.mT
         U, Vh = canonical_signs(U, Vh)
         return U, S, Vh
+
+    def _exact_dtype(self, X: Tensor) -> torch.dtype | None:
+        """Of the exact decomposition; None for the randomised one."""
+        if self.kind == "randomised" or (self.kind == "auto" and min(X.shape) > MAX_EXACT_SIDE):
+            return None
+        precise = _precise_dtype(X)
+        if self.limit_bytes is None or svd_bytes(X, precise) <= self.limit_bytes:
+            return precise
+        fits = svd_bytes(X, torch.float32) <= self.limit_bytes
+        return torch.float32 if fits or self.kind == "exact" else None
+
+
+def svd_bytes(X: Tensor, dtype: torch.dtype) -> int:
+    """What the exact SVD of X needs in this dtype: X in it, LAPACK's copy, U, Vh and its work space 4 k²."""
+    k = min(X.shape)
+    copies = 1 if X.dtype == dtype else 2
+    return dtype.itemsize * (copies * X.numel() + k * (X.shape[0] + X.shape[1]) + 4 * k * k)
 
 
 def relative_gap(S: Tensor, rank: int) -> float:
@@ -99,25 +125,46 @@ def smallest_eigenvectors(
     solver: str = "auto",
     num_iterations: int = 40,
     generator: torch.Generator | None = None,
+    limit_bytes: int | None = None,
 ) -> Tensor:
     """Q [n, rank]: orthonormal eigenvectors of symmetric X [n, n], its smallest eigenvalues first.
 
     solver: "eigh", "lobpcg" or "auto" (LOBPCG beyond `MAX_EIGH_SIDE`; it needs n >= 3 rank and `generator`
-    for its start).
+    for its start). LOBPCG ends after `num_iterations`: between eigenvalues close to one another it has not
+    told the vectors apart by then, though it has found about as small ones. limit_bytes: of memory beside X,
+    which is overwritten then; where "auto" does not find room for eigh, it is LOBPCG.
     """
     n = len(X)
-    small = n <= MAX_EIGH_SIDE or n < 3 * rank
-    if n < 3 * rank or solver == "eigh" or (solver == "auto" and small):
-        return canonical_columns(torch.linalg.eigh(_precise(X))[1][:, :rank])
+    fits = limit_bytes is None or eigh_bytes(X) <= limit_bytes
+    if n < 3 * rank or solver == "eigh" or (solver == "auto" and n <= MAX_EIGH_SIDE and fits):
+        return canonical_columns(_eigenvectors(X, overwrite=limit_bytes is not None)[:, :rank])
     start = random_orthonormal(n, rank, generator or torch.Generator().manual_seed(0))
-    X = X / X.abs().max()  # eigenvectors do not depend on it, the solver's tolerance does
+    largest = max(map(abs, torch.stack(torch.aminmax(X)).tolist()))
+    # Eigenvectors do not depend on it, the solver's tolerance does.
+    X = X / largest if limit_bytes is None else X.div_(largest)
     Q = torch.lobpcg(X, k=rank, X=start.to(X), largest=False, niter=num_iterations)[1]
     return canonical_columns(Q)
 
 
+def eigh_bytes(X: Tensor) -> int:
+    """What all eigenvectors of X [n, n] need, in the memory of X where its dtype is kept: work space 2 n²."""
+    dtype = _precise_dtype(X)
+    return dtype.itemsize * len(X) ** 2 * (2 if X.dtype == dtype else 4)
+
+
+def _eigenvectors(X: Tensor, *, overwrite: bool) -> Tensor:
+    """All of symmetric X [n, n], ascending by eigenvalue. overwrite: into the memory of X."""
+    if not overwrite or X.dtype != _precise_dtype(X):
+        vectors: Tensor = torch.linalg.eigh(X.to(_precise_dtype(X)))[1]
+        return vectors
+    columns = X if X.stride(0) == 1 else X.mT  # column-major, as LAPACK works: nothing is copied
+    torch.linalg.eigh(columns, out=(columns.new_empty(len(columns)), columns))
+    return columns
+
+
 def spectral_norm(X: Tensor) -> float:
     """The largest singular value of X [m, n], by power iteration on the smaller Gram matrix's side."""
-    if min(X.shape) <= MAX_EIGH_SIDE:
+    if min(X.shape) <= MAX_NORM_SIDE:
         return float(torch.linalg.matrix_norm(_precise(X), ord=2))
     v = torch.randn(X.shape[1], generator=torch.Generator().manual_seed(0)).to(X)
     for _ in range(64):
@@ -132,5 +179,8 @@ def module_seed(seed: int, method: str, name: str, rank: int) -> int:
 
 
 def _precise(X: Tensor) -> Tensor:
-    small = min(X.shape) <= MAX_DOUBLE_SIDE
-    return X.double() if small else X.float()
+    return X.to(_precise_dtype(X))
+
+
+def _precise_dtype(X: Tensor) -> torch.dtype:
+    return torch.float64 if min(X.shape) <= MAX_DOUBLE_SIDE else torch.float32

@@ -16,7 +16,7 @@ also when it fails. The caller must have the model for itself meanwhile.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from adapter_core.base_model import BaseModel
-from adapter_core.bases.activations import InputRule, OutputMoment
+from adapter_core.bases.activations import InputRule, OutputMoment, SecondMoment
 from adapter_core.bases.calibration import CalibrationBatch, CalibrationSet
 from adapter_core.bases.collected import Counts, Needs, Statistics
 from adapter_core.bases.losses import example_losses, run_forward
+from adapter_core.bases.memory_bound import MemoryBound
 from adapter_core.bases.targets import Target
 from adapter_core.errors import InvalidInput, UnsupportedModel
 
@@ -43,19 +44,25 @@ def collect(
     needs: Needs,
     *,
     population: CalibrationSet | None = None,
+    bound: MemoryBound | None = None,
 ) -> list[Statistics]:
     """Statistics of each target, in order, from one pass over the calibration set.
 
-    population: the set that it was drawn from. Raises `InvalidInput` naming the module and the value for a
-    gradient or an input that is not finite.
+    population: the set that it was drawn from. bound: is told what the model keeps meanwhile.
+
+    Raises `InvalidInput` naming the module and the value for a gradient or an input that is not finite.
     """
     counts = _counts(calibration, population or calibration)
     taps = [_Tap(target, needs, counts) for target in targets]
     shared = _SharedInputs()
     with frozen(base.model), _hooked(taps, shared):
         for batch in calibration.batches():
-            _run(base, batch.to(base.device), taps, shared, backward=needs.labels)
-    return [tap.finish() for tap in taps]
+            _run(base, batch.to(base.device), taps, shared, backward=needs.labels, bound=bound)
+    found = [tap.finish() for tap in taps]
+    for statistics in found if bound is not None else ():
+        if isinstance(statistics.inputs, SecondMoment):
+            statistics.inputs.num_readers += 1
+    return found
 
 
 def _counts(calibration: CalibrationSet, population: CalibrationSet) -> Counts:
@@ -69,7 +76,13 @@ def _counts(calibration: CalibrationSet, population: CalibrationSet) -> Counts:
 
 
 def _run(
-    base: BaseModel, batch: CalibrationBatch, taps: Sequence[_Tap], shared: _SharedInputs, *, backward: bool
+    base: BaseModel,
+    batch: CalibrationBatch,
+    taps: Sequence[_Tap],
+    shared: _SharedInputs,
+    *,
+    backward: bool,
+    bound: MemoryBound | None,
 ) -> None:
     scale = LOSS_SCALE.get(base.model.dtype, 1.0)
     shared.begin()
@@ -79,7 +92,8 @@ def _run(
         if not backward:
             run_forward(base, batch)
             return
-        loss = example_losses(base, batch).sum()
+        with nullcontext() if bound is None else bound.measured(base.model):
+            loss = example_losses(base, batch).sum()
         if not loss.requires_grad:
             raise UnsupportedModel(f"the loss does not depend on {taps[0].target.name}")
         torch.autograd.backward(loss * scale)

@@ -5,6 +5,7 @@ The algebra of `lora_da.py` alone: matrices in, matrices out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Fisher:
         """tr D, the sum of the output side's inverse."""
         return float(self.Y_inv.sum() if self.Y_inv.dim() == 1 else self.Y_inv.trace())
 
-    def natural_step(self, g: Tensor) -> Tensor:
+    def natural_step(self, g: Tensor, *, overwrite: bool = False) -> Tensor:
         """Δ = -Y^-1 g Z^-1, [d_out, d_in], and 0 in the directions that the data has not.
 
         A gradient is a sum of δ xᵀ over the data, so what it holds there is rounding; 1 / λ would make it
@@ -47,8 +48,13 @@ class Fisher:
             g = g - (g @ self.unseen_in) @ self.unseen_in.mT
         if self.unseen_out is not None:
             g = g - self.unseen_out @ (self.unseen_out.mT @ g)
-        scaled = self.Y_inv[:, None] * g if self.Y_inv.dim() == 1 else self.Y_inv @ g
-        return -scaled @ self.Z_inv
+        if self.Y_inv.dim() == 2:
+            g = self.Y_inv @ g
+        elif overwrite:
+            g *= self.Y_inv[:, None]
+        else:
+            g = self.Y_inv[:, None] * g
+        return (g @ self.Z_inv).neg_()
 
 
 def invert_fisher(Z: Tensor, Y: Tensor, *, damping: float, is_relative: bool, name: str) -> Fisher:
@@ -70,12 +76,18 @@ def guidance(
     fisher: Fisher, delta: Tensor, *, variance: float, use_variance: bool = True, use_bias: bool = True
 ) -> Tensor:
     """Ω = variance Z^-1 - ΔᵀΔ [d_in, d_in], symmetric. variance: tr D / N with its weight."""
-    omega = torch.zeros_like(fisher.Z_inv)
-    if use_variance:
-        omega += variance * fisher.Z_inv
+    omega = fisher.Z_inv * variance if use_variance else torch.zeros_like(fisher.Z_inv)
     if use_bias:
-        omega -= delta.mT @ delta
+        omega.addmm_(delta.mT, delta, alpha=-1)
     return (omega + omega.mT) / 2
+
+
+def guidance_into(
+    Z_inv: Tensor, delta: Tensor, *, variance: float, use_variance: bool = True, use_bias: bool = True
+) -> Tensor:
+    """`guidance` in the memory of Z^-1, and symmetric but for rounding."""
+    omega = Z_inv.mul_(variance) if use_variance else Z_inv.zero_()
+    return omega.addmm_(delta.mT, delta, alpha=-1) if use_bias else omega
 
 
 def two_sided(fisher: Fisher, delta: Tensor, rank: int, *, inverse_n: float) -> tuple[Tensor, Tensor]:
@@ -114,15 +126,15 @@ def damped_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor
     a little negative. Where that takes half of the damping or more, `eigen_inverse` takes over (five to six
     times the work). Raises `InvalidInput` for a matrix that is not finite or that rounding does not explain.
     """
-    X = (X + X.mT) / 2
-    if not bool(torch.isfinite(X).all()):
+    if not math.isfinite(sum(map(float, torch.aminmax(X)))):
         raise InvalidInput(f"{what} holds a value that is not finite", param="calibration")
-    damped = X.clone()
-    damped.diagonal().add_(damping)  # in place: an identity of this size would be 0.8 GB for an 8B model
-    L, info = torch.linalg.cholesky_ex(damped)
-    del damped
+    # One copy of X, column-major as LAPACK works, in which everything happens: for an 8B model it has 0.8 GB.
+    inverse = X.mT.clone(memory_format=torch.contiguous_format).mT
+    inverse.diagonal().add_(damping)
+    info = torch.empty((), dtype=torch.int32, device=X.device)
+    torch.linalg.cholesky_ex(inverse, out=(inverse, info))
     if int(info) == 0:
-        inverse: Tensor = torch.cholesky_inverse(L)
+        torch.cholesky_inverse(inverse, out=inverse)
         if _largest_eigenvalue(inverse) * damping < 2:
             return inverse, None
     return eigen_inverse(X, damping, what)
@@ -134,7 +146,7 @@ def eigen_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor 
     Rounding is at least as large as the most negative eigenvalue, so no eigenvalue of that size or less is
     known to be more. Raises `InvalidInput` if it is beyond n eps of the largest one: no moment then.
     """
-    values, Q = torch.linalg.eigh(X)
+    values, Q = torch.linalg.eigh((X + X.mT) / 2)
     rounding, largest = max(0.0, -float(values[0])), float(values[-1])
     if rounding > len(X) * SUM_EPSILON * largest:
         raise InvalidInput(

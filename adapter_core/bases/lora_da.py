@@ -63,9 +63,13 @@ from adapter_core.bases.decomposition import (
     smallest_eigenvectors,
     spectral_norm,
 )
-from adapter_core.bases.guidance import Fisher, guidance, invert_fisher, two_sided
+from adapter_core.bases.guidance import Fisher, guidance_into, invert_fisher, two_sided
 from adapter_core.bases.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
 from adapter_core.errors import InvalidInput
+
+#: Of LOBPCG. After 40 / 100 / 200 / 400 the 8 directions of 576 inputs that 64 tokens give are 0.93 / 0.50 /
+#: 0.17 / 0.02 (of 2.83) off, with 0.960 / 0.991 / 0.9993 / 0.99999 of the exact ones' worth, tr A Ω Aᵀ.
+NUM_ITERATIONS = 100
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
@@ -77,26 +81,22 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
     if not sigma > 0:
         raise InvalidInput(f"the natural-gradient step of {data.shape.name} is {sigma}", param="calibration")
     if is_normalised(options):
-        delta, inverse_n = delta / sigma, inverse_n / sigma**2
+        delta, inverse_n = delta.div_(sigma), inverse_n / sigma**2
     if options["form"] == "two_sided":
         A, B = two_sided(fisher, delta, data.rank, inverse_n=inverse_n if options["use_variance"] else 0.0)
         return ModuleFactors(A, B, B.mT @ delta @ A.mT, {"sigma_max": sigma})
-    omega = guidance(
-        fisher,
+    notes = {"sigma_max": sigma, "variance_to_bias": _variance_to_bias(fisher, delta, inverse_n)}
+    omega = guidance_into(
+        fisher.Z_inv,
         delta,
         variance=inverse_n * fisher.output_trace,
         use_variance=options["use_variance"],
         use_bias=options["use_bias"],
     )
-    A = smallest_eigenvectors(
-        omega,
-        data.rank,
-        solver=options["solver"],
-        num_iterations=noise.num_iterations,
-        generator=data.generator(),
-    ).mT.to(delta)
+    del fisher
+    A = _bottom_space(omega, data, options, noise).to(delta)
+    del omega
     B0 = delta @ A.mT
-    notes = {"sigma_max": sigma, "variance_to_bias": _variance_to_bias(fisher, delta, inverse_n)}
     U, S, Vh = torch.linalg.svd(B0, full_matrices=False)
     check_numerical_rank(S, data.rank, f"the natural-gradient step of {data.shape.name} on its input space")
     if options["form"] == "frozen_a":
@@ -105,26 +105,50 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
     return ModuleFactors(A, signed, (signed.mT @ U) @ torch.diag(S) @ Vh, notes)
 
 
+def _bottom_space(omega: Tensor, data: ModuleData, options: Options, noise: Noise) -> Tensor:
+    """A [r, d_in] for Ω, which may be overwritten.
+
+    The authors' code has no bound of memory, and its absolute damping makes an Ω that ten iterations do not
+    solve: where all eigenvectors can be had, it gets them.
+    """
+    limit = None if options["mode"] == "repo" else data.decomposition.limit_bytes
+    if limit is not None:
+        limit -= (omega.element_size() - 4) * data.shape.d_out * data.shape.d_in  # Δ, beyond what g had
+    Q = smallest_eigenvectors(
+        omega,
+        data.rank,
+        solver=options["solver"],
+        num_iterations=noise.num_iterations,
+        generator=data.generator(),
+        limit_bytes=limit,
+    )
+    return Q.mT.contiguous()
+
+
 def module_step(data: ModuleData, options: Options) -> tuple[Fisher, Tensor]:
-    """The inverse Fisher factors of one module and its step Δ [d_out, d_in], not normalised."""
+    """The inverse Fisher factors of one module and its step Δ [d_out, d_in], not normalised.
+
+    Both are the caller's to overwrite. The gradient and Z are taken from the statistics, and used up.
+    """
     precise = torch.float64 if max(data.weight.shape) <= MAX_DOUBLE_SIDE else torch.float32
-    g = data.statistics.g().to(precise) / data.statistics.counts.num_examples
     if not options["use_fisher"]:
+        g = data.statistics.take_gradient().to(precise).div_(data.statistics.counts.num_examples)
         identity = torch.eye(data.shape.d_in, dtype=precise, device=g.device)
         ones = torch.ones(data.shape.d_out, dtype=precise, device=g.device)
         fisher = Fisher(identity, torch.diag(ones) if options["form"] == "two_sided" else ones)
-        return fisher, -g
+        return fisher, g.neg_()
     rule = data.statistics.inputs
     assert isinstance(rule, SecondMoment)
     is_repo = options["mode"] == "repo"
     fisher = invert_fisher(
-        rule.moment.to(precise),
+        rule.take_moment().to(precise),
         data.statistics.Y().to(precise),
         damping=_choose(options, "damping", repo=1e-6, consistent=1e-3),
         is_relative=(options["damping_mode"] or ("absolute" if is_repo else "relative")) == "relative",
         name=data.shape.name,
     )
-    return fisher, fisher.natural_step(g)
+    g = data.statistics.take_gradient().to(precise).div_(data.statistics.counts.num_examples)
+    return fisher, fisher.natural_step(g, overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -139,7 +163,7 @@ def resolve_noise(options: Options, counts: Counts) -> Noise:
     is_repo = options["mode"] == "repo"
     counted = counts.population_examples if is_repo else counts.population_label_tokens
     weight = _choose(options, "variance_weight", repo=0.03, consistent=1.0)
-    iterations = int(_choose(options, "num_iterations", repo=10, consistent=40))
+    iterations = int(_choose(options, "num_iterations", repo=10, consistent=NUM_ITERATIONS))
     return Noise(weight / (options["population"] or counted), iterations)
 
 
@@ -182,7 +206,8 @@ def check(rank: int, options: Options) -> None:
 
 def _variance_to_bias(fisher: Fisher, delta: Tensor, inverse_n: float) -> float:
     variance = inverse_n * fisher.output_trace * torch.linalg.matrix_norm(fisher.Z_inv)
-    return float(variance / torch.linalg.matrix_norm(delta.mT @ delta))
+    gram = delta.mT @ delta if delta.shape[1] < delta.shape[0] else delta @ delta.mT
+    return float(variance / torch.linalg.matrix_norm(gram))
 
 
 METHOD = Method(
@@ -216,7 +241,7 @@ METHOD = Method(
         "use_bias": Option(True, "the bias term of Ω"),
         "use_fisher": Option(True, "Fisher factors; without, Δ = -g"),
         "solver": Option("auto", "of the eigenproblem", choices=("auto", "eigh", "lobpcg")),
-        "num_iterations": Option(None, "of LOBPCG; unset 40 (repo: 10)", int, minimum=1),
+        "num_iterations": Option(None, "of LOBPCG; unset 100 (repo: 10)", int, minimum=1),
     },
     needs=needs,
     check=check,

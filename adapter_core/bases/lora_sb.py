@@ -33,7 +33,7 @@ MIN_LABEL_TOKENS = 10_000
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
     """A [r, d_in], B [d_out, r] orthonormal; step: diag(S_r): B (η step) A approximates -η sign(G)."""
-    direction = update_direction(data.statistics.g(), soft_sign=options["soft_sign"])
+    direction = update_direction(data.statistics.take_gradient(), soft_sign=options["soft_sign"])
     U, S, Vh, gap = gradient_triplets(direction, data)
     return ModuleFactors(Vh, U, torch.diag(S), {"relative_gap": gap})
 
@@ -45,7 +45,7 @@ def update_direction(G: Tensor, *, soft_sign: float = 0.0) -> Tensor:
     """
     if soft_sign:
         return -G / (G.abs() + soft_sign)
-    return -torch.sign(G)
+    return torch.sign(G).neg_()
 
 
 def select(calibration: CalibrationSet, options: Options) -> CalibrationSet:

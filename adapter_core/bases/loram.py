@@ -22,7 +22,9 @@ stays is a control basis without storage, and a magnitude rule. The magnitude is
 
 Under Adam s multiplies the learning rate and nothing else (proposition 1).
 
-No storage: `regenerate` makes all tensors again from the manifest, bit for bit.
+No storage: the store keeps the manifest, and readers make all tensors again from it (`regenerate`), bit for
+bit: integers, and the operations that IEEE 754 rounds correctly. Where a machine gives other bits all the
+same, the digest says so, and the option `store_factors` keeps the tensors like any other basis'.
 """
 
 from __future__ import annotations
@@ -76,23 +78,30 @@ def log_share(rank: int, side: int, magnitude: str) -> float:
 
 
 def regenerate(manifest: BasisManifest) -> Basis:
-    """The basis from its manifest alone. Raises `CorruptRecord` if it is not this manifest's."""
+    """The basis from its manifest alone, in the manifest's dtype, on the CPU.
+
+    Raises `CorruptRecord` if its bytes are not those that the manifest's digest is of.
+    """
     try:
-        scales, scale = manifest.recipe["notes"]["s"], float(manifest.recipe["options"]["scale"])
+        roots = [math.sqrt(s) for s in manifest.recipe["notes"]["s"]]
+        scale = float(manifest.recipe["options"]["scale"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptRecord(
             f"the manifest of basis {manifest.basis_id} is none of LoRAM's: {error}"
         ) from error
-    if len(scales) != len(manifest.modules):
-        raise CorruptRecord(f"the manifest of basis {manifest.basis_id} holds {len(scales)} magnitudes")
+    if len(roots) != len(manifest.modules):
+        raise CorruptRecord(f"the manifest of basis {manifest.basis_id} holds {len(roots)} magnitudes")
     dtype = DTYPES[manifest.dtype]
     A = tuple(dst_columns(m.d_in, manifest.rank).mT.to(dtype).contiguous() for m in manifest.modules)
     B = tuple(dst_columns(m.d_out, manifest.rank).to(dtype) for m in manifest.modules)
-    roots = torch.tensor([math.sqrt(s) for s in scales], dtype=torch.float64)[:, None, None]
-    identity = torch.eye(manifest.rank, dtype=torch.float64)
-    basis = Basis(manifest, A, B, (roots * identity).float(), (scale * roots * identity).float())
+    P = torch.tensor(roots, dtype=torch.float64)[:, None, None] * torch.eye(manifest.rank).double()
+    basis = Basis(manifest, A, B, P.float(), (scale * P).float())
     if manifest.basis_id and basis.digest() != manifest.basis_id:
-        raise CorruptRecord(f"the manifest does not give basis {manifest.basis_id}")
+        raise CorruptRecord(
+            f"made again from its manifest, basis {manifest.basis_id} has other bytes: the manifest was "
+            "changed, or this machine computes other bits than the one that built it; for the latter build "
+            "it with the option store_factors=true, which stores the factors"
+        )
     return basis
 
 
@@ -105,12 +114,17 @@ def assemble(
     dtype: str,
 ) -> Basis:
     """The basis by way of its manifest, so that `regenerate` gives the same bytes, without a QR."""
+    is_regenerated = not recipe["options"]["store_factors"]
     draft = BasisManifest(
         basis_id="", model_id=model_id, method=method, rank=int(recipe["rank"]), dtype=dtype,
-        modules=tuple(factors), recipe=recipe,
+        modules=tuple(factors), recipe={**recipe, "is_regenerated": is_regenerated},
     )  # fmt: skip
     basis = regenerate(draft)
     return dataclasses.replace(basis, manifest=dataclasses.replace(draft, basis_id=basis.digest()))
+
+
+def stores_factors(options: Options) -> bool:
+    return bool(options.get("store_factors"))
 
 
 def check(rank: int, options: Options) -> None:
@@ -146,7 +160,11 @@ METHOD = Method(
             "log", "Q: log(r/2), log(r), log(2r), or another method's", choices=(*_LOG_FACTORS, "tracking")
         ),
         "reference": Option("pissa", "what is tracked", choices=("pissa", "milora", "olora")),
+        "store_factors": Option(
+            False, "store the factors too, for machines that do not make the same bits of the manifest"
+        ),
     },
     check=check,
     assemble=assemble,
+    stores_factors=stores_factors,
 )

@@ -137,6 +137,10 @@ def no_check(rank: int, options: Options) -> None:
     return None
 
 
+def stores_always(options: Options) -> bool:
+    return True
+
+
 def take_num_examples(calibration: CalibrationSet, options: Options) -> CalibrationSet:
     """At most `num_examples` of the examples, at random; 0 is all."""
     return calibration.take(options["num_examples"] or len(calibration), seed=options["seed"])
@@ -155,7 +159,10 @@ DATA_OPTIONS: Mapping[str, Option] = {
     **COMMON_OPTIONS,
     "num_examples": Option(0, "at most so many of the calibration examples, at random; 0 is all", minimum=0),
     "statistics_bytes": Option(
-        0, "memory for statistics in one pass over the data; 0: what training LoRA would need more", minimum=0
+        0,
+        "memory for statistics in one pass over the data, of one layer at least; 0: below the peak of "
+        "training LoRA",
+        minimum=0,
     ),
 }
 
@@ -168,7 +175,8 @@ class Method:
     factorise: the method itself. check: raises `InvalidInput` for a rank or a combination of options that
     cannot work. select: the part of the data to use, where that is not just `num_examples`. assemble: from
     factors to basis. refinement: from all usable data, the rank and the options to what is learned on top of
-    that, for a method whose modules are not independent; it raises for what it cannot do.
+    that, for a method whose modules are not independent; it raises for what it cannot do. stores_factors:
+    from options as given to whether its factors need room in a store, not only a manifest.
     """
 
     name: str
@@ -182,6 +190,7 @@ class Method:
     select: Callable[[CalibrationSet, Options], CalibrationSet] = take_num_examples
     assemble: Callable[..., Basis] = make_basis
     refinement: Callable[[CalibrationSet | None, int, Options], Refinement] | None = None
+    stores_factors: Callable[[Options], bool] = stores_always
 
     def describe(self) -> dict[str, Any]:
         """What a caller may know, as JSON."""

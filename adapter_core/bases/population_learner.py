@@ -140,7 +140,6 @@ class Learner:
         """S; if no episode has ended, the mean of the users' R."""
         return self.start if self._num_finished else self.factors.core.detach().mean(1)
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
     def add_gradients(self) -> float:
         """Leaves the gradients of the slots' summed losses, times the loss scale, where they belong.
 
@@ -153,7 +152,7 @@ class Learner:
             for index in self._batch(slot)
         ]
         total = torch.zeros((), dtype=torch.float64, device=self.factors.device)
-        with self.factors.attached():
+        with torch.enable_grad(), self.factors.attached():
             for loss in self._losses(items):
                 torch.autograd.backward(loss * self._scale)
                 total += loss.detach()

@@ -84,6 +84,20 @@ def layer_groups(
         yield range(start, len(targets))
 
 
+def module_groups(
+    targets: Sequence[Target], bytes_per_target: Sequence[int], limit_bytes: int
+) -> Iterator[range]:
+    """As `layer_groups`, but a layer of more than `limit_bytes` is cut, down to single modules."""
+    for group in layer_groups(targets, bytes_per_target, limit_bytes):
+        start, size = group.start, 0
+        for index in group:
+            if index > start and size + bytes_per_target[index] > limit_bytes:
+                yield range(start, index)
+                start, size = index, 0
+            size += bytes_per_target[index]
+        yield range(start, group.stop)
+
+
 def _owners_of_weights(model: nn.Module) -> dict[int, list[str]]:
     """The names of the parameters at each address: more than one name means that they are tied."""
     owners: dict[int, list[str]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adapter_core.base_model import BaseModel
 from adapter_core.bases import lora_da
-from adapter_core.bases.build import check_size, passes, usable_calibration
+from adapter_core.bases.build import Reading, check_size, passes, usable_calibration
 from adapter_core.bases.calibration import CalibrationSet
 from adapter_core.bases.collected import Needs
 from adapter_core.bases.decomposition import Decomposition, spectral_norm
@@ -89,7 +89,8 @@ def projected_step(
     targets = basis_targets(base, basis)
     wanted = needs(basis.rank, options)
     cores: list[Tensor] = []
-    for target, statistics in passes(base, targets, wanted, chosen, population=chosen, options=options):
+    reading = Reading(chosen, chosen, basis.rank, options["statistics_bytes"])
+    for target, statistics in passes(base, targets, wanted, reading):
         data = ModuleData(
             target.shape, target.weight, basis.rank, options["seed"], statistics, Decomposition("auto")
         )

@@ -67,7 +67,7 @@ def _fields(manifest: BasisManifest, services: Services, *, is_own: bool) -> dic
         "rank": manifest.rank,
         "dtype": manifest.dtype,
         "num_modules": len(manifest.modules),
-        "bytes": manifest.factor_bytes,
+        "bytes": manifest.stored_bytes,
         "is_default": manifest.basis_id == engine.info.default_basis_id if engine.is_ready else None,
         "is_own": is_own,
     }

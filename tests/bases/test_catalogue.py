@@ -19,14 +19,13 @@ from adapter_core.bases import METHODS, CalibrationSet, build_basis
 from adapter_core.chat_format import EncodedExample
 from adapter_core.peft_export import to_peft
 from tests.bases.matrices import random_matrix, small_model
+from tests.bases.populations import SHORT
 from trainer_worker.data import TrainingData
 from trainer_worker.plan import TrainingPlan
 from trainer_worker.run import TrainRun
 from trainer_worker.train import Trainer
 
 CATALOGUE = {"g": 9, "xs": 4, "sb": 8, "da": 8, "m": 6, "l": 7, "b": 7}
-#: A population is more than one set of examples; its own tests are `test_population.py`.
-METHODS_OF_ONE_SET = tuple(name for name in METHODS if name != "population")
 
 
 def test_every_id_of_the_catalogue_has_a_test() -> None:
@@ -93,14 +92,16 @@ def test_b7_dora_and_vera_begin_at_the_base_and_leave_every_basis() -> None:
 
 #: PEFT 0.21 still reads a property that transformers 5.23 deprecates.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("method", METHODS_OF_ONE_SET)
+@pytest.mark.parametrize("method", METHODS)
 def test_peft_gives_an_adapter_of_any_basis_the_same_logits(
     calibration: CalibrationSet, method: str, tmp_path: Path
 ) -> None:
     """What is exported from a basis of every method is the same function when PEFT loads it."""
     base = small_model()
     needs_data = METHODS[method].needs_calibration != "none"
-    basis = build_basis(base, method=method, rank=4, calibration=calibration if needs_data else None)
+    options = SHORT if method == "population" else {}
+    data = calibration if needs_data else None
+    basis = build_basis(base, method=method, rank=4, calibration=data, **options)
     R = 0.5 * random_matrix(basis.num_modules, 4, 4, seed=6, dtype=torch.float32)
     for name, content in to_peft(basis, Adapter(basis.basis_id, R), base_model="small").items():
         (tmp_path / name).write_bytes(content)

@@ -12,7 +12,7 @@ from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet
 from adapter_core.bases.activations import SecondMoment
 from adapter_core.bases.collected import Counts, Needs
-from adapter_core.bases.decomposition import MAX_EIGH_SIDE, smallest_eigenvectors
+from adapter_core.bases.decomposition import eigh_bytes, smallest_eigenvectors
 from adapter_core.bases.gradients import collect
 from adapter_core.bases.guidance import guidance, invert_fisher
 from adapter_core.bases.targets import find_targets
@@ -183,8 +183,8 @@ def test_da7_lobpcg_finds_the_eigenvectors() -> None:
 
 @pytest.mark.parametrize("num_tokens", [100, 10**6])
 def test_da7_beyond_the_width_where_all_eigenvectors_are_found(num_tokens: int) -> None:
-    """From 1,025 inputs on LOBPCG is the default: with much variance, and with hardly any."""
-    width = MAX_EIGH_SIDE + 16
+    """LOBPCG, the default there: with much variance, and with hardly any."""
+    width = 1040
     x = random_matrix(2500, width, seed=1) * torch.linspace(2, 0.1, width, dtype=torch.float64)
     Y = random_matrix(400, 60, seed=3).square().mean(0) * torch.linspace(1, 0.05, 60)
     g = random_matrix(60, 8, seed=4) @ random_matrix(8, width, seed=5) + 0.1 * random_matrix(60, width)
@@ -192,9 +192,41 @@ def test_da7_beyond_the_width_where_all_eigenvectors_are_found(num_tokens: int) 
     delta = fisher.natural_step(g)
     omega = guidance(fisher, delta, variance=fisher.output_trace / num_tokens)
 
-    found = smallest_eigenvectors(omega, 8)
+    found = smallest_eigenvectors(omega, 8, solver="lobpcg")
 
     assert chordal(found.T, smallest_eigenvectors(omega, 8, solver="eigh").T) < 1e-3
+
+
+def clustered(side: int, *, gap: float) -> Tensor:
+    """Ω with 24 negative eigenvalues that differ by `gap` of themselves, the rest far above."""
+    low = -1 - gap * torch.arange(24, dtype=torch.float64).flip(0)
+    Q = orthonormal(side, side)
+    return Q * torch.cat([low, torch.linspace(0, 1e3, side - 24, dtype=torch.float64)]) @ Q.T
+
+
+def test_da7_clusters_are_told_apart_by_default() -> None:
+    """Eigenvalues 0.2 % apart: 40 iterations of LOBPCG find others of about the same worth."""
+    omega = clustered(200, gap=2e-3)
+    exact = torch.linalg.eigh(omega)[1][:, :16]
+
+    assert chordal(smallest_eigenvectors(omega, 16).T, exact.T) < 1e-6
+    few = smallest_eigenvectors(omega, 16, solver="lobpcg", num_iterations=40)
+    assert chordal(few.T, exact.T) > 0.3
+    assert float((few.T @ omega @ few).trace()) < 0.95 * float((exact.T @ omega @ exact).trace())
+
+
+def test_da7_without_room_for_all_eigenvectors_a_few_are_found() -> None:
+    """Whatever the memory, the same space; with a limit the matrix is overwritten."""
+    omega = clustered(200, gap=0.2)
+    exact = torch.linalg.eigh(omega)[1][:, :8]
+    room = eigh_bytes(omega)
+    for limit in (room, room - 1, -1):
+        found = smallest_eigenvectors(omega.clone(), 8, num_iterations=400, limit_bytes=limit)
+        assert chordal(found.T, exact.T) < 1e-3, limit
+    for limit in (None, room):
+        kept = omega.clone()
+        smallest_eigenvectors(kept, 8, limit_bytes=limit)
+        assert torch.equal(kept, omega) is (limit is None)
 
 
 def test_da7_scaling_the_step_and_n_together_changes_nothing() -> None:

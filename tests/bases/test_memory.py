@@ -11,7 +11,7 @@ from adapter_core.bases import build_basis
 from adapter_core.bases.collected import Needs
 from adapter_core.bases.gradients import collect
 from adapter_core.bases.targets import find_targets
-from tests.bases.matrices import small_calibration, small_model
+from tests.bases.matrices import chordal, small_calibration, small_model
 from tests.bases.memory import peak_bytes
 
 
@@ -40,27 +40,64 @@ def test_sb6_peak_memory_does_not_grow_with_depth() -> None:
     assert statistics_peak(8, 8) > 5 * shallow, "without groups it does grow"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_sb6_building_needs_less_memory_than_training_lora() -> None:
-    """Issue 3: LoRA-SB and LoRA-DA never exceed the peak of training LoRA on the same batch."""
-    calibration = small_calibration(16, lengths=(64,))
-    base = small_model(num_layers=3, hidden=96)
-    peaks = {
-        method: peak_bytes(lambda m=method: build_basis(base, method=m, rank=8, calibration=calibration))
-        for method in ("lora_sb", "lora_da")
-    }
-    config = peft.LoraConfig(r=8, target_modules=list(LINEARS))
-    model = peft.get_peft_model(small_model(num_layers=3, hidden=96).model, config)
+#: (width, tokens in one batch). LoRA-DA's n x n factors do not fit beside 64 tokens from 384 wide on.
+GRID = [(64, 64), (96, 1024), (192, 64), (192, 128), (192, 256), (288, 64), (288, 128)]
+TOO_WIDE = [(384, 64)]
+
+
+def building_peak(method: str, width: int, num_tokens: int) -> int:
+    base = small_model(num_layers=3, hidden=width)
+    calibration = small_calibration(num_tokens // 64, lengths=(64,))
+    return peak_bytes(lambda: build_basis(base, method=method, rank=8, calibration=calibration))
+
+
+def training_peak(width: int, num_tokens: int) -> int:
+    """Of LoRA by PEFT on the same batches: A, B, gradients, AdamW's moments and activations."""
+    base = small_model(num_layers=3, hidden=width)
+    calibration = small_calibration(num_tokens // 64, lengths=(64,))
 
     def train() -> None:
+        model = peft.get_peft_model(base.model, peft.LoraConfig(r=8, target_modules=list(LINEARS)))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=1e-4)
-        for batch in calibration.batches():
+        for batch in [*calibration.batches()] * 2:  # the second step is the first with moments
             labels = torch.where(batch.labels, batch.token_ids, -100)
             model(input_ids=batch.token_ids, labels=labels).loss.backward()
             optimiser.step()
             optimiser.zero_grad()
 
-    lora = peak_bytes(train)
-    assert peaks["lora_sb"] < lora
-    assert peaks["lora_da"] < lora
+    return peak_bytes(train)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(("width", "num_tokens"), GRID)
+def test_sb6_building_needs_less_memory_than_training_lora(width: int, num_tokens: int) -> None:
+    """Issue 3: LoRA-SB and LoRA-DA never exceed the peak of training LoRA on the same batch."""
+    lora = training_peak(width, num_tokens)
+
+    assert building_peak("lora_sb", width, num_tokens) < lora
+    assert building_peak("lora_da", width, num_tokens) < lora
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(("width", "num_tokens"), TOO_WIDE)
+def test_sb6_what_a_single_module_needs_is_all_that_exceeds_it(width: int, num_tokens: int) -> None:
+    """Z and its inverse of the widest module in float64 and its gradient, 16 n² + 4 m n, beside one batch."""
+    n, m = width * 3 // 2, width
+    least = 16 * n * n + 4 * m * n
+    lora = training_peak(width, num_tokens)
+
+    assert building_peak("lora_sb", width, num_tokens) < lora
+    assert least < building_peak("lora_da", width, num_tokens) < 1.35 * least
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("lora_sb", 1e-3), ("lora_da", 0.7)])
+def test_what_a_tight_bound_costs(method: str, tolerance: float) -> None:
+    """288 wide and 64 tokens, of √8: float32 for LoRA-SB, iteration instead of eigh for LoRA-DA."""
+    base, calibration = small_model(num_layers=1, hidden=288), small_calibration(1, lengths=(64,))
+    exact = {"svd": "exact"} if method == "lora_sb" else {"solver": "eigh"}
+    tight = build_basis(base, method=method, rank=8, calibration=calibration)
+    free = build_basis(base, method=method, rank=8, calibration=calibration, statistics_bytes=2**40, **exact)
+
+    distances = [chordal(a, b) for a, b in zip(tight.A, free.A, strict=True)]
+    assert max(distances) < tolerance, distances
