@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,8 @@ async def test_a_quantised_weight(broken: World) -> None:
 
     said = await refused(broken, some_lines())
 
-    assert "model.layers.1.mlp.down_proj is a Linear with torch.int8 weights" in said
+    # A worker that is training has layers of its own in the model, of a name of their own.
+    assert re.search(r"model.layers.1.mlp.down_proj is a \w*Linear with torch.int8 weights", said)
 
 
 async def test_a_tied_weight(broken: World) -> None:
