@@ -40,13 +40,7 @@ def time_steps(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, n
         times.append(time.perf_counter() - began)
         assert len(outputs) == len(refs), "not every sequence decoded in every step"
     host_s = (sum(times) - engine.loop.wait_s + waited_s) / num_steps
-    _synchronize()
-    device_s = _time_device(engine)
-    for index in range(len(refs)):
-        engine.cancel(str(index))
-    while engine.has_work:
-        engine.step()
-    return StepTimes(times, device_s, host_s)
+    return StepTimes(times, _end_batch(engine, len(refs)), host_s)
 
 
 def time_mixed_steps(
@@ -68,13 +62,7 @@ def time_mixed_steps(
         times.append(time.perf_counter() - began)
     times = times[_WARM_UP:]
     host_s = (sum(times) - engine.loop.wait_s + waited_s) / num_steps
-    _synchronize()
-    device_s = _time_device(engine)
-    for index in range(len(refs)):
-        engine.cancel(str(index))
-    while engine.has_work:
-        engine.step()
-    return StepTimes(times, device_s, host_s)
+    return StepTimes(times, _end_batch(engine, len(refs)), host_s)
 
 
 def start_batch(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> None:
@@ -90,6 +78,17 @@ def start_batch(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, 
         assert plan.chunks, "not enough KV blocks for the batch"
         for sequence in engine.scheduler.running:
             sequence.num_computed = sequence.num_tokens - 1
+
+
+def _end_batch(engine: Engine, count: int) -> list[float]:
+    """Time the last step's computation alone, then let `count` sequences go."""
+    _synchronize()
+    device_s = _time_device(engine)
+    for index in range(count):
+        engine.cancel(str(index))
+    while engine.has_work:
+        engine.step()
+    return device_s
 
 
 def fill_kv(engine: Engine) -> None:
