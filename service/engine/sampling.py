@@ -1,13 +1,16 @@
-"""From logits to tokens, each row by its own request's parameters and its own random generator.
+"""From logits to tokens, each row by its own request's parameters, and by a random generator of its own if
+the request has a seed.
 
     token = argmax_v  p[v] / e[v],   e ~ Exp(1)       is a draw from p   (the exponential-noise trick)
 
-A row's result depends on its logits, its parameters and its generator, never on the other rows of the batch.
+A row's result depends on its logits, its parameters and its generator, never on the other rows of the batch;
+requests without a seed share a generator, for which nobody can tell.
 Order: rules (`logit_rules.py`), temperature, top_k, top_p, min_p.
 """
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Sequence as Rows
 
@@ -27,8 +30,15 @@ def make_generator(sampling: SamplingParams, device: torch.device) -> torch.Gene
     """The random generator of one request; None if it draws nothing."""
     if is_greedy(sampling):
         return None
-    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed & (2**63 - 1)
-    return torch.Generator(device).manual_seed(seed)
+    if sampling.seed is None:
+        return _unseeded_generator(device)
+    return torch.Generator(device).manual_seed(sampling.seed & (2**63 - 1))
+
+
+@functools.cache
+def _unseeded_generator(device: torch.device) -> torch.Generator:
+    """That of all requests without a seed: one call draws for all of them."""
+    return torch.Generator(device).manual_seed(secrets.randbits(63))
 
 
 def is_greedy(sampling: SamplingParams) -> bool:
@@ -56,8 +66,12 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     temperature = _column([s.sampling.temperature for s in sequences], logits)
     probs = _truncate((logits / temperature).softmax(-1), [s.sampling for s in sequences])
     noise = torch.empty_like(probs)
+    unseeded = next((s.generator for s in sequences if s.sampling.seed is None), None)
+    if unseeded is not None:
+        noise.exponential_(generator=unseeded)
     for row, sequence in zip(noise, sequences, strict=True):
-        row.exponential_(generator=sequence.generator)
+        if sequence.generator is not unseeded:
+            row.exponential_(generator=sequence.generator)
     # An exponential may come out as 0, and 0 / 0 would choose a token of probability 0.
     return (probs / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(-1)
 

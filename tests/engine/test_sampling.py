@@ -206,3 +206,22 @@ def test_unseeded_requests_differ(llama: Served, start: Callable[..., Driver]) -
     answers = [driver.submit(llama.prompts(5)[0], params) for _ in range(4)]
     driver.run()
     assert len({tuple(answer.token_ids) for answer in answers}) == 4
+
+
+def test_rows_without_a_seed_draw_together_and_independently() -> None:
+    """One call for all of them, and seeded rows among them draw what they draw alone."""
+    logits = torch.zeros(6, V)
+    together = [make_sequence([1], [], temperature=1.0, seed=seed) for seed in (None, 7, None, None, 7, None)]
+    assert together[0].generator is together[2].generator
+    assert together[1].generator is not together[4].generator
+    rounds = torch.stack([sample(logits, together) for _ in range(400)])  # [rounds, rows]
+
+    alone = make_sequence([1], [], temperature=1.0, seed=7)
+    expected = torch.stack([sample(logits[:1], [alone])[0] for _ in range(400)])
+    assert torch.equal(rounds[:, 1], expected)
+    assert torch.equal(rounds[:, 4], expected)
+    for row in (0, 2, 3, 5):
+        counts = torch.bincount(rounds[:, row], minlength=V)
+        assert counts.min() > 5, "every token of an even distribution comes up: 31 times on average"
+    same = (rounds[:, 0] == rounds[:, 2]).float().mean()
+    assert same < 0.25, "rows are as unlike as chance makes them: 1 in 13"
