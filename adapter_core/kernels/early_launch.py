@@ -8,7 +8,6 @@ the ordinary kind waits for this one, and by that for all before.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,6 @@ from torch import Tensor
 def is_early(like: Tensor) -> bool:
     """Whether kernels on this tensor's device are launched before their inputs are there."""
     return like.is_cuda and _is_possible(like.device)
-
-
-def launch_options(*, early: bool) -> dict[str, Any]:
-    """How such a kernel is launched, as options of Triton."""
-    return {"launch_pdl": True} if early else {}
 
 
 @functools.cache

@@ -68,7 +68,7 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Compile and capture what steps over static tensors will need, so that no request waits for it. When
-        the default basis is there and nothing is under way: half a minute on a GPU, nothing elsewhere."""
+        the default basis is there and nothing is under way; on CUDA only."""
         self.prepare()
         if self.static_steps is not None and self._device.type == "cuda":
             with torch.inference_mode():

@@ -38,7 +38,8 @@ def no_delta(like: Tensor) -> DeltaArguments:
 
 def launch_options(arguments: DeltaArguments, warps: int) -> dict[str, Any]:
     """How a kernel that takes this delta is launched."""
-    return {"num_warps": warps, **early_launch.launch_options(early=bool(arguments.spec[-1]))}
+    options: dict[str, Any] = {"num_warps": warps}
+    return {**options, "launch_pdl": True} if arguments.spec[-1] else options
 
 
 def delta_arguments(delta: GroupDelta | None, y: Tensor, tile: Tile) -> DeltaArguments:
