@@ -27,6 +27,7 @@ from adapter_core.redis_client import connect
 from benchmarks.load.churn import Churn
 from benchmarks.load.client import Outcome, Prompt, complete
 from benchmarks.load.figures import latencies, slope_per_minute
+from benchmarks.load.options import add_stack_options, stack_environment
 from benchmarks.load.stack import ServiceStack, running_stack
 from benchmarks.report import print_table, save
 from benchmarks.server import default_basis_id
@@ -46,18 +47,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=64, help="names that are alive at once")
-    parser.add_argument("--slots", type=int, default=16)
+    add_stack_options(parser, slots=16, workers=2)
     parser.add_argument("--host-cache-bytes", type=int, default=2**20, help="small, so that it evicts")
     parser.add_argument("--num-blocks", type=int, default=48, help="few, so that sequences are preempted")
-    parser.add_argument("--workers", type=int, default=2, help="API processes")
     parser.add_argument("--check-every-s", type=float, default=10.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chosen = {
-        "TESSERA_ENGINE_NUM_SLOTS": str(arguments.slots),
+        **stack_environment(arguments),
         "TESSERA_ENGINE_HOST_CACHE_BYTES": str(arguments.host_cache_bytes),
         "TESSERA_ENGINE_NUM_BLOCKS": str(arguments.num_blocks),
-        "TESSERA_SERVICE_WORKERS": str(arguments.workers),
     }
     with running_stack(chosen) as stack:
         soak = Soak(stack, arguments)
@@ -141,7 +140,7 @@ class Soak:
                     "at_s": round(time.monotonic() - self._started_at, 1),
                     "requests": len(self._outcomes),
                     **{f"{name}_mb": round(n / 1e6, 2) for name, n in self._stack.resident_bytes().items()},
-                    **({} if stats is None else _occupancy(stats)),
+                    **({} if stats is None else {**_device_memory(stats), **_occupancy(stats)}),
                 }
             )
 
@@ -207,6 +206,14 @@ def _occupancy(stats: EngineStats) -> dict[str, int]:
         "host_cache_entries": stats.host_cache_entries,
         "preemptions": stats.preemptions_total,
     }
+
+
+def _device_memory(stats: EngineStats) -> dict[str, float]:
+    """What the GPU has taken, by all that use it; nothing on a CPU, where `engine_mb` holds it."""
+    if "free" not in stats.memory_bytes:
+        return {}
+    held = sum(stats.memory_bytes.values()) - stats.memory_bytes["free"]
+    return {"device_mb": round(held / 1e6, 2)}
 
 
 def _is_idle(stats: EngineStats) -> bool:

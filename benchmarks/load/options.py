@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 
-def add_stack_options(parser: argparse.ArgumentParser, *, slots: int) -> None:
+def add_stack_options(parser: argparse.ArgumentParser, *, slots: int, workers: int = 1) -> None:
     parser.add_argument("--slots", type=int, default=slots, help="adapters on the device at once")
-    parser.add_argument("--workers", type=int, default=1, help="API processes")
+    parser.add_argument("--workers", type=int, default=workers, help="API processes")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--method", default="lora_xs", help="of the default basis")
     parser.add_argument("--model", help="directory or hub id; default: the bundled one")

@@ -2,7 +2,8 @@
 
     python -m benchmarks.load.random_model DIR        8B Llama geometry, bfloat16, 16 GB
 
-The tokenizer is the bundled model's. What such a model says is noise; how long it takes is not.
+The tokenizer is the bundled model's. What such a model says is noise; how long it takes is not. It says only
+tokens with a text of their own, because a client that waits for text would time the silence of the others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapter_core.base_model import BUNDLED_MODEL
+from service.text import load_text_codec
 
 #: Of the bundled model's directory, what is not the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -50,7 +52,26 @@ def main() -> None:
         "cuda" if torch.cuda.is_available() else "cpu"
     ):  # drawing 8e9 numbers takes a CPU minutes
         model = LlamaForCausalLM(config)
+    silence(model, ids_with_text())
     model.save_pretrained(arguments.directory)
+
+
+def ids_with_text() -> list[int]:
+    """Ids of the bundled tokenizer that are text when alone: no control token, no part of a character."""
+    codec = load_text_codec(BUNDLED_MODEL)
+    return [
+        token_id
+        for token_id in range(codec.vocab_size)
+        if (text := codec.decode([token_id])).isprintable() and text
+    ]
+
+
+@torch.no_grad()
+def silence(model: LlamaForCausalLM, audible: list[int]) -> None:
+    """Zero the logits of all other tokens: of thousands of random ones the largest is far above zero."""
+    is_silent = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    is_silent[audible] = False
+    model.lm_head.weight[is_silent.to(model.device)] = 0
 
 
 if __name__ == "__main__":
