@@ -153,6 +153,13 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     assert refused.value.param == "R"
 
 
+def test_large_values_whose_sum_overflows_are_kept() -> None:
+    R = torch.full((1, 2, 2), 3e38)
+    blob = Adapter(BASIS, R).to_bytes(version=1, dtype=torch.float32)
+
+    assert torch.equal(Adapter.from_bytes(blob).R, R)
+
+
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_values_that_are_not_finite_are_refused_in_stored_bytes(dtype: str) -> None:
     blob = bytearray(Adapter(BASIS, torch.ones(2, 2, 2)).to_bytes(version=1, dtype=DTYPE_NAMES[dtype]))

@@ -52,6 +52,34 @@ async def read_ready(path: Path) -> None:
         writer.close()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "pinned_reserve_segment_size_mb:3"}),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,pinned_reserve_segment_size_mb:3"},
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "pinned_reserve_segment_size_mb:7"},
+            {"PYTORCH_ALLOC_CONF": "pinned_reserve_segment_size_mb:7"},
+        ),
+    ],
+    ids=["unset", "other settings", "the operator's own"],
+)
+def test_the_engine_page_locks_its_host_cache_at_once(
+    settings: CommonSettings, monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: dict[str, str]
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+
+    environment = child_environment(settings, EngineSettings(host_cache_bytes=3 * 2**20 - 1), "unix:///x")
+
+    assert {name: environment[name] for name in environment if name.endswith("ALLOC_CONF")} == after
+
+
 async def test_the_engine_ends_with_its_parent(redis_url: str, settings: CommonSettings) -> None:
     path = socket_path(settings.data_dir)
     command = [
