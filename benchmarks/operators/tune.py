@@ -33,10 +33,11 @@ def tune_rows(step: Step, adapters: Adapters, repeats: int) -> Iterator[dict[str
         if name not in _TABLE_OF:
             continue
         table = _TABLE_OF[name]
-        before, results = tiling.TILES[table], {}
+        tiles = tiling.tiles_for(adapters.rank)
+        before, results = tiles[table], {}
         try:
             for tile in candidates(table, step.num_tokens, adapters.rank):
-                tiling.TILES[table] = ((tiling.NO_LIMIT, tile),)
+                tiles[table] = ((tiling.NO_LIMIT, tile),)
                 times = time_on_device(
                     lambda run=run: [run(layer, True) for layer in layers],  # type: ignore[misc]
                     device=step.weights.device,
@@ -44,7 +45,7 @@ def tune_rows(step: Step, adapters: Adapters, repeats: int) -> Iterator[dict[str
                 )
                 results[tile] = statistics.median(times) / len(layers) * 1e6
         finally:
-            tiling.TILES[table] = before
+            tiles[table] = before
         best = min(results, key=lambda tile: results[tile])
         now = tiling.tile_of(table, step.num_tokens, rank=adapters.rank)
         yield {

@@ -110,9 +110,10 @@ class EngineProcess:
         self._engine = engine
         self._thread = EngineThread(engine, on_turn=self._on_turn, on_failure=self._fail)
         info = replace(engine.info(), restarts=self._restarts)
-        self._thread.post(
-            partial(_bind_thread, device=base.device, num_threads=self._engine_settings.threads)
-        )
+        num_threads = self._engine_settings.threads or torch.get_num_threads()
+        self._thread.post(partial(_bind_thread, device=base.device, num_threads=num_threads))
+        # This thread verifies adapters: 57,000 numbers, which 16 threads take 20 times as long for as one.
+        torch.set_num_threads(1)
         self._thread.start()
         self._server.announce_ready(info, self._thread)
         logger.info("engine process %d serves %s on %s", os.getpid(), info.model_name, info.device)
@@ -209,12 +210,11 @@ def engine_config(settings: EngineSettings) -> EngineConfig:
     return EngineConfig(**settings.model_dump(exclude=process_only))
 
 
-def _bind_thread(_: Engine, *, device: torch.device, num_threads: int | None) -> None:
+def _bind_thread(_: Engine, *, device: torch.device, num_threads: int) -> None:
     """What torch keeps per thread: the current CUDA device, and the number of threads for one operation."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
 
 
 def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseModel:

@@ -43,11 +43,14 @@ class Tile:
     warps: int
 
 
-#: Per op: (largest number of tokens, tile), in rising order; the last one serves all above. Up to 512 tokens
-#: the fastest on an H200 at 1, 32 and 256 tokens, rank 16, every token its own adapter (benchmarks.operators
-#: --tune); for glu at 256 tokens it is one whose R does not fit the registers, so that `core_kernel` runs
-#: first: 11.1 µs a layer against 15.2 with R gathered by wide tiles. Above it is reasoned, not tuned.
-TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
+#: Per op: (largest number of tokens, tile), in rising order; the last one serves all above.
+Table = dict[str, tuple[tuple[int, Tile], ...]]
+
+#: Up to 512 tokens the fastest on an H200 at 1, 32 and 256 tokens, rank 16, every token its own adapter
+#: (benchmarks.operators --tune); for glu at 256 tokens it is one whose R does not fit the registers, so that
+#: `core_kernel` runs first: 11.1 µs a layer against 15.2 with R gathered by wide tiles. Above it is reasoned,
+#: not tuned.
+LOW_RANK_TILES: Table = {
     "qkv_rope": (  # columns: a head's
         (4, Tile(1, 0, 2)),
         (64, Tile(16, 0, 4)),
@@ -68,21 +71,47 @@ TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
     ),
 }
 
+#: The same for rank 64, where R is applied before and B is what a program reads most of.
+HIGH_RANK_TILES: Table = {
+    "qkv_rope": (
+        (4, Tile(1, 0, 4)),
+        (64, Tile(32, 0, 8)),
+        (NO_LIMIT, Tile(32, 0, 4)),
+    ),
+    "glu": (
+        (4, Tile(1, 128, 4)),
+        (64, Tile(16, 256, 16)),
+        (512, Tile(64, 64, 4)),
+        (NO_LIMIT, Tile(32, 128, 8)),
+    ),
+    "add": (
+        (4, Tile(1, 64, 4)),
+        (64, Tile(16, 128, 8)),
+        (512, Tile(64, 64, 8)),
+        (NO_LIMIT, Tile(32, 128, 4)),
+    ),
+}
+MAX_LOW_RANK = 32
+
 #: Warps of a program that holds a whole row of so many columns; with a delta twice as many, up to 16, because
 #: the rows of B_T are what it waits for.
 ROW_WARPS = ((1024, 4), (4096, 8), (NO_LIMIT, 16))
 
 
+def tiles_for(rank: int) -> Table:
+    return LOW_RANK_TILES if rank <= MAX_LOW_RANK else HIGH_RANK_TILES
+
+
 def tile_of(op: str, num_tokens: int, *, rank: int = 0, itemsize: int = 2) -> Tile:
     """itemsize: bytes of a number of B. No tensor core rounds as float32 does: its products hold operands in
-    registers, so its tiles are smaller. With few tokens high ranks take fewer columns, and 4 warps for R."""
-    tile = next(tile for most, tile in TILES[op] if num_tokens <= most)
+    registers, so its tiles are smaller. With few tokens high ranks take fewer columns."""
+    tile = next(tile for most, tile in tiles_for(rank)[op] if num_tokens <= most)
     if tile.tokens >= 16 and itemsize > 2:
         return Tile(16, min(tile.columns, 64 if rank <= 32 else 32), tile.warps)
     limit = MAX_B_NUMBERS if tile.tokens < 16 else MAX_SHARED_B_NUMBERS
     if tile.columns * rank > limit:
-        tile = replace(tile, columns=max(16, limit // (1 << (rank - 1).bit_length())))
-    return replace(tile, warps=max(4, tile.warps)) if rank > 32 else tile
+        return replace(tile, columns=max(16, limit // (1 << (rank - 1).bit_length())))
+    return tile
 
 
 def row_warps(width: int, *, has_delta: bool) -> int:
