@@ -14,8 +14,9 @@ from service.api_workers import serve_with_workers
 from service.app import create_app, stores_over
 from service.engine.client import EngineClient
 from service.engine.settings import EngineSettings
-from service.http_server import new_event_loop, serve_app
+from service.http_server import serve_app
 from service.settings import ServiceSettings, refuse_open_door
+from service.tasks import new_event_loop
 from service.text import load_text_codec
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from adapter_core.settings import CommonSettings
 from service.app import create_app, stores_over
 from service.engine.attachment import AttachedEngine
 from service.engine.settings import EngineSettings
-from service.http_server import new_event_loop, serve_app
+from service.http_server import serve_app
 from service.settings import ServiceSettings
+from service.tasks import new_event_loop
 from service.text import load_text_codec
 
 logger = logging.getLogger(__name__)

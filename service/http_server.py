@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import socket
 from types import FrameType
@@ -34,14 +33,6 @@ async def serve_app(
     signal.signal(signal.SIGINT, stop)
     await server.serve(sockets=None if listener is None else [listener])
     return server.started
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # not made for this system
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 def _config(app: FastAPI, settings: ServiceSettings) -> uvicorn.Config:

@@ -23,7 +23,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.getppid() != arguments.parent:
         sys.exit(f"process {arguments.parent} did not start this one, or is gone")
-    asyncio.run(run(arguments.socket, arguments.parent, arguments.restarts))
+    from service.tasks import new_event_loop
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run(arguments.socket, arguments.parent, arguments.restarts))
 
 
 async def run(socket: Path, parent: int, restarts: int) -> None:
