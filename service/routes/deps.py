@@ -1,6 +1,7 @@
 """What routes ask for, as types: a route's signature says what it uses.
 
-Everything comes from the `Services` that `create_app` put together; nothing is global.
+Everything comes from the `Services` that `create_app` put together; nothing is global. All are coroutine
+functions, because FastAPI runs a plain function in a thread, and a completion asks for four of them.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _error_event(error: Exception) -> str:
     return event(body_of(error))
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -83,7 +84,7 @@ ServicesDep = Annotated[Services, Depends(_services)]
 _bearer = Security(HTTPBearer(auto_error=False, description="API key; none if the service has no keys"))
 
 
-def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
+async def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
     tenant: str = request.state.tenant
     return tenant
 
@@ -91,19 +92,19 @@ def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
 TenantDep = Annotated[str, Depends(_tenant)]
 
 
-def _models(services: ServicesDep) -> Models:
+async def _models(services: ServicesDep) -> Models:
     return services.models
 
 
-def _generator(services: ServicesDep) -> Generator:
+async def _generator(services: ServicesDep) -> Generator:
     return services.generator
 
 
-def _stores(services: ServicesDep) -> Stores:
+async def _stores(services: ServicesDep) -> Stores:
     return services.stores
 
 
-def _queue(services: ServicesDep) -> JobQueue:
+async def _queue(services: ServicesDep) -> JobQueue:
     return services.queue
 
 
