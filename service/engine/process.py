@@ -112,7 +112,7 @@ class EngineProcess:
         info = replace(engine.info(), restarts=self._restarts)
         num_threads = self._engine_settings.threads or torch.get_num_threads()
         self._thread.post(partial(_bind_thread, device=base.device, num_threads=num_threads))
-        # This thread verifies adapters. One of 57,000 numbers takes it 0.24 ms at p90, 32 threads together 3.8.
+        # This thread verifies adapters: one of 57,000 numbers in 0.24 ms at p90, by 32 threads in 3.8.
         torch.set_num_threads(1)
         self._thread.start()
         self._server.announce_ready(info, self._thread)
