@@ -25,7 +25,8 @@ class FakeEngine:
     """Answers with what `script` says, one token per step.
 
     refusal: raised by `generate` at once. failure: (code, message) reported after `fail_after` tokens. gate:
-    a request goes on only while it is set. cancelled: ids of requests whose reader left before the end.
+    a request goes on only while it is set, but for its first `num_ungated` tokens. cancelled: ids of requests
+    whose reader left before the end.
     """
 
     def __init__(self, *, vocab_size: int = 8192, max_model_len: int = 256) -> None:
@@ -39,6 +40,7 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.num_ungated = 0
         self.requests: list[GenerationRequest] = []
         self.running: dict[str, GenerationRequest] = {}
         self.cancelled: list[str] = []
@@ -77,8 +79,9 @@ class FakeEngine:
         self.running[request.request_id] = request
         is_finished = False
         try:
-            for output in self._outputs(request):
-                await self.gate.wait()
+            for index, output in enumerate(self._outputs(request)):
+                if index >= self.num_ungated:
+                    await self.gate.wait()
                 await asyncio.sleep(0)
                 is_finished = output.finish_reason is not None
                 yield output

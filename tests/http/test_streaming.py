@@ -225,15 +225,18 @@ async def test_a_reader_that_leaves_ends_the_generation(
 async def test_a_reader_that_leaves_within_a_stream_ends_the_generation(
     remote: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
+    engine.gate.clear()
+    engine.num_ungated = 3
     async with remote.stream("POST", CHAT, json=chat_body(max_tokens=200)) as reply:
         async for _ in reply.aiter_text():
-            engine.gate.clear()
             break
 
     await wait_until(lambda: engine.cancelled)
 
 
 async def test_a_stream_that_the_servers_end_cuts_says_so(make_app: MakeApp, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    engine.num_ungated = 3
     async with (
         running_server(make_app(), timeout_graceful_shutdown=0) as server,
         httpx.AsyncClient(base_url=url_of(server)) as client,
@@ -242,7 +245,6 @@ async def test_a_stream_that_the_servers_end_cuts_says_so(make_app: MakeApp, eng
         received = ""
         async for text in reply.aiter_text():
             received += text
-            engine.gate.clear()
             server.should_exit = True
 
     events = parse(received)
