@@ -19,8 +19,14 @@ from adapter_core.errors import InvalidInput
 
 #: Up to this smaller side the SVD is exact by default; a basis is built once and used by many.
 MAX_EXACT_SIDE = 4096
-#: Up to this smaller side the exact SVD is done in float64.
+#: Up to this smaller side the exact SVD is done in float64. Beyond it leading triplets are iterated for: at
+#: 4,096 LAPACK takes 78 s in float32 on two cores, and its leading space is off by 3e-4 (chordal, at 2,048).
 MAX_DOUBLE_SIDE = 2048
+#: Directions carried along for each that is wanted, rounds, and the residual |X v - σ u| in σ_1 that ends
+#: them. Weights of the small model at rank 16 take 11 to 26 rounds, and come within 1e-7 of the exact space.
+CARRIED, MAX_ROUNDS, RESIDUAL = 8, 100, 1e-8
+#: From this round on the pace of the last ones must lead to the end in time. A matrix of noise gives up here.
+FIRST_FORECAST = 8
 #: Up to this side all eigenvectors are computed, beyond it LOBPCG finds the few that are wanted: where
 #: eigenvalues cluster, another space of about the same worth. The cost at most is that of an exact SVD.
 MAX_EIGH_SIDE = 4096
@@ -36,7 +42,8 @@ Kind = Literal["auto", "exact", "randomised"]
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How singular vectors are found. kind: "auto" is exact up to `MAX_EXACT_SIDE`.
+    """How singular vectors are found. kind: "auto" gives leading ones alone: exact up to `MAX_DOUBLE_SIDE`,
+    beyond it by iteration (`leading_triplets`), or else exact up to `MAX_EXACT_SIDE`.
 
     limit_bytes: of memory beside the matrix, None for no limit. Where float64 does not fit, float32 is used,
     and where that does not fit either, "auto" is randomised.
@@ -52,7 +59,13 @@ class Decomposition:
         """
         side = min(X.shape)
         exact = self._exact_dtype(X)
-        if exact is not None:
+        if self.kind == "auto" and side > MAX_DOUBLE_SIDE and self._can_iterate(X, rank):
+            found = leading_triplets(X, rank, seed=seed)
+        else:
+            found = None
+        if found is not None:
+            U, S, Vh = found
+        elif exact is not None:
             U, S, Vh = torch.linalg.svd(X.to(exact), full_matrices=False)
         else:
             q = min(max(OVERSAMPLING * rank, rank + 16), side)
@@ -63,6 +76,10 @@ class Decomposition:
         U, Vh = canonical_signs(U, Vh)
         return U, S, Vh
 
+    def _can_iterate(self, X: Tensor, rank: int) -> bool:
+        carried = CARRIED * (rank + 4) * sum(X.shape)
+        return self.limit_bytes is None or 8 * (X.numel() + 4 * carried) <= self.limit_bytes
+
     def _exact_dtype(self, X: Tensor) -> torch.dtype | None:
         """Of the exact decomposition; None for the randomised one."""
         if self.kind == "randomised" or (self.kind == "auto" and min(X.shape) > MAX_EXACT_SIDE):
@@ -72,6 +89,44 @@ class Decomposition:
             return precise
         fits = svd_bytes(X, torch.float32) <= self.limit_bytes
         return torch.float32 if fits or self.kind == "exact" else None
+
+
+def leading_triplets(X: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """U [m, q], S [q], Vh [q, n] of X in float64, q > rank, of which the first rank + 1 have converged; None
+    if they do not, or will not, in `MAX_ROUNDS`.
+
+    Subspace iteration with Rayleigh-Ritz in each round (Halko, Martinsson and Tropp, arXiv 0909.4061, section
+    4.5): two products with q columns, where all of an SVD would be min(m, n) of them.
+    """
+    X = X.double()
+    count, side = rank + 1, min(X.shape)
+    q = min(max(CARRIED * count, count + 32), side)
+    generator = torch.Generator().manual_seed(seed)
+    V = torch.randn(X.shape[1], q, generator=generator, dtype=torch.float64).to(X.device)
+    U, S = None, None
+    residuals: list[float] = []
+    for rounds_left in reversed(range(MAX_ROUNDS)):
+        Y = X @ V
+        if U is not None and S is not None:
+            residuals.append(float((Y - U * S)[:, :count].norm(dim=0).max() / S[0].clamp_min(1e-300)))
+            if residuals[-1] <= RESIDUAL:
+                return U, S, V.mT
+            if not _will_converge(residuals, rounds_left):
+                return None
+        Q, _ = torch.linalg.qr(Y)
+        V, R = torch.linalg.qr(X.mT @ Q)  # X is nearly Q Rᵀ Vᵀ
+        U, S, Zh = torch.linalg.svd(R.mT)
+        U, V = Q @ U, V @ Zh.mT
+    return None
+
+
+def _will_converge(residuals: list[float], rounds_left: int) -> bool:
+    """Whether the residuals, at the pace of the last half of them, fall below `RESIDUAL` in time."""
+    if len(residuals) < FIRST_FORECAST:
+        return True
+    half = len(residuals) // 2
+    pace = (residuals[-1] / residuals[-1 - half]) ** (1 / half)
+    return bool(residuals[-1] * pace**rounds_left <= RESIDUAL)
 
 
 def svd_bytes(X: Tensor, dtype: torch.dtype) -> int:
