@@ -17,13 +17,15 @@ from torch import Tensor
 from adapter_core.basis import canonical_signs
 from adapter_core.errors import InvalidInput
 
-#: Up to this smaller side the SVD is exact by default; a basis is built once and used by many.
+#: Up to this smaller side the SVD is exact by default where iteration does not converge; a basis is built
+#: once and used by many.
 MAX_EXACT_SIDE = 4096
 #: Up to this smaller side the exact SVD is done in float64. Beyond it leading triplets are iterated for: at
 #: 4,096 LAPACK takes 78 s in float32 on two cores, and its leading space is off by 3e-4 (chordal, at 2,048).
 MAX_DOUBLE_SIDE = 2048
 #: Directions carried along for each that is wanted, rounds, and the residual |X v - σ u| in σ_1 that ends
-#: them. Weights of the small model at rank 16 take 11 to 26 rounds, and come within 1e-7 of the exact space.
+#: them. Weights of the small model's first layer take 11 to 26 rounds at rank 16, and come within 1e-7 of the
+#: exact space.
 CARRIED, MAX_ROUNDS, RESIDUAL = 8, 100, 1e-8
 #: From this round on the pace of the last ones must lead to the end in time. A matrix of noise gives up here.
 FIRST_FORECAST = 8
@@ -55,14 +57,12 @@ class Decomposition:
     def svd(self, X: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """U [m, k], S [k], Vh [k, n] of X [m, n], with k > rank where X has more, in canonical signs.
 
-        Float64 for small matrices, else float32. The caller's random generator is left untouched.
+        Float64, but float32 for a large matrix that is not iterated for, or where float64 does not fit. The
+        caller's random generator is left untouched.
         """
         side = min(X.shape)
         exact = self._exact_dtype(X)
-        if self.kind == "auto" and side > MAX_DOUBLE_SIDE and self._can_iterate(X, rank):
-            found = leading_triplets(X, rank, seed=seed)
-        else:
-            found = None
+        found = leading_triplets(X, rank, seed=seed) if self._iterates(X, rank) else None
         if found is not None:
             U, S, Vh = found
         elif exact is not None:
@@ -76,9 +76,12 @@ class Decomposition:
         U, Vh = canonical_signs(U, Vh)
         return U, S, Vh
 
-    def _can_iterate(self, X: Tensor, rank: int) -> bool:
-        carried = CARRIED * (rank + 4) * sum(X.shape)
-        return self.limit_bytes is None or 8 * (X.numel() + 4 * carried) <= self.limit_bytes
+    def _iterates(self, X: Tensor, rank: int) -> bool:
+        """Whether `leading_triplets` is tried: X in float64, and X V, Q, U and V with their predecessors."""
+        if self.kind != "auto" or min(X.shape) <= MAX_DOUBLE_SIDE:
+            return False
+        num_bytes = 8 * (X.numel() + 4 * _num_carried(X, rank) * sum(X.shape))
+        return self.limit_bytes is None or num_bytes <= self.limit_bytes
 
     def _exact_dtype(self, X: Tensor) -> torch.dtype | None:
         """Of the exact decomposition; None for the randomised one."""
@@ -99,8 +102,7 @@ def leading_triplets(X: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     4.5): two products with q columns, where all of an SVD would be min(m, n) of them.
     """
     X = X.double()
-    count, side = rank + 1, min(X.shape)
-    q = min(max(CARRIED * count, count + 32), side)
+    count, q = rank + 1, _num_carried(X, rank)
     generator = torch.Generator().manual_seed(seed)
     V = torch.randn(X.shape[1], q, generator=generator, dtype=torch.float64).to(X.device)
     U, S = None, None
@@ -118,6 +120,10 @@ def leading_triplets(X: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
         U, S, Zh = torch.linalg.svd(R.mT)
         U, V = Q @ U, V @ Zh.mT
     return None
+
+
+def _num_carried(X: Tensor, rank: int) -> int:
+    return int(min(max(CARRIED * (rank + 1), rank + 33), *X.shape))
 
 
 def _will_converge(residuals: list[float], rounds_left: int) -> bool:

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from service.tasks import new_event_loop
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -23,8 +25,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.getppid() != arguments.parent:
         sys.exit(f"process {arguments.parent} did not start this one, or is gone")
-    from service.tasks import new_event_loop
-
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(run(arguments.socket, arguments.parent, arguments.restarts))
 

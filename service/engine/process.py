@@ -231,6 +231,8 @@ def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseMode
 def build_engine(base: BaseModel, basis: Basis, config: EngineConfig) -> Engine:
     """An engine with `basis` resident for good, which has captured its graphs. What exists now stays: a
     collection of all garbage would go through 360,000 objects of the libraries, for 0.16 s."""
+    if base.device.type == "cuda":  # the first of it page-locks what `supervisor.py` reserves
+        torch.empty(1, pin_memory=True)
     engine = Engine(base, config)
     engine.add_basis(basis)
     engine.runner.warm_up()

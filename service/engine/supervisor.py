@@ -40,7 +40,7 @@ STABLE_S = 10.0
 #: Silence is counted in looks, not read off the clock: after a pause of the whole API process (a suspended
 #: machine) it is one look long, however long the pause was.
 LOOK_S = 0.25
-#: Page-locked when the engine starts; a larger host cache is page-locked adapter by adapter beyond it.
+#: Page-locked when the engine is built; a larger host cache is page-locked adapter by adapter beyond it.
 MAX_RESERVED_BYTES = 2**30
 #: Where torch reads its allocator's settings, newest name first: the first that is set counts.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -140,11 +140,8 @@ def child_environment(
 
 
 def _reserve_pinned(environment: Mapping[str, str], host_cache_bytes: int) -> dict[str, str]:
-    """The allocator's setting by which torch page-locks the host cache at once, and not adapter by adapter.
-
-    Page-locking waits for the step that the device is computing: with 64 cold adapters at once the time to
-    the first token was 226 ms longer at p99 than with the same adapters resident (H200, 8B).
-    """
+    """The allocator's setting by which torch page-locks the host cache at once, and not adapter by adapter:
+    300 of 115 kB took 23 ms, one of them 1.8 ms; with it 0.6 ms, at most 0.03 (H200)."""
     name = next((name for name in _ALLOCATOR_SETTINGS if name in environment), _ALLOCATOR_SETTINGS[0])
     chosen = environment.get(name, "")
     if _RESERVE in chosen or host_cache_bytes == 0:
