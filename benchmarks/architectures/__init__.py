@@ -1,0 +1,1 @@
+"""Which architectures of transformers the engine serves, and how: `python -m benchmarks.architectures`."""
