@@ -29,12 +29,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """How a prompt is continued. max_tokens: None as far as the context goes, 0 not at all."""
+    """How a prompt is continued.
+
+    max_tokens: None as far as the context goes, 0 not at all. skip_special_tokens: they have no text.
+    include_stop: the stop string or stop token that ends the text is a part of it.
+    """
 
     n: int = 1
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
@@ -96,7 +102,13 @@ class Generator:
             adapter=target.adapter,
             deadline_s=self._request_timeout_s,
         )
-        text = self.codec.stream(token_ids, stop=options.stop, min_tokens=sampling.min_tokens)
+        text = self.codec.stream(
+            token_ids,
+            stop=options.stop,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=options.skip_special_tokens,
+            include_stop=options.include_stop,
+        )
         return LiveSequence(index, request, text, self._metrics, prompt_only=options.max_tokens == 0)
 
     def _sampling(

@@ -1,33 +1,24 @@
-"""Token ids to text: incremental decoding and stop strings, for the service alone.
+"""The text of an answer: what its tokens read as after their prompt, up to a stop string.
 
-From text to token ids is `adapter_core/chat_format.py`, which the trainer shares. Knows the tokenizer and
-nothing else: no HTTP, no engine. A character that several tokens make up is held back
+From text to token ids is `adapter_core/chat_format.py`, which the trainer shares; single tokens are
+`service/detokenizer.py`. Knows no HTTP and no engine. A character that several tokens make up is held back
 until it is whole, and text that may be the beginning of a stop string until it is clear that it is not.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapter_core.base_model import load_tokenizer, model_folder
 from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import UnsupportedModel
-
-#: Tokens of the prompt that the decoder is shown first: some tokenizers strip the space of a first word.
-_CONTEXT_TOKENS = 6
-#: A UTF-8 character has at most 4 bytes, so at most 4 tokens. Bytes that are still no character after twice
-#: as many never will be: they are let go as U+FFFD, or the decoder would hold (and decode) ever more of them.
-_MAX_HELD_TOKENS = 8
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+from service.detokenizer import Decoding, Detokenizer
 
 
 class TextCodec:
@@ -42,40 +33,55 @@ class TextCodec:
         self._backend = backend
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self.eos_token_ids = tuple(sorted({*own, *eos_token_ids}))
-        self._is_byte_level = b'"ByteLevel"' in backend.decoder.__getstate__() if backend.decoder else False
-        self.token_bytes = lru_cache(maxsize=65_536)(self._token_bytes)
+        self._shown = {skip: Detokenizer(backend, skip_special_tokens=skip) for skip in (True, False)}
 
     @property
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a whole sequence, special tokens left out."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence; an unfinished character at its end is U+FFFD."""
+        return self._shown[skip_special_tokens].decode(token_ids)
 
     def stream(
-        self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        is_prompt_shown: bool = True,
     ) -> TextStream:
-        """A decoder for what follows `prompt_ids`."""
-        return TextStream(self._backend, prompt_ids, StopStrings(stop), min_tokens)
+        """The text of what follows `prompt_ids`.
 
-    def token_text(self, token_id: int) -> str:
-        """One token as text; `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character."""
-        raw = bytes(self.token_bytes(token_id))
+            text(ids) = decode(prompt_ids + ids) without the decode(prompt_ids) that it begins with
+
+        So a first word has its space if there is text before it. An unfinished character at the very end is
+        left out, because more tokens might have finished it. A character that the prompt began belongs to the
+        text if the text finishes it. If it does not, the U+FFFD belongs to the prompt, or to the text if
+        is_prompt_shown is false.
+        """
+        decoding = self._shown[skip_special_tokens].start(prompt_ids, is_shown=is_prompt_shown)
+        return TextStream(decoding, StopStrings(stop, include_stop), min_tokens)
+
+    def token_text(self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True) -> str:
+        """One token as text; `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character, a skipped special
+        token by its name."""
+        raw = self.token_bytes(token_id, is_first=is_first, skip_special_tokens=skip_special_tokens)
+        if not raw and self._shown[skip_special_tokens].token(token_id) is None:
+            return self._backend.id_to_token(token_id) or ""
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def _token_bytes(self, token_id: int) -> tuple[int, ...]:
-        token = self._backend.id_to_token(token_id)
-        if token is None:  # the embedding matrix may be padded beyond the vocabulary
-            return ()
-        if self._is_byte_level and all(character in _BYTE_OF for character in token):
-            return tuple(_BYTE_OF[character] for character in token)
-        if match := _BYTE_FALLBACK.fullmatch(token):
-            return (int(match[1], 16),)
-        return tuple(token.replace("▁", " ").encode("utf-8", "replace"))
+    def token_bytes(
+        self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True
+    ) -> bytes:
+        """The bytes that a token adds to a text; is_first: at its beginning. Those of all tokens make up the
+        text, as far as it is valid."""
+        return self._shown[skip_special_tokens].token_bytes(token_id, is_first=is_first)
 
 
 def load_text_codec(source: str | Path, *, revision: str | None = None) -> TextCodec:
@@ -89,26 +95,20 @@ def load_text_codec(source: str | Path, *, revision: str | None = None) -> TextC
     return TextCodec(load_tokenizer(source, revision=revision), eos_token_ids=eos_token_ids)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character → byte of byte-level BPE: printable Latin-1 is itself, the other bytes follow U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
-
-
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text and are not part of it."""
+    """Strings that end a text. are_included: the one that is met is a part of it."""
 
     strings: Sequence[str] = ()
+    are_included: bool = False
 
     def find(self, text: str) -> int | None:
-        """Where the earliest stop string begins in `text`."""
-        found = [at for stop in self.strings if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
+        """The length of `text` up to the stop string that begins first; of several the shortest."""
+        found = [(at, len(stop)) for stop in self.strings if (at := text.find(stop)) >= 0]
+        if not found:
+            return None
+        at, length = min(found)
+        return at + length if self.are_included else at
 
     def safe_length(self, text: str) -> int:
         """How much of `text` can be no part of a stop string, whatever follows."""
@@ -125,32 +125,47 @@ class TextStream:
     """The text of one growing sequence.
 
     `push` token by token; what it returns can be shown to the user at once. `is_stopped` turns true when a
-    stop string is met; then `length` is the length of the text before it. Stop strings are not looked for
-    in what the first `min_tokens` tokens bring.
+    stop string is met; then `length` is the length of the text up to it. Stop strings are not looked for in
+    what the first `min_tokens` tokens bring.
     """
 
-    def __init__(
-        self, backend: Backend, prompt_ids: Sequence[int], stop: StopStrings, min_tokens: int
-    ) -> None:
-        context = list(prompt_ids[-_CONTEXT_TOKENS:])
-        if backend.decode(context, skip_special_tokens=True).endswith("\ufffd"):
-            context = []  # half a character: the decoder would give it back with the first token
-        self._backend = backend
-        self._decoder = DecodeStream(ids=context, skip_special_tokens=True)
+    def __init__(self, decoding: Decoding, stop: StopStrings, min_tokens: int) -> None:
+        self._decoding = decoding
         self._stop = stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._held_tokens: list[int] = []
         self._held_text = ""
         self.length = 0
         self.is_stopped = False
 
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the next token is the first of its text, where some tokenizers drop a leading space."""
+        return self._decoding.is_at_start
+
+    @property
+    def includes_stop(self) -> bool:
+        """Whether what ends the text is a part of it."""
+        return self._stop.are_included
+
     def push(self, token_id: int) -> str:
         """Text that has become certain. Nothing follows a stop."""
         self._num_tokens += 1
-        text = self._decode(token_id)
-        self._held_text += text
+        text = self._decoding.push(token_id)
+        return self._add(text) if text else ""
+
+    def flush(self) -> str:
+        """The rest, when no token follows. An unfinished character is left out."""
+        if self.is_stopped:
+            return ""
+        shown = self._add(self._decoding.finish())
+        return shown if self.is_stopped else shown + self._release(len(self._held_text))
+
+    def _add(self, text: str) -> str:
         self.length += len(text)
+        if not self._stop.strings:
+            return text
+        self._held_text += text
         if self._num_tokens <= self._min_tokens:
             return self._release(len(self._held_text))
         cut = self._stop.find(self._held_text)
@@ -160,23 +175,6 @@ class TextStream:
             return self._release(cut)
         return self._release(self._stop.safe_length(self._held_text))
 
-    def flush(self) -> str:
-        """The rest, when no token follows. Bytes that never became a character are dropped."""
-        return "" if self.is_stopped else self._release(len(self._held_text))
-
     def _release(self, length: int) -> str:
         text, self._held_text = self._held_text[:length], self._held_text[length:]
-        return text
-
-    def _decode(self, token_id: int) -> str:
-        text = self._decoder.step(self._backend, token_id)
-        if text is not None:
-            self._held_tokens.clear()
-            return text
-        self._held_tokens.append(token_id)
-        if len(self._held_tokens) < _MAX_HELD_TOKENS:
-            return ""
-        text = self._backend.decode(self._held_tokens, skip_special_tokens=True)
-        self._held_tokens.clear()
-        self._decoder = DecodeStream(skip_special_tokens=True)
         return text

@@ -50,7 +50,13 @@ def options_of(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return Options(body.n or 1, max_tokens, body.stop_strings, bool(body.ignore_eos), sampling)
+    return Options(
+        n=body.n or 1,
+        max_tokens=max_tokens,
+        stop=body.stop_strings,
+        ignore_eos=bool(body.ignore_eos),
+        sampling=sampling,
+    )
 
 
 def adapter_used(target: Target) -> AdapterUsed | None:

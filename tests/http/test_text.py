@@ -102,6 +102,20 @@ def test_the_earliest_of_several_stop_strings_counts() -> None:
 
     assert stop.find("as soon as later") == 3
     assert stop.find("nothing") is None
+    assert StopStrings(["later", "late"], are_included=True).find("as later") == len("as late")
+
+
+@given(text=TEXTS, stop=st.lists(st.text(alphabet="ab 🙂", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_a_stop_string_may_be_a_part_of_the_text(codec: TextCodec, text: str, stop: list[str]) -> None:
+    token_ids = codec.chat.text_ids(text) if text else []
+    before = "".join(pieces(codec, token_ids, stop=stop))
+
+    with_stop = "".join(pieces(codec, token_ids, stop=stop, include_stop=True))
+
+    if any(string in codec.decode(token_ids) for string in stop):
+        assert with_stop in [before + string for string in stop]
+    else:
+        assert with_stop == before == codec.decode(token_ids)
 
 
 def test_a_token_has_bytes_and_a_name(codec: TextCodec) -> None:
@@ -111,7 +125,7 @@ def test_a_token_has_bytes_and_a_name(codec: TextCodec) -> None:
     assert codec.token_text(emoji[0]).startswith("bytes:\\x")
     assert codec.token_text(codec.chat.text_ids("hello")[0]) == "hello"
     assert codec.token_text(6) == "<|end|>"
-    assert codec.token_bytes(10**6) == ()
+    assert codec.token_bytes(10**6) == b""
 
 
 def test_a_tokenizer_that_strips_the_first_space_keeps_it_in_a_continuation() -> None:
@@ -121,7 +135,7 @@ def test_a_tokenizer_that_strips_the_first_space_keeps_it_in_a_continuation() ->
     continued = "".join(stream.push(token_id) for token_id in [2, 3, 4, 5, 6])
 
     assert continued == " world€!"
-    assert codec.token_bytes(3) == (0xE2,)
+    assert codec.token_bytes(3) == b"\xe2"
     assert codec.token_text(2) == " world"
 
 
