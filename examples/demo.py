@@ -3,6 +3,9 @@
 Uses nothing but the official `openai` client and one native endpoint (/v1/score). Starts Tessera on this
 machine with an empty store unless --base-url names a running one. Exits 0 only if each adapter predicts its
 own user's held-out answers better than the base model does.
+
+The bundled model learns to define words as two old dictionaries do. `--model smollm2`, a small model that can
+chat, learns to answer as an old sea captain and as a telegram.
 """
 
 from __future__ import annotations
@@ -29,13 +32,45 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from adapter_core.errors import TesseraError
+from adapter_core.settings import CommonSettings
+from examples.base_models import resolve
+
 DATA = Path(__file__).parent / "data"
-USERS = ("devil", "jargon")
-PROMPTS = ("What does 'love' mean?", "What does 'program' mean?", "What does 'friend' mean?")
-START_TIMEOUT_S = 120
-TRAIN_TIMEOUT_S = 600
+#: The first start of a larger model builds its basis: 80 s for SmolLM2 on one busy core.
+START_TIMEOUT_S = 900
+TRAIN_TIMEOUT_S = 1800
 
 console = Console()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Whose adapters are trained on a base model, and what is asked afterwards."""
+
+    #: Each has the files USER.train.jsonl and USER.heldout.jsonl in DATA.
+    users: tuple[str, ...]
+    prompts: tuple[str, ...]
+    #: Of the jobs; what is absent is chosen by Tessera.
+    hyperparameters: dict[str, float] = field(default_factory=dict)
+    #: Of the answers.
+    sampling: dict[str, float] = field(default_factory=dict)
+
+
+DICTIONARIES = Scenario(
+    users=("devil", "jargon"),
+    prompts=("What does 'love' mean?", "What does 'program' mean?", "What does 'friend' mean?"),
+    # A model of 7 M parameters goes in circles without a penalty.
+    sampling={"temperature": 0.7, "seed": 1, "repetition_penalty": 1.2},
+)
+VOICES = Scenario(
+    users=("captain", "telegram"),
+    prompts=("How do I bake bread?", "Why do birds sing?", "What is the capital of Spain?"),
+    hyperparameters={"n_epochs": 3, "learning_rate_multiplier": 3},
+    sampling={"temperature": 0},
+)
+#: By the id of the base model; DICTIONARIES for every other.
+SCENARIOS = {"smollm2": VOICES}
 
 
 @dataclass
@@ -61,12 +96,16 @@ class Report:
 
 
 async def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base-url", help="a running service, such as http://127.0.0.1:8000/v1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--base-url", help="a running service, such as http://127.0.0.1:8000/v1")
+    where.add_argument("--model", help="tiny, smollm2, a directory or a hub id; default: TESSERA_BASE_MODEL")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "unused"))
     parser.add_argument("--report", type=Path, default=Path("demo-report.json"))
     arguments = parser.parse_args()
-    with running_service(arguments.base_url) as base_url:
+    with running_service(arguments.base_url, arguments.model) as base_url:
         async with openai.AsyncOpenAI(base_url=base_url, api_key=arguments.api_key) as client:
             report = await run(client)
     arguments.report.write_text(json.dumps(report.__dict__, indent=2) + "\n")
@@ -77,23 +116,33 @@ async def main() -> int:
 async def run(client: openai.AsyncOpenAI) -> Report:
     """Train, answer, score: the demo in four lines."""
     base = (await client.models.list()).data[0].id
+    scenario = SCENARIOS.get(base, DICTIONARIES)
     report = Report()
-    adapters = await train(client, base, report)
-    await answer_together(client, [base, *adapters], report)
-    await score(client, base, adapters, report)
+    adapters = await train(client, base, scenario, report)
+    await answer_together(client, [base, *adapters], scenario, report)
+    await score(client, [base, *adapters], scenario.users, report)
     return report
 
 
-async def train(client: openai.AsyncOpenAI, base: str, report: Report) -> list[str]:
+async def train(client: openai.AsyncOpenAI, base: str, scenario: Scenario, report: Report) -> list[str]:
     """Upload each user's data and train an adapter on it; both jobs share the worker."""
     console.rule("1. Train an adapter for each user")
     started = time.perf_counter()
     jobs = []
-    for user in USERS:
+    for user in scenario.users:
         path = DATA / f"{user}.train.jsonl"
         file = await client.files.create(file=path, purpose="fine-tune")
         jobs.append(
-            await client.fine_tuning.jobs.create(model=base, training_file=file.id, suffix=user, seed=1)
+            await client.fine_tuning.jobs.create(
+                model=base,
+                training_file=file.id,
+                suffix=user,
+                seed=1,
+                method={
+                    "type": "supervised",
+                    "supervised": {"hyperparameters": scenario.hyperparameters},
+                },
+            )
         )
     columns = (
         TextColumn("{task.description:>8}"),
@@ -102,7 +151,7 @@ async def train(client: openai.AsyncOpenAI, base: str, report: Report) -> list[s
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bars = [progress.add_task(user, total=100, note="queued") for user in USERS]
+        bars = [progress.add_task(user, total=100, note="queued") for user in scenario.users]
         while True:
             jobs = [await client.fine_tuning.jobs.retrieve(job.id) for job in jobs]
             for bar, job in zip(bars, jobs, strict=True):
@@ -142,13 +191,15 @@ async def adapter_bytes(client: openai.AsyncOpenAI, adapter: str) -> int:
     return int(record["versions"][-1]["bytes"])  # type: ignore[index]
 
 
-async def answer_together(client: openai.AsyncOpenAI, models: list[str], report: Report) -> None:
+async def answer_together(
+    client: openai.AsyncOpenAI, models: list[str], scenario: Scenario, report: Report
+) -> None:
     """The same prompts to the base and to both adapters, all at once: the engine batches them."""
     console.rule("2. Base, user 1 and user 2, the same prompts, one batch")
-    streams = [Stream(model, prompt) for prompt in PROMPTS for model in models]
-    await asyncio.gather(*(consume(client, stream) for stream in streams))
+    streams = [Stream(model, prompt) for prompt in scenario.prompts for model in models]
+    await asyncio.gather(*(consume(client, stream, scenario.sampling) for stream in streams))
     table = Table("prompt", *models, show_lines=True)
-    for prompt in PROMPTS:
+    for prompt in scenario.prompts:
         table.add_row(prompt, *(s.text.strip() for s in streams if s.prompt == prompt))
     console.print(table)
     report.ttft_ms = round(statistics.median(s.ttft_ms for s in streams), 1)
@@ -159,17 +210,15 @@ async def answer_together(client: openai.AsyncOpenAI, models: list[str], report:
     )
 
 
-async def consume(client: openai.AsyncOpenAI, stream: Stream) -> None:
+async def consume(client: openai.AsyncOpenAI, stream: Stream, sampling: dict[str, float]) -> None:
     started = time.perf_counter()
     chunks = await client.chat.completions.create(
         model=stream.model,
         messages=[{"role": "user", "content": stream.prompt}],
         max_tokens=48,
-        temperature=0.7,
-        seed=1,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"repetition_penalty": 1.2},  # a model of 7 M parameters goes in circles
+        extra_body=sampling,
     )
     async for chunk in chunks:
         if chunk.choices and chunk.choices[0].delta.content:
@@ -181,14 +230,16 @@ async def consume(client: openai.AsyncOpenAI, stream: Stream) -> None:
         )
 
 
-async def score(client: openai.AsyncOpenAI, base: str, adapters: list[str], report: Report) -> None:
-    """Loss (nats per token) of every model on every user's held-out answers."""
+async def score(
+    client: openai.AsyncOpenAI, models: list[str], users: tuple[str, ...], report: Report
+) -> None:
+    """Loss (nats per token) of every model, the base first, on every user's held-out answers."""
     console.rule("3. Held-out loss, nats per token (lower is better)")
-    for name, model in [("base", base), *((adapter, adapter) for adapter in adapters)]:
-        report.losses[name] = {user: await heldout_loss(client, model, user) for user in USERS}
-    table = Table("model", *USERS)
+    for name, model in zip(["base", *models[1:]], models, strict=True):
+        report.losses[name] = {user: await heldout_loss(client, model, user) for user in users}
+    table = Table("model", *users)
     for name, losses in report.losses.items():
-        table.add_row(name, *(f"{losses[user]:.4f}" for user in USERS))
+        table.add_row(name, *(f"{losses[user]:.4f}" for user in users))
     console.print(table)
 
 
@@ -203,7 +254,7 @@ def adapters_win(report: Report) -> bool:
     """Whether each adapter beats the base on its own user's held-out data; says so."""
     base = report.losses["base"]
     wins = True
-    for user, (name, losses) in zip(USERS, list(report.losses.items())[1:], strict=True):
+    for user, (name, losses) in zip(base, list(report.losses.items())[1:], strict=True):
         better = losses[user] < base[user]
         wins &= better
         console.print(
@@ -214,15 +265,17 @@ def adapters_win(report: Report) -> bool:
 
 
 @contextmanager
-def running_service(base_url: str | None) -> Iterator[str]:
+def running_service(base_url: str | None, model: str | None) -> Iterator[str]:
     """The URL of a service: the one that was named, or one of our own that ends with the demo."""
     if base_url is not None:
         yield base_url
         return
+    chosen = {} if model is None else {"TESSERA_BASE_MODEL": base_model(model)}
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="tessera-demo-") as folder:
         environment = {
             **os.environ,
+            **chosen,
             "TESSERA_DATA_DIR": folder,
             "TESSERA_SERVICE_PORT": str(port),
             "TESSERA_WORKER_METRICS_PORT": "0",
@@ -245,6 +298,15 @@ def running_service(base_url: str | None) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+
+
+def base_model(name: str) -> str:
+    """What `name` stands for, fetched into the cache of this checkout if need be."""
+    cache = CommonSettings().data_dir / "models"
+    try:
+        return resolve(name, cache, pip_args=os.environ.get("PIP_ARGS", ""))
+    except (TesseraError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:

@@ -123,6 +123,19 @@ def tiny() -> BaseModel:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct, a real chat model, which is not in the repository.
+
+    Skips the test unless the environment names the directory: `python -m examples.base_models smollm2`
+    prints what SMOLLM2 has to be.
+    """
+    folder = os.environ.get("SMOLLM2")
+    if not folder:
+        pytest.skip("SMOLLM2 does not name the directory of the converted model")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_basis(tiny: BaseModel) -> Basis:
     """The LoRA-XS basis of rank 8 of the bundled model."""
     from adapter_core.bases import build_basis
