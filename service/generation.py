@@ -32,7 +32,8 @@ class Options:
     """How a prompt is continued.
 
     max_tokens: None as far as the context goes, 0 not at all. skip_special_tokens: they have no text.
-    include_stop: the stop string or stop token that ends the text is a part of it.
+    include_stop: the stop string or stop token that ends the text is a part of it. is_prompt_shown: the
+    client has seen the prompt whole, also an unfinished character at its end (`TextCodec.stream`).
     """
 
     n: int = 1
@@ -41,6 +42,7 @@ class Options:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop: bool = False
+    is_prompt_shown: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
@@ -81,7 +83,7 @@ class Generator:
             sampling = self._sampling(token_ids, options, info, param)
             for choice in range(options.n):
                 sequences.append(self._sequence(len(sequences), token_ids, target, sampling, choice, options))
-        return Generation(sequences, self.engine, self._metrics, options.n)
+        return Generation(sequences, self.engine, self._metrics, options.n, options.skip_special_tokens)
 
     def _sequence(
         self,
@@ -108,8 +110,9 @@ class Generator:
             min_tokens=sampling.min_tokens,
             skip_special_tokens=options.skip_special_tokens,
             include_stop=options.include_stop,
+            is_prompt_shown=options.is_prompt_shown,
         )
-        return LiveSequence(index, request, text, self._metrics, prompt_only=options.max_tokens == 0)
+        return LiveSequence(index, request, text, self._metrics)
 
     def _sampling(
         self, token_ids: list[int], options: Options, info: EngineInfo, param: str
@@ -120,8 +123,8 @@ class Generator:
         if not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
             raise InvalidInput(f"token ids must be from 0 to {info.vocab_size - 1}", param=param)
         room = info.max_model_len - len(token_ids)
-        max_tokens = room if options.max_tokens is None else max(1, options.max_tokens)
-        if max_tokens > room or room < 1:
+        max_tokens = max(1, room) if options.max_tokens is None else options.max_tokens
+        if max_tokens > room:
             raise too_long(len(token_ids), max_tokens, info.max_model_len, param)
         if options.sampling.min_tokens > max_tokens:
             raise InvalidInput("min_tokens exceeds max_tokens", param="min_tokens")
@@ -141,9 +144,9 @@ class Generator:
 
 
 def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> InvalidInput:
+    more = f" and up to {num_more} more were asked for" if num_more else ""
     return InvalidInput(
-        f"the context holds {max_model_len} tokens; the prompt has {num_prompt} and up to {max(num_more, 1)} "
-        "more were asked for",
+        f"the context holds {max_model_len} tokens; the prompt has {num_prompt}{more}",
         param=param,
         code="context_length_exceeded",
     )

@@ -17,7 +17,7 @@ from service.generation import Generator, Options, off_loop
 from service.model_names import Target
 from service.sequences import Finished, Generation
 
-#: The prompt's own log-probabilities and nothing beside; no token is kept.
+#: The prompt's own log-probabilities and nothing beside.
 _PROMPT_ONLY = Options(max_tokens=0, sampling=SamplingParams(temperature=0.0, prompt_logprobs=0))
 
 
@@ -46,7 +46,7 @@ async def score(
     generator: Generator, target: Target, examples: Sequence[Example]
 ) -> tuple[list[ScoredText], Generation]:
     """Score all examples at once; also what it took. Raises `InvalidInput` (param "input.<i>")."""
-    limit = generator.engine.info.max_model_len - 1  # the engine makes one token more
+    limit = generator.engine.info.max_model_len
     size = sum(_size(example) for example in examples)
     encoded = await off_loop(
         size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]

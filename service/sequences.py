@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -29,10 +30,15 @@ from service.token_engine import TokenEngine
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token with its log-probability; offset: where its text begins in the sequence's text."""
+    """A generated token with its log-probability."""
 
     logprobs: TokenLogprobs
+    #: Where its text begins in the sequence's text.
     offset: int
+    #: Whether no text is before it, so that it may lose its space.
+    is_first: bool = False
+    #: Whether it ended the sequence and is no part of the text.
+    is_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,21 +72,9 @@ class Usage:
 
 
 class LiveSequence:
-    """One sequence that the engine continues. `pieces` ends it, however it is left.
+    """One sequence that the engine continues. `pieces` ends it, however it is left."""
 
-    prompt_only: only the prompt's log-probabilities are wanted. The engine makes at least one token, which is
-    thrown away.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        request: GenerationRequest,
-        text: TextStream,
-        metrics: Metrics,
-        *,
-        prompt_only: bool = False,
-    ) -> None:
+    def __init__(self, index: int, request: GenerationRequest, text: TextStream, metrics: Metrics) -> None:
         self.index = index
         self.request = request
         self.num_tokens = 0
@@ -88,11 +82,10 @@ class LiveSequence:
         self.max_distinct = 0
         self.ttft_s: float | None = None
         self._text = text
-        self._prompt_only = prompt_only
         self._metrics = metrics
         self._newest_at = time.monotonic()
         self._shown = 0
-        self._waiting: list[Token] = []
+        self._waiting: deque[Token] = deque()
 
     async def pieces(self, engine: TokenEngine) -> AsyncGenerator[Piece, None]:
         """Pieces up to the one with a finish_reason. Raises what the engine gave up with."""
@@ -113,16 +106,16 @@ class LiveSequence:
         self.max_distinct = max(self.max_distinct, output.num_distinct)
         prompt = None if output.prompt_logprobs is None else tuple(output.prompt_logprobs)
         finish_reason = output.finish_reason
-        if self._prompt_only:
-            return Piece(self.index, "", (), prompt, finish_reason and "length")
         text = ""
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
+            logprobs = output.logprobs[position] if output.logprobs else None
             ends = finish_reason == "stop" and position == len(output.token_ids) - 1
-            if ends and token_id in self.request.sampling.stop_token_ids:
-                break  # it ends the text and is no part of it
-            if output.logprobs:
-                self._waiting.append(Token(output.logprobs[position], self._text.length))
+            if ends and not self._text.includes_stop and token_id in self.request.sampling.stop_token_ids:
+                text += self._end(logprobs)
+                break
+            if logprobs is not None:
+                self._waiting.append(Token(logprobs, self._text.length, self._text.is_at_start))
             text += self._text.push(token_id)
             if self._text.is_stopped:
                 finish_reason = "stop"
@@ -131,23 +124,29 @@ class LiveSequence:
             text += self._text.flush()
         return Piece(self.index, text, self._shown_tokens(text, finish_reason), prompt, finish_reason)
 
+    def _end(self, logprobs: TokenLogprobs | None) -> str:
+        """The rest of the text, before a stop token that is no part of it."""
+        text = self._text.flush()
+        if logprobs is not None:
+            self._waiting.append(Token(logprobs, self._text.length, is_end=True))
+        return text
+
     def _time(self, num_tokens: int) -> None:
-        if not num_tokens:
-            return
         now = time.monotonic()
         waited_s, self._newest_at = now - self._newest_at, now
         if self.ttft_s is None:
             self.ttft_s = waited_s
             self._metrics.time_to_first_token.observe(waited_s)
-        else:
+        elif num_tokens:
             self._metrics.inter_token_latency.observe(waited_s / num_tokens)
 
     def _shown_tokens(self, text: str, finish_reason: str | None) -> tuple[Token, ...]:
         """The waiting tokens whose text has begun to show; at the end all but those after a stop string."""
         self._shown += len(text)
         is_cut = finish_reason is None or self._text.is_stopped
-        shown = [token for token in self._waiting if not is_cut or token.offset < self._shown]
-        self._waiting = self._waiting[len(shown) :]
+        shown = []
+        while self._waiting and (not is_cut or self._waiting[0].offset < self._shown):
+            shown.append(self._waiting.popleft())
         return tuple(shown)
 
 
@@ -159,6 +158,7 @@ class Generation:
     engine: TokenEngine
     metrics: Metrics
     n: int = 1
+    skip_special_tokens: bool = True
     started_at: float = field(default_factory=time.monotonic)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:

@@ -43,6 +43,31 @@ class TextCodec:
         """The text of a whole sequence; an unfinished character at its end is U+FFFD."""
         return self._shown[skip_special_tokens].decode(token_ids)
 
+    def echo(
+        self, token_ids: Sequence[int], text: str | None = None, *, skip_special_tokens: bool = True
+    ) -> Echo:
+        """A prompt as it goes before its answer: `text`, if it was given as text, or what its tokens read as
+        without an unfinished character at its end."""
+        decoding = self._shown[skip_special_tokens].start()
+        offsets, read, num_first = [], "", 0
+        for token_id in token_ids:
+            offsets.append(len(read))
+            num_first += decoding.is_at_start
+            read += decoding.push(token_id)
+        if text is None:
+            return Echo(read + decoding.finish(), offsets, num_first)
+        return Echo(text, self._offsets_in(text, len(token_ids)), num_first)
+
+    def _offsets_in(self, text: str, num_tokens: int) -> list[int]:
+        """Where in `text` each of its tokens begins. The parts follow each other without gaps, whatever the
+        tokenizer normalised; what it added by itself is empty."""
+        spans = self.chat.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        offsets, end = [], 0
+        for first, last in spans[:num_tokens]:
+            offsets.append(min(first, end) if last > first else end)
+            end = max(end, last)
+        return offsets + [end] * (num_tokens - len(offsets))
+
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -93,6 +118,17 @@ def load_text_codec(source: str | Path, *, revision: str | None = None) -> TextC
     named = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.exists() else None
     eos_token_ids = [named] if isinstance(named, int) else named or []
     return TextCodec(load_tokenizer(source, revision=revision), eos_token_ids=eos_token_ids)
+
+
+@dataclass(frozen=True)
+class Echo:
+    """The text of a prompt, token by token."""
+
+    text: str
+    #: Where in `text` each token begins.
+    offsets: Sequence[int]
+    #: That many tokens have no text before them.
+    num_first: int
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class FakeEngine:
     """Answers with what `script` says, one token per step.
 
     refusal: raised by `generate` at once. failure: (code, message) reported after `fail_after` tokens. gate:
-    a request goes on only while it is set, but for its first `num_ungated` tokens. cancelled: ids of requests
-    whose reader left before the end.
+    a request goes on only while it is set, but for its first `num_ungated` tokens. tops: the most likely
+    tokens beside a chosen one. cancelled: ids of requests whose reader left before the end.
     """
 
     def __init__(self, *, vocab_size: int = 8192, max_model_len: int = 256) -> None:
@@ -38,6 +38,7 @@ class FakeEngine:
         self.failure: tuple[str, str] | None = None
         self.fail_after = 0
         self.num_cached_tokens = 0
+        self.tops: dict[int, list[tuple[int, float]]] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_ungated = 0
@@ -93,12 +94,14 @@ class FakeEngine:
     def _outputs(self, request: GenerationRequest) -> list[TokenOutput]:
         sampling, wanted = request.sampling, self.script(request)
         outputs: list[TokenOutput] = []
+        if sampling.max_tokens == 0:
+            return _ended([self._output(request, [], is_first=True)], "length")
         for token_id in wanted[: sampling.max_tokens]:
             if self.failure is not None and len(outputs) == self.fail_after:
                 break
             is_stop = token_id in sampling.stop_token_ids and len(outputs) >= sampling.min_tokens
             is_last = len(outputs) + 1 == sampling.max_tokens
-            outputs.append(self._output(request, None if is_stop else token_id, not outputs))
+            outputs.append(self._output(request, [token_id], is_first=not outputs))
             if is_stop or is_last:
                 return _ended(outputs, "stop" if is_stop else "length")
         if self.failure is not None:
@@ -106,27 +109,28 @@ class FakeEngine:
             return [*outputs, end]
         return _ended(outputs, "stop")
 
-    def _output(self, request: GenerationRequest, token_id: int | None, is_first: bool) -> TokenOutput:
+    def _output(self, request: GenerationRequest, given: list[int], *, is_first: bool) -> TokenOutput:
         sampling = request.sampling
         prompt = None
         if is_first and sampling.prompt_logprobs is not None:
-            prompt = [_logprobs(t, sampling.prompt_logprobs) for t in request.token_ids[1:]]
-        given = [] if token_id is None else [token_id]
+            prompt = [self._logprobs(t, sampling.prompt_logprobs) for t in request.token_ids[1:]]
         return TokenOutput(
             request.request_id,
             token_ids=given,
-            logprobs=[] if sampling.logprobs is None else [_logprobs(t, sampling.logprobs) for t in given],
+            logprobs=[]
+            if sampling.logprobs is None
+            else [self._logprobs(t, sampling.logprobs) for t in given],
             prompt_logprobs=prompt,
             num_cached_tokens=self.num_cached_tokens,
             num_distinct=len({r.adapter for r in self.running.values()}),
         )
 
+    def _logprobs(self, token_id: int, count: int) -> TokenLogprobs:
+        logprob = fake_logprob(token_id)
+        top = self.tops.get(token_id, [(token_id + i, logprob - i) for i in range(count)])
+        return TokenLogprobs(token_id, logprob, top[:count])
+
 
 def _ended(outputs: list[TokenOutput], reason: str) -> list[TokenOutput]:
     last = outputs[-1]
     return [*outputs[:-1], TokenOutput(**{**vars(last), "finish_reason": reason})]
-
-
-def _logprobs(token_id: int, count: int) -> TokenLogprobs:
-    logprob = fake_logprob(token_id)
-    return TokenLogprobs(token_id, logprob, [(token_id + i, logprob - i) for i in range(count)])

@@ -59,7 +59,7 @@ class InFlight:
                 sequence.append(token_id)
                 self.num_generated += 1
                 if token_id in sequence.sampling.stop_token_ids:
-                    finish_reason, token_id = "stop", None
+                    finish_reason = "stop"
             if finish_reason is None and len(sequence.token_ids) >= sequence.max_length:
                 finish_reason = "length"
             output = TokenOutput(

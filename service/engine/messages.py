@@ -30,8 +30,7 @@ class SamplingParams(Message):
     max_tokens 0 scores the prompt only. temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed None
     draws one from the operating system. logprobs: how many of the most likely tokens to report beside the
     chosen one (None: report nothing), from the model's own distribution, before temperature and penalties.
-    stop_token_ids end the sequence and are not part of the text; eos is among them unless ignore_eos was
-    asked for.
+    stop_token_ids end the sequence; eos is among them unless ignore_eos was asked for.
     """
 
     max_tokens: int = 16
@@ -88,8 +87,8 @@ class TokenLogprobs(Message):
 class TokenOutput(Message):
     """What one step brought one request.
 
-    token_ids: the new tokens; a stop token is never among them. finish_reason: None while running, else
-    "stop", "length", "cancelled" or "error". error: (code, message) where finish_reason is "error".
+    token_ids: the new tokens, with the stop token that ended the sequence, if one did. finish_reason: None
+    while running, else "stop", "length", "cancelled" or "error". error: (code, message) where it is "error".
     prompt_logprobs: for tokens 1.. of the prompt, sent once, with the first output. num_cached_tokens: prompt
     tokens found in the prefix cache. num_distinct: how many different models (adapters, and the base if
     present) shared the step.

@@ -23,7 +23,6 @@ from service.routes.schemas_generation import (
     TopLogprob,
 )
 from service.sequences import Piece, Token
-from service.text import TextCodec
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
 
@@ -91,19 +90,21 @@ class ChatReply(Reply):
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
         if not self.body.logprobs:
             return None
-        return ChatLogprobs(content=[_token_logprob(token, self.codec) for token in tokens])
+        return ChatLogprobs(content=[self._logprob(token) for token in tokens if not token.is_end])
 
+    def _logprob(self, token: Token) -> TokenLogprob:
+        chosen = token.logprobs
+        top = [self._top_logprob(token_id, logprob, token) for token_id, logprob in chosen.top]
+        own = self._top_logprob(chosen.token_id, chosen.logprob, token)
+        return TokenLogprob(**own.model_dump(), top_logprobs=top)
 
-def _token_logprob(token: Token, codec: TextCodec) -> TokenLogprob:
-    chosen = token.logprobs
-    top = [_top_logprob(token_id, logprob, codec) for token_id, logprob in chosen.top]
-    own = _top_logprob(chosen.token_id, chosen.logprob, codec)
-    return TokenLogprob(**own.model_dump(), top_logprobs=top)
-
-
-def _top_logprob(token_id: int, logprob: float, codec: TextCodec) -> TopLogprob:
-    text = codec.token_text(token_id)
-    return TopLogprob(token=text, logprob=json_logprob(logprob), bytes=list(codec.token_bytes(token_id)))
+    def _top_logprob(self, token_id: int, logprob: float, at: Token) -> TopLogprob:
+        """A token in the place of the token `at`."""
+        raw = self.codec.token_bytes(
+            token_id, is_first=at.is_first, skip_special_tokens=self.generation.skip_special_tokens
+        )
+        text = self.token_text(token_id, is_first=at.is_first)
+        return TopLogprob(token=text, logprob=json_logprob(logprob), bytes=list(raw))
 
 
 def _chunk_choice(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Response
 
+from adapter_core.errors import RequestFailed
 from service import event_stream
 from service.engine.messages import TokenLogprobs
-from service.generation import Generator
+from service.generation import Generator, off_loop
 from service.model_names import Target
 from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
 from service.routes.json_routes import CancellableRoute
@@ -20,7 +22,11 @@ from service.routes.schemas_generation import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from service.sequences import Finished, Piece, Token
+from service.sequences import Finished, Generation, Piece, Token
+from service.text import Echo, TextCodec
+
+#: Of a prompt that is echoed, for `off_loop`.
+_CHARACTERS_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
 
@@ -50,11 +56,20 @@ async def _start(body: CompletionRequest, target: Target, generator: Generator) 
     prompt_logprobs = body.logprobs if body.echo else None
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     options = options_of(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
+    options = replace(options, is_prompt_shown=not body.echo or texts is not None)
     generation = generator.start(target, prompts, options, param="prompt")
-    reply = CompletionReply(body, target, generation, generator.codec)
-    if body.echo:
-        reply.echoes = texts or [generator.codec.decode(token_ids) for token_ids in prompts]
-    return reply
+    echoes = await _echoes(prompts, texts, generation, generator.codec) if body.echo else None
+    return CompletionReply(body, target, generation, generator.codec, echoes)
+
+
+async def _echoes(
+    prompts: Sequence[list[int]], texts: Sequence[str | None] | None, generation: Generation, codec: TextCodec
+) -> list[Echo]:
+    given = zip(prompts, texts or [None] * len(prompts), strict=True)
+    size, skip = _CHARACTERS_PER_TOKEN * sum(map(len, prompts)), generation.skip_special_tokens
+    return await off_loop(
+        size, lambda: [codec.echo(ids, text, skip_special_tokens=skip) for ids, text in given]
+    )
 
 
 class CompletionReply(Reply):
@@ -63,7 +78,17 @@ class CompletionReply(Reply):
     id_prefix = "cmpl"
     chunk_object = "text_completion"
     body: CompletionRequest
-    echoes: list[str] | None = None
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        target: Target,
+        generation: Generation,
+        codec: TextCodec,
+        echoes: list[Echo] | None,
+    ) -> None:
+        super().__init__(body, target, generation, codec)
+        self._echoes = echoes
 
     async def whole(self) -> Completion:
         finished = await self.generation.collect()
@@ -91,7 +116,7 @@ class CompletionReply(Reply):
         )
 
     def _echo(self, index: int) -> str:
-        return "" if self.echoes is None else self.echoes[index // self.generation.n]
+        return "" if self._echoes is None else self._echoes[index // self.generation.n].text
 
     def _logprobs(
         self, index: int, tokens: Sequence[Token], prompt: Sequence[TokenLogprobs], first: bool
@@ -100,10 +125,11 @@ class CompletionReply(Reply):
         if self.body.logprobs is None:
             return None
         report = _LogprobsReport(self, is_top_wanted=self.body.logprobs > 0)
-        if self.echoes is not None and first:
-            report.add_prompt(self.generation.sequences[index].request.token_ids, prompt)
+        if self._echoes is not None and first:
+            echo = self._echoes[index // self.generation.n]
+            report.add_prompt(self.generation.sequences[index].request.token_ids, prompt, echo)
         for token in tokens:
-            report.add(token.logprobs, len(self._echo(index)) + token.offset)
+            report.add(token.logprobs, len(self._echo(index)) + token.offset, is_first=token.is_first)
         return report.done()
 
 
@@ -111,27 +137,31 @@ class _LogprobsReport:
     """Four lists that grow together."""
 
     def __init__(self, reply: Reply, *, is_top_wanted: bool) -> None:
-        self._codec = reply.codec
+        self._text_of = reply.token_text
         self._is_top_wanted = is_top_wanted
         self._tokens: list[str] = []
         self._logprobs: list[float | None] = []
         self._top: list[dict[str, float] | None] = []
         self._offsets: list[int] = []
 
-    def add_prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+    def add_prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], echo: Echo) -> None:
         """The first token of a prompt has no log-probability: nothing predicts it."""
-        text = self._codec.stream([])
-        for position, token_id in enumerate(token_ids):
-            offset = text.length
-            text.push(token_id)
-            if position == 0 or position > len(logprobs):
-                self._append(token_id, None, None, offset)
-            else:
-                self.add(logprobs[position - 1], offset)
+        if len(logprobs) != len(token_ids) - 1:
+            raise RequestFailed("the engine did not report every token of the prompt")
+        self._append(self._text_of(token_ids[0], is_first=True), None, None, 0)
+        for position, token in enumerate(logprobs, start=1):
+            self.add(token, echo.offsets[position], is_first=position < echo.num_first)
 
-    def add(self, token: TokenLogprobs, offset: int) -> None:
-        top = {self._codec.token_text(token_id): json_logprob(value) for token_id, value in token.top}
-        self._append(token.token_id, json_logprob(token.logprob), top, offset)
+    def add(self, token: TokenLogprobs, offset: int, *, is_first: bool) -> None:
+        """The most likely tokens and the chosen one, by their text: of several with the same text, the most
+        likely one."""
+        text, logprob = self._text_of(token.token_id, is_first=is_first), json_logprob(token.logprob)
+        top: dict[str, float] = {}
+        if self._is_top_wanted:
+            for token_id, value in token.top:
+                top.setdefault(self._text_of(token_id, is_first=is_first), json_logprob(value))
+            top.setdefault(text, logprob)
+        self._append(text, logprob, top, offset)
 
     def done(self) -> CompletionLogprobs:
         return CompletionLogprobs(
@@ -141,10 +171,8 @@ class _LogprobsReport:
             text_offset=self._offsets,
         )
 
-    def _append(
-        self, token_id: int, logprob: float | None, top: dict[str, float] | None, offset: int
-    ) -> None:
-        self._tokens.append(self._codec.token_text(token_id))
+    def _append(self, text: str, logprob: float | None, top: dict[str, float] | None, offset: int) -> None:
+        self._tokens.append(text)
         self._logprobs.append(logprob)
         self._top.append(top)
         self._offsets.append(offset)

@@ -106,6 +106,11 @@ class Reply(ABC):
     def choices(self, piece: Piece) -> list[dict[str, Any]]:
         """The choices of a piece's chunks, one chunk each; the last one has its finish_reason, if any."""
 
+    def token_text(self, token_id: int, *, is_first: bool = False) -> str:
+        """What a token reads as in this answer; is_first: with no text before it."""
+        skip = self.generation.skip_special_tokens
+        return self.codec.token_text(token_id, is_first=is_first, skip_special_tokens=skip)
+
     def begins(self, piece: Piece) -> bool:
         """Whether a piece is the first one of its choice."""
         is_first = piece.index not in self._begun

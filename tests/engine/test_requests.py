@@ -57,8 +57,13 @@ def test_a_request_that_never_fits_the_pool_is_refused_with_numbers(llama: Serve
     assert driver.engine.info().max_model_len == 32
 
     answer = driver.submit([1] * 30, SamplingParams(max_tokens=2, temperature=0))
+    scored = driver.submit([1] * 32, SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=0))
     driver.run()
     assert len(answer.token_ids) == 2
+    reports = scored.outputs[0].prompt_logprobs
+    assert reports is not None
+    expected = llama.prompt_oracle(None, [1] * 32)
+    assert [r.logprob for r in reports] == pytest.approx([float(row[1]) for row in expected], abs=1e-4)
 
 
 def test_a_request_id_is_in_flight_once(llama: Served, start: Start) -> None:
@@ -81,7 +86,7 @@ def test_the_waiting_queue_has_a_limit(llama: Served, start: Start) -> None:
     driver.submit([3])
 
 
-def test_a_stop_token_ends_the_text_and_is_not_in_it(llama: Served, start: Start) -> None:
+def test_a_stop_token_is_the_last_one_and_reported_as_the_others_are(llama: Served, start: Start) -> None:
     prompt = llama.prompts(9)[0]
     expected, _ = llama.oracle(None, prompt, 12)
     stop = expected[5]
@@ -91,8 +96,8 @@ def test_a_stop_token_ends_the_text_and_is_not_in_it(llama: Served, start: Start
     others = driver.submit(prompt, replace(GREEDY, stop_token_ids=(VOCAB_SIZE + 5,)))
     driver.run()
 
-    assert stopped.token_ids == expected[:end]
-    assert len(stopped.logprobs) == end
+    assert stopped.token_ids == expected[: end + 1]
+    assert [report.token_id for report in stopped.logprobs] == stopped.token_ids
     assert stopped.finish_reason == "stop"
     assert (others.token_ids, others.finish_reason) == (expected, "length")
 
@@ -105,9 +110,9 @@ def test_min_tokens_keeps_stop_tokens_away(llama: Served, start: Start) -> None:
     at_once = driver.submit(prompt, replace(GREEDY, stop_token_ids=(stop,)))
     driver.run()
 
-    assert stop not in answer.token_ids
-    assert len(answer.token_ids) >= 4
-    assert (at_once.token_ids, at_once.finish_reason) == ([], "stop")
+    assert stop not in answer.token_ids[:4]
+    assert len(answer.token_ids) > 4
+    assert (at_once.token_ids, at_once.finish_reason) == ([stop], "stop")
 
 
 def test_penalties_and_bias_change_the_choice_but_not_the_reported_logprobs(

@@ -122,7 +122,7 @@ def test_a_stop_token_ends_a_request_whose_next_step_is_under_way(llama: Served,
     following = driver.submit(prompt, adapter=llama.refs[0])  # in the blocks that were given back
     driver.run()
 
-    assert stopping.token_ids == tokens[: tokens.index(stop)]
+    assert stopping.token_ids == tokens[: tokens.index(stop) + 1]
     assert stopping.finish_reason == "stop"
     assert_exact(llama, [(llama.refs[0], prompt)], [following])
 

@@ -46,7 +46,7 @@ def engine() -> FakeEngine:
 def make_app(redis: Redis, engine: FakeEngine, codec: TextCodec, tmp_path: Path) -> MakeApp:
     """The application with settings of one's own."""
 
-    def make(**settings: object) -> FastAPI:
+    def make(*, codec: TextCodec = codec, **settings: object) -> FastAPI:
         common = CommonSettings(data_dir=tmp_path)
         return create_app(
             engine=engine,

@@ -61,7 +61,7 @@ async def test_the_items_run_together_and_nothing_is_generated(
     report = await score(client, *[TEXT] * 5)
 
     assert len(engine.requests) == 5
-    assert {request.sampling.max_tokens for request in engine.requests} == {1}
+    assert {request.sampling.max_tokens for request in engine.requests} == {0}
     assert report["usage"]["completion_tokens"] == 0
     assert report["usage"]["prompt_tokens"] == sum(len(request.token_ids) for request in engine.requests)
 

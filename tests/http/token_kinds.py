@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "</s>", "<|user|>"]
@@ -111,3 +111,19 @@ def _characters(run: bytes) -> str:
         else:
             text, run = text + "\ufffd", run[1:]
     return text
+
+
+def llama2() -> PreTrainedTokenizerFast:
+    """A whole byte-fallback tokenizer: it puts a start token and a space in front of what it encodes."""
+    vocab = ["<unk>", *SPECIAL, *BYTES, "▁", "h", "e", "l", "o", "▁h", "▁he", "lo", "▁w", "w", "a", "é", "�"]
+    merges = [("▁", "h"), ("▁h", "e"), ("l", "o"), ("▁", "w")]
+    ids = {name: i for i, name in enumerate(vocab)}
+    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = byte_fallback(strips=True).backend_tokenizer.decoder
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ["<unk>", *SPECIAL]])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
