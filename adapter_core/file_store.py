@@ -11,9 +11,9 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from adapter_core import keys
 from adapter_core.errors import CorruptRecord, NotFound, StoreUnavailable
@@ -36,15 +36,19 @@ redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """)
 
-# KEYS: record, content, index. ARGV: file id, created_at, bytes, then the fields of the record.
-# Reply: 1, or 0 if the content has expired.
+# KEYS: record, content, index. ARGV: file id, created_at, bytes, when it expires in Unix seconds or "", then
+# the fields of the record. Reply: 1, or 0 if the content has expired.
 _FINISH = Script("""
 local record, content, index = KEYS[1], KEYS[2], KEYS[3]
 if redis.call('STRLEN', content) ~= tonumber(ARGV[3]) then
   return 0
 end
 redis.call('PERSIST', content)
-redis.call('HSET', record, unpack(ARGV, 4))
+redis.call('HSET', record, unpack(ARGV, 5))
+if ARGV[4] ~= '' then
+  redis.call('EXPIREAT', content, ARGV[4])
+  redis.call('EXPIREAT', record, ARGV[4])
+end
 redis.call('ZADD', index, ARGV[2], ARGV[1])
 return 1
 """)
@@ -56,23 +60,27 @@ redis.call('ZREM', KEYS[3], ARGV[1])
 return redis.call('DEL', KEYS[1])
 """)
 
-# KEYS: index. ARGV: the file id to go on after or "", how many. Reply: ids, newest first.
+# KEYS: index. ARGV: the file id to go on after or "", how many, "asc" or "desc". Reply: ids.
 _PAGE = Script("""
+local back = ARGV[3] == 'desc' and 'REV' or ''
 local first = 0
 if ARGV[1] ~= '' then
-  local rank = redis.call('ZREVRANK', KEYS[1], ARGV[1])
+  local rank = redis.call('Z' .. back .. 'RANK', KEYS[1], ARGV[1])
   if not rank then
     return false
   end
   first = rank + 1
 end
-return redis.call('ZREVRANGE', KEYS[1], first, first + ARGV[2] - 1)
+return redis.call('Z' .. back .. 'RANGE', KEYS[1], first, first + ARGV[2] - 1)
 """)
+#: Files that are looked at between two calls of the store, where only some are wanted.
+_PAGE_SIZE = 100
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """An uploaded file without its content. created_at: Unix time; num_examples: None if nobody counted."""
+    """An uploaded file without its content. created_at, expires_at: Unix time (None: never). num_examples:
+    None if nobody counted."""
 
     file_id: str
     tenant: str
@@ -82,6 +90,10 @@ class FileRecord:
     created_at: float
     num_examples: int | None
     sha256: str
+    expires_at: int | None = None
+
+
+_Records: TypeAlias = list[FileRecord]
 
 
 class FileStore:
@@ -91,18 +103,27 @@ class FileStore:
         self._redis = redis
 
     async def put(
-        self, tenant: str, *, filename: str, purpose: str, content: bytes, num_examples: int | None = None
+        self,
+        tenant: str,
+        *,
+        filename: str,
+        purpose: str,
+        content: bytes,
+        num_examples: int | None = None,
+        lifetime_s: int | None = None,
     ) -> FileRecord:
-        """Store a file under a new id."""
+        """Store a file under a new id. lifetime_s: when it is deleted by itself; None: never."""
+        now = time.time()
         record = FileRecord(
             file_id=f"file-{secrets.token_hex(12)}",
             tenant=tenant,
             filename=filename,
             purpose=purpose,
             bytes=len(content),
-            created_at=time.time(),
+            created_at=now,
             num_examples=num_examples,
             sha256=await asyncio.to_thread(_sha256, content),
+            expires_at=None if lifetime_s is None else int(now) + lifetime_s,
         )
         with translate_errors():
             await self._redis.sadd(keys.tenants(), tenant)
@@ -116,7 +137,8 @@ class FileStore:
             piece: list[Argument] = [start, content[start : start + CHUNK_BYTES], UPLOAD_TTL_S]
             if not await _WRITE_PIECE(self._redis, keys=names[1:2], args=piece):
                 return False
-        args = [record.file_id, record.created_at, record.bytes, *_to_fields(record)]
+        expires_at = "" if record.expires_at is None else record.expires_at
+        args = [record.file_id, record.created_at, record.bytes, expires_at, *_to_fields(record)]
         return bool(await _FINISH(self._redis, keys=names, args=args))
 
     async def get(self, tenant: str, file_id: str) -> FileRecord:
@@ -150,22 +172,44 @@ class FileStore:
         return bool(await _DELETE(self._redis, keys=_names(tenant, file_id), args=[file_id]))
 
     async def list(
-        self, tenant: str, *, after: str | None = None, limit: int = 20
-    ) -> tuple[list[FileRecord], bool]:
-        """A page of files, newest first, and whether more follow. Raises `NotFound` if `after` is gone."""
+        self,
+        tenant: str,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        purpose: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> tuple[_Records, bool]:
+        """A page of files by time of upload, and whether more follow; purpose: only those that have it.
+
+        Raises `NotFound` if `after` is gone.
+        """
         if after is not None and not FILE_ID.fullmatch(after):
             raise _not_found(after, param="after")
-        ids = await _PAGE(self._redis, keys=[keys.file_index(tenant)], args=[after or "", limit + 1])
-        if ids is None:
-            raise _not_found(after or "", param="after")
-        names = [file_id.decode() for file_id in ids[:limit]]
+        index, found = keys.file_index(tenant), _Records()
+        while len(found) <= limit:
+            ids = await _PAGE(self._redis, keys=[index], args=[after or "", _PAGE_SIZE, order])
+            if ids is None:
+                raise _not_found(after or "", param="after")
+            if not ids:
+                break
+            names = [file_id.decode() for file_id in ids]
+            found += [r for r in await self._records(tenant, names) if purpose in (None, r.purpose)]
+            after = names[-1]
+        return found[:limit], len(found) > limit
+
+    async def _records(self, tenant: str, file_ids: Sequence[str]) -> _Records:
+        """Those that are still there. Files that have expired are taken out of the index, but for the last of
+        the ids, after which a page may go on."""
         with translate_errors():
             pipeline = self._redis.pipeline(transaction=False)
-            for name in names:
-                pipeline.hgetall(keys.file_record(tenant, name))
-            hashes = await pipeline.execute() if names else []
-        records = [_from_fields(tenant, name, f) for name, f in zip(names, hashes, strict=True) if f]
-        return records, len(ids) > limit
+            for file_id in file_ids:
+                pipeline.hgetall(keys.file_record(tenant, file_id))
+            hashes = await pipeline.execute()
+            gone = [i for i, fields in zip(file_ids[:-1], hashes[:-1], strict=True) if not fields]
+            if gone:
+                await self._redis.zrem(keys.file_index(tenant), *gone)
+        return [_from_fields(tenant, i, fields) for i, fields in zip(file_ids, hashes, strict=True) if fields]
 
 
 def _names(tenant: str, file_id: str) -> list[str]:
@@ -180,7 +224,7 @@ def _to_fields(record: FileRecord) -> list[str | int | float]:
 
 def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> FileRecord:
     try:
-        num_examples = fields.get(b"num_examples")
+        num_examples, expires_at = fields.get(b"num_examples"), fields.get(b"expires_at")
         return FileRecord(
             file_id=file_id,
             tenant=tenant,
@@ -190,6 +234,7 @@ def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> Fi
             created_at=float(fields[b"created_at"]),
             num_examples=None if num_examples is None else int(num_examples),
             sha256=fields[b"sha256"].decode(),
+            expires_at=None if expires_at is None else int(expires_at),
         )
     except (ValueError, KeyError) as error:
         raise CorruptRecord(f"unreadable record of {file_id}: {error!r}") from error

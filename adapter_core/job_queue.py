@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -59,6 +59,10 @@ class QueueStats:
 
 #: What the ids of each kind of job begin with, so that a job of one kind is unknown among those of another.
 ID_PREFIXES = {"adapter": "ftjob-", "basis": "basisjob-"}
+
+
+#: Jobs that are looked at between two calls of the store, where only some are wanted.
+_PAGE_SIZE = 100
 
 
 class JobQueue:
@@ -161,10 +165,29 @@ class JobQueue:
         jobs[JobStatus.PAUSED] = paused
         return QueueStats(jobs, delayed, max(0, oldest_ms) / 1000, cost)
 
-    async def list(self, tenant: str, after: str | None = None, limit: int = 20) -> JobPage:
-        """The tenant's jobs, newest first, those older than the job `after`; and whether there are more."""
-        reply: list[JobReply] = await self._run(LIST, tenant, after or "", limit, self._prefix)
-        return list(_readable(reply[:limit])), len(reply) > limit
+    async def list(
+        self,
+        tenant: str,
+        after: str | None = None,
+        limit: int = 20,
+        *,
+        is_wanted: Callable[[Job], bool] | None = None,
+    ) -> JobPage:
+        """The tenant's jobs, newest first, those older than the job `after`; and whether there are more.
+
+        is_wanted: which jobs to list; None: all.
+        """
+        found: list[Job] = []
+        page, has_next = limit if is_wanted is None else _PAGE_SIZE, True
+        while has_next and len(found) <= limit:
+            reply: list[JobReply] = await self._run(LIST, tenant, after or "", page, self._prefix)
+            has_next = len(reply) > page
+            jobs = _readable(reply[:page])
+            if is_wanted is None:
+                return list(jobs), has_next
+            found += filter(is_wanted, jobs)
+            after = reply[page - 1][0].decode() if has_next else None
+        return found[:limit], len(found) > limit
 
     async def _command(self, script: Script, tenant: str, job_id: str, verb: str) -> Job:
         token = secrets.token_hex(8)

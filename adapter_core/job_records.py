@@ -19,6 +19,12 @@ from adapter_core.errors import CorruptRecord
 #: Of a job's basis: its calibration data are the examples that it trains on.
 OWN_DATA = "own"
 
+#: The names in `JobSpec.hyperparameters`.
+HYPERPARAMETERS = (
+    "n_epochs", "batch_size", "learning_rate_multiplier", "learning_rate", "lr_scheduler_type",
+    "warmup_ratio", "weight_decay", "max_length",
+)  # fmt: skip
+
 #: The server's reply for one job: its id, its hash as name, value, name, value …, its place in the backlog.
 JobReply = tuple[bytes, list[bytes], int]
 
@@ -53,7 +59,7 @@ class JobSpec:
     or the adapter `warm_start_from`.
 
     generation: of the adapter's name when the job was created (`AdapterStore.generation`). hyperparameters:
-    n_epochs, batch_size, learning_rate_multiplier, each a number or "auto".
+    by the names in `HYPERPARAMETERS`; "auto" is the same as none.
     """
 
     kind: str = "adapter"

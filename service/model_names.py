@@ -10,7 +10,9 @@ Another tenant's adapter looks exactly like one that does not exist.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from adapter_core.adapter import AdapterRef
 from adapter_core.errors import EngineUnavailable, InvalidInput, NotFound
@@ -45,12 +47,31 @@ class Models:
         self._own_bases = own_bases
         self._engine = engine
 
-    async def resolve(self, tenant: str, name: str) -> Target:
-        """Raises `NotFound` with param "model"."""
+    async def resolve(
+        self, tenant: str, name: str, aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> Target:
+        """What `name` means. aliases: the name that other fields give, by field; it counts where `name` is
+        the base model's, and must be the same elsewhere.
+
+        Raises `NotFound` with the field that counted as param, `InvalidInput` for an alias that contradicts.
+        """
+        param = "model"
+        for field, alias in aliases.items():
+            if name == self.base_name:
+                name, param = alias, field
+            elif self._plain(alias) != self._plain(name):
+                message = f"{field} says {alias!r} and model {name!r}; name one, or the base model as model"
+                raise InvalidInput(message, param=field)
         if name == self.base_name:
             return Target(tenant, name, None)
-        adapter_id, version = self.parse(name)
-        return Target(tenant, name, await self._adapters.resolve(tenant, adapter_id, version))
+        try:
+            adapter_id, version = self.parse(name)
+            return Target(tenant, name, await self._adapters.resolve(tenant, adapter_id, version))
+        except NotFound as error:
+            raise NotFound(error.message, param=param, code=error.code) from error
+
+    def _plain(self, name: str) -> str:
+        return name.removeprefix(f"{self.base_name}:")
 
     def parse(self, name: str) -> tuple[str, int | None]:
         """Adapter id and version in a name. Raises `NotFound` for what can be no adapter's name."""

@@ -15,9 +15,15 @@ MAX_FILENAME = 255
 
 
 async def keep_training_file(
-    files: FileStore, tenant: str, *, filename: str | None, purpose: str, content: bytes
+    files: FileStore,
+    tenant: str,
+    *,
+    filename: str | None,
+    purpose: str,
+    content: bytes,
+    lifetime_s: int | None = None,
 ) -> FileRecord:
-    """Check a JSONL file and store it.
+    """Check a JSONL file and store it, for `lifetime_s` or until it is deleted.
 
     Raises `InvalidTrainingData` with every problem by line, `InvalidInput` for another purpose.
     """
@@ -31,6 +37,7 @@ async def keep_training_file(
         purpose=purpose,
         content=content,
         num_examples=len(examples),
+        lifetime_s=lifetime_s,
     )
 
 

@@ -24,7 +24,7 @@ from trainer_worker import checkpoint
 from trainer_worker.basis_source import Attempt, BasisSource, Calibration, JobBasis
 from trainer_worker.data import TrainingData, encode_data
 from trainer_worker.lora_jobs import LORA, LoraPreparation
-from trainer_worker.plan import BasisKind, TrainingPlan, make_plan
+from trainer_worker.plan import BasisKind, TrainingPlan, make_plan, max_example_tokens
 from trainer_worker.run import TrainRun
 from trainer_worker.sole_use import Progress, SoleUse
 from trainer_worker.starting import StartChoice, StartSources, make_start
@@ -130,7 +130,11 @@ class Preparation:
         if spec.validation_file is not None:
             validation = await self._content(tenant, spec.validation_file, "validation_file")
         return await asyncio.to_thread(
-            read_data, self._chat, training, validation, max_tokens=self._max_tokens
+            read_data,
+            self._chat,
+            training,
+            validation,
+            max_tokens=max_example_tokens(spec.hyperparameters, self._max_tokens),
         )
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:

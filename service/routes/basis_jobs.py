@@ -10,7 +10,7 @@ from adapter_core.job_queue import Job
 from service import event_stream
 from service.basis_jobs import BasisOrder
 from service.recipes import ParamNames, RecipeOrder
-from service.routes.deps import AfterDep, LimitDep, ServicesDep, TenantDep
+from service.routes.deps import AfterDep, LimitDep, ServicesDep, TenantDep, WantedDep
 from service.routes.job_events import follow_events
 from service.routes.job_shapes import error_of, event_object, seconds
 from service.routes.json_routes import JsonRoute
@@ -46,10 +46,14 @@ async def create_basis(
 
 @router.get("/jobs", operation_id="list_basis_jobs")
 async def list_basis_jobs(
-    tenant: TenantDep, services: ServicesDep, after: AfterDep = None, limit: LimitDep = 20
+    tenant: TenantDep,
+    services: ServicesDep,
+    is_wanted: WantedDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
 ) -> Page[BasisJob]:
-    """The caller's basis jobs, newest first."""
-    jobs, has_more = await services.basis_queue.list(tenant, after, limit)
+    """The caller's basis jobs, newest first; those with some metadata, if it is named."""
+    jobs, has_more = await services.basis_queue.list(tenant, after, limit, is_wanted=is_wanted)
     return page_of([_object(job) for job in jobs], has_more)
 
 

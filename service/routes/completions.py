@@ -45,7 +45,7 @@ async def create_completion(
     services: ServicesDep,
 ) -> Completion | Response:
     """Continue one or several prompts with the base model, or with the adapter named in `model`."""
-    target = await models.resolve(tenant, body.model)
+    target = await models.resolve(tenant, body.model, body.aliases)
     reply = await _start(body, target, generator)
     return await services.stream(reply.events()) if body.stream else await reply.whole()
 

@@ -6,7 +6,7 @@ functions, because FastAPI runs a plain function in a thread, and a completion a
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,8 +16,9 @@ from redis.asyncio import Redis
 
 from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
+from adapter_core.errors import InvalidInput
 from adapter_core.file_store import FileStore
-from adapter_core.job_queue import JobQueue
+from adapter_core.job_queue import Job, JobQueue
 from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
 from service.basis_jobs import BasisJobs
@@ -115,3 +116,28 @@ QueueDep = Annotated[JobQueue, Depends(_queue)]
 
 AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
 LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]
+
+
+async def _metadata_filter(
+    request: Request,
+    metadata: Annotated[
+        str | None, Query(description="`metadata[key]=value` for jobs with it; `null` for jobs without any")
+    ] = None,
+) -> Callable[[Job], bool] | None:
+    """Which jobs of a list are wanted: those with all the pairs of metadata that the query names."""
+    prefix = "metadata["
+    pairs = {
+        name.removeprefix(prefix)[:-1]: value
+        for name, value in request.query_params.items()
+        if name.startswith(prefix)
+    }
+    if metadata not in (None, "null"):
+        raise InvalidInput("metadata: write metadata[key]=value, or metadata=null", param="metadata")
+    if metadata is not None and pairs:
+        raise InvalidInput("metadata: null and metadata[key] exclude each other", param="metadata")
+    if metadata is not None:
+        return lambda job: not job.spec.metadata
+    return (lambda job: pairs.items() <= job.spec.metadata.items()) if pairs else None
+
+
+WantedDep = Annotated[Callable[[Job], bool] | None, Depends(_metadata_filter)]

@@ -8,6 +8,7 @@ What is ours alone to know (which host does not answer, what a bug said) goes to
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ from service.errors import (
     ShuttingDown,
     Unauthenticated,
 )
+from service.routes.fields import MAX_NAME_SHOWN, unknown_field
 from service.routes.schemas import UNION_TAG, ErrorBody
 
 logger = logging.getLogger(__name__)
@@ -83,10 +85,15 @@ HTTP_CODES = {400: "invalid_body", 404: "unknown_route", 405: "method_not_allowe
 #: A client library must not repeat what will fail again.
 PERMANENT = {409, 429}
 
+#: A part of an object, as forms write it.
+_FORM_FIELD = re.compile(r"^(\w+)\[(\w+)\]$")
+
 MAX_ERRORS_SHOWN = 20
 _CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
+    "unknown_parameter": "unknown_parameter",
+    "unsupported_parameter": "unsupported_parameter",
     "json_invalid": "invalid_json",
 }
 
@@ -192,6 +199,9 @@ def _sentence(problem: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON: {problem['ctx']['error']}"
     if param is None:
         return "the body must be a JSON object, sent with content-type: application/json"
+    if _CODES.get(problem["type"]) == "unknown_parameter":
+        known = problem.get("ctx", {}).get("known", ())
+        return f"{param}: {unknown_field(str(problem['loc'][-1]), known)}"
     return f"{param}: {problem['msg']}"
 
 
@@ -200,5 +210,10 @@ def _param(problem: Mapping[str, Any]) -> str | None:
     if problem["type"] == "json_invalid":
         return None
     _, *path = problem["loc"]
-    names = [str(part)[:64].encode("ascii", "backslashreplace").decode() for part in path]
-    return ".".join(name for name in names if not name.startswith(UNION_TAG)) or None
+    names = [str(part) for part in path if not str(part).startswith(UNION_TAG)]
+    return shown_path(_FORM_FIELD.sub(r"\1.\2", name) for name in names) if names else None
+
+
+def shown_path(parts: Iterable[object]) -> str:
+    """A dotted path in ASCII; names that the caller chose are cut short."""
+    return ".".join(str(part)[:MAX_NAME_SHOWN].encode("ascii", "backslashreplace").decode() for part in parts)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
+from adapter_core.errors import InvalidInput
 from adapter_core.file_store import FileRecord
 from service.routes.deps import AfterDep, LimitDep, StoresDep, TenantDep
 from service.routes.json_routes import JsonRoute
@@ -15,6 +16,9 @@ from service.uploads import keep_training_file
 
 router = APIRouter(prefix="/v1", tags=["files"], route_class=JsonRoute)
 
+#: OpenAI's limits: an hour and thirty days.
+MIN_LIFETIME_S, MAX_LIFETIME_S = 3600, 30 * 24 * 3600
+
 
 @router.post("/files", operation_id="create_file")
 async def create_file(
@@ -22,11 +26,24 @@ async def create_file(
     purpose: Annotated[str, Form(description="fine-tune or calibration")],
     tenant: TenantDep,
     stores: StoresDep,
+    expires_from: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
+    lifetime_s: Annotated[
+        int | None, Form(alias="expires_after[seconds]", ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)
+    ] = None,
 ) -> FileObject:
     """Upload a file of examples. It is checked now: an answer names every problem with its line."""
+    if (expires_from is None) != (lifetime_s is None):
+        missing = "expires_after.anchor" if expires_from is None else "expires_after.seconds"
+        message = f"{missing} is missing: expires_after has an anchor and seconds"
+        raise InvalidInput(message, param=missing, code="missing_required_parameter")
     content = await file.read()
     record = await keep_training_file(
-        stores.files, tenant, filename=file.filename, purpose=purpose, content=content
+        stores.files,
+        tenant,
+        filename=file.filename,
+        purpose=purpose,
+        content=content,
+        lifetime_s=lifetime_s,
     )
     return _object(record)
 
@@ -38,11 +55,13 @@ async def list_files(
     after: AfterDep = None,
     limit: LimitDep = 20,
     purpose: str | None = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="by time of upload")] = "desc",
 ) -> Page[FileObject]:
     """The caller's files, newest first; of one purpose, if it is named."""
-    records, has_more = await stores.files.list(tenant, after=after, limit=limit)
-    wanted = [record for record in records if purpose in (None, record.purpose)]
-    return page_of([_object(record) for record in wanted], has_more and bool(wanted))
+    records, has_more = await stores.files.list(
+        tenant, after=after, limit=limit, purpose=purpose, order=order
+    )
+    return page_of([_object(record) for record in records], has_more)
 
 
 @router.get("/files/{file_id}", operation_id="get_file")
@@ -78,6 +97,7 @@ def _object(record: FileRecord) -> FileObject:
         id=record.file_id,
         bytes=record.bytes,
         created_at=int(record.created_at),
+        expires_at=record.expires_at,
         filename=record.filename,
         purpose=record.purpose,
         num_examples=record.num_examples,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Response
 
 from adapter_core.job_queue import Job
 from service import event_stream
-from service.routes.deps import AfterDep, LimitDep, QueueDep, ServicesDep, TenantDep
+from service.routes.deps import AfterDep, LimitDep, QueueDep, ServicesDep, TenantDep, WantedDep
 from service.routes.job_events import follow_events
 from service.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
 from service.routes.json_routes import JsonRoute
@@ -45,10 +45,14 @@ async def create_job(
 
 @router.get("/jobs", operation_id="list_fine_tuning_jobs")
 async def list_jobs(
-    tenant: TenantDep, queue: QueueDep, after: AfterDep = None, limit: LimitDep = 20
+    tenant: TenantDep,
+    queue: QueueDep,
+    is_wanted: WantedDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
 ) -> Page[FineTuningJob]:
-    """The caller's jobs, newest first."""
-    jobs, has_more = await queue.list(tenant, after, limit)
+    """The caller's jobs, newest first; those with some metadata, if it is named."""
+    jobs, has_more = await queue.list(tenant, after, limit, is_wanted=is_wanted)
     return page_of([job_object(job) for job in jobs], has_more)
 
 

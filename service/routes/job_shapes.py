@@ -6,6 +6,7 @@ import time
 from typing import Any, get_args
 
 from adapter_core.job_queue import Job, JobEvent, JobSpec, JobStatus
+from adapter_core.job_records import HYPERPARAMETERS
 from service.recipes import RecipeOrder, StartOrder
 from service.routes.schemas_training import (
     BasisRecipe,
@@ -23,13 +24,11 @@ from service.routes.schemas_training import (
 )
 from service.training_jobs import JobOrder
 
-_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 _LEVELS = get_args(JobEventObject.model_fields["level"].annotation)
 _TYPES = get_args(JobEventObject.model_fields["type"].annotation)
 
 
 def order_of(body: FineTuningJobRequest) -> JobOrder:
-    chosen = body.chosen_hyperparameters
     return JobOrder(
         model=body.model,
         training_file=body.training_file,
@@ -42,7 +41,7 @@ def order_of(body: FineTuningJobRequest) -> JobOrder:
         basis=basis_of(body.adapter.basis),
         init=start_of(body.adapter.init),
         form=body.adapter.form,
-        hyperparameters={name: getattr(chosen, name) for name in _HYPERPARAMETERS},
+        hyperparameters=body.chosen_hyperparameters(),
         early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
         metadata=body.metadata or {},
     )
@@ -63,7 +62,7 @@ def start_of(start: str | StartRecipe | None) -> StartOrder | None:
 def job_object(job: Job) -> FineTuningJob:
     spec, result = job.spec, job.result or {}
     has_succeeded = job.status == JobStatus.SUCCEEDED
-    given = {name: spec.hyperparameters.get(name, "auto") for name in _HYPERPARAMETERS}
+    given = {name: spec.hyperparameters.get(name, "auto") for name in HYPERPARAMETERS}
     hyperparameters = JobHyperparameters(**given)
     return FineTuningJob(
         id=job.job_id,

@@ -1,20 +1,28 @@
-"""Routes that read JSON strictly, and routes whose work ends when the client goes away.
+"""Routes that read requests strictly, and routes whose work ends when the client goes away.
 
-The framework's own reader lets NaN and halves of surrogate pairs pass, which later turn into internal errors.
+The framework's own reader lets NaN and halves of surrogate pairs pass, which later turn into internal errors,
+and it passes over query parameters, form fields and bodies that a route did not ask for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Set
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Request, Response, params
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
+from adapter_core.errors import InvalidInput
 from service.event_stream import until_disconnect
+from service.routes.errors import shown_path
+from service.routes.fields import unknown_field
+
+#: Query parameters whose parts the caller names: `metadata[project]=x`.
+DEEP_PARAMETERS = frozenset({"metadata"})
 
 #: Larger bodies are parsed in a thread: 256 KB take about 7 ms.
 MAX_INLINE_BYTES = 256 * 1024
@@ -45,15 +53,71 @@ def _strict(request: Request) -> JsonRequest:
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its JSON strictly."""
+    """A route that reads its JSON strictly, and refuses what it does not know outside of it."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
+        query = {field.alias for part in _parts(self.dependant) for field in part.query_params}
+        in_body = [field for part in _parts(self.dependant) for field in part.body_params]
+        body = {field.alias for field in in_body}
+        is_form = any(isinstance(field.field_info, params.Form) for field in in_body)
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(_strict(request))
+            request = _strict(request)
+            _check_names(request.query_params.multi_items(), query)
+            if is_form:
+                form = await request.form()
+                try:
+                    _check_names(form.multi_items(), body)
+                except InvalidInput:
+                    await form.close()
+                    raise
+            elif not body:
+                await _refuse_body(request)
+            return await handle(request)
 
         return handle_strictly
+
+
+def _parts(dependant: Dependant) -> Iterator[Dependant]:
+    """A route's own parameters, and those of everything that it depends on."""
+    yield dependant
+    for part in dependant.dependencies:
+        yield from _parts(part)
+
+
+def _check_names(items: Iterable[tuple[str, object]], known: Set[str]) -> None:
+    """Raises `InvalidInput` for a name that is unknown or comes twice."""
+    seen = set()
+    for name, _ in items:
+        group = name.partition("[")[0] if name.endswith("]") else name
+        if name not in known and not (group in DEEP_PARAMETERS and group in known):
+            param, said = _dotted(name), unknown_field(name, known)
+            raise InvalidInput(f"{param}: {said}", param=param, code="unknown_parameter")
+        if name in seen:
+            param = _dotted(name)
+            raise InvalidInput(f"{param} is given more than once", param=param)
+        seen.add(name)
+
+
+def _dotted(name: str) -> str:
+    """`a.b` for what forms and queries write as `a[b]`."""
+    return shown_path(part.removesuffix("]") for part in name.split("["))
+
+
+async def _refuse_body(request: JsonRequest) -> None:
+    """Raises `InvalidInput` if there is anything in the body of a request that should have none."""
+    if (await request.body()).strip() in (b"", b"{}", b"null"):
+        return
+    try:
+        given = await request.json()
+    except json.JSONDecodeError:
+        given = None
+    param = shown_path(list(given)[:1]) if isinstance(given, dict) else None
+    message = "a request to this endpoint has no body"
+    raise InvalidInput(
+        message if param is None else f"{param}: {message}", param=param, code="unknown_parameter"
+    )
 
 
 class CancellableRoute(JsonRoute):

@@ -145,6 +145,12 @@ class Reply(ABC):
         yield DONE
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> str:
-        usage = {"usage": None} if self.body.has_usage_chunk else {}
+        usage = {"usage": self._usage_so_far()} if self.body.has_usage_chunk else {}
         head = self.head()
         return event({**head, "object": self.chunk_object, "choices": choices, **usage, **(more or {})})
+
+    def _usage_so_far(self) -> dict[str, Any] | None:
+        """In every chunk, if it was asked for."""
+        if not self.body.has_continuous_usage:
+            return None
+        return usage_report(self.generation.usage).model_dump()

@@ -1,24 +1,36 @@
 """What all requests and answers have in common: strictness, the error body, lists.
 
-Types are strict: "7" and true are no integers, NaN is no number. OpenAI's endpoints pass over fields that
-they do not know, as OpenAI's clients expect, but refuse the known ones that would change the answer and that
-Tessera does not implement; our own endpoints refuse whatever they do not know.
+Types are strict: "7" and true are no integers, NaN is no number. A request refuses every field that it does
+not know, but for those that `fields.py` lets pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import islice
+from typing import Any, ClassVar, Generic, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
-from adapter_core.errors import InvalidInput
+from service.routes.fields import Neutral
 
 Item = TypeVar("Item")
-IsHarmless = Callable[[Any, Mapping[str, Any]], bool]
 
 #: What the tags of unions begin with: they turn up in the path of an error, but are no part of a name.
 UNION_TAG = "~"
+#: Of one object; an error does not show more.
+MAX_REFUSED_FIELDS = 20
 
 MAX_MODEL_NAME = 256
 MODEL_FIELD = Field(
@@ -26,40 +38,105 @@ MODEL_FIELD = Field(
 )
 
 
-def absent(value: Any, body: Mapping[str, Any]) -> bool:
-    """For a parameter that must not be used: null and empty are the same as leaving it out."""
-    return value is None or value == [] or value == {} or value == "" or value is False
-
-
-def one_of(*values: Any) -> IsHarmless:
-    """For a parameter of which only these values (and null) are implemented."""
-    return lambda value, body: value is None or value in values
-
-
 class Strict(BaseModel):
-    """A part of a request."""
+    """A small part of a request, of which there may be many thousands."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class OpenAIRequest(BaseModel):
-    """A request to one of OpenAI's endpoints."""
+class Request(Strict):
+    """A request, or an object in it: null means "not given", and what is no field is judged by the tables."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+    #: Name → why it is harmless.
+    ignored: ClassVar[Mapping[str, str]] = {}
+    #: Name → the values that change nothing.
+    neutral: ClassVar[Mapping[str, Neutral]] = {}
+    #: Name → what to use instead.
+    advice: ClassVar[Mapping[str, str]] = {}
 
-    #: Parameters of OpenAI (and vLLM) that change the answer, and when they may be sent all the same.
-    unsupported: ClassVar[dict[str, IsHarmless]] = {}
-
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:
+    def _judge_names(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Every problem of the object at once: names that it does not know, and wrong values."""
+        refused: list[InitErrorDetails] = []
         if isinstance(body, dict):
-            for name, is_harmless in cls.unsupported.items():
-                if name in body and not is_harmless(body[name], body):
-                    raise InvalidInput(
-                        f"{name} is not supported with this value", param=name, code="unsupported_parameter"
-                    )
-        return body
+            refused = list(islice(cls._refused(body), MAX_REFUSED_FIELDS))
+            body = {name: value for name, value in body.items() if cls._is_given(name, value)}
+        try:
+            request = handler(body)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(cls.__name__, [*refused, *_details(error)]) from None
+        if refused:
+            raise ValidationError.from_exception_data(cls.__name__, refused)
+        return request
+
+    @classmethod
+    def _is_given(cls, name: str, value: Any) -> bool:
+        return name in cls.model_fields and (value is not None or name in _takes_null(cls))
+
+    @classmethod
+    def _refused(cls, body: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        for name, value in body.items():
+            if value is None or name in cls.model_fields or name in cls.ignored:
+                continue
+            neutral = cls.neutral.get(name)
+            if neutral is None or not neutral.allows(value):
+                yield InitErrorDetails(type=cls._objection(name, neutral), loc=(name,), input=None)
+
+    @classmethod
+    def _objection(cls, name: str, neutral: Neutral | None) -> PydanticCustomError:
+        if neutral is not None:
+            advice = f"; {neutral.advice}" if neutral.advice else ""
+            return PydanticCustomError("unsupported_parameter", "{why}", {"why": f"not supported{advice}"})
+        if name in cls.advice:
+            why = f"not supported; {cls.advice[name]}"
+            return PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
+        known = tuple(cls.model_fields)
+        return PydanticCustomError("unknown_parameter", "unknown field", {"known": known})
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The fields, and what else may be sent."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        for name, neutral in cls.neutral.items():
+            values = [None, *neutral.values]
+            schema["properties"].setdefault(name, {"enum": values, "description": "changes nothing"})
+        for name, why in cls.ignored.items():
+            schema["properties"].setdefault(name, {"description": f"ignored: {why}"})
+        return reference
+
+
+class ModelRequest(Request):
+    """A request to a model. lora_path, adapter_id: other servers' words for an adapter's name."""
+
+    model: str = MODEL_FIELD
+    lora_path: str | None = Field(None, max_length=MAX_MODEL_NAME, description="SGLang's; see `model`")
+    adapter_id: str | None = Field(None, max_length=MAX_MODEL_NAME, description="LoRAX's; see `model`")
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The adapter's name by the other fields that give it."""
+        given = {"lora_path": self.lora_path, "adapter_id": self.adapter_id}
+        return {field: name for field, name in given.items() if name is not None}
+
+
+@cache
+def _takes_null(schema: type[BaseModel]) -> frozenset[str]:
+    """The fields of which null is a value or an error; for the others it stands for the default."""
+    return frozenset(
+        name
+        for name, field in schema.model_fields.items()
+        if field.is_required() or type(None) in get_args(field.annotation)
+    )
+
+
+def _details(error: ValidationError) -> Iterator[InitErrorDetails]:
+    for problem in error.errors(include_url=False, include_input=False):
+        told = PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx"))
+        yield InitErrorDetails(type=told, loc=problem["loc"], input=None)
 
 
 class Answer(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from service.routes.schemas import Answer, Strict
+from service.routes.schemas import Answer, Request
 from service.routes.schemas_training import JobError, Metadata, MethodOptions
 
 
@@ -34,7 +34,7 @@ class BasisDetail(BasisObject):
     recipe: dict[str, Any]
 
 
-class BasisJobRequest(Strict):
+class BasisJobRequest(Request):
     """A basis to be built and kept. What there is: `GET /v1/bases/methods`."""
 
     method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")

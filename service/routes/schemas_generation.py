@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from adapter_core.errors import InvalidInput
 from service.generation import MAX_SEQUENCES
+from service.routes import fields
 from service.routes.schemas import (
-    MODEL_FIELD,
     AdapterUsed,
     Answer,
-    IsHarmless,
     Measured,
-    OpenAIRequest,
+    ModelRequest,
+    Request,
     Strict,
     UsageReport,
-    absent,
-    one_of,
 )
 
 MAX_CHOICES = 16
@@ -61,22 +59,22 @@ Prompt = Annotated[
     Discriminator(_kind_of_prompt),
 ]
 
-#: Parameters of vLLM that change what is generated.
-_VLLM_PARAMETERS = (
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "use_beam_search",
-    "prompt_embeds", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "prompt_logprobs",
-)  # fmt: skip
 
-
-class StreamOptions(OpenAIRequest):
+class StreamOptions(Request):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="usage so far in every chunk")
+
+    neutral = fields.STREAM_NEUTRAL
 
 
-class GenerationFields(OpenAIRequest):
+class GenerationFields(ModelRequest):
     """What both endpoints have. Null means the default."""
 
-    model: str = MODEL_FIELD
+    ignored = fields.GENERATION_IGNORED
+    advice = fields.GENERATION_ADVICE
+
     n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
+    best_of: int | None = Field(None, ge=1, description="only what `n` is")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Stop | None = Field(None, description=f"up to {MAX_STOP_STRINGS} strings; not part of the text")
@@ -104,9 +102,19 @@ class GenerationFields(OpenAIRequest):
         return biases
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationFields:
-        if self.stream_options is not None and not self.stream:
+    def _check_combinations(self) -> GenerationFields:
+        options = self.stream_options or StreamOptions()
+        if not self.stream and options != StreamOptions():
             raise InvalidInput("stream_options is only for stream: true", param="stream_options")
+        if options.continuous_usage_stats and not options.include_usage:
+            param = "stream_options.continuous_usage_stats"
+            raise InvalidInput("continuous_usage_stats is only for include_usage: true", param=param)
+        if self.best_of not in (None, self.n or 1):
+            raise InvalidInput(
+                "best_of: only the value of n is supported; ask for more choices and choose among them",
+                param="best_of",
+                code="unsupported_parameter",
+            )
         return self
 
     @property
@@ -117,6 +125,10 @@ class GenerationFields(OpenAIRequest):
     def has_usage_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def has_continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
 
 class CompletionRequest(GenerationFields):
     """A prompt to continue: text, token ids, or a list of either."""
@@ -126,12 +138,7 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    unsupported: ClassVar[dict[str, IsHarmless]] = {
-        "best_of": lambda value, body: value is None or value == (body.get("n") or 1),
-        "suffix": absent,
-        "response_format": one_of({"type": "text"}),
-        **dict.fromkeys(_VLLM_PARAMETERS, absent),
-    }
+    neutral = fields.COMPLETION_NEUTRAL
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionRequest:
@@ -155,6 +162,7 @@ class CompletionRequest(GenerationFields):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    cache_control: Any = Field(None, description="ignored: the prefix cache finds equal prefixes by itself")
 
 
 Content = Annotated[
@@ -163,21 +171,20 @@ Content = Annotated[
 ]
 
 
-class ChatMessage(OpenAIRequest):
+class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+    name: str | None = Field(None, max_length=256, description="of the speaker, for templates that show it")
 
-    unsupported: ClassVar[dict[str, IsHarmless]] = {
-        "tool_calls": absent,
-        "function_call": absent,
-        "audio": absent,
-        "refusal": absent,
-    }
+    ignored = fields.MESSAGE_IGNORED
+    neutral = fields.MESSAGE_NEUTRAL
 
     def to_template(self) -> dict[str, Any]:
         """As chat templates want it; "developer" is OpenAI's newer word for "system"."""
         parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": parts, **named}
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -185,29 +192,20 @@ class ChatCompletionRequest(GenerationFields):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="unset: as far as the context goes")
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="goes before max_tokens")
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="the newer name")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    unsupported: ClassVar[dict[str, IsHarmless]] = {
-        "tools": absent,
-        "tool_choice": one_of("none", "auto"),
-        "functions": absent,
-        "function_call": one_of("none", "auto"),
-        "response_format": one_of({"type": "text"}),
-        "audio": absent,
-        "modalities": one_of(["text"]),
-        "web_search_options": absent,
-        "chat_template": absent,
-        "continue_final_message": absent,
-        "add_generation_prompt": one_of(True),
-        **dict.fromkeys(_VLLM_PARAMETERS, absent),
-    }
+    neutral = fields.CHAT_NEUTRAL
 
     @model_validator(mode="after")
-    def _check_top_logprobs(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+    def _check_pairs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidInput("top_logprobs is only for logprobs: true", param="top_logprobs")
+        newer, older = self.max_completion_tokens, self.max_tokens
+        if newer is not None and older not in (None, newer):
+            message = f"max_completion_tokens is {newer} and max_tokens {older}; give one of them"
+            raise InvalidInput(message, param="max_completion_tokens")
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from service.routes.schemas import Answer, Strict
+from service.routes.schemas import Answer, Request
 
 
 class Model(Answer):
@@ -43,7 +43,7 @@ class AdapterObject(Answer):
     versions: list[AdapterVersionObject]
 
 
-class AdapterPatchRequest(Strict):
+class AdapterPatchRequest(Request):
     """What can be changed: which version is active (rollback)."""
 
     active_version: int = Field(ge=1, le=2**31 - 1)

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from adapter_core.examples import Example
-from service.routes.schemas import MODEL_FIELD, AdapterUsed, Answer, Measured, Strict, UsageReport
+from service.routes.schemas import (
+    AdapterUsed,
+    Answer,
+    Measured,
+    ModelRequest,
+    Strict,
+    UsageReport,
+)
 
 MAX_ITEMS = 64
 
@@ -50,10 +57,9 @@ Item = Annotated[
 ]
 
 
-class ScoreRequest(Strict):
+class ScoreRequest(ModelRequest):
     """Texts to be scored, in the three forms of a training file."""
 
-    model: str = MODEL_FIELD
     input: list[Item] = Field(min_length=1, max_length=MAX_ITEMS)
     return_tokens: bool = Field(False, description="also list every token with its log-probability")
 

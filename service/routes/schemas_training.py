@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from service.routes.schemas import MODEL_FIELD, Answer, IsHarmless, OpenAIRequest, Strict, absent
+from adapter_core.errors import InvalidInput
+from service.routes import fields
+from service.routes.schemas import MODEL_FIELD, Answer, Request
 
 MAX_SEED = 2**31 - 1
 
@@ -34,27 +36,44 @@ def _kind_of_number(value: Any) -> str:
 Auto = Annotated[Literal["auto"], Tag("~auto")]
 
 
-class Hyperparameters(OpenAIRequest):
-    n_epochs: Annotated[
-        Auto | Annotated[int, Field(ge=1, le=50), Tag("~number")], Discriminator(_kind_of_number)
-    ] = "auto"
-    batch_size: Annotated[
-        Auto | Annotated[int, Field(ge=1, le=256), Tag("~number")], Discriminator(_kind_of_number)
-    ] = "auto"
-    learning_rate_multiplier: Annotated[
-        Auto | Annotated[float, Field(gt=0, le=1000), Tag("~number")], Discriminator(_kind_of_number)
-    ] = "auto"
-
-    unsupported: ClassVar[dict[str, IsHarmless]] = {"beta": absent}
+Number = TypeVar("Number")
+OrAuto = Annotated[Auto | Annotated[Number, Tag("~number")], Discriminator(_kind_of_number)]
+Length = OrAuto[Annotated[int, Field(ge=8, le=2**20)]]
 
 
-class Supervised(OpenAIRequest):
+class Hyperparameters(Request):
+    """How to train. What each does: `trainer_worker/plan.py`."""
+
+    n_epochs: OrAuto[Annotated[int, Field(ge=1, le=50)]] = "auto"
+    batch_size: OrAuto[Annotated[int, Field(ge=1, le=256)]] = "auto"
+    learning_rate_multiplier: OrAuto[Annotated[float, Field(gt=0, le=1000)]] = "auto"
+    learning_rate: OrAuto[Annotated[float, Field(gt=0, le=100)]] = Field("auto", description="the peak")
+    lr_scheduler_type: Literal["auto", "cosine_with_min_lr", "cosine", "linear", "constant"] = Field(
+        "auto", description="what follows the warm-up"
+    )
+    warmup_ratio: OrAuto[Annotated[float, Field(ge=0, le=1)]] = Field("auto", description="of all steps")
+    weight_decay: OrAuto[Annotated[float, Field(ge=0, le=1)]] = "auto"
+    max_length: Length = Field("auto", description="of an example, in tokens")
+    max_seq_length: Length = Field("auto", description="the older name of `max_length`")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not left to us, by name."""
+        return {name: value for name, value in self.model_dump().items() if value != "auto"}
+
+    neutral = fields.HYPERPARAMETER_NEUTRAL
+    advice = fields.HYPERPARAMETER_ADVICE
+
+
+class Supervised(Request):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(OpenAIRequest):
+class Method(Request):
     type: Literal["supervised"]
     supervised: Supervised | None = None
+
+    neutral = fields.METHOD_NEUTRAL
 
 
 def _kind_of_choice(value: Any) -> str:
@@ -83,7 +102,7 @@ Metadata = Annotated[
 ]
 
 
-class BasisRecipe(Strict):
+class BasisRecipe(Request):
     """How the basis of a job is built. What there is: `GET /v1/bases/methods`."""
 
     method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
@@ -93,14 +112,14 @@ class BasisRecipe(Strict):
     )
 
 
-class StartRecipe(Strict):
+class StartRecipe(Request):
     """Where the training of an adapter begins."""
 
     method: str = Field(min_length=1, max_length=64, description="of a start, or a preset's start half")
     options: MethodOptions = Field(default_factory=dict)
 
 
-class AdapterOptions(Strict):
+class AdapterOptions(Request):
     """Tessera's own options (`extra_body` of OpenAI's clients)."""
 
     id: str | None = Field(default=None, max_length=64, description="training it again: its next version")
@@ -117,14 +136,14 @@ class AdapterOptions(Strict):
     )
 
 
-class EarlyStopping(Strict):
+class EarlyStopping(Request):
     """Training ends when the validation loss has not fallen by `min_delta` for `patience` evaluations."""
 
     patience: int | None = Field(2, ge=1, le=1000, description="null: never end early")
     min_delta: float = Field(0.0, ge=0)
 
 
-class FineTuningJobRequest(OpenAIRequest):
+class FineTuningJobRequest(Request):
     """A job that trains an adapter. model: the base model, or an adapter to start from."""
 
     model: str = MODEL_FIELD
@@ -134,19 +153,37 @@ class FineTuningJobRequest(OpenAIRequest):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, description="the older place; `method` goes before")
+    hyperparameters: Hyperparameters | None = Field(None, description="the older place of those in `method`")
     adapter: AdapterOptions = Field(default_factory=AdapterOptions)
     early_stopping: EarlyStopping | None = None
 
-    unsupported: ClassVar[dict[str, IsHarmless]] = {"integrations": absent}
+    neutral = fields.FINE_TUNING_NEUTRAL
+    advice = fields.FINE_TUNING_ADVICE
 
-    @property
-    def chosen_hyperparameters(self) -> Hyperparameters:
-        if self.method is not None and self.method.supervised is not None:
-            newer = self.method.supervised.hyperparameters
-            if newer is not None:
-                return newer
-        return self.hyperparameters or Hyperparameters()
+    @model_validator(mode="after")
+    def _check_hyperparameters(self) -> FineTuningJobRequest:
+        self.chosen_hyperparameters()
+        return self
+
+    def chosen_hyperparameters(self) -> dict[str, Any]:
+        """Those of both places. Raises `InvalidInput` where they contradict each other."""
+        supervised = None if self.method is None else self.method.supervised
+        newer = None if supervised is None else supervised.hyperparameters
+        chosen = {} if newer is None else newer.given
+        for name, value in ({} if self.hyperparameters is None else self.hyperparameters.given).items():
+            _choose(chosen, name, value)
+        if "max_seq_length" in chosen:
+            _choose(chosen, "max_length", chosen.pop("max_seq_length"))
+        if {"learning_rate", "learning_rate_multiplier"} <= chosen.keys():
+            message = "learning_rate says what the multiplier would be applied to; give one of them"
+            raise InvalidInput(message, param="hyperparameters.learning_rate_multiplier")
+        return chosen
+
+
+def _choose(chosen: dict[str, Any], name: str, value: Any) -> None:
+    if chosen.setdefault(name, value) != value:
+        message = f"{name} is given as {chosen[name]} and as {value}; give it once"
+        raise InvalidInput(message, param=f"hyperparameters.{name}")
 
 
 class JobError(Answer):
@@ -172,6 +209,11 @@ class JobHyperparameters(Answer):
     n_epochs: int | Literal["auto"]
     batch_size: int | Literal["auto"]
     learning_rate_multiplier: float | Literal["auto"]
+    learning_rate: float | Literal["auto"]
+    lr_scheduler_type: str
+    warmup_ratio: float | Literal["auto"]
+    weight_decay: float | Literal["auto"]
+    max_length: int | Literal["auto"]
 
 
 class JobSupervised(Answer):

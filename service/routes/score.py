@@ -19,11 +19,11 @@ async def create_score(
     body: ScoreRequest, tenant: TenantDep, models: ModelsDep, generator: GeneratorDep
 ) -> ScoreReport:
     """How likely the model finds each text: the measure by which adapters are compared."""
-    target = await models.resolve(tenant, body.model)
+    target = await models.resolve(tenant, body.model, body.aliases)
     texts, generation = await score(generator, target, body.examples())
     codec = generator.codec if body.return_tokens else None
     return ScoreReport(
-        model=body.model,
+        model=target.name,
         data=[_score(index, text, codec) for index, text in enumerate(texts)],
         loss=_loss(texts),
         usage=usage_report(generation.usage),

@@ -64,7 +64,7 @@ INVALID: list[tuple[str, dict[str, Any], str, str]] = [
         "messages.0.content.0.type",
     ),
     (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
-     "unsupported_parameter", "tool_calls"),
+     "unsupported_parameter", "messages.1.tool_calls"),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 300}]}, "context_length_exceeded", "messages"),
     (CHAT, {"max_tokens": 0}, "invalid_value", "max_tokens"),
     (CHAT, {"top_logprobs": 2}, "invalid_value", "top_logprobs"),

@@ -49,10 +49,13 @@ async def test_content_may_come_in_parts_and_developers_are_the_system(
     assert engine.requests[0].token_ids == codec.chat.prompt_ids(plain)
 
 
-async def test_max_completion_tokens_goes_before_max_tokens(
-    client: httpx.AsyncClient, engine: FakeEngine
+@pytest.mark.parametrize(
+    "limit", [{"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}]
+)
+async def test_the_limit_has_two_names(
+    client: httpx.AsyncClient, engine: FakeEngine, limit: dict[str, int]
 ) -> None:
-    await chat(client, max_tokens=50, max_completion_tokens=3)
+    await chat(client, **limit)
 
     assert engine.requests[0].sampling.max_tokens == 3
 
@@ -89,7 +92,7 @@ async def test_several_choices(client: httpx.AsyncClient, engine: FakeEngine) ->
         {"modalities": ["text"]},
         {"user": "me", "store": True, "service_tier": "auto", "parallel_tool_calls": True},
         {"metadata": {"a": "b"}},
-        {"never_heard_of": {"x": [1]}},
+        {"user": {"id": "u", "role": "admin"}},
     ],
     ids=lambda fields: next(iter(fields)),
 )

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from adapter_core import keys
 from service.uploads import plain_name
+from tests.http.answers import check_error
 from tests.http.conftest import MakeApp, client_of
 from tests.http.training import EXAMPLE, GOOD, upload
 
@@ -71,7 +72,7 @@ async def test_only_training_files_are_taken(client: httpx.AsyncClient) -> None:
     [
         ({"data": {"purpose": "fine-tune"}}, "file"),
         ({"files": {"file": ("a.jsonl", GOOD)}}, "purpose"),
-        ({"files": {"other": ("a.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}, "file"),
+        ({"files": {"other": ("a.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}, "other"),
         ({"json": {"purpose": "fine-tune"}}, "file"),
     ],
     ids=["no file", "no purpose", "another field", "JSON"],
@@ -115,6 +116,69 @@ async def test_files_are_listed_newest_first_in_pages(client: httpx.AsyncClient)
             break
         after = page["last_id"]
     assert seen == ids[::-1]
+
+
+async def test_a_purpose_is_looked_for_beyond_one_page(client: httpx.AsyncClient) -> None:
+    purposes = ["fine-tune", "calibration", "fine-tune", "fine-tune", "calibration", "fine-tune"]
+    ids = [(await upload(client, purpose=purpose)).json()["id"] for purpose in purposes]
+    wanted = [ids[4], ids[1]]
+
+    first = (await client.get("/v1/files", params={"purpose": "calibration", "limit": 1})).json()
+    second = (
+        await client.get("/v1/files", params={"purpose": "calibration", "limit": 1, "after": wanted[0]})
+    ).json()
+
+    assert [item["id"] for item in first["data"] + second["data"]] == wanted
+    assert (first["has_more"], second["has_more"]) == (True, False)
+
+
+async def test_the_order_can_be_turned_round(client: httpx.AsyncClient) -> None:
+    ids = [(await upload(client)).json()["id"] for _ in range(3)]
+
+    page = (await client.get("/v1/files", params={"order": "asc", "limit": 2})).json()
+    rest = (await client.get("/v1/files", params={"order": "asc", "after": page["last_id"]})).json()
+
+    assert [item["id"] for item in page["data"] + rest["data"]] == ids
+    error = check_error(await client.get("/v1/files", params={"order": "up"}), 400)
+    assert error["param"] == "order"
+
+
+async def test_a_file_expires_when_it_was_told_to(client: httpx.AsyncClient, redis: Redis) -> None:
+    kept = (await upload(client)).json()
+    form = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    record = (await client.post("/v1/files", files={"file": ("a.jsonl", GOOD)}, data=form)).json()
+
+    assert kept["expires_at"] is None
+    assert record["expires_at"] == record["created_at"] + 3600
+    assert (await client.get(f"/v1/files/{record['id']}")).json() == record
+    names = keys.file_record("default", record["id"]), keys.file_content("default", record["id"])
+    for name in names:
+        assert await redis.expiretime(name) == record["expires_at"]
+        await redis.expireat(name, 1)  # an hour later
+    for url in (f"/v1/files/{record['id']}", f"/v1/files/{record['id']}/content"):
+        assert check_error(await client.get(url), 404)["code"] == "file_not_found"
+    page = (await client.get("/v1/files", params={"limit": 1})).json()
+    assert ([item["id"] for item in page["data"]], page["has_more"]) == ([kept["id"]], False)
+    assert await redis.zcard(keys.file_index("default")) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"anchor": "created_at"}, "expires_after.seconds"),
+        ({"seconds": "3600"}, "expires_after.anchor"),
+        ({"anchor": "last_active_at", "seconds": "3600"}, "expires_after.anchor"),
+        ({"anchor": "created_at", "seconds": "3599"}, "expires_after.seconds"),
+        ({"anchor": "created_at", "seconds": "2592001"}, "expires_after.seconds"),
+        ({"anchor": "created_at", "seconds": "soon"}, "expires_after.seconds"),
+    ],
+)
+async def test_a_lifetime_has_limits(client: httpx.AsyncClient, form: dict[str, str], param: str) -> None:
+    data = {"purpose": "fine-tune"} | {f"expires_after[{name}]": value for name, value in form.items()}
+
+    reply = await client.post("/v1/files", files={"file": ("a.jsonl", GOOD)}, data=data)
+
+    assert check_error(reply, 400)["param"] == param
 
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 101}, {"limit": "x"}])

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from adapter_core.basis_store import BasisStore
 from adapter_core.job_leases import JobLeases
 from adapter_core.job_queue import JobQueue
+from adapter_core.job_records import HYPERPARAMETERS
 from adapter_core.store import AdapterStore
 from service.training_jobs import slug
 from tests.fakes import FakeEngine
@@ -29,7 +30,7 @@ async def test_a_job_has_openais_shape(client: httpx.AsyncClient, engine: FakeEn
     assert (job["object"], job["status"], job["model"]) == ("fine_tuning.job", "queued", "tiny")
     assert (job["training_file"], job["validation_file"]) == (file_id, None)
     assert (job["seed"], job["metadata"], job["user_provided_suffix"]) == (3, {"a": "b"}, "My Style!")
-    auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    auto = dict.fromkeys(HYPERPARAMETERS, "auto")
     assert job["hyperparameters"] == auto
     assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": auto}}
     assert (job["fine_tuned_model"], job["error"], job["result_files"]) == (None, None, [])
@@ -46,7 +47,7 @@ async def test_a_job_has_openais_shape(client: httpx.AsyncClient, engine: FakeEn
         {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}},
         {
             "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
-            "hyperparameters": {"n_epochs": 9},
+            "hyperparameters": {"n_epochs": 3, "batch_size": "auto"},
         },
     ],
     ids=["old place", "new place", "both"],
@@ -58,6 +59,45 @@ async def test_hyperparameters_have_two_places(
 
     assert job["hyperparameters"]["n_epochs"] == 3
     assert job["hyperparameters"]["batch_size"] == "auto"
+
+
+GIVEN = {
+    "n_epochs": 2, "batch_size": 4, "learning_rate": 2e-4, "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.1, "weight_decay": 0.01, "max_length": 512,
+}  # fmt: skip
+
+
+async def test_hyperparameters_of_both_places_are_put_together(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
+    older = {name: GIVEN[name] for name in ("n_epochs", "warmup_ratio", "learning_rate")}
+    newer = {name: value for name, value in GIVEN.items() if name not in older} | {"n_epochs": None}
+    newer["max_seq_length"] = newer.pop("max_length")
+    method = {"type": "supervised", "supervised": {"hyperparameters": newer}}
+
+    job = await create(client, file_id, method=method, hyperparameters=older)
+
+    assert job["hyperparameters"] == GIVEN | {"learning_rate_multiplier": "auto"}
+    assert (await JobQueue(redis).get("default", job["id"])).spec.hyperparameters == GIVEN
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "param"),
+    [
+        ({"n_epochs": 3}, "hyperparameters.n_epochs"),
+        ({"max_seq_length": 64}, "hyperparameters.max_length"),
+        ({"learning_rate_multiplier": 2}, "hyperparameters.learning_rate_multiplier"),
+    ],
+)
+async def test_hyperparameters_that_contradict_are_refused(
+    client: httpx.AsyncClient, file_id: str, hyperparameters: dict[str, Any], param: str
+) -> None:
+    method = {"type": "supervised", "supervised": {"hyperparameters": GIVEN}}
+    body = {"model": "tiny", "training_file": file_id, "method": method}
+
+    reply = await client.post(JOBS, json={**body, "hyperparameters": hyperparameters})
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
 async def test_own_options_travel_beside_openais(
@@ -145,6 +185,29 @@ async def test_jobs_are_listed_newest_first_in_pages(client: httpx.AsyncClient, 
 
     assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
     assert (first["has_more"], second["has_more"]) == (True, False)
+
+
+async def test_jobs_are_found_by_their_metadata(client: httpx.AsyncClient, file_id: str) -> None:
+    given = [{"project": "a", "run": "1"}, {"project": "a", "run": "2"}, {"project": "b"}, None, {"run": ""}]
+    ids = [(await create(client, file_id, metadata=metadata))["id"] for metadata in given]
+
+    async def found(**params: Any) -> list[str]:
+        query = {name.replace("__", "[").replace("_", "]"): value for name, value in params.items()}
+        return [job["id"] for job in (await client.get(JOBS, params=query)).json()["data"]]
+
+    assert await found(metadata__project_="a") == [ids[1], ids[0]]
+    assert await found(metadata__project_="a", metadata__run_="1") == [ids[0]]
+    assert await found(metadata__project_="c") == []
+    assert await found(metadata__run_="") == [ids[4]]
+    assert await found(metadata="null") == [ids[3]]
+    assert await found() == ids[::-1]
+    first = (await client.get(JOBS, params={"metadata[project]": "a", "limit": 1})).json()
+    assert (first["has_more"], first["last_id"]) == (True, ids[1])
+    more = {"metadata[project]": "a", "limit": 1, "after": ids[1]}
+    assert (await client.get(JOBS, params=more)).json()["has_more"] is False
+    for wrong in ({"metadata": "a"}, {"metadata": "null", "metadata[a]": "b"}):
+        reply = await client.get(JOBS, params=wrong)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
 
 
 async def test_a_job_can_be_paused_resumed_and_cancelled(client: httpx.AsyncClient, file_id: str) -> None:

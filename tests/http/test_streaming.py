@@ -51,6 +51,21 @@ async def test_a_streamed_completion_is_the_whole_one_in_pieces(client: httpx.As
     assert all("usage" not in chunk for chunk in chunks)
 
 
+@pytest.mark.parametrize("body", [text_body, chat_body], ids=["completions", "chat"])
+async def test_usage_may_come_in_every_chunk(client: httpx.AsyncClient, body: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+
+    *chunks, last, done = await events_of(
+        client, TEXT if body is text_body else CHAT, body(stream_options=options, ignore_eos=True)
+    )
+
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[-1], last["usage"]["completion_tokens"]) == (6, 6)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {last["usage"]["prompt_tokens"]}
+    assert (last["choices"], done) == ([], DONE)
+
+
 async def test_usage_comes_last_and_without_choices(client: httpx.AsyncClient) -> None:
     body = text_body(stream_options={"include_usage": True})
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapter_core.errors import InvalidInput
-from trainer_worker.plan import BasisKind, TrainingPlan, make_plan
+from trainer_worker.plan import BasisKind, TrainingPlan, make_plan, max_example_tokens
 
 XS = BasisKind("lora_xs", rank=16, gain=3.0)
 
@@ -50,7 +50,18 @@ def test_numbers_are_taken_as_they_are() -> None:
         ({"batch_size": 257}, "hyperparameters.batch_size"),
         ({"learning_rate_multiplier": 0}, "hyperparameters.learning_rate_multiplier"),
         ({"learning_rate_multiplier": math.inf}, "hyperparameters.learning_rate_multiplier"),
-        ({"learning_rate": 1e-3}, "hyperparameters.learning_rate"),
+        ({"learning_rate": 0}, "hyperparameters.learning_rate"),
+        ({"learning_rate": "fast"}, "hyperparameters.learning_rate"),
+        (
+            {"learning_rate": 1e-3, "learning_rate_multiplier": 2},
+            "hyperparameters.learning_rate_multiplier",
+        ),
+        ({"lr_scheduler_type": "polynomial"}, "hyperparameters.lr_scheduler_type"),
+        ({"lr_scheduler_type": 3}, "hyperparameters.lr_scheduler_type"),
+        ({"warmup_ratio": 1.1}, "hyperparameters.warmup_ratio"),
+        ({"warmup_ratio": True}, "hyperparameters.warmup_ratio"),
+        ({"weight_decay": -0.1}, "hyperparameters.weight_decay"),
+        ({"warmup": 0.1}, "hyperparameters.warmup"),
         ({"stopping": {"patience": 0}}, "early_stopping.patience"),
         ({"stopping": {"min_delta": -1}}, "early_stopping.min_delta"),
         ({"stopping": {"patients": 2}}, "early_stopping.patients"),
@@ -75,3 +86,32 @@ def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
 def test_a_run_of_one_step_has_a_rate() -> None:
     made = plan(1, n_epochs=1)
     assert made.learning_rate_at(0) == made.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"),
+    [("cosine_with_min_lr", 0.55, 0.1), ("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)],
+)
+def test_a_schedule_follows_the_warm_up(schedule: str, middle: float, end: float) -> None:
+    made = plan(1000, n_epochs=8, lr_scheduler_type=schedule, learning_rate=2.0, warmup_ratio=0.5)
+    total, warmup = made.total_steps, made.warmup_steps
+    assert (total, warmup) == (1000, 500)
+    assert made.learning_rate_at(warmup - 1) == made.learning_rate_at(warmup) == 2.0
+    assert made.learning_rate_at(750) == pytest.approx(2.0 * middle)
+    assert made.learning_rate_at(999) == pytest.approx(2.0 * end, abs=2e-2)
+
+
+def test_without_a_warm_up_the_first_step_has_the_peak() -> None:
+    made = plan(warmup_ratio=0, lr_scheduler_type="linear")
+    assert made.learning_rate_at(0) == made.learning_rate
+
+
+def test_a_share_of_weight_decay_and_a_length_are_taken_as_they_are() -> None:
+    assert plan().weight_decay == 0.0
+    assert plan(weight_decay=0.25).weight_decay == 0.25
+    assert max_example_tokens({}, 512) == max_example_tokens({"max_length": "auto"}, 512) == 512
+    assert max_example_tokens({"max_length": 64}, 512) == 64
+    assert max_example_tokens({"max_length": 4096}, 512) == 512
+    with pytest.raises(InvalidInput) as caught:
+        max_example_tokens({"max_length": 0}, 512)
+    assert caught.value.param == "hyperparameters.max_length"
