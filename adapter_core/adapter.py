@@ -45,7 +45,9 @@ MAGIC = b"TSRA"
 FORMAT = 1
 HEADER_BYTES = 128
 _HEADER = struct.Struct("<4sHBBIIIIQ32s16s48x")
-_CHECKSUM_OFFSET, _CHECKSUM_BYTES = 64, 16
+#: Where the checksum stands in the packed form.
+CHECKSUM = slice(64, 80)
+_NO_CHECKSUM = bytes(CHECKSUM.stop - CHECKSUM.start)
 _DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 3: torch.int8}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 DTYPE_NAMES = {
@@ -66,12 +68,18 @@ assert _HEADER.size == HEADER_BYTES
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One immutable adapter version, resolved: what slots, caches and prefix keys are named by."""
+    """One immutable adapter version, resolved: what slots, caches and prefix keys are named by.
+
+    A version number can come again with other weights: its tombstone has expired, an older state of the store
+    was restored, or a replica took over that had not seen it. The checksum tells them apart.
+    """
 
     tenant: str
     adapter_id: str
     version: int
     basis_id: str
+    #: Of the packed form, as hex. "" stands for whatever the version holds, where no store says what that is.
+    checksum: str = ""
 
 
 def delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor) -> Tensor:
@@ -133,10 +141,10 @@ class Adapter:
                 len(metadata),
                 len(payload),
                 bytes.fromhex(self.basis_id),
-                bytes(_CHECKSUM_BYTES),
+                _NO_CHECKSUM,
             )
         )
-        header[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + _CHECKSUM_BYTES] = _checksum(header, metadata + payload)
+        header[CHECKSUM] = _checksum(header, metadata + payload)
         return bytes(header) + metadata + payload
 
     @classmethod
@@ -155,7 +163,7 @@ class Adapter:
                 f"its header says {header.metadata_bytes + header.payload_bytes}"
             )
         zeroed = bytearray(blob[:HEADER_BYTES])
-        zeroed[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + _CHECKSUM_BYTES] = bytes(_CHECKSUM_BYTES)
+        zeroed[CHECKSUM] = _NO_CHECKSUM
         if _checksum(zeroed, body) != header.checksum:
             raise CorruptRecord("adapter record fails its checksum")
         R = _unpack(body[header.metadata_bytes :], header)

@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapter_core import keys
+from adapter_core.adapter import CHECKSUM
 from adapter_core.adapter_records import AdapterVersion
 from adapter_core.errors import AdapterDeleted
 from adapter_core.redis_client import Argument, Client, Script
 
+#: The first and the last byte of the checksum in a packed adapter, for GETRANGE.
+CHECKSUM_RANGE = (CHECKSUM.start, CHECKSUM.stop - 1)
+
 # KEYS: record, blob of the version, tombstone, index
 # ARGV: version, generation, job field or "", token, version JSON, blob, basis id, base model id, adapter id,
-#       now
+#       now, "<version>:<checksum of the blob>"
 # Reply: {"done", version JSON} | {"conflict", next version} | {"deleted"}
 _PUBLISH = Script("""
 local record, blob, tombstone, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -45,7 +49,7 @@ end
 redis.call('SET', blob, ARGV[6])
 redis.call('HSETNX', record, 'created_at', now)
 redis.call('HSET', record, 'v:' .. ARGV[1], ARGV[5], 'active', ARGV[1], 'latest', ARGV[1],
-           'basis', ARGV[7], 'base_model_id', ARGV[8], 'updated_at', now)
+           'basis', ARGV[7], 'base_model_id', ARGV[8], 'updated_at', now, 'checksum', ARGV[11])
 if job ~= '' then
   redis.call('HSET', record, job, ARGV[1])
 else
@@ -55,7 +59,8 @@ redis.call('ZADD', index, 0, ARGV[9])
 return {'done', ARGV[5]}
 """)
 
-# KEYS: record. ARGV: version, now. Reply: 1, or 0 if there is no such version
+# KEYS: record, blob of the version. ARGV: version, now, first and last byte of the checksum in the blob.
+# Reply: 1, or 0 if there is no such version
 _ACTIVATE = Script("""
 local record, version = KEYS[1], ARGV[1]
 local description = redis.call('HGET', record, 'v:' .. version)
@@ -63,8 +68,22 @@ if not description then
   return 0
 end
 local basis = cjson.decode(description).basis_id
-redis.call('HSET', record, 'active', version, 'basis', basis, 'updated_at', ARGV[2])
+local checksum = version .. ':' .. redis.call('GETRANGE', KEYS[2], ARGV[3], ARGV[4])
+redis.call('HSET', record, 'active', version, 'basis', basis, 'updated_at', ARGV[2], 'checksum', checksum)
 return 1
+""")
+
+# KEYS: record, blob of the version. ARGV: version, first and last byte of the checksum in the blob.
+# Reply: {basis, checksum}, or nil if this version is not the active one. A store that takes no writes answers
+# all the same.
+_NOTE_CHECKSUM = Script("""
+local known = redis.call('HMGET', KEYS[1], 'active', 'basis')
+if known[1] ~= ARGV[1] then
+  return false
+end
+local checksum = redis.call('GETRANGE', KEYS[2], ARGV[2], ARGV[3])
+redis.pcall('HSET', KEYS[1], 'checksum', ARGV[1] .. ':' .. checksum)
+return {known[2], checksum}
 """)
 
 # KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id, the
@@ -122,6 +141,7 @@ async def publish(
     args: list[Argument] = [
         version.version, target.generation, job, target.token, version.to_json(), blob,
         version.basis_id, target.base_model_id, adapter_id, version.created_at,
+        b"%d:%b" % (version.version, blob[CHECKSUM]),
     ]  # fmt: skip
     outcome, *rest = await _PUBLISH(redis, keys=names, args=args)
     if outcome == b"deleted":
@@ -129,9 +149,20 @@ async def publish(
     return AdapterVersion.from_json(rest[0]) if outcome == b"done" else int(rest[0])
 
 
-async def activate(redis: Client, record: str, version: int, *, now: float) -> bool:
-    """Point the alias in the record with this key to `version`; False if there is no such version."""
-    return bool(await _ACTIVATE(redis, keys=[record], args=[version, now]))
+async def activate(redis: Client, tenant: str, adapter_id: str, version: int, *, now: float) -> bool:
+    """Point the alias of the adapter to `version`; False if there is no such version."""
+    names = [keys.adapter_record(tenant, adapter_id), keys.adapter_blob(tenant, adapter_id, version)]
+    return bool(await _ACTIVATE(redis, keys=names, args=[version, now, *CHECKSUM_RANGE]))
+
+
+async def note_checksum(
+    redis: Client, tenant: str, adapter_id: str, version: int
+) -> tuple[str, bytes] | None:
+    """Basis and checksum of the active version, which a record of an earlier release does not name: from now
+    on it does. None if `version` is not the active one any more."""
+    names = [keys.adapter_record(tenant, adapter_id), keys.adapter_blob(tenant, adapter_id, version)]
+    reply = await _NOTE_CHECKSUM(redis, keys=names, args=[version, *CHECKSUM_RANGE])
+    return None if reply is None else (reply[0].decode(), reply[1])
 
 
 async def delete(

@@ -12,6 +12,7 @@
         QuotaExceeded            the tenant may not store so much
       CorruptRecord              stored bytes that fail their checksum or their shape
       Unavailable                try again later
+        AdapterReplaced          other weights have taken the place of the version that was asked for
         StoreUnavailable         Redis does not answer
         StoreFull                Redis is at `maxmemory`
         EngineUnavailable        the engine process is starting, restarting or gone
@@ -134,6 +135,12 @@ class Unavailable(TesseraError):
     """A part of the system is not there at the moment; the same call may succeed later."""
 
     code = "unavailable"
+
+
+class AdapterReplaced(Unavailable):
+    """The version holds other weights than when the request was resolved; the same request may succeed."""
+
+    code = "adapter_replaced"
 
 
 class StoreUnavailable(Unavailable):

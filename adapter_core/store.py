@@ -103,15 +103,35 @@ class AdapterStore:
             return await self._redis.hgetall(_record(tenant, adapter_id))
 
     async def resolve(self, tenant: str, adapter_id: str, version: int | None = None) -> AdapterRef:
-        """Name one version, the active one by default, in one round trip. Raises `NotFound`."""
-        wanted = ["active", "basis"] if version is None else [f"v:{version}"]
-        with translate_errors():
-            values: Any = await self._redis.hmget(_record(tenant, adapter_id), wanted)
-        if None in values:
-            raise _not_found(adapter_id, version)
-        if version is None:
-            return AdapterRef(tenant, adapter_id, int(values[0]), values[1].decode())
-        return AdapterRef(tenant, adapter_id, version, AdapterVersion.from_json(values[0]).basis_id)
+        """Name one version and its content, the active one by default, in one round trip; once per adapter in
+        two, if an earlier release has published it. Raises `NotFound`."""
+        record = _record(tenant, adapter_id)
+        if version is not None:
+            with translate_errors():
+                pipeline = self._redis.pipeline(transaction=False)
+                pipeline.hget(record, f"v:{version}")
+                pipeline.getrange(
+                    keys.adapter_blob(tenant, adapter_id, version), *adapter_scripts.CHECKSUM_RANGE
+                )
+                described, checksum = await pipeline.execute()
+            if described is None:
+                raise _not_found(adapter_id, version)
+            basis_id = AdapterVersion.from_json(described).basis_id
+            return AdapterRef(tenant, adapter_id, version, basis_id, checksum.hex())
+        for _ in range(MAX_CONFLICTS):
+            with translate_errors():
+                values: Any = await self._redis.hmget(record, ["active", "basis", "checksum"])
+            active, basis, noted = values
+            if active is None or basis is None:
+                raise _not_found(adapter_id)
+            # An earlier release activates versions without noting their checksum.
+            number, _, checksum = (noted or b"").partition(b":")
+            if number == active:
+                return AdapterRef(tenant, adapter_id, int(active), basis.decode(), checksum.hex())
+            found = await adapter_scripts.note_checksum(self._redis, tenant, adapter_id, int(active))
+            if found is not None:
+                return AdapterRef(tenant, adapter_id, int(active), found[0], found[1].hex())
+        raise _too_busy(adapter_id)
 
     async def fetch(self, refs: Sequence[AdapterRef]) -> list[bytes | None]:
         """The packed form of each version, None where it is gone. Not verified: `Adapter.from_bytes` does.
@@ -149,8 +169,9 @@ class AdapterStore:
 
     async def activate(self, tenant: str, adapter_id: str, version: int) -> AdapterRecord:
         """Point the alias to an existing version (a rollback is this). Raises `NotFound`."""
-        record = _record(tenant, adapter_id)
-        if not await adapter_scripts.activate(self._redis, record, version, now=time.time()):
+        if not keys.ADAPTER_ID.fullmatch(adapter_id) or not await adapter_scripts.activate(
+            self._redis, tenant, adapter_id, version, now=time.time()
+        ):
             raise _not_found(adapter_id, version)
         return await self.get(tenant, adapter_id)
 

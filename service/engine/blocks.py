@@ -12,7 +12,7 @@ Block 0 is the null block: always zeros, what tables are padded with, never hand
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 NULL_BLOCK = 0
 
@@ -27,6 +27,8 @@ class BlockPool:
         self._refs = [0] * (num_blocks + 1)
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._owner_of: dict[int, Hashable] = {}  # of registered blocks that have one
+        self._blocks_of: dict[Hashable, set[int]] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
@@ -76,12 +78,24 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
-    def register(self, block: int, key: bytes) -> None:
-        """Let others share a held block, which must be full and computed. The first under a key stays."""
+    def register(self, block: int, key: bytes, owner: Hashable = None) -> None:
+        """Let others share a held block, which must be full and computed, until `forget(owner)`. The first
+        under a key stays."""
         assert self._refs[block] > 0
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
+            if owner is not None:
+                self._owner_of[block] = owner
+                self._blocks_of.setdefault(owner, set()).add(block)
+
+    def forget(self, owner: Hashable) -> None:
+        """Share no block of this owner's any more; those that nobody holds are free."""
+        for block in list(self._blocks_of.get(owner, ())):
+            self._unregister(block)
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
 
     def check_integrity(self, holders: Iterable[Sequence[int]] | None = None) -> None:
         """Assert that the books balance; with `holders`, the blocks of every sequence, the references too."""
@@ -93,6 +107,10 @@ class BlockPool:
         assert self._refs[NULL_BLOCK] == 0
         assert {key: block for block, key in self._key_of.items()} == self._block_of
         assert cached <= self._key_of.keys() <= cached | held
+        assert self._owner_of.keys() <= self._key_of.keys()
+        owned = {block: owner for owner, blocks in self._blocks_of.items() for block in blocks}
+        assert owned == self._owner_of
+        assert all(self._blocks_of.values())
         if holders is not None:
             refs = Counter(block for blocks in holders for block in blocks)
             assert all(refs[block] == count for block, count in enumerate(self._refs))
@@ -102,6 +120,14 @@ class BlockPool:
             block = self._free.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
+            self._unregister(block)
         self._refs[block] = 1
         return block
+
+    def _unregister(self, block: int) -> None:
+        del self._block_of[self._key_of.pop(block)]
+        owner = self._owner_of.pop(block, None)
+        if owner is not None:
+            self._blocks_of[owner].discard(block)
+            if not self._blocks_of[owner]:
+                del self._blocks_of[owner]

@@ -168,9 +168,9 @@ class Engine:
         self.runner.prepare()
 
     def unload(self, tenant: str, adapter_id: str) -> None:
-        """Drop every version of an adapter: host copies and idle slots now, slots in use when their requests
-        have ended."""
-        self.residency.unload(tenant, adapter_id)
+        """Drop every version of an adapter, so that later requests find nothing of it: host copies, idle
+        slots and prefix blocks now, slots and blocks in use when their requests have ended."""
+        self.scheduler.unload(tenant, adapter_id)
 
     def close(self) -> None:
         """Give the model back as it was. The engine is of no more use."""

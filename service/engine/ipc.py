@@ -28,6 +28,7 @@ from typing import Any
 import msgpack
 
 from adapter_core.errors import (
+    AdapterReplaced,
     BasisMismatch,
     Conflict,
     CorruptRecord,
@@ -55,6 +56,7 @@ _LENGTH = struct.Struct(">I")
 _ERRORS: dict[str, type[TesseraError]] = {
     cls.__name__: cls
     for cls in (
+        AdapterReplaced,
         BasisMismatch,
         Conflict,
         CorruptRecord,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from service.engine.sequence import PENDING, Sequence
 
 _NOTHING = range(0)
+_end = operator.attrgetter("end")
 _is_plain = operator.attrgetter("is_plain")
 
 
@@ -88,3 +90,35 @@ class StepPlan:
     def num_distinct(self) -> int:
         """Different models in the step: adapter versions, and the base model if it is among them."""
         return len({chunk.sequence.model_name for chunk in self.chunks})
+
+
+class StepBuilder:
+    """A plan that grows within the limits of one step."""
+
+    def __init__(self, max_tokens: int, max_logit_rows: int) -> None:
+        self.num_tokens_left = max_tokens
+        self.fresh_blocks: list[int] = []
+        self._num_logit_rows_left = max_logit_rows
+        self._single: list[Chunk] = []
+        self._long: list[Chunk] = []
+
+    def add_decodes(self, sequences: Rows[Sequence]) -> None:
+        """The one token that each of them has to compute: it scores nothing, its prompt being over."""
+        self._single += [Chunk(sequence, sequence.num_computed, 1) for sequence in sequences]
+        self.num_tokens_left -= len(sequences)
+
+    def add_prefill(self, sequence: Sequence, *, is_alone: bool) -> None:
+        """As many tokens as are left; half of them if others could use some, so that a long prompt does not
+        hold up short ones that come after it."""
+        share = self.num_tokens_left if is_alone else -(-self.num_tokens_left // 2)
+        if sequence.needs_prompt_logprobs:  # one row of logits per token
+            share = min(share, max(1, self._num_logit_rows_left))
+        chunk = Chunk(sequence, sequence.num_computed, min(sequence.num_uncomputed, share))
+        (self._single if chunk.length == 1 else self._long).append(chunk)
+        self.num_tokens_left -= chunk.length
+        self._num_logit_rows_left -= len(chunk.prompt_positions)
+
+    def finish(self) -> StepPlan:
+        assert self.num_tokens_left >= 0
+        self._single.sort(key=_end, reverse=True)  # equal ones keep their order
+        return StepPlan(self._single + self._long, self.fresh_blocks)

@@ -1,10 +1,11 @@
 """Names of KV blocks by content: a SHA-256 chain over the tokens whose root says whose KV it is.
 
-    root  = H(model id, tenant, the adapter's owner | id | version | basis, or "base")
+    root  = H(model id, tenant, the adapter's owner | id | version | basis | checksum, or "base")
     key_i = H(key_(i-1) | tokens of block i)
 
-Two tenants, two adapters or two versions of one adapter have different roots, so they never share a block,
-whatever their tokens are. 256 bits: equal keys are taken for equal contents without comparing tokens.
+Two tenants, two adapters, two versions of one adapter or two contents under one version number have
+different roots, so they never share a block, whatever their tokens are. 256 bits: equal keys are taken for
+equal contents without comparing tokens.
 """
 
 from __future__ import annotations

@@ -40,12 +40,12 @@ class Residency:
         self.cache.hold(ref)
         self.want(ref)
 
-    def dismiss(self, ref: AdapterRef, *, is_pinned: bool) -> None:
-        """A sequence that needed `ref` has ended."""
-        if is_pinned:
-            self.bases.use(ref.basis_id).unpin(ref)
-        else:
+    def dismiss(self, ref: AdapterRef, *, pinned_slot: int | None) -> None:
+        """A sequence that needed `ref` has ended, waiting (None) or with the slot that it had pinned."""
+        if pinned_slot is None:
             self.cache.release(ref)
+        else:
+            self.bases.use(ref.basis_id).unpin(pinned_slot)
         self.bases.dismiss(ref.basis_id)
         self._users[ref] -= 1
         if self._users[ref] == 0:
@@ -110,6 +110,9 @@ class Residency:
         """Take what was fetched into the cache. Raises the error that came instead, or `BasisMismatch`."""
         self._requested.discard(ref)
         self._missing.pop(ref, None)
+        is_unwanted = ref in self._unloaded and ref not in self._users
+        if is_unwanted:
+            self._unloaded.discard(ref)
         if not isinstance(adapter, TesseraError) and adapter.basis_id != ref.basis_id:
             adapter = BasisMismatch(f"adapter {ref.adapter_id} belongs to basis {adapter.basis_id}")
         if isinstance(adapter, TesseraError):
@@ -117,14 +120,12 @@ class Residency:
             raise adapter
         if isinstance(adapter, Adapter):
             adapter = self.bases.slot_format.pack(adapter)
-        if ref in self._unloaded and ref not in self._users:
-            self._unloaded.discard(ref)
-        else:
+        if not is_unwanted:
             self.cache.put(ref, adapter)
 
     def unload(self, tenant: str, adapter_id: str) -> None:
-        """Drop every version of an adapter: from the cache and idle slots now, from pinned slots when their
-        requests have ended, and what is on its way when it arrives and nobody waits for it."""
+        """Drop every version of an adapter: from the cache and the slots now, though requests in flight keep
+        theirs; what is on its way when it has arrived and nobody needs it."""
         known = {*self.cache.refs, *self._requested, *self._users}
         for table in self.bases.tables.values():
             known.update(table.refs)

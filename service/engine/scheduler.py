@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import bisect
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Rows
 
 from adapter_core.adapter import AdapterRef
 from adapter_core.errors import EngineOverloaded, TenantOverloaded
 from service.engine.blocks import BlockPool
 from service.engine.config import EngineConfig
-from service.engine.plan import Chunk, StepPlan
+from service.engine.plan import Chunk, StepBuilder, StepPlan
 from service.engine.residency import Residency
 from service.engine.resident_bases import MAX_BLOCKED_PASSES
 from service.engine.sequence import PENDING, Sequence
@@ -32,8 +30,6 @@ from service.engine.waiting_line import WaitingLine
 #: While others run, admission leaves this share of the pool for them to grow into, or each admission would
 #: soon cost a preemption.
 RESERVED_SHARE = 0.01
-
-_end = operator.attrgetter("end")
 
 
 class Scheduler:
@@ -81,7 +77,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decide on the next step."""
-        step = _StepBuilder(self._config.max_batch_tokens, self._max_logit_rows)
+        step = StepBuilder(self._config.max_batch_tokens, self._max_logit_rows)
         prefills, has_preempted = self._schedule_decodes(step)
         self._schedule_prefills(prefills, step)
         if not has_preempted:  # else the victim would come back at once
@@ -106,7 +102,7 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.is_running:  # else preempted meanwhile
                 sequence.num_computed = chunk.end
-                if has_cache and chunk.end // block_size > sequence.num_registered:
+                if has_cache and sequence.may_share and chunk.end // block_size > sequence.num_registered:
                     self._register(sequence, chunk.end // block_size)
 
     def remove(self, sequence: Sequence) -> None:
@@ -119,7 +115,19 @@ class Scheduler:
         if sequence.adapter is not None:
             if self._starved.get(sequence.adapter.basis_id) is sequence:
                 del self._starved[sequence.adapter.basis_id]
-            self._residency.dismiss(sequence.adapter, is_pinned=sequence.is_pinned)
+            self._residency.dismiss(
+                sequence.adapter, pinned_slot=sequence.slot if sequence.is_pinned else None
+            )
+
+    def unload(self, tenant: str, adapter_id: str) -> None:
+        """Drop every version of an adapter, and its prefix blocks. Requests in flight go on with what they
+        have, which they share with nobody any more."""
+        owner = (tenant, adapter_id)
+        for sequence in (*self.running, *self.waiting):
+            if sequence.owner == owner:
+                sequence.may_share = False
+        self._pool.forget(owner)
+        self._residency.unload(tenant, adapter_id)
 
     def check_integrity(self) -> None:
         self.waiting.check_integrity(Counter(sequence.tenant for sequence in self.running))
@@ -130,10 +138,10 @@ class Scheduler:
         orders = [sequence.order for sequence in self.running]
         assert orders == sorted(set(orders))
         assert all(not s.is_pinned and not s.is_running for s in self._starved.values())
-        pinned = {s.adapter for s in (*self.running, *self.waiting) if s.is_pinned}
+        pinned = {(s.basis_id, s.slot) for s in (*self.running, *self.waiting) if s.is_pinned}
         assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
 
-    def _schedule_decodes(self, step: _StepBuilder) -> tuple[list[Sequence], bool]:
+    def _schedule_decodes(self, step: StepBuilder) -> tuple[list[Sequence], bool]:
         """Returns the running sequences that have more than one token to compute, and whether one was
         preempted."""
         # Every step goes through all that run: no call for one that has its block, nor a property.
@@ -158,14 +166,14 @@ class Scheduler:
         # not those that an older one has preempted, or that are computed but for the results
         return [s for s in prefills if s.is_running and s.num_uncomputed > 1], has_preempted
 
-    def _schedule_prefills(self, prefills: list[Sequence], step: _StepBuilder) -> None:
+    def _schedule_prefills(self, prefills: list[Sequence], step: StepBuilder) -> None:
         for index, sequence in enumerate(prefills):
             if step.num_tokens_left == 0:
                 return
             is_alone = index == len(prefills) - 1 and not self.waiting.num_in_line
             step.add_prefill(sequence, is_alone=is_alone)
 
-    def _admit(self, step: _StepBuilder) -> None:
+    def _admit(self, step: StepBuilder) -> None:
         self._num_passes += 1
         self._full_bases.clear()
         closing_basis = self._residency.bases.begin_pass()
@@ -178,7 +186,7 @@ class Scheduler:
             if not self._has_room(step):
                 return
 
-    def _has_room(self, step: _StepBuilder) -> bool:
+    def _has_room(self, step: StepBuilder) -> bool:
         return step.num_tokens_left > 0 and len(self.running) < self._config.max_running
 
     def _may_begin(self, sequence: Sequence, closing_basis: str | None) -> bool:
@@ -210,7 +218,7 @@ class Scheduler:
         elif self._num_passes - sequence.blocked_since_pass > MAX_BLOCKED_PASSES:
             self._starved[basis_id] = sequence
 
-    def _begin(self, sequence: Sequence, step: _StepBuilder) -> bool:
+    def _begin(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Give it its blocks, shared ones first. False, and it stays in line, if they do not suffice."""
         shared = self._pool.match(self._readable_keys(sequence))
         num_new = self._pool.blocks_for(sequence.num_tokens) - len(shared)
@@ -234,11 +242,12 @@ class Scheduler:
     def _readable_keys(self, sequence: Sequence) -> Iterator[bytes]:
         """Prefix keys of the blocks that it may take from the cache. Its last token must be computed, for its
         logits are wanted; for log-probabilities of the prompt all of them must."""
-        if self._config.enable_prefix_cache and not sequence.needs_prompt_logprobs:
+        may_share = self._config.enable_prefix_cache and sequence.may_share
+        if may_share and not sequence.needs_prompt_logprobs:
             for index in range((sequence.num_tokens - 1) // self._pool.block_size):
                 yield sequence.block_key(index, self._pool.block_size)
 
-    def _grow(self, sequence: Sequence, step: _StepBuilder) -> bool:
+    def _grow(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Another block, for its last token. False if none is free."""
         blocks = self._pool.acquire([], 1)
         if blocks is None:
@@ -250,7 +259,8 @@ class Scheduler:
     def _register(self, sequence: Sequence, num_full: int) -> None:
         """Let others share its first `num_full` blocks."""
         for index in range(sequence.num_registered, num_full):
-            self._pool.register(sequence.blocks[index], sequence.block_key(index, self._pool.block_size))
+            key = sequence.block_key(index, self._pool.block_size)
+            self._pool.register(sequence.blocks[index], key, sequence.owner)
         sequence.num_registered = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -264,35 +274,3 @@ class Scheduler:
         sequence.is_running = False
         self._pool.release(sequence.blocks)
         sequence.forget_kv()
-
-
-class _StepBuilder:
-    """A plan that grows within the limits of one step."""
-
-    def __init__(self, max_tokens: int, max_logit_rows: int) -> None:
-        self.num_tokens_left = max_tokens
-        self.fresh_blocks: list[int] = []
-        self._num_logit_rows_left = max_logit_rows
-        self._single: list[Chunk] = []
-        self._long: list[Chunk] = []
-
-    def add_decodes(self, sequences: Rows[Sequence]) -> None:
-        """The one token that each of them has to compute: it scores nothing, its prompt being over."""
-        self._single += [Chunk(sequence, sequence.num_computed, 1) for sequence in sequences]
-        self.num_tokens_left -= len(sequences)
-
-    def add_prefill(self, sequence: Sequence, *, is_alone: bool) -> None:
-        """As many tokens as are left; half of them if others could use some, so that a long prompt does not
-        hold up short ones that come after it."""
-        share = self.num_tokens_left if is_alone else -(-self.num_tokens_left // 2)
-        if sequence.needs_prompt_logprobs:  # one row of logits per token
-            share = min(share, max(1, self._num_logit_rows_left))
-        chunk = Chunk(sequence, sequence.num_computed, min(sequence.num_uncomputed, share))
-        (self._single if chunk.length == 1 else self._long).append(chunk)
-        self.num_tokens_left -= chunk.length
-        self._num_logit_rows_left -= len(chunk.prompt_positions)
-
-    def finish(self) -> StepPlan:
-        assert self.num_tokens_left >= 0
-        self._single.sort(key=_end, reverse=True)  # equal ones keep their order
-        return StepPlan(self._single + self._long, self.fresh_blocks)

@@ -27,13 +27,14 @@ class Sequence:
     whose KV is in `blocks`. slot: index into its basis' slot table, 0 for the base model. generator: its own,
     so that what it draws does not depend on who shares the batch; it survives a preemption, as do the tokens.
     is_charged: its tenant has been charged for it, which happens once. has_ended: its last output is made.
+    may_share: its KV blocks may be others' and others may have them, until its adapter is unloaded.
 
     What is read of every sequence in every step is a plain attribute, copied from the request or worked out
-    once. max_length: prompt and output together, at most. model_name: of the adapter version or the base
-    model, equal where they are. has_rules: it asks for penalties or a bias (`logit_rules.py`). is_plain: its
-    next token is always the largest of the model's own logits, and nothing else is reported.
-    needs_prompt_logprobs: they are wanted and not sent yet. output_counts: of the tokens of its output, kept
-    only where it has rules.
+    once. owner: what `unload` of its adapter names; None for the base model. max_length: prompt and output
+    together, at most. model_name: of the adapter version or the base model, equal where they are. has_rules:
+    it asks for penalties or a bias (`logit_rules.py`). is_plain: its next token is always the largest of the
+    model's own logits, and nothing else is reported. needs_prompt_logprobs: they are wanted and not sent yet.
+    output_counts: of the tokens of its output, kept only where it has rules.
     """
 
     request: GenerationRequest
@@ -49,6 +50,7 @@ class Sequence:
     is_running: bool = False
     is_charged: bool = False
     has_ended: bool = False
+    may_share: bool = True
     num_cached_tokens: int | None = None
     blocked_since_pass: int | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
@@ -61,6 +63,7 @@ class Sequence:
         self.request_id: str = request.request_id
         self.tenant: str = request.tenant
         self.adapter: AdapterRef | None = request.adapter
+        self.owner = None if request.adapter is None else (request.adapter.tenant, request.adapter.adapter_id)
         self.sampling: SamplingParams = sampling
         self.basis_id: str | None = None if request.adapter is None else request.adapter.basis_id
         self.model_name: str = repr(request.adapter)  # a string knows its hash, an AdapterRef computes it

@@ -5,7 +5,8 @@
 A slot is free, pinned (a request in flight uses it) or idle (kept until another adapter needs its place,
 least recently used first). Loading overwrites a slot whole and dropping zeroes it, so a reused slot leaves no
 trace. A new version of an adapter is a new name, hence a new slot. Pinning gives an adapter its slot; its
-bytes follow with those of all others that the step needs (`slot_loads.py`).
+bytes follow with those of all others that the step needs (`slot_loads.py`). An adapter that is dropped while
+it is pinned loses its name at once and its slot when the last request has ended.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class SlotTable:
         self._token_slots = torch.zeros(max_tokens, device=device, dtype=torch.int64)
         self._free = list(range(num_slots, 0, -1))
         self._slot_of: dict[AdapterRef, int] = {}
-        self._pins: dict[AdapterRef, int] = {}
+        self._ref_of: dict[int, AdapterRef] = {}
+        self._pins: dict[int, int] = {}  # slot → requests in flight that use it
         self._idle: OrderedDict[AdapterRef, None] = OrderedDict()  # least recently used first
 
     def __contains__(self, ref: AdapterRef) -> bool:
@@ -59,7 +61,7 @@ class SlotTable:
 
     @property
     def num_resident(self) -> int:
-        return len(self._slot_of)
+        return self.num_slots - len(self._free)
 
     @property
     def num_pinned(self) -> int:
@@ -78,28 +80,31 @@ class SlotTable:
             assert adapter is not None
             self._loads.add(slot, adapter.R)
             self._slot_of[ref] = slot
+            self._ref_of[slot] = ref
             self.num_loads += 1
         self._idle.pop(ref, None)
-        self._pins[ref] = self._pins.get(ref, 0) + 1
-        return self._slot_of[ref]
+        slot = self._slot_of[ref]
+        self._pins[slot] = self._pins.get(slot, 0) + 1
+        return slot
 
-    def unpin(self, ref: AdapterRef) -> None:
-        """One request less uses the slot of `ref`."""
-        self._pins[ref] -= 1
-        if self._pins[ref] == 0:
-            del self._pins[ref]
-            self._idle[ref] = None
+    def unpin(self, slot: int) -> None:
+        """One request less uses this slot."""
+        self._pins[slot] -= 1
+        if self._pins[slot] == 0:
+            del self._pins[slot]
+            if slot in self._ref_of:
+                self._idle[self._ref_of[slot]] = None
+            else:
+                self._clear(slot)
 
-    def drop(self, ref: AdapterRef) -> bool:
-        """Free the slot of `ref`, if it is idle or has none. False if it is pinned."""
-        if ref in self._pins:
-            return False
+    def drop(self, ref: AdapterRef) -> None:
+        """Forget `ref`: whoever pins it from now on brings its bytes. Requests in flight keep the slot."""
         if ref in self._slot_of:
-            del self._idle[ref]
             slot = self._slot_of.pop(ref)
-            self._loads.clear(slot)
-            self._free.append(slot)
-        return True
+            del self._ref_of[slot]
+            if slot not in self._pins:
+                del self._idle[ref]
+                self._clear(slot)
 
     def load(self) -> None:
         """Start loading what was pinned since the last call. Call it as soon as a step is planned."""
@@ -131,10 +136,10 @@ class SlotTable:
         self.active = None
 
     def check_integrity(self) -> None:
-        used = list(self._slot_of.values())
-        assert sorted(used + self._free) == list(range(1, self.num_slots + 1))
-        assert self._idle.keys() | self._pins.keys() == self._slot_of.keys()
-        assert not self._idle.keys() & self._pins.keys()
+        assert {slot: ref for ref, slot in self._slot_of.items()} == self._ref_of
+        idle = {self._slot_of[ref] for ref in self._idle}
+        assert sorted([*idle, *self._pins, *self._free]) == list(range(1, self.num_slots + 1))
+        assert idle <= self._ref_of.keys() <= idle | self._pins.keys()
         assert all(count > 0 for count in self._pins.values())
         self._loads.wait()
         assert not self.R_slots[BASE_SLOT].any()
@@ -147,4 +152,10 @@ class SlotTable:
             return None
         evicted, _ = self._idle.popitem(last=False)
         self.num_evictions += 1
-        return self._slot_of.pop(evicted)
+        slot = self._slot_of.pop(evicted)
+        del self._ref_of[slot]
+        return slot
+
+    def _clear(self, slot: int) -> None:
+        self._loads.clear(slot)
+        self._free.append(slot)

@@ -16,6 +16,7 @@ from adapter_core.adapter import Adapter, AdapterRef, read_header
 from adapter_core.basis import Basis
 from adapter_core.basis_store import BasisStore
 from adapter_core.errors import (
+    AdapterReplaced,
     BasisMismatch,
     CorruptRecord,
     NotFound,
@@ -49,7 +50,8 @@ class StoreReader:
     async def read_adapters(
         self, refs: Sequence[AdapterRef], slot_format: SlotFormat
     ) -> list[PackedAdapter | TesseraError]:
-        """Per ref the adapter, packed, or NotFound, CorruptRecord, BasisMismatch or StoreUnavailable."""
+        """Per ref the adapter, packed, or NotFound, AdapterReplaced, CorruptRecord, BasisMismatch or
+        StoreUnavailable."""
         fetched = await _attempt(lambda: self._adapters.fetch(refs))
         if isinstance(fetched, TesseraError):
             return [fetched] * len(refs)
@@ -79,10 +81,18 @@ def parse_adapter(
             param="model",
         )
     try:
-        version = read_header(blob).version
-        if version != ref.version:
-            raise CorruptRecord(f"the record says that it is version {version}")
-        return slot_format.pack(Adapter.from_bytes(blob, basis_id=ref.basis_id))
+        header = read_header(blob)
+        if header.version != ref.version:
+            raise CorruptRecord(f"the record says that it is version {header.version}")
+        adapter = Adapter.from_bytes(blob)
+        if ref.checksum not in ("", header.checksum.hex()):
+            return AdapterReplaced(
+                f"adapter {ref.adapter_id}, version {ref.version}, was replaced in the store while this "
+                "request waited for it; send the request again"
+            )
+        if adapter.basis_id != ref.basis_id:
+            raise BasisMismatch(f"the adapter belongs to basis {adapter.basis_id}, not to {ref.basis_id}")
+        return slot_format.pack(adapter)
     except (CorruptRecord, BasisMismatch) as error:
         return type(error)(f"adapter {ref.adapter_id}, version {ref.version}: {error.message}")
     except Exception as error:  # whatever the bytes of one record do, they do it to that record's requests

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapter_core.errors import (
+    AdapterReplaced,
     Conflict,
     CorruptRecord,
     EngineOverloaded,
@@ -68,6 +69,7 @@ TABLE: dict[type[Exception], Row] = {
     BodyTooLarge: Row(413, "invalid_request_error"),
     RequestFailed: Row(500, "server_error", "the engine gave up on this request"),
     DeadlineExceeded: Row(504, "timeout_error"),
+    AdapterReplaced: Row(503, "unavailable_error", None, 1),
     StoreUnavailable: Row(503, "unavailable_error", "the store does not answer; try again", 1),
     StoreFull: Row(503, "unavailable_error", "the store is full", 30),
     EngineUnavailable: Row(503, "unavailable_error", "the engine is starting or restarting; try again", 2),

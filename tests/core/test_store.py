@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,9 +48,9 @@ async def test_what_is_published_can_be_resolved_and_fetched(store: AdapterStore
         ALICE, "a", adapter, dtype=torch.float32, job_id="ftjob-1", base_model_id="m"
     )
     ref = await store.resolve(ALICE, "a")
-    assert ref == AdapterRef(ALICE, "a", 1, BASIS)
     (blob,) = await store.fetch([ref])
     assert blob is not None
+    assert ref == AdapterRef(ALICE, "a", 1, BASIS, read_header(blob).checksum.hex())
     assert torch.equal(Adapter.from_bytes(blob, basis_id=BASIS).R, adapter.R)
     record = await store.get(ALICE, "a")
     assert record.versions == (version,)
@@ -179,13 +179,63 @@ async def test_a_big_batch_is_asked_for_in_pieces(store: AdapterStore, redis: Re
     assert (await redis.info("commandstats"))["cmdstat_mget"]["calls"] == 2
 
 
-async def test_resolve_is_one_command(store: AdapterStore, redis: Redis) -> None:
-    await publish(store)
+async def commands_of(redis: Redis, *calls: Awaitable[AdapterRef]) -> tuple[list[AdapterRef], dict[str, int]]:
+    """What the calls return, and how often each command was run for them."""
     await redis.config_resetstat()
-    await store.resolve(ALICE, "a")
-    await store.resolve(ALICE, "a", 1)
-    calls = {name: int(row["calls"]) for name, row in (await redis.info("commandstats")).items()}
-    assert calls == {"cmdstat_hmget": 2, "cmdstat_config|resetstat": 1}
+    refs = [await call for call in calls]
+    stats = (await redis.info("commandstats")).items()
+    names = {name.removeprefix("cmdstat_"): int(row["calls"]) for name, row in stats}
+    return refs, {name: count for name, count in names.items() if not name.startswith("config")}
+
+
+async def test_resolve_is_one_round_trip(store: AdapterStore, redis: Redis) -> None:
+    await publish(store)
+    _, commands = await commands_of(redis, store.resolve(ALICE, "a"))
+    assert commands == {"hmget": 1}
+    refs, commands = await commands_of(redis, store.resolve(ALICE, "a"), store.resolve(ALICE, "a", 1))
+    assert commands == {"hmget": 1, "hget": 1, "getrange": 1}  # the last two in one pipeline
+    assert refs[0] == refs[1]
+
+
+async def test_a_record_of_an_earlier_release_learns_its_checksum_once(
+    store: AdapterStore, redis: Redis
+) -> None:
+    for seed in (1, 2):
+        await publish(store, seed=seed)
+    expected = await store.resolve(ALICE, "a")
+    record = keys.adapter_record(ALICE, "a")
+    await redis.hdel(record, "checksum")
+    refs, commands = await commands_of(redis, *(store.resolve(ALICE, "a") for _ in range(3)))
+    assert refs == [expected] * 3
+    assert (commands["hmget"], commands["getrange"]) == (3 + 1, 1)  # one of them inside the script
+
+    await redis.hset(record, "active", "1")  # what an earlier release's rollback writes
+    assert await store.resolve(ALICE, "a") == await store.resolve(ALICE, "a", 1) != expected
+
+
+async def test_a_record_of_an_earlier_release_resolves_in_a_full_store(
+    store: AdapterStore, redis: Redis
+) -> None:
+    await publish(store)
+    expected = await store.resolve(ALICE, "a")
+    await redis.hdel(keys.adapter_record(ALICE, "a"), "checksum")
+    await redis.config_set("maxmemory", 1)
+    try:
+        assert await store.resolve(ALICE, "a") == expected
+    finally:
+        await redis.config_set("maxmemory", 0)
+
+
+async def test_the_same_version_with_other_weights_is_another_reference(store: AdapterStore) -> None:
+    await publish(store, "a", seed=1)
+    await publish(store, "b", seed=1)
+    first, second = await store.resolve(ALICE, "a"), await store.resolve(ALICE, "b")
+    assert first == replace(second, adapter_id="a")
+    await publish(store, "b", seed=2)
+    await publish(store, "a", seed=3)
+    assert (await store.resolve(ALICE, "a")).checksum != (await store.resolve(ALICE, "b")).checksum
+    await store.activate(ALICE, "a", 1)
+    assert await store.resolve(ALICE, "a") == first
 
 
 async def test_a_broken_record_fails_alone(store: AdapterStore, redis: Redis) -> None:

@@ -80,6 +80,7 @@ def test_of_two_equal_blocks_the_first_stays_registered() -> None:
         ("t", replace(REF, adapter_id="b")),
         ("t", replace(REF, version=2)),
         ("t", replace(REF, basis_id="other")),
+        ("t", replace(REF, checksum="ab")),
         ("t", replace(REF, tenant="u")),
     ],
 )
@@ -120,7 +121,16 @@ class BlockPoolMachine(RuleBasedStateMachine):
     @rule(blocks=held, index=st.integers(0, 7), key=st.integers(0, 5))
     def register(self, blocks: tuple[int, ...], index: int, key: int) -> None:
         if index < len(blocks) and blocks in self.holders:
-            self.pool.register(blocks[index], bytes([key]))
+            self.pool.register(blocks[index], bytes([key]), owner=(None, "x", "y")[key % 3])
+
+    @rule(owner=st.sampled_from("xyz"))
+    def forget(self, owner: str) -> None:
+        """Nothing of the owner's is shared any more, and all of the others' is."""
+        before = {key: self.pool.match([bytes([key])]) for key in range(6)}
+        self.pool.forget(owner)
+        for key, blocks in before.items():
+            is_forgotten = owner == (None, "x", "y")[key % 3]
+            assert self.pool.match([bytes([key])]) == ([] if is_forgotten else blocks)
 
     @rule(blocks=consumes(held))
     def release(self, blocks: tuple[int, ...]) -> None:

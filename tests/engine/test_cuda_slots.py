@@ -48,8 +48,8 @@ def test_a_step_finds_its_slots_loaded_however_busy_the_device_is() -> None:
         assert table.active is not None
         # Read here, as a step's tokens are: until then its slots stay pinned.
         sums.append(table.R_slots[table.active].float().mean((1, 2, 3)).cpu())
-        for name in refs:
-            table.unpin(name)
+        for slot in slots:
+            table.unpin(slot)
     for number, found in enumerate(sums):
         expected = torch.tensor([number + index / 64 for index in range(NUM_SLOTS)]).bfloat16().float()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -61,8 +61,9 @@ def test_a_slot_that_is_dropped_while_it_is_being_loaded_ends_as_zeros() -> None
     for number in range(50):
         slot = table.pin(ref(number), FORMAT.pack(adapter(1.0)))
         table.load()
-        table.unpin(ref(number))
-        assert table.drop(ref(number))
+        assert slot is not None
+        table.unpin(slot)
+        table.drop(ref(number))
     table.stage(None)
     assert slot == 1
     assert not table.R_slots.any()

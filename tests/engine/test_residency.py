@@ -133,7 +133,8 @@ def test_unload_waits_only_for_requests_in_flight(llama: Served, start: Start) -
     driver.fetch()
     driver.step()
     slot = driver.engine.bases.tables[ref.basis_id].pin(ref, None)
-    driver.engine.bases.tables[ref.basis_id].unpin(ref)
+    assert slot is not None
+    driver.engine.bases.tables[ref.basis_id].unpin(slot)
 
     driver.engine.unload(ref.tenant, ref.adapter_id)
     stats = driver.engine.stats()
@@ -215,7 +216,8 @@ def test_extreme_values_of_one_user_stay_with_that_user(
     driver.run()
     table = driver.engine.bases.tables[bad.basis_id]
     slot = table.pin(bad, None)
-    table.unpin(bad)
+    assert slot is not None
+    table.unpin(slot)
     is_poisoned = [where == "all modules" or "v_proj" in m.name for m in served.basis.manifest.modules]
     table.R_slots[slot, is_poisoned] = value
 

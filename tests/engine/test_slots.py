@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_core.adapter import Adapter, AdapterRef, delta
+from adapter_core.adapter import Adapter, AdapterRef, delta, read_header
 from adapter_core.base_model import iter_target_modules
 from adapter_core.basis import Basis, ModuleShape, make_basis
-from adapter_core.errors import BasisMismatch, CorruptRecord, NotFound
+from adapter_core.errors import AdapterReplaced, BasisMismatch, CorruptRecord, NotFound
 from service.engine.adapter_cache import AdapterCache
 from service.engine.linear import AdapterLinear, attach, detach
 from service.engine.packed_adapter import PackedAdapter, SlotFormat
@@ -38,11 +38,18 @@ def make_table(num_slots: int = NUM_SLOTS) -> SlotTable:
     )
 
 
+def pin(table: SlotTable, index: int) -> int:
+    """The slot of adapter `index`, which must get one."""
+    slot = table.pin(ref(index), adapter(index))
+    assert slot is not None
+    return slot
+
+
 def test_a_reused_slot_holds_only_the_new_adapter() -> None:
     table = make_table(num_slots=1)
     slot = table.pin(ref(1), adapter(1))
     assert slot == 1
-    table.unpin(ref(1))
+    table.unpin(slot)
 
     assert table.pin(ref(2), adapter(2)) == slot
     table.load()
@@ -53,11 +60,32 @@ def test_a_reused_slot_holds_only_the_new_adapter() -> None:
 
 def test_dropping_leaves_zeros() -> None:
     table = make_table()
-    slot = table.pin(ref(1), adapter(1))
-    assert not table.drop(ref(1))
-    table.unpin(ref(1))
-    assert table.drop(ref(1))
+    slot = pin(table, 1)
+    table.unpin(slot)
+    table.load()
+    table.drop(ref(1))
     assert not table.R_slots[slot].any()
+    table.check_integrity()
+
+
+def test_an_adapter_that_is_dropped_while_it_is_pinned_comes_again_in_another_slot() -> None:
+    table = make_table()
+    slots = [pin(table, 1), pin(table, 1)]
+    table.load()
+    table.drop(ref(1))
+    assert ref(1) not in table
+
+    again = table.pin(ref(1), adapter(2))
+    table.load()
+    assert again is not None
+    assert again != slots[0] == slots[1]
+    assert torch.equal(table.R_slots[slots[0]], adapter(1).R)
+    table.unpin(slots[0])
+    assert torch.equal(table.R_slots[slots[0]], adapter(1).R)
+    table.unpin(slots[1])
+    assert not table.R_slots[slots[0]].any()
+    assert torch.equal(table.R_slots[again], adapter(2).R)
+    assert (table.num_pinned, table.num_resident) == (1, 1)
     table.check_integrity()
 
 
@@ -74,8 +102,8 @@ def test_all_that_a_step_needs_is_loaded_together() -> None:
 
 def test_an_adapter_that_was_unpinned_before_it_was_loaded_is_loaded_all_the_same() -> None:
     table = make_table()
-    slot = table.pin(ref(1), adapter(1))
-    table.unpin(ref(1))
+    slot = pin(table, 1)
+    table.unpin(slot)
     assert table.pin(ref(1), None) == slot
     table.load()
     assert torch.equal(table.R_slots[slot], adapter(1).R)
@@ -83,14 +111,13 @@ def test_an_adapter_that_was_unpinned_before_it_was_loaded_is_loaded_all_the_sam
 
 def test_what_was_to_be_loaded_is_forgotten_with_its_slot() -> None:
     table = make_table(num_slots=1)
-    slot = table.pin(ref(1), adapter(1))
-    table.unpin(ref(1))
-    assert table.drop(ref(1))
+    slot = pin(table, 1)
+    table.unpin(slot)
+    table.drop(ref(1))
     table.load()
     assert not table.R_slots[slot].any()
 
-    table.pin(ref(2), adapter(2))
-    table.unpin(ref(2))
+    table.unpin(pin(table, 2))
     table.pin(ref(3), adapter(3))  # evicts what was never loaded
     table.load()
     assert torch.equal(table.R_slots[slot], adapter(3).R)
@@ -115,13 +142,30 @@ def test_a_packed_adapter_is_the_stored_one_in_the_dtype_of_the_slots(
     assert isinstance(parse_adapter(name, None, SlotFormat(dtype)), NotFound)
 
 
+def test_a_version_that_holds_other_weights_than_were_resolved_is_not_taken_for_it() -> None:
+    here, there = (Adapter("ab" * 32, torch.full((M, RANK, RANK), value)) for value in (1.0, 2.0))
+    blob = here.to_bytes(version=3, dtype=torch.float32)
+    packing = SlotFormat(torch.float32)
+    name = AdapterRef("t", "a", 3, "ab" * 32, read_header(blob).checksum.hex())
+    assert isinstance(parse_adapter(name, blob, packing), PackedAdapter)
+
+    others = {
+        "other weights": there.to_bytes(version=3, dtype=torch.float32),
+        "another basis": Adapter("cd" * 32, here.R).to_bytes(version=3, dtype=torch.float32),
+    }
+    for other in others.values():
+        found = parse_adapter(name, other, packing)
+        assert isinstance(found, AdapterReplaced)
+        assert "send the request again" in found.message
+    assert isinstance(parse_adapter(name, blob[:-1], packing), CorruptRecord)
+
+
 def test_a_pinned_slot_is_never_taken() -> None:
     table = make_table(num_slots=2)
-    pinned = table.pin(ref(1), adapter(1))
-    table.pin(ref(2), adapter(2))
+    pinned, other = pin(table, 1), pin(table, 2)
     table.load()
     assert table.pin(ref(3), adapter(3)) is None
-    table.unpin(ref(2))
+    table.unpin(other)
     assert table.pin(ref(3), adapter(3)) is not None
     assert torch.equal(table.R_slots[pinned], adapter(1).R)
 
@@ -129,8 +173,7 @@ def test_a_pinned_slot_is_never_taken() -> None:
 def test_the_least_recently_used_slot_is_evicted() -> None:
     table = make_table(num_slots=2)
     for index in (1, 2, 1):
-        table.pin(ref(index), adapter(index))
-        table.unpin(ref(index))
+        table.unpin(pin(table, index))
     table.pin(ref(3), adapter(3))
     assert (ref(1) in table, ref(2) in table) == (True, False)
 
@@ -143,22 +186,26 @@ def test_versions_have_slots_of_their_own() -> None:
 @given(st.lists(st.tuples(st.sampled_from(["pin", "unpin", "drop"]), st.integers(0, 5)), max_size=60))
 def test_any_order_of_pins_and_drops_keeps_the_books(actions: list[tuple[str, int]]) -> None:
     table = make_table()
-    pins: list[int] = []
-    for action, index in actions:
+    pins: list[tuple[int, int]] = []  # (slot, value that it must hold)
+    current: dict[int, int] = {}  # value of each adapter, another one after every drop
+    for step, (action, index) in enumerate(actions):
         if action == "pin":
-            slot = table.pin(ref(index), adapter(index + 1))
-            assert (slot is None) == (len(set(pins)) == NUM_SLOTS and index not in pins)
+            value = current.setdefault(index, step + 1)
+            named = ref(index) in table
+            slot = table.pin(ref(index), adapter(value))
+            assert (slot is None) == (len({slot for slot, _ in pins}) == NUM_SLOTS and not named)
             if slot is not None:
-                pins.append(index)
+                pins.append((slot, value))
                 table.load()
-                assert torch.equal(table.R_slots[slot], adapter(index + 1).R)
-        elif action == "unpin" and index in pins:
-            pins.remove(index)
-            table.unpin(ref(index))
+        elif action == "unpin" and pins:
+            table.unpin(pins.pop(index % len(pins))[0])
         elif action == "drop":
-            assert table.drop(ref(index)) == (index not in pins)
+            table.drop(ref(index))
+            current.pop(index, None)
+            assert ref(index) not in table
         table.check_integrity()
-        assert table.num_pinned == len(set(pins))
+        assert table.num_pinned == len({slot for slot, _ in pins})
+        assert all(torch.equal(table.R_slots[slot], adapter(value).R) for slot, value in pins)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "get", "hold", "release", "drop"]), st.integers(0, 6))))
