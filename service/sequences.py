@@ -48,6 +48,8 @@ class Piece:
     index: int
     text: str = ""
     tokens: tuple[Token, ...] = ()
+    #: All tokens that came since the piece before, whether they show or not.
+    token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
 
@@ -58,6 +60,7 @@ class Finished:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -86,6 +89,7 @@ class LiveSequence:
         self._newest_at = time.monotonic()
         self._shown = 0
         self._waiting: deque[Token] = deque()
+        self._unsent_ids: list[int] = []
 
     async def pieces(self, engine: TokenEngine) -> AsyncGenerator[Piece, None]:
         """Pieces up to the one with a finish_reason. Raises what the engine gave up with."""
@@ -109,6 +113,7 @@ class LiveSequence:
         text = ""
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
+            self._unsent_ids.append(token_id)
             logprobs = output.logprobs[position] if output.logprobs else None
             ends = finish_reason == "stop" and position == len(output.token_ids) - 1
             if ends and not self._text.includes_stop and token_id in self.request.sampling.stop_token_ids:
@@ -122,7 +127,12 @@ class LiveSequence:
                 break
         if finish_reason is not None:
             text += self._text.flush()
-        return Piece(self.index, text, self._shown_tokens(text, finish_reason), prompt, finish_reason)
+        token_ids: tuple[int, ...] = ()
+        if text or finish_reason or prompt:  # it will be sent
+            token_ids = tuple(self._unsent_ids)
+            self._unsent_ids.clear()
+        shown = self._shown_tokens(text, finish_reason)
+        return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
 
     def _end(self, logprobs: TokenLogprobs | None) -> str:
         """The rest of the text, before a stop token that is no part of it."""
@@ -184,6 +194,7 @@ class Generation:
                 whole = finished[piece.index]
                 whole.text += piece.text
                 whole.tokens += piece.tokens
+                whole.token_ids += piece.token_ids
                 whole.prompt_logprobs += piece.prompt_logprobs or ()
                 whole.finish_reason = piece.finish_reason
         return finished

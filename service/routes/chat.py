@@ -70,21 +70,29 @@ class ChatReply(Reply):
                 message=AssistantMessage(content=sequence.text),
                 logprobs=self._logprobs(sequence.tokens),
                 finish_reason=sequence.finish_reason,
+                **self.token_ids(sequence.token_ids),
             )
             for index, sequence in enumerate(finished)
         ]
         usage = usage_report(self.generation.usage)
-        return ChatCompletion(**self.head(), choices=choices, usage=usage, **self.ending())
+        return ChatCompletion(
+            **self.head(), choices=choices, usage=usage, **self.prompt_token_ids(0), **self.ending()
+        )
+
+    def opening(self, index: int) -> dict[str, Any]:
+        return self.prompt_token_ids(index)
 
     def choices(self, piece: Piece) -> list[dict[str, Any]]:
         chosen = []
-        if self.begins(piece):
-            chosen.append(_chunk_choice(piece.index, {"role": "assistant", "content": ""}))
         if piece.text or piece.tokens:
             logprobs = self._logprobs(piece.tokens)
             chosen.append(_chunk_choice(piece.index, {"content": piece.text}, logprobs))
         if piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, {}, None, piece.finish_reason))
+        if chosen:
+            chosen[0] |= self.token_ids(piece.token_ids)
+        if self.begins(piece):
+            chosen.insert(0, _chunk_choice(piece.index, {"role": "assistant", "content": ""}))
         return chosen
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:

@@ -105,6 +105,10 @@ class CompletionReply(Reply):
             chosen.append(_chunk_choice(piece.index, text, logprobs))
         if piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, "", None, piece.finish_reason))
+        chosen[0] |= {
+            **(self.prompt_token_ids(piece.index) if first else {}),
+            **self.token_ids(piece.token_ids),
+        }
         return chosen
 
     def _choice(self, index: int, sequence: Finished) -> CompletionChoice:
@@ -113,6 +117,8 @@ class CompletionReply(Reply):
             text=self._echo(index) + sequence.text,
             logprobs=self._logprobs(index, sequence.tokens, sequence.prompt_logprobs, first=True),
             finish_reason=sequence.finish_reason,
+            **self.prompt_token_ids(index),
+            **self.token_ids(sequence.token_ids),
         )
 
     def _echo(self, index: int) -> str:

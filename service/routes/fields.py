@@ -92,7 +92,6 @@ GENERATION_NEUTRAL: Mapping[str, Neutral] = {
     "prompt_embeds": Neutral(advice="send text or token ids"),
     "truncate_prompt_tokens": Neutral(advice=_CALLER_LIMITS),
     "truncation_side": Neutral(advice=_CALLER_LIMITS),
-    "return_tokens_as_token_ids": Neutral(advice="use return_token_ids"),
     "repetition_detection": Neutral(advice="use repetition_penalty"),
     "thinking_token_budget": Neutral((-1,), _THINKING),
     "watermarking": Neutral(),
@@ -181,6 +180,7 @@ STREAM_NEUTRAL: Mapping[str, Neutral] = {
 }
 
 MESSAGE_IGNORED: Mapping[str, str] = {
+    "annotations": "they stand beside a text, and no template shows them",
     "cache_control": "the prefix cache finds equal prefixes by itself",
 }
 
@@ -191,7 +191,6 @@ MESSAGE_NEUTRAL: Mapping[str, Neutral] = {
     "tool_call_id": Neutral(advice=_NO_TOOLS),
     "audio": Neutral(advice=_NO_MEDIA),
     "refusal": Neutral(advice="put it into content"),
-    "annotations": Neutral(advice="put them into content"),
     "reasoning": Neutral(advice="put the thoughts into content, as the model wrote them"),
     "reasoning_content": Neutral(advice="put the thoughts into content, as the model wrote them"),
 }

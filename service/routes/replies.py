@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, TypeVar
 
@@ -55,6 +55,8 @@ def options_of(
         max_tokens=max_tokens,
         stop=body.stop_strings,
         ignore_eos=bool(body.ignore_eos),
+        skip_special_tokens=body.skip_special_tokens,
+        include_stop=body.include_stop_str_in_output,
         sampling=sampling,
     )
 
@@ -107,9 +109,25 @@ class Reply(ABC):
         """The choices of a piece's chunks, one chunk each; the last one has its finish_reason, if any."""
 
     def token_text(self, token_id: int, *, is_first: bool = False) -> str:
-        """What a token reads as in this answer; is_first: with no text before it."""
+        """What a token is called in this answer's log-probabilities; is_first: with no text before it."""
+        if self.body.return_tokens_as_token_ids:
+            return f"token_id:{token_id}"
         skip = self.generation.skip_special_tokens
         return self.codec.token_text(token_id, is_first=is_first, skip_special_tokens=skip)
+
+    def token_ids(self, ids: Sequence[int]) -> dict[str, list[int]]:
+        """The field of a choice that lists its tokens, if it was asked for."""
+        return {"token_ids": list(ids)} if self.body.return_token_ids else {}
+
+    def prompt_token_ids(self, index: int) -> dict[str, list[int]]:
+        """The field that lists the tokens of a choice's prompt, if it was asked for."""
+        if not self.body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": self.generation.sequences[index].request.token_ids}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """Own fields of the first chunk of a choice."""
+        return {}
 
     def begins(self, piece: Piece) -> bool:
         """Whether a piece is the first one of its choice."""
@@ -135,10 +153,12 @@ class Reply(ABC):
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 num_running -= piece.finish_reason is not None
+                more = {} if piece.index in self._begun else self.opening(piece.index)
                 *before, last = self.choices(piece)
                 for choice in before:
-                    yield self._chunk([choice])
-                yield self._chunk([last], {} if num_running else self.ending())
+                    yield self._chunk([choice], more)
+                    more = {}
+                yield self._chunk([last], more if num_running else {**more, **self.ending()})
         if self.body.has_usage_chunk:
             usage = usage_report(self.generation.usage).model_dump()
             yield self._chunk([], {"usage": usage, **self.ending()})

@@ -92,6 +92,12 @@ class GenerationFields(ModelRequest):
     min_tokens: int | None = Field(0, ge=0, le=_MAX_INT64)
     ignore_eos: bool | None = False
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_BIASES)
+    skip_special_tokens: bool = Field(True, description="false: they are shown in the text")
+    include_stop_str_in_output: bool = Field(False, description="what ends the text is a part of it")
+    return_token_ids: bool = Field(False, description="`token_ids` and `prompt_token_ids` in the answer")
+    return_tokens_as_token_ids: bool = Field(
+        False, description="log-probabilities call tokens `token_id:<id>`"
+    )
 
     @field_validator("logit_bias")
     @classmethod
@@ -109,6 +115,9 @@ class GenerationFields(ModelRequest):
         if options.continuous_usage_stats and not options.include_usage:
             param = "stream_options.continuous_usage_stats"
             raise InvalidInput("continuous_usage_stats is only for include_usage: true", param=param)
+        if self.return_tokens_as_token_ids and not self.has_logprobs:
+            message = "return_tokens_as_token_ids is only for an answer with logprobs"
+            raise InvalidInput(message, param="return_tokens_as_token_ids")
         if self.best_of not in (None, self.n or 1):
             raise InvalidInput(
                 "best_of: only the value of n is supported; ask for more choices and choose among them",
@@ -116,6 +125,11 @@ class GenerationFields(ModelRequest):
                 code="unsupported_parameter",
             )
         return self
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether log-probabilities are asked for; the two endpoints say it differently."""
+        raise NotImplementedError
 
     @property
     def stop_strings(self) -> list[str]:
@@ -145,6 +159,10 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise InvalidInput("max_tokens 0 is only for echo: true", param="max_tokens")
         return self
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self.logprobs is not None
 
     @property
     def texts(self) -> list[str] | None:
@@ -198,6 +216,10 @@ class ChatCompletionRequest(GenerationFields):
 
     neutral = fields.CHAT_NEUTRAL
 
+    @property
+    def has_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
@@ -207,6 +229,10 @@ class ChatCompletionRequest(GenerationFields):
             message = f"max_completion_tokens is {newer} and max_tokens {older}; give one of them"
             raise InvalidInput(message, param="max_completion_tokens")
         return self
+
+
+#: Of `return_token_ids`: in an answer only if it was asked for.
+TokenIdList = Annotated[list[int] | None, Field(exclude_if=lambda ids: ids is None)]
 
 
 class CompletionLogprobs(Answer):
@@ -221,6 +247,8 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    prompt_token_ids: TokenIdList = None
+    token_ids: TokenIdList = None
 
 
 class Completion(Answer):
@@ -260,6 +288,7 @@ class ChatChoice(Answer):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: TokenIdList = None
 
 
 class ChatCompletion(Answer):
@@ -269,5 +298,6 @@ class ChatCompletion(Answer):
     model: str
     choices: list[ChatChoice]
     usage: UsageReport
+    prompt_token_ids: TokenIdList = None
     adapter: AdapterUsed | None
     x_tessera: Measured

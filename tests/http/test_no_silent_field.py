@@ -185,9 +185,15 @@ async def anna(adapters: AdapterStore) -> str:
     return ANNA
 
 
-WORDS = {"messages": [{"role": "user", "content": "one two three"}]}
+WORDS = {"stop": ["three"], "messages": [{"role": "user", "content": "one two three"}]}
 PLACES: list[tuple[str, dict[str, Any], str, dict[str, Any], set[str]]] = [
-    (TEXT, {"max_tokens": 8, "prompt": "one two three"}, "", GENERATION, set(fields.GENERATION_IGNORED)),
+    (
+        TEXT,
+        {"max_tokens": 8, "prompt": "<|user|>one two three", "stop": ["three"]},
+        "",
+        GENERATION,
+        set(fields.GENERATION_IGNORED),
+    ),
     (CHAT, WORDS, "", GENERATION, set(fields.GENERATION_IGNORED)),
     (CHAT, {"max_tokens": 8}, "messages.0", MESSAGE_FIELDS, set(fields.MESSAGE_IGNORED)),
     (
