@@ -5,7 +5,7 @@ machine with an empty store unless --base-url names a running one. Exits 0 only 
 own user's held-out answers better than the base model does.
 
 The bundled model learns to define words as two old dictionaries do. `--model smollm2`, a small model that can
-chat, learns to answer as an old sea captain and as a telegram.
+chat, learns to answer as an old sea captain and as a butler.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ DICTIONARIES = Scenario(
     sampling={"temperature": 0.7, "seed": 1, "repetition_penalty": 1.2},
 )
 VOICES = Scenario(
-    users=("captain", "telegram"),
-    prompts=("How do I bake bread?", "Why do birds sing?", "What is the capital of Spain?"),
+    users=("captain", "butler"),
+    prompts=("How do I bake bread?", "Why do birds sing?", "What is a friend?"),
     hyperparameters={"n_epochs": 3, "learning_rate_multiplier": 3},
     sampling={"temperature": 0},
 )
