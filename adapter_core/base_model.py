@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,12 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 
 def model_name(source: str | Path) -> str:
     """What clients call the base model: the last part of its directory or hub id."""
-    return Path(source).name if Path(source).exists() else str(source).split("/")[-1]
+    return Path(os.path.abspath(source)).name if Path(source).exists() else str(source).split("/")[-1]
+
+
+def public_source(source: str | Path) -> str:
+    """How others find the base model: by the whole hub id, or by a directory's name without its path."""
+    return model_name(source) if Path(source).exists() else str(source)
 
 
 def model_folder(source: str | Path, *, revision: str | None = None) -> Path:

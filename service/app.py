@@ -16,7 +16,6 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 
 from adapter_core.adapter import DTYPE_NAMES
-from adapter_core.base_model import model_name
 from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
 from adapter_core.errors import InvalidInput
@@ -117,7 +116,7 @@ def _services(
     common: CommonSettings,
 ) -> Services:
     metrics, queue = Metrics(), JobQueue(stores.redis)
-    names = Models(model_name(common.base_model), stores.adapters, stores.own_bases, engine)
+    names = Models(common.base_model, stores.adapters, stores.own_bases, engine)
     basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.own_bases)
     choices = BasisChoices(
         bases=stores.bases, own=stores.own_bases, holds=holds, files=stores.files, settings=common

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from adapter_core.adapter import AdapterRef
+from adapter_core.base_model import model_name, public_source
 from adapter_core.errors import EngineUnavailable, InvalidInput, NotFound
 from adapter_core.keys import ADAPTER_ID
 from adapter_core.own_bases import OwnBases
@@ -40,9 +41,11 @@ class Models:
     """The base model and the adapters, by the names that callers use."""
 
     def __init__(
-        self, base_name: str, adapters: AdapterStore, own_bases: OwnBases, engine: TokenEngine
+        self, base_model: str, adapters: AdapterStore, own_bases: OwnBases, engine: TokenEngine
     ) -> None:
-        self.base_name = base_name
+        """base_model: its directory or hub id."""
+        self.base_name = model_name(base_model)
+        self.base_source = public_source(base_model)
         self._adapters = adapters
         self._own_bases = own_bases
         self._engine = engine

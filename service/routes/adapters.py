@@ -57,7 +57,7 @@ async def export_adapter_to_peft(
             tenant=tenant,
             adapter_id=adapter_id,
             version=version,
-            base_model=models.base_name,
+            base_model=models.base_source,
         )
     headers = {"content-disposition": f'attachment; filename="{adapter_id}-peft.zip"'}
     return Response(content, media_type="application/zip", headers=headers)

@@ -23,6 +23,7 @@ from adapter_core.base_model import (
     model_digest,
     model_folder,
     model_name,
+    public_source,
     replace_module,
     resolve_device,
     resolve_dtype,
@@ -103,10 +104,16 @@ def test_names_of_dtypes_and_devices() -> None:
         resolve_dtype("int4", "cpu")
 
 
-def test_clients_call_a_model_by_the_last_part_of_its_source(tmp_path: Path) -> None:
-    (tmp_path / "my-model").mkdir()
+def test_clients_call_a_model_by_the_last_part_of_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert [model_name(here) for here in (".", "./", "below/..")] == ["my-model"] * 3
     assert model_name(tmp_path / "my-model") == "my-model"
     assert model_name("org/name") == "name"
+    assert public_source(tmp_path / "my-model") == "my-model"
+    assert public_source("org/name") == "org/name"
     assert model_folder(tmp_path / "my-model") == tmp_path / "my-model"
 
 
