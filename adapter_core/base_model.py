@@ -74,12 +74,21 @@ def load_base_model(
             )
         except (OSError, ValueError) as error:
             raise UnsupportedModel(
-                f"cannot load the base model {source}: {error}", param="base_model"
+                f"cannot load the base model {source}: {_reason(folder, error)}", param="base_model"
             ) from error
         model.requires_grad_(False)
         model.eval()
         model.to(device)
         return BaseModel(model_name(source), digest.result(), model)
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Why a model does not load: `error`, unless there are files that this process may not read.
+
+    safetensors writes files that only their owner can read, and says "no such file" of those it cannot open.
+    """
+    closed = sorted(path.name for path in folder.iterdir() if not os.access(path, os.R_OK))
+    return f"no permission to read {', '.join(closed)} (user id {os.getuid()})" if closed else str(error)
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:

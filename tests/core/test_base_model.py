@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from adapter_core.base_model import (
 )
 from adapter_core.errors import InvalidInput, UnsupportedModel
 
+ROOT = Path(__file__).parents[2]
 WIDTHS = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -115,6 +120,28 @@ def test_clients_call_a_model_by_the_last_part_of_its_source(
     assert public_source(tmp_path / "my-model") == "my-model"
     assert public_source("org/name") == "org/name"
     assert model_folder(tmp_path / "my-model") == tmp_path / "my-model"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_weights_that_may_not_be_read_are_named() -> None:
+    script = (
+        "import os, sys\n"
+        "from adapter_core.base_model import load_base_model\n"
+        "os.setuid(65534)\n"
+        "load_base_model(sys.argv[1], device='cpu')"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        os.chmod(folder, 0o755)
+        for file in BUNDLED_MODEL.iterdir():
+            os.chmod(shutil.copy(file, folder), 0o600 if file.suffix == ".safetensors" else 0o644)
+        command = [sys.executable, "-c", script, folder]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .endswith(f"{folder}: no permission to read model.safetensors (user id 65534)")
+    )
 
 
 # The digest
