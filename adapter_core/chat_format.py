@@ -1,230 +1,274 @@
 """From messages and examples to token ids, by the tokenizer's own chat template.
 
-The service and the trainer must agree on every token of a prompt, so both ask this one class. Knows neither a
-model nor a file. What is trained is said by a mask over the tokens: the assistant's text and the token that
-ends its turn, never the words of the user.
+The service and the trainer must agree on every token, so both ask this one class. Knows neither a model nor a
+file.
 
-Where a template marks what the assistant generates (`{% generation %}`), the marks decide. Elsewhere the span
-of an assistant message is what its rendering adds to the rendering of the prompt before it, which is right
-only if the template is *prefix preserving*: a longer conversation begins with the text of the shorter one.
+What is trained is what serving sees: for every answer the ids of its prompt, exactly as the chat endpoint
+sends them, and then what the model has to generate: the answer's text as its author wrote it, tokenised
+apart, and the token that ends a turn. See `docs/methods.md`, "Prompts and answers".
 """
 
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from adapter_core.base_model import load_tokenizer, model_folder
+from adapter_core.chat_template import ChatTemplate
+from adapter_core.control_tokens import ControlTokens, Encode, any_of
+from adapter_core.end_tokens import named_end_tokens
 from adapter_core.errors import InvalidInput
 from adapter_core.examples import Example
+from adapter_core.rows import Answered, EncodedExample, Prompts, borders_of, rows_of
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+__all__ = ["ChatFormat", "EncodedExample", "load_chat_format"]
 
-#: Of a text that is too long, this part of the limit may be prompt: a completion without its question would
-#: train on noise.
-PROMPT_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """token_ids [T]; loss_mask [T]: which tokens are learned (never the first: nothing predicts it).
-
-    truncated: the example was longer than the limit, and tokens were left out.
-    """
-
-    token_ids: list[int]
-    loss_mask: list[bool]
-    truncated: bool = False
-
-    @property
-    def num_loss_tokens(self) -> int:
-        return sum(self.loss_mask)
+#: Longer texts have at least two tokens.
+MAX_CHARS_OF_A_TOKEN = 128
+#: What a text is shown to the tokenizer after, if it puts a space before the first word of a text.
+_ANCHORS = ("\n", "a", ".", ":")
 
 
 class ChatFormat:
-    """The token ids of prompts and examples for one tokenizer."""
+    """The token ids of prompts and examples for one tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    turn_end: the token that ends an answer, in training and in serving; None if there is none.
+    text_end: the token that ends a text or a completion.
+    end_ids: the tokens at which a generation stops by itself, `turn_end` and `text_end` among them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        allow_control_tokens: bool = False,
+    ) -> None:
+        """eos_token_ids: what the model's files name. allow_control_tokens: those typed in messages act."""
         self.tokenizer = tokenizer
-        self.has_template = bool(tokenizer.chat_template)
-        template = tokenizer.chat_template or ""
-        text = template.get("default", "") if isinstance(template, dict) else template
-        self._has_marks = _GENERATION.search(text) is not None
+        self._template = ChatTemplate(tokenizer)
+        shape = self._template.shape
+        self._control = None if allow_control_tokens else ControlTokens(tokenizer, shape)
         added = tokenizer.added_tokens_decoder
-        self._special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self._added = re.compile(f"({any_of(token.content for token in added.values())})")
+        self._borders = borders_of(list(added.values()), shape.written)
+        self._head = self._tokens_put_first()
+        self._puts_space_first = self._ids("x") != self._after("\n", "x", self._ids)
+        named = list(eos_token_ids)
+        eos = tokenizer.eos_token_id
+        self.text_end = eos if eos is not None else named[0] if named else None
+        special = {*tokenizer.all_special_ids, *named, *(i for i, token in added.items() if token.special)}
+        self.turn_end = self._find_turn_end(special)
+        ends = (eos, self.text_end, self.turn_end)
+        self.end_ids = tuple(sorted({*named, *(int(end) for end in ends if end is not None)}))
 
-    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    @property
+    def has_template(self) -> bool:
+        return self._template.exists
+
+    def at(self, moment: datetime) -> ChatFormat:
+        """The same, but the date that a template may ask for is always that of `moment`."""
+        fixed = copy(self)
+        fixed._template = self._template.at(moment)
+        return fixed
+
+    def prompt_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """A conversation up to and with the opening of the assistant's next turn.
 
-        Raises `InvalidInput` if the base model has no chat template or the template refuses the messages.
+        variables: more names for the template (`chat_template_kwargs`). Raises `InvalidInput` if the base
+        model has no chat template or the template refuses the messages.
         """
-        return self._ids(self._render(messages, add_generation_prompt=True))
+        text, encode = self._render(messages, variables)
+        return encode(text)
 
     def text_ids(self, text: str) -> list[int]:
-        """Plain text as the tokenizer encodes it by itself, with the special tokens that it puts in front.
+        """Plain text with the special tokens that the tokenizer puts in front, if they do not stand there.
 
         An empty text is one start token, if the tokenizer has one. Raises `InvalidInput`.
         """
-        ids: list[int] = self._encode(text, add_special_tokens=True)["input_ids"]
-        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        while len(ids) > 1 and ids[-1] == eos:
-            ids = ids[:-1]
+        ids = self._ids(text)
+        if ids[: len(self._head)] != self._head:
+            ids = self._head + ids
+        bos = self.tokenizer.bos_token_id
         return ids if ids or bos is None else [bos]
 
-    def encode_pair(self, prompt: str, completion: str) -> EncodedExample:
-        """Plain prompt and completion, the mask on the completion's tokens, no end token added.
+    def text_spans(self, text: str) -> list[tuple[int, int]]:
+        """For each of `text_ids` the characters [start, end) of the text that it stands for."""
+        spans = self.tokenizer(text, verbose=False, add_special_tokens=False, return_offsets_mapping=True)
+        own: list[tuple[int, int]] = spans["offset_mapping"]
+        return [(0, 0)] * (len(self.text_ids(text)) - len(own)) + own
 
-        The two are tokenised apart, as they are when the model continues the prompt. Raises `InvalidInput`.
-        """
-        prompt_ids, completion_ids = self.text_ids(prompt), self._ids(completion)
-        mask = [False] * len(prompt_ids) + [True] * len(completion_ids)
-        return EncodedExample(prompt_ids + completion_ids, [False, *mask[1:]])
+    def encode_rows(self, example: Example, *, max_tokens: int) -> list[EncodedExample]:
+        """The training rows of an example of any kind, each at most `max_tokens` (>= 2) long.
 
-    def encode_example(self, example: Example, *, max_tokens: int) -> EncodedExample:
-        """An example of any kind; at most `max_tokens` (>= 2) long.
-
-        Of one that is too long the end of the prompt and the beginning of the completion are kept. Raises
+        One row per learned answer, but for answers whose rows begin alike: they share one (`rows_of`). Of a
+        row that is too long the end of the prompt and the beginning of the answer are kept. Raises
         `InvalidInput` if the template refuses it or no token is left to learn.
         """
         if example.messages is not None:
-            ids, mask = self._conversation(example.messages)
+            answered = list(self._conversation(example.messages))
         elif example.completion is not None:
-            pair = self.encode_pair(example.prompt or "", example.completion)
-            ids, mask = [*pair.token_ids, *self._end()], [*pair.loss_mask, *[True] * len(self._end())]
+            ids = self._continuation(example.completion, self._ids)
+            learned = self._ended(ids, example.completion, self.text_end)
+            answered = [Answered(self.text_ids(example.prompt or ""), learned)]
         else:
-            ids = self.text_ids(example.text or "")
-            mask = [True] * len(ids)
-        encoded = self._truncate(ids, [False, *mask[1:]], max_tokens)
-        if not encoded.num_loss_tokens:
+            text = example.text or ""
+            ids = self._ended(self.text_ids(text), text, self.text_end)
+            answered = [Answered(ids[:1], ids[1:])]
+        rows = rows_of(answered, max_tokens=max_tokens, bos=self.tokenizer.bos_token_id)
+        if not any(row.num_loss_tokens for row in rows):
             raise InvalidInput("the example has no token to learn", code="nothing_trained")
-        return encoded
+        return rows
 
-    def _conversation(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        """Token ids and mask of a conversation, before truncation."""
-        weights = [message.get("weight", 1) for message in messages]
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        assistant = [index for index, message in enumerate(plain) if message["role"] == "assistant"]
-        marked = self._marked_spans(plain) if self._has_marks else None
-        if marked is not None and len(marked[1]) == len(assistant):
-            ids, spans = marked
-        else:
-            ids, spans = self._prefix_spans(plain, assistant)
-        mask = [False] * len(ids)
-        for (start, end), index in zip(spans, assistant, strict=True):
-            if weights[index]:
-                end = self._with_turn_end(ids, mask, start, end)
-                mask[start:end] = [True] * (end - start)
-        return ids, mask
+    def check(self, example: Example) -> None:
+        """Raise `InvalidInput` for what `encode_rows` would refuse.
 
-    def _marked_spans(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the [start, end) runs of tokens between the template's generation marks."""
-        try:
-            with _RENDERING:
-                encoded = self.tokenizer.apply_chat_template(
-                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-                )
-        except _TEMPLATE_FAULTS as error:
-            raise _refused(error) from error
-        ids, marks = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
-        starts = [i for i in range(len(ids)) if marks[i + 1] and not marks[i]]
-        ends = [i + 1 for i in range(len(ids)) if marks[i + 1] and not marks[i + 2]]
-        return ids, list(zip(starts, ends, strict=True))
-
-    def _prefix_spans(
-        self, messages: list[dict[str, Any]], assistant: list[int]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the runs that the assistant messages add. Raises `InvalidInput`: template unfit."""
-        if not self.tokenizer.is_fast:
-            raise InvalidInput("chat examples need a fast tokenizer (character offsets)", param="messages")
-        text = self._render(messages)
-        encoded = self._encode(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        spans = []
-        for index in assistant:
-            before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1])
-            if not after.startswith(before) or not text.startswith(after):
-                raise InvalidInput(
-                    "the chat template is not prefix preserving: a conversation's text does not begin with "
-                    f"that of its first {index + 1} message(s), so what to learn cannot be told; "
-                    "use single-turn examples, or a template with {% generation %} marks",
-                    param="messages",
-                    code="template_not_prefix_preserving",
-                )
-            inside = [i for i, (a, b) in enumerate(offsets) if b > len(before) and a < len(after)]
-            spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
-        return list(encoded["input_ids"]), spans
-
-    def _with_turn_end(self, ids: list[int], mask: list[bool], start: int, end: int) -> int:
-        """The end of an assistant's run [start, end), moved so that the token that ends the turn is learned.
-
-        A model that never learns it would never stop. Appends the tokenizer's end token (to `ids` and `mask`)
-        if the template closes the last turn with none.
+        Of a conversation the first and the last learned answer are tried: a template that takes a
+        conversation takes what comes before it.
         """
-        if any(token in self._special for token in ids[max(start, end - 2) : end]):
-            return end
-        if end < len(ids):
-            return end + 1 if ids[end] in self._special else end
-        ids += self._end()
-        mask += [False] * len(self._end())
-        return len(ids)
+        if example.messages is not None:
+            learned = self._learned(example.messages)
+            for index in {learned[0], learned[-1]}:
+                self._render(example.messages[:index], None)
+        elif self.text_end is None or len(example.completion or example.text or "") <= MAX_CHARS_OF_A_TOKEN:
+            self.encode_rows(example, max_tokens=8)
 
-    def _truncate(self, ids: list[int], mask: list[bool], max_tokens: int) -> EncodedExample:
-        if len(ids) <= max_tokens:
-            return EncodedExample(ids, mask)
-        first = mask.index(True) if True in mask else len(ids)
-        room = max(1, max_tokens - (len(ids) - first), int(max_tokens * PROMPT_SHARE))
-        cut = max(0, first - room)
-        head = [ids[0]] if cut and ids[0] == self.tokenizer.bos_token_id and room > 1 else []
-        cut += len(head)
-        ids, mask = head + ids[cut:], [False] * len(head) + mask[cut:]
-        return EncodedExample(ids[:max_tokens], mask[:max_tokens], truncated=True)
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Answered]:
+        """The prompt and the answer of every learned message."""
+        prompts = Prompts(self._borders)
+        for index in self._learned(messages):
+            text, encode = self._render(messages[:index], None)
+            answer = self._answer(messages[index]["content"])
+            yield Answered(prompts.ids(text, encode), answer)
 
-    def _end(self) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return [] if eos is None else [eos]
+    def _learned(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Which messages are learned: the assistant's, without those of weight 0 and those nothing asks for.
+
+        The chat endpoint sends no prompt that a conversation's first message could answer, and many templates
+        none before the user has spoken. Such a greeting is context. Raises `InvalidInput` if none is left.
+        """
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+        learned = [i for i in answers if i > 0 and self._is_asked(messages[:i])]
+        if answers and not learned:
+            raise InvalidInput(
+                "nothing comes before the assistant's only message, so no prompt leads to it: "
+                'begin with a user message, or write the text as {"text": …}',
+                code="nothing_trained",
+            )
+        if not learned:
+            raise InvalidInput("no assistant message has weight 1", code="nothing_trained")
+        return learned
+
+    def _is_asked(self, before: Sequence[Mapping[str, Any]]) -> bool:
+        if any(message["role"] == "user" for message in before):
+            return True
+        try:
+            self._render(before, None)
+        except InvalidInput as error:
+            if error.code == "no_chat_template":
+                raise
+            return False
+        return True
+
+    def _answer(self, text: str) -> list[int]:
+        """Ids of what the model is to generate as `text`.
+
+        A tag that the template has opened already (`<think>`) is not opened again.
+        """
+        tag, gap = self._template.shape.opened
+        if tag and text.startswith(tag):
+            text = text.removeprefix(tag).removeprefix(gap)
+        marked = self._control.mark_answer(text) if self._control else None
+        if marked is None:
+            return self._ended(self._continuation(text, self._ids), text, self.turn_end)
+        return [*self._continuation(*marked), *([] if self.turn_end is None else [self.turn_end])]
+
+    def _continuation(self, text: str, encode: Encode) -> list[int]:
+        """Ids of a text that goes on after another one: without the spaces that some tokenizers put.
+
+        They put one before the first word of a text, or of every piece between added tokens.
+        """
+        if not self._puts_space_first:
+            return encode(text)
+        pieces = [piece for piece in self._added.split(text) if piece]
+        return [token for piece in pieces for token in self._piece(piece, encode)]
+
+    def _piece(self, text: str, encode: Encode) -> list[int]:
+        """Ids of an added token, or of a text between two."""
+        for anchor in () if self._added.fullmatch(text) else _ANCHORS:
+            ids = self._after(anchor, text, encode)
+            if ids is not None:
+                return ids
+        return encode(text)
+
+    def _after(self, anchor: str, text: str, encode: Encode) -> list[int] | None:
+        """Ids of `text` where it follows `anchor`; None if the two merge."""
+        before, both = encode(anchor), encode(anchor + text)
+        return both[len(before) :] if both[: len(before)] == before else None
+
+    def _ended(self, ids: list[int], text: str, end: int | None) -> list[int]:
+        """The ids of `text` and an end token, unless one stands at its end (white space may follow)."""
+        last = self._ids(text.rstrip())[-1:] if text[-1:].isspace() else ids[-1:]
+        return ids if end is None or (last and last[0] in self.end_ids) else [*ids, end]
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None
+    ) -> tuple[str, Encode]:
+        """The text of a prompt, and what makes ids of it. Raises `InvalidInput`."""
+        shown = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
+        encode: Encode = self._ids
+        if self._control is not None:
+            shown, variables, encode = self._control.mark(shown, variables or {}, encode)
+        return self._template.render(shown, add_generation_prompt=True, variables=variables), encode
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._encode(text, add_special_tokens=False)["input_ids"]
-        return ids
+        """The text as it is, with the tokens that are written in it. Raises `InvalidInput`."""
+        return self._encoded(text, add_special_tokens=False)
 
-    def _encode(self, text: str, **options: Any) -> Any:
+    def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            return self.tokenizer(text, verbose=False, **options)
+            ids: list[int] = self.tokenizer(text, verbose=False, add_special_tokens=add_special_tokens)[
+                "input_ids"
+            ]
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidInput(f"the text cannot be tokenised: {error}") from error
+        return ids
 
-    def _render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises `InvalidInput`."""
-        if not self.has_template:
-            raise InvalidInput(
-                "the base model has no chat template; use plain prompts, prompt/completion or text examples",
-                param="messages",
-                code="no_chat_template",
-            )
-        try:
-            with _RENDERING:
-                text = self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-        except _TEMPLATE_FAULTS as error:
-            raise _refused(error) from error
-        return str(text)
+    def _tokens_put_first(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text by itself."""
+        plain, whole = self._ids("x"), self._encoded("x", add_special_tokens=True)
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start]
+        return []
 
+    def _find_turn_end(self, special: set[int]) -> int | None:
+        """The token that the template writes after an answer, or else the one that ends a text.
 
-#: transformers shares one compiled template, and in it one record of the marks, between all threads: two
-#: renderings at once fail, or mark each other's tokens.
-_RENDERING = threading.Lock()
-
-#: What a jinja template does with messages that it was not written for.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+        A special token goes before another added one: `</answer>` may stand before `<|im_end|>`.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        tail = self._ids(self._template.shape.tail)
+        for token in (*(i for i in tail if i in special), *(i for i in tail if i in added)):
+            if token not in added or not added[token].content.isspace():
+                return token
+        return self.text_end
 
 
-def _refused(error: Exception) -> InvalidInput:
-    message = f"the chat template of the base model refuses these messages: {error}"
-    return InvalidInput(message, param="messages", code="invalid_messages")
+def load_chat_format(
+    source: str | Path, *, revision: str | None = None, allow_control_tokens: bool = False
+) -> ChatFormat:
+    """The chat format of a base model, with the end tokens that its files name. Raises `UnsupportedModel`."""
+    return ChatFormat(
+        load_tokenizer(source, revision=revision),
+        eos_token_ids=named_end_tokens(model_folder(source, revision=revision)),
+        allow_control_tokens=allow_control_tokens,
+    )

@@ -1,38 +1,73 @@
 """Training files: JSON lines to examples, with every problem of the file at once.
 
-Three kinds of line, which a file may mix:
+Four kinds of line, which a file may mix:
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}
+    {"prompt": [{"role": "user", "content": "…"}], "completion": [{"role": "assistant", "content": "…"}]}
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
-In a file that builds a basis, every line may also say in `user` whose example it is, or none.
+null under any key means that the key is absent. In a file that builds a basis, every line may also say in
+`user` whose example it is, or none.
 
-Knows no tokenizer and no template: what is checked here needs neither, so an upload is judged before any
-model is asked. A line that `parse_examples` lets through has at least one character to train on.
+Knows no tokenizer and no template; `ChatFormat.check` does. A line that `parse_examples` lets through has at
+least one character to train on. What a message may hold: `messages.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from adapter_core.errors import InvalidInput, InvalidTrainingData, LineError
 from adapter_core.jsonl import Problems, kind, read_objects, shown
+from adapter_core.messages import read_message, read_text
 
-ROLES = ("system", "user", "assistant")
-MESSAGE_KEYS = ("role", "content", "weight")
+T = TypeVar("T")
+
 FORMATS = '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text": "…"}'
 
 #: 1 MiB is about 200,000 words: no example of that length fits a context, but a file that is no JSONL shows.
 MAX_LINE_BYTES = 1024 * 1024
 #: An adapter of 57,000 numbers holds some thousands of examples at the most.
 MAX_EXAMPLES = 50_000
+#: Problems of one file that are named; the others are counted.
+MAX_LISTED_ERRORS = 100
 #: Of a user's name: an id or an address, no text.
 MAX_USER_CHARS = 256
 #: A user's examples are divided into some to learn from and some to measure with.
 MIN_USER_EXAMPLES = 2
+#: As in a request to the chat endpoint.
+MAX_MESSAGES = 2048
+
+_TO_MESSAGES = 'write {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
+_PREFERENCE = "preference data cannot be trained on here; write the preferred answer as the last message"
+#: What other tools write, by keys that tell it: what to write instead.
+_OTHER_FORMATS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"non_preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"chosen"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"rejected"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"prompt", "completion", "label"}), f"rated answers ({_PREFERENCE}); leave bad answers out"),
+    (
+        frozenset({"instruction", "output"}),
+        f"{_TO_MESSAGES}: user is instruction and input, assistant output",
+    ),
+    (
+        frozenset({"conversations"}),
+        f"{_TO_MESSAGES}: from human is role user, gpt is assistant, value is content",
+    ),
+    (frozenset({"conversation"}), f"{_TO_MESSAGES}: one message for every turn"),
+    (frozenset({"contents"}), f"{_TO_MESSAGES}: role model is assistant, the text of parts is content"),
+    (frozenset({"system", "messages"}), 'put the system text into messages, first: {"role": "system", …}'),
+    (frozenset({"prompt", "response"}), "call response completion"),
+    (frozenset({"question", "answer"}), _TO_MESSAGES),
+    (frozenset({"query", "response"}), _TO_MESSAGES),
+    (frozenset({"input", "output"}), _TO_MESSAGES),
+    (frozenset({"input_ids"}), f"token ids are not taken; write their text, as {FORMATS}"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +88,7 @@ class Example:
 def parse_examples(
     content: bytes,
     *,
-    max_errors: int = 100,
+    max_errors: int = MAX_LISTED_ERRORS,
     max_line_bytes: int = MAX_LINE_BYTES,
     max_examples: int = MAX_EXAMPLES,
     with_users: bool = False,
@@ -69,6 +104,7 @@ def parse_examples(
     examples: list[Example] = []
     for value in read_objects(content, problems, max_line_bytes=max_line_bytes, max_lines=max_examples):
         if value is not None:
+            value = {key: item for key, item in value.items() if item is not None}
             user = _user(value, problems) if with_users else None
             examples.append(replace(_example(value, problems), user=user))
     _check_users(examples, problems)
@@ -80,27 +116,54 @@ def parse_examples(
     return examples
 
 
+def for_each(examples: Iterable[Example], work: Callable[[Example], T], *, param: str = "file") -> list[T]:
+    """What `work` makes of every example.
+
+    Raises `InvalidTrainingData` with the lines of all examples for which it raises `InvalidInput`.
+    """
+    results: list[T] = []
+    errors: list[LineError] = []
+    num_problems = 0
+    for example in examples:
+        try:
+            results.append(work(example))
+        except InvalidInput as error:
+            num_problems += 1
+            if len(errors) < MAX_LISTED_ERRORS:
+                errors.append(LineError(example.line, error.code, error.message))
+    if errors:
+        raise InvalidTrainingData(errors, param=param, num_problems=num_problems)
+    return results
+
+
 def _example(value: dict[str, Any], problems: Problems) -> Example:
     """The example of one line; whatever is wrong with it is added to `problems`."""
     line = problems.line
+    for keys, advice in _OTHER_FORMATS:
+        if keys <= value.keys():
+            problems.add("other_format", f"{advice} (the line has {', '.join(map(shown, sorted(keys)))})")
+            return Example(line=line)
     if "messages" in value:
         _check_keys(value, ("messages",), problems)
-        return Example(messages=_messages(value["messages"], problems), line=line)
+        return Example(messages=_conversation(value["messages"], problems), line=line)
+    if isinstance(value.get("prompt"), list) or isinstance(value.get("completion"), list):
+        _check_keys(value, ("prompt", "completion"), problems)
+        return Example(messages=_asked_and_answered(value, problems), line=line)
     if "prompt" in value or "completion" in value:
         _check_keys(value, ("prompt", "completion"), problems)
-        prompt = _text(value, "prompt", problems)
-        completion = _text(value, "completion", problems)
+        prompt = read_text(value, "prompt", problems)
+        completion = read_text(value, "completion", problems)
         if completion is not None and not completion.strip():
             problems.add("empty_completion", "completion is empty; give the text to be learned")
         return Example(prompt=prompt, completion=completion, line=line)
     if "text" in value:
         _check_keys(value, ("text",), problems)
-        text = _text(value, "text", problems)
+        text = read_text(value, "text", problems)
         if text is not None and not text.strip():
             problems.add("empty_text", "text is empty; give the text to be learned, or remove the line")
         return Example(text=text, line=line)
-    keys = ", ".join(shown(key) for key in list(value)[:5]) or "none"
-    problems.add("unknown_format", f"a line must be {FORMATS}; the keys of this one: {keys}")
+    given = ", ".join(shown(key) for key in list(value)[:5]) or "none"
+    problems.add("unknown_format", f"a line must be {FORMATS}; the keys of this one: {given}")
     return Example(line=line)
 
 
@@ -108,7 +171,7 @@ def _user(value: dict[str, Any], problems: Problems) -> str | None:
     """Whose example it is, taken out of the line; None if it does not say, "" if that cannot be read."""
     if "user" not in value:
         return None
-    user = _text(value, "user", problems)
+    user = read_text(value, "user", problems)
     del value["user"]
     if user is not None and not 0 < len(user) <= MAX_USER_CHARS:
         problems.add("invalid_user", f"user must have 1 to {MAX_USER_CHARS} characters, not {len(user)}")
@@ -136,73 +199,63 @@ def _check_users(examples: Sequence[Example], problems: Problems) -> None:
             problems.add("user_too_small", f"{message} or more")
 
 
-def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problems, where: str = "") -> None:
-    for key in value:
-        if key not in known:
-            hint = f"known here: {', '.join(known)}"
-            problems.add("unknown_key", f"{where}unknown key {shown(key)}; remove it ({hint})")
+def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problems) -> None:
+    for key, item in value.items():
+        if key in ("tools", "functions", "parallel_tool_calls") and "messages" in known:
+            if item and key != "parallel_tool_calls":
+                message = f"{key}: tool calls cannot be trained; write calls and results as text"
+                problems.add("unsupported_tools", message)
+        elif key not in known:
+            problems.add(
+                "unknown_key", f"unknown key {shown(key)}; remove it (known here: {', '.join(known)})"
+            )
 
 
-def _text(value: dict[str, Any], key: str, problems: Problems, where: str = "") -> str | None:
-    """The string at `key`; None, with the problem added, if there is none that can be encoded."""
-    if key not in value:
-        problems.add("missing_key", f"{where}{key} is missing")
+def _asked_and_answered(value: dict[str, Any], problems: Problems) -> tuple[dict[str, Any], ...] | None:
+    """The conversation of a prompt and a completion that are messages both: the completion is learned."""
+    for key in ("prompt", "completion"):
+        if not isinstance(value.get(key), list):
+            given = kind(value.get(key)) if key in value else "missing"
+            other = "completion" if key == "prompt" else "prompt"
+            message = f"{other} is a list of messages, so {key} must be one too; it is {given}"
+            problems.add("wrong_type", message)
+            return None
+    prompt = _messages(value["prompt"], "prompt", problems)
+    completion = _messages(value["completion"], "completion", problems)
+    if prompt is None or completion is None:
         return None
-    text = value[key]
-    if not isinstance(text, str):
-        hint = "; lists of content parts are not supported" if isinstance(text, list) else ""
-        problems.add("wrong_type", f"{where}{key} must be a string, not {kind(text)}{hint}")
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problems.add("lone_surrogate", f"{where}{key} holds half of a surrogate pair; remove it")
-        return None
-    return text
+    context = [message if message["role"] != "assistant" else {**message, "weight": 0} for message in prompt]
+    _check_learned(completion, "completion", problems)
+    return (*context, *completion)
 
 
-def _messages(value: Any, problems: Problems) -> tuple[dict[str, Any], ...] | None:
+def _conversation(value: Any, problems: Problems) -> tuple[dict[str, Any], ...] | None:
+    messages = _messages(value, "messages", problems)
+    if messages is not None:
+        _check_learned(messages, "messages", problems)
+    return messages
+
+
+def _messages(value: Any, where: str, problems: Problems) -> tuple[dict[str, Any], ...] | None:
     if not isinstance(value, list):
-        problems.add("wrong_type", f"messages must be a list, not {kind(value)}")
+        problems.add("wrong_type", f"{where} must be a list, not {kind(value)}")
         return None
     if not value:
-        problems.add("empty_messages", "messages is empty; give at least one assistant message")
+        problems.add("empty_messages", f"{where} is empty; give at least one assistant message")
+        return None
+    if len(value) > MAX_MESSAGES:
+        message = f"{where} has {len(value)} messages, the limit is {MAX_MESSAGES}; split the conversation"
+        problems.add("too_many_messages", message)
         return None
     before = problems.total
-    messages = [_message(item, problems, f"messages[{index}]") for index, item in enumerate(value)]
-    if problems.total > before:
-        return None
+    messages = [read_message(item, problems, f"{where}[{index}]") for index, item in enumerate(value)]
+    return tuple(messages) if problems.total == before else None
+
+
+def _check_learned(messages: tuple[dict[str, Any], ...], where: str, problems: Problems) -> None:
     assistant = [message for message in messages if message["role"] == "assistant"]
     if not assistant:
-        problems.add("no_assistant_message", "no message has the role assistant: there is nothing to learn")
+        message = f"no message of {where} has the role assistant: there is nothing to learn"
+        problems.add("no_assistant_message", message)
     elif not any(message.get("weight", 1) for message in assistant):
         problems.add("nothing_trained", "all assistant messages have weight 0: there is nothing to learn")
-    return tuple(messages)
-
-
-def _message(item: Any, problems: Problems, where: str) -> dict[str, Any]:
-    """role, content and, if given, weight of one message."""
-    if not isinstance(item, dict):
-        problems.add("wrong_type", f"{where} must be an object with role and content, not {kind(item)}")
-        return {}
-    where += "."
-    _check_keys(item, MESSAGE_KEYS, problems, where)
-    role = _text(item, "role", problems, where)
-    content = _text(item, "content", problems, where)
-    if role is not None and role not in ROLES:
-        problems.add("unknown_role", f"{where}role must be {', '.join(ROLES)}; got {shown(role)}")
-    if role == "assistant" and content is not None and not content.strip():
-        problems.add("empty_assistant", f"{where}content is empty; give what the assistant should say")
-    message: dict[str, Any] = {"role": role, "content": content}
-    if "weight" in item:
-        message["weight"] = _weight(item["weight"], role, problems, where)
-    return message
-
-
-def _weight(weight: Any, role: str | None, problems: Problems, where: str) -> int:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
-        problems.add("invalid_weight", f"{where}weight must be 0 (do not learn) or 1 (learn)")
-        return 0
-    if weight == 1 and role is not None and role != "assistant":
-        problems.add("invalid_weight", f"{where}weight 1 is for assistant messages; remove it here")
-    return int(weight)

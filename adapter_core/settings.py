@@ -48,6 +48,9 @@ class CommonSettings(BaseSettings):
     rank: int = Field(16, ge=1, le=512, description="rank of the default basis")
     target_modules: tuple[str, ...] = Field(LLAMA_LINEARS, description="name patterns, as a JSON list")
     adapter_dtype: str = Field("float16", description="float32, float16, bfloat16 or int8: how R is stored")
+    allow_control_tokens: bool = Field(
+        False, description="control tokens typed in a message act, instead of being encoded as plain text"
+    )
     max_own_basis_bytes: int = Field(
         1024**3, ge=0, description="bases of one tenant's own, all factors together"
     )

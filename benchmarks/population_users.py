@@ -80,7 +80,11 @@ Encoded = dict[str, list[EncodedExample]]
 def read_files(paths: Sequence[Path], chat: ChatFormat) -> Encoded:
     """The encoded examples of each file, by its name without ending."""
     return {
-        path.stem: [chat.encode_example(e, max_tokens=MAX_TOKENS) for e in parse_examples(path.read_bytes())]
+        path.stem: [
+            row
+            for example in parse_examples(path.read_bytes())
+            for row in chat.encode_rows(example, max_tokens=MAX_TOKENS)
+        ]
         for path in paths
     }
 

@@ -62,7 +62,11 @@ async def serve(common: CommonSettings, settings: ServiceSettings, url: str) -> 
         app = create_app(
             engine=EngineClient(common, url),
             stores=stores_over(redis, common),
-            codec=load_text_codec(common.base_model, revision=common.base_model_revision),
+            codec=load_text_codec(
+                common.base_model,
+                revision=common.base_model_revision,
+                allow_control_tokens=common.allow_control_tokens,
+            ),
             settings=settings,
             common=common,
         )

@@ -55,7 +55,11 @@ async def serve(common: CommonSettings, listen_fd: int, engine_socket: Path) -> 
         app = create_app(
             engine=AttachedEngine(engine_socket, heartbeat_timeout_s=timeout_s),
             stores=stores_over(redis, common),
-            codec=load_text_codec(common.base_model, revision=common.base_model_revision),
+            codec=load_text_codec(
+                common.base_model,
+                revision=common.base_model_revision,
+                allow_control_tokens=common.allow_control_tokens,
+            ),
             settings=settings,
             common=common,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -62,10 +62,15 @@ class Generator:
         size = sum(len(text) for text in texts)
         return await off_loop(size, lambda: [self.codec.chat.text_ids(text) for text in texts])
 
-    async def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to the assistant's turn. Raises `InvalidInput`."""
+    async def chat_prompt(
+        self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation up to the assistant's turn. variables: more names for the template.
+
+        Raises `InvalidInput`.
+        """
         size = sum(len(message["content"]) for message in messages)
-        return await off_loop(size, lambda: self.codec.chat.prompt_ids(messages))
+        return await off_loop(size, lambda: self.codec.chat.prompt_ids(messages, variables=variables))
 
     def start(
         self, target: Target, prompts: Sequence[list[int]], options: Options, *, param: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from adapter_core.chat_format import EncodedExample
 from adapter_core.errors import InvalidInput, RequestFailed
@@ -23,7 +24,10 @@ _PROMPT_ONLY = Options(max_tokens=0, sampling=SamplingParams(temperature=0.0, pr
 
 @dataclass(frozen=True)
 class ScoredText:
-    """logprobs: of tokens 1.. in nats; is_counted: the mask over the same tokens."""
+    """One item. logprobs: of the tokens after each row's first one, in nats; is_counted: which of them count.
+
+    A conversation has several rows if its answers cannot share one (`adapter_core/rows.py`).
+    """
 
     logprobs: tuple[TokenLogprobs, ...]
     is_counted: tuple[bool, ...]
@@ -51,30 +55,36 @@ async def score(
     encoded = await off_loop(
         size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]
     )
-    generation = generator.start(target, [e.token_ids for e in encoded], _PROMPT_ONLY, param="input")
-    finished = await generation.collect()
-    return [_scored(e, f) for e, f in zip(encoded, finished, strict=True)], generation
+    prompts = [row.token_ids for rows in encoded for row in rows]
+    generation = generator.start(target, prompts, _PROMPT_ONLY, param="input")
+    finished = iter(await generation.collect())
+    return [_scored(rows, list(islice(finished, len(rows)))) for rows in encoded], generation
 
 
-def _encode(generator: Generator, example: Example, index: int, limit: int) -> EncodedExample:
+def _encode(generator: Generator, example: Example, index: int, limit: int) -> list[EncodedExample]:
     param = f"input.{index}"
     try:
-        encoded = generator.codec.chat.encode_example(example, max_tokens=limit)
+        rows = generator.codec.chat.encode_rows(example, max_tokens=limit)
     except InvalidInput as error:
         raise InvalidInput(error.message, param=param, code=error.code) from error
-    if encoded.truncated:
+    if any(row.truncated for row in rows):
         raise InvalidInput(
             f"the text has more than {limit} tokens, which is all that the context holds",
             param=param,
             code="context_length_exceeded",
         )
-    return encoded
+    return rows
 
 
-def _scored(encoded: EncodedExample, finished: Finished) -> ScoredText:
-    if len(finished.prompt_logprobs) != len(encoded.token_ids) - 1:
-        raise RequestFailed("the engine did not report every token of the prompt")
-    return ScoredText(tuple(finished.prompt_logprobs), tuple(encoded.loss_mask[1:]))
+def _scored(rows: Sequence[EncodedExample], finished: Sequence[Finished]) -> ScoredText:
+    logprobs: list[TokenLogprobs] = []
+    is_counted: list[bool] = []
+    for row, sequence in zip(rows, finished, strict=True):
+        if len(sequence.prompt_logprobs) != len(row.token_ids) - 1:
+            raise RequestFailed("the engine did not report every token of the prompt")
+        logprobs += sequence.prompt_logprobs
+        is_counted += row.loss_mask[1:]
+    return ScoredText(tuple(logprobs), tuple(is_counted))
 
 
 def _size(example: Example) -> int:

@@ -7,7 +7,6 @@ until it is whole, and text that may be the beginning of a stop string until it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapter_core.base_model import load_tokenizer, model_folder
 from adapter_core.chat_format import ChatFormat
+from adapter_core.end_tokens import named_end_tokens
 from adapter_core.errors import UnsupportedModel
 from service.detokenizer import Decoding, Detokenizer
 
@@ -24,15 +24,22 @@ from service.detokenizer import Decoding, Detokenizer
 class TextCodec:
     """The base model's tokenizer, as the service uses it. eos_token_ids: what ends a generation by itself."""
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_token_ids: Iterable[int] = ()) -> None:
-        """Raises `UnsupportedModel` for a tokenizer without a fast backend."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        allow_control_tokens: bool = False,
+    ) -> None:
+        """As `ChatFormat`. Raises `UnsupportedModel` for a tokenizer without a fast backend."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Backend):
             raise UnsupportedModel("the tokenizer has no tokenizers backend", param="base_model")
-        self.chat = ChatFormat(tokenizer)
+        self.chat = ChatFormat(
+            tokenizer, eos_token_ids=eos_token_ids, allow_control_tokens=allow_control_tokens
+        )
         self._backend = backend
-        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self.eos_token_ids = tuple(sorted({*own, *eos_token_ids}))
+        self.eos_token_ids = self.chat.end_ids
         self._shown = {skip: Detokenizer(backend, skip_special_tokens=skip) for skip in (True, False)}
 
     @property
@@ -61,7 +68,7 @@ class TextCodec:
     def _offsets_in(self, text: str, num_tokens: int) -> list[int]:
         """Where in `text` each of its tokens begins. The parts follow each other without gaps, whatever the
         tokenizer normalised; what it added by itself is empty."""
-        spans = self.chat.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        spans = self.chat.text_spans(text)
         offsets, end = [], 0
         for first, last in spans[:num_tokens]:
             offsets.append(min(first, end) if last > first else end)
@@ -109,15 +116,15 @@ class TextCodec:
         return self._shown[skip_special_tokens].token_bytes(token_id, is_first=is_first)
 
 
-def load_text_codec(source: str | Path, *, revision: str | None = None) -> TextCodec:
-    """The codec of a base model, with the end-of-text tokens that its generation_config.json names.
-
-    Raises `UnsupportedModel`.
-    """
-    config = model_folder(source, revision=revision) / "generation_config.json"
-    named = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.exists() else None
-    eos_token_ids = [named] if isinstance(named, int) else named or []
-    return TextCodec(load_tokenizer(source, revision=revision), eos_token_ids=eos_token_ids)
+def load_text_codec(
+    source: str | Path, *, revision: str | None = None, allow_control_tokens: bool = False
+) -> TextCodec:
+    """The codec of a base model, with the end tokens that its files name. Raises `UnsupportedModel`."""
+    return TextCodec(
+        load_tokenizer(source, revision=revision),
+        eos_token_ids=named_end_tokens(model_folder(source, revision=revision)),
+        allow_control_tokens=allow_control_tokens,
+    )
 
 
 @dataclass(frozen=True)

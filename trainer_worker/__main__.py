@@ -10,10 +10,10 @@ import sys
 import torch
 
 from adapter_core.adapter import DTYPE_NAMES
-from adapter_core.base_model import BaseModel, load_base_model, load_tokenizer
+from adapter_core.base_model import BaseModel, load_base_model
 from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
-from adapter_core.chat_format import ChatFormat
+from adapter_core.chat_format import ChatFormat, load_chat_format
 from adapter_core.embedded_store import store_url
 from adapter_core.errors import InvalidInput, TesseraError
 from adapter_core.file_store import FileStore
@@ -71,7 +71,8 @@ def load(settings: CommonSettings, worker_settings: WorkerSettings) -> tuple[Bas
         torch.set_num_threads(worker_settings.threads)
     source, revision = settings.base_model, settings.base_model_revision
     base = load_base_model(source, revision=revision, device=settings.device, dtype=settings.dtype)
-    return base, ChatFormat(load_tokenizer(source, revision=revision))
+    chat = load_chat_format(source, revision=revision, allow_control_tokens=settings.allow_control_tokens)
+    return base, chat
 
 
 def make_worker(

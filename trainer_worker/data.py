@@ -2,6 +2,9 @@
 
 One sequence per row, never two users' sequences in one: transformers lets packed sequences see each other
 when a mask is passed, and one user's loss would train another's adapter. Knows no model and no optimiser.
+
+An example, one line of a file, has one row or several (`adapter_core/rows.py`). What is counted is examples:
+they are split, shuffled and put into batches with all their rows, so no chat template changes a schedule.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from adapter_core.chat_format import ChatFormat, EncodedExample
-from adapter_core.errors import InvalidInput, InvalidTrainingData, LineError
-from adapter_core.examples import Example
+from adapter_core.examples import Example, for_each
 
 #: Below this many different examples all are trained on: a split would cost more than it tells.
 MIN_EXAMPLES_TO_SPLIT = 10
@@ -24,8 +28,6 @@ VALIDATION_SHARE = 0.1
 MIN_VALIDATION = 2
 #: Enough to tell a difference of 0.02 nats; more would only make evaluations slow.
 MAX_VALIDATION = 200
-#: As in `parse_examples`.
-MAX_LISTED_ERRORS = 100
 
 #: A row shorter than this part of its micro-batch's longest begins the next one. Bundled model, one core, 8
 #: examples of jargon and 8 of devil: 0.81 / 0.74 / 0.70 / 0.64 / 0.55 / 0.56 s a step at 0 / 0.4 / 0.5 / 0.6
@@ -38,25 +40,48 @@ GPU_MIN_TOKENS = 2048
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a job trains and validates on. digest: SHA-256 over the tokens and masks of both parts."""
+    """What a job trains and validates on: rows, in the order of their examples.
+
+    train_sizes, valid_sizes: the number of rows of each example; empty: one each. digest: SHA-256 over the
+    tokens and masks of both parts.
+    """
 
     train: tuple[EncodedExample, ...]
     valid: tuple[EncodedExample, ...]
     digest: str
     num_truncated: int = 0
     num_overlapping: int = 0
+    train_sizes: tuple[int, ...] = ()
+    valid_sizes: tuple[int, ...] = ()
 
     @property
     def num_train_tokens(self) -> int:
-        return sum(len(example.token_ids) for example in self.train)
+        return sum(len(row.token_ids) for row in self.train)
+
+    @property
+    def num_train(self) -> int:
+        """Examples to train on."""
+        return len(self.train_sizes) or len(self.train)
+
+    @property
+    def num_valid(self) -> int:
+        """Examples to validate on."""
+        return len(self.valid_sizes) or len(self.valid)
+
+    @cached_property
+    def train_examples(self) -> list[tuple[EncodedExample, ...]]:
+        """The rows of each example to train on."""
+        rows = iter(self.train)
+        return [tuple(islice(rows, size)) for size in self.train_sizes or (1,) * len(self.train)]
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> list[EncodedExample]:
-        """The examples of optimisation step `step`: every epoch has its own order, made from the seed."""
-        steps_per_epoch = -(-len(self.train) // batch_size)
+        """The rows of the examples of step `step`: every epoch has its own order, made from the seed."""
+        examples = self.train_examples
+        steps_per_epoch = -(-len(examples) // batch_size)
         epoch, index = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(self.train), generator=generator).tolist()
-        return [self.train[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        return [row for i in order[index * batch_size : (index + 1) * batch_size] for row in examples[i]]
 
 
 def encode_data(
@@ -83,30 +108,21 @@ def encode_data(
         valid = [item for item, digest in zip(encoded, digests, strict=True) if digest in chosen]
         overlap = 0
     return TrainingData(
-        tuple(train),
-        tuple(valid),
+        tuple(chain.from_iterable(train)),
+        tuple(chain.from_iterable(valid)),
         digest=_data_digest(train, valid),
-        num_truncated=sum(item.truncated for item in (*train, *valid)),
+        num_truncated=sum(any(row.truncated for row in rows) for rows in (*train, *valid)),
         num_overlapping=overlap,
+        train_sizes=tuple(map(len, train)),
+        valid_sizes=tuple(map(len, valid)),
     )
 
 
 def _encode(
     chat: ChatFormat, examples: Sequence[Example], max_tokens: int, *, param: str
-) -> list[EncodedExample]:
-    encoded: list[EncodedExample] = []
-    errors: list[LineError] = []
-    num_problems = 0
-    for example in examples:
-        try:
-            encoded.append(chat.encode_example(example, max_tokens=max_tokens))
-        except InvalidInput as error:
-            num_problems += 1
-            if len(errors) < MAX_LISTED_ERRORS:
-                errors.append(LineError(example.line, error.code, error.message))
-    if errors:
-        raise InvalidTrainingData(errors, param=param, num_problems=num_problems)
-    return encoded
+) -> list[list[EncodedExample]]:
+    """The rows of every example."""
+    return for_each(examples, lambda example: chat.encode_rows(example, max_tokens=max_tokens), param=param)
 
 
 def _validation_digests(digests: Sequence[str]) -> set[str]:
@@ -122,11 +138,11 @@ def _example_digest(example: Example) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _data_digest(*parts: Sequence[EncodedExample]) -> str:
+def _data_digest(*parts: Sequence[Sequence[EncodedExample]]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        for item in part:
-            digest.update(json.dumps([item.token_ids, item.loss_mask]).encode())
+        for rows in part:
+            digest.update(json.dumps([[row.token_ids, row.loss_mask] for row in rows]).encode())
         digest.update(b"\0")
     return digest.hexdigest()
 

@@ -71,7 +71,7 @@ class LoraPreparation:
         plan = make_plan(
             spec.hyperparameters,
             spec.early_stopping,
-            num_examples=len(data.train),
+            num_examples=data.num_train,
             kind=LoraKind(spec.method, spec.rank),
             seed=spec.seed,
         )

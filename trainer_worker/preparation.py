@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from adapter_core.adapter import Adapter
 from adapter_core.base_model import BaseModel
@@ -17,7 +18,7 @@ from adapter_core.chat_format import ChatFormat, EncodedExample
 from adapter_core.errors import Conflict, CorruptRecord, InvalidInput, InvalidTrainingData, NotFound
 from adapter_core.examples import parse_examples
 from adapter_core.file_store import FileStore
-from adapter_core.job_records import OWN_DATA, JobSpec
+from adapter_core.job_records import OWN_DATA, Job, JobSpec
 from adapter_core.starts import Start
 from adapter_core.store import AdapterStore
 from trainer_worker import checkpoint
@@ -78,7 +79,7 @@ class Preparation:
         job, spec = attempt.job, attempt.job.spec
         self._check_model(spec)
         training = await self._content(job.tenant, spec.training_file, "training_file")
-        data = await self._data(job.tenant, spec, training)
+        data = await self._data(job, training)
         if spec.form == LORA:
             lora, warnings = await self._lora.prepare(attempt, data, saved)
             is_costly = lora.progress.step == 0 and lora.factors.preset.method is not None
@@ -86,13 +87,13 @@ class Preparation:
         if spec.calibration == OWN_DATA:
             calibration: Calibration | None = await asyncio.to_thread(own_calibration, data, training)
         else:
-            calibration = await self._calibration(job.tenant, spec)
+            calibration = await self._calibration(job)
         basis = await self._bases.of(attempt, calibration)
         choice = StartChoice.of(spec)
         plan = make_plan(
             spec.hyperparameters,
             spec.early_stopping,
-            num_examples=len(data.train),
+            num_examples=data.num_train,
             kind=BasisKind.of(basis.basis, start=choice.method),
             seed=spec.seed,
         )
@@ -116,7 +117,7 @@ class Preparation:
         self._check_model(spec)
         if spec.calibration == OWN_DATA:
             raise InvalidInput("a job without training data has no own calibration data", param="calibration")
-        return await self._bases.of(attempt, await self._calibration(attempt.job.tenant, spec))
+        return await self._bases.of(attempt, await self._calibration(attempt.job))
 
     def _check_model(self, spec: JobSpec) -> None:
         if spec.base_model != self._base.name:
@@ -125,17 +126,21 @@ class Preparation:
                 param="model",
             )
 
-    async def _data(self, tenant: str, spec: JobSpec, training: bytes) -> TrainingData:
+    async def _data(self, job: Job, training: bytes) -> TrainingData:
         validation = None
-        if spec.validation_file is not None:
-            validation = await self._content(tenant, spec.validation_file, "validation_file")
+        if job.spec.validation_file is not None:
+            validation = await self._content(job.tenant, job.spec.validation_file, "validation_file")
         return await asyncio.to_thread(
             read_data,
-            self._chat,
+            self._chat_of(job),
             training,
             validation,
-            max_tokens=max_example_tokens(spec.hyperparameters, self._max_tokens),
+            max_tokens=max_example_tokens(job.spec.hyperparameters, self._max_tokens),
         )
+
+    def _chat_of(self, job: Job) -> ChatFormat:
+        """With the date of the job's creation: a template that asks for it must not change a later try."""
+        return self._chat.at(datetime.fromtimestamp(job.created_at, UTC))
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:
         try:
@@ -143,13 +148,14 @@ class Preparation:
         except NotFound as error:
             raise NotFound(f"{param}: {error.message}", param=param, code=error.code) from error
 
-    async def _calibration(self, tenant: str, spec: JobSpec) -> Calibration | None:
+    async def _calibration(self, job: Job) -> Calibration | None:
         """The examples of the file that the basis is built of; None if it needs none."""
-        if spec.calibration is None or spec.basis_id is not None:
+        if job.spec.calibration is None or job.spec.basis_id is not None:
             return None
-        content = await self._content(tenant, spec.calibration, "calibration")
+        content = await self._content(job.tenant, job.spec.calibration, "calibration")
+        chat = self._chat_of(job)
         try:
-            return await asyncio.to_thread(read_calibration, self._chat, content, max_tokens=self._max_tokens)
+            return await asyncio.to_thread(read_calibration, chat, content, max_tokens=self._max_tokens)
         except InvalidTrainingData as error:
             raise InvalidTrainingData(
                 error.errors, param="calibration", code=error.code, num_problems=error.num_problems
@@ -207,8 +213,8 @@ def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Ca
     if examples[0].user is None:
         return calibration
     users: dict[str | None, list[EncodedExample]] = {}
-    for example, encoded in zip(examples, data.train, strict=True):
-        users.setdefault(example.user, []).append(encoded)
+    for example, rows in zip(examples, data.train_examples, strict=True):
+        users.setdefault(example.user, []).extend(rows)
     population = Population.of([CalibrationSet.from_encoded(user) for user in users.values()])
     return replace(calibration, examples=population)
 

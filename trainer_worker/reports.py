@@ -21,7 +21,7 @@ def begin_message(run: TrainRun) -> str:
     if run.progress.step:
         return f"Training continues at step {run.progress.step} of {plan.total_steps}"
     return (
-        f"Training begins: {len(data.train)} examples, {len(data.valid)} held back for validation, "
+        f"Training begins: {data.num_train} examples, {data.num_valid} held back for validation, "
         f"{plan.num_epochs} epoch(s), {plan.total_steps} steps of {plan.batch_size}, "
         f"learning rate {plan.learning_rate:g}"
     )
@@ -162,8 +162,8 @@ def result_of(
         "final_train_loss": progress.train_loss,
         "learning_rate": plan.learning_rate,
         "batch_size": plan.batch_size,
-        "num_examples": len(data.train) + len(data.valid),
-        "num_validation": len(data.valid),
+        "num_examples": data.num_train + data.num_valid,
+        "num_validation": data.num_valid,
         "truncated": data.num_truncated,
         "training_s": round(training_s, 2),
         "warnings": [{"code": code, "message": message} for code, message in warnings],

@@ -115,7 +115,7 @@ class TrainRun:
     @property
     def tokens_per_step(self) -> int:
         """About how many tokens an optimisation step of this run has."""
-        return max(1, self.data.num_train_tokens * self.plan.batch_size // len(self.data.train))
+        return max(1, self.data.num_train_tokens * self.plan.batch_size // self.data.num_train)
 
     @property
     def learning_rate(self) -> float:

@@ -64,6 +64,7 @@ def load_data(
     parsed = parse_examples(path.read_bytes())[:needed]
     encoded = encode_data(chat, parsed, max_tokens=max_tokens)
     make = LengthGroupedData if by_length else TrainingData
+    assert not any(size > 1 for size in (*encoded.train_sizes, *encoded.valid_sizes)), "one row per example"
     data = make(encoded.train[:examples], encoded.valid[:validation], digest=encoded.digest)
     return DataSet(path.stem, data)
 

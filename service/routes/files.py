@@ -8,7 +8,7 @@ from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
 from adapter_core.errors import InvalidInput
 from adapter_core.file_store import FileRecord
-from service.routes.deps import AfterDep, LimitDep, StoresDep, TenantDep
+from service.routes.deps import AfterDep, GeneratorDep, LimitDep, StoresDep, TenantDep
 from service.routes.json_routes import JsonRoute
 from service.routes.schemas import Deleted, Page, page_of
 from service.routes.schemas_training import FileObject
@@ -26,6 +26,7 @@ async def create_file(
     purpose: Annotated[str, Form(description="fine-tune or calibration")],
     tenant: TenantDep,
     stores: StoresDep,
+    generator: GeneratorDep,
     expires_from: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     lifetime_s: Annotated[
         int | None, Form(alias="expires_after[seconds]", ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)
@@ -44,6 +45,7 @@ async def create_file(
         purpose=purpose,
         content=content,
         lifetime_s=lifetime_s,
+        chat=generator.codec.chat,
     )
     return _object(record)
 

@@ -39,5 +39,5 @@ def tiny_examples() -> CalibrationSet:
             {"role": "user", "content": " ".join(question)},
             {"role": "assistant", "content": " ".join(answer)},
         )
-        encoded.append(chat.encode_example(Example(messages=messages), max_tokens=64))
+        encoded += chat.encode_rows(Example(messages=messages), max_tokens=64)
     return CalibrationSet.from_encoded(encoded)

@@ -28,7 +28,9 @@ LAST = ("*.layers.5.*.q_proj", "*.layers.5.*.v_proj", "*.layers.5.*.o_proj")
 def jargon(num_examples: int) -> CalibrationSet:
     chat = ChatFormat(load_tokenizer(BUNDLED_MODEL))
     examples = parse_examples((DATA / "jargon.jsonl").read_bytes())[:num_examples]
-    return CalibrationSet.from_encoded(chat.encode_example(example, max_tokens=128) for example in examples)
+    return CalibrationSet.from_encoded(
+        row for example in examples for row in chat.encode_rows(example, max_tokens=128)
+    )
 
 
 def moment(n: int, values: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 
 from adapter_core.errors import InvalidTrainingData
 from adapter_core.examples import parse_examples
@@ -67,14 +70,14 @@ def test_byte_order_mark_crlf_blank_lines_and_u2028_are_let_pass() -> None:
         ("[1]", "not_an_object"),
         ("null", "not_an_object"),
         ("{}", "unknown_format"),
-        ('{"instruction": "a", "output": "b"}', "unknown_format"),
+        ('{"a": 1}', "unknown_format"),
         ('{"text": 3}', "wrong_type"),
         ('{"text": "  "}', "empty_text"),
         ('{"text": "a", "label": 1}', "unknown_key"),
         ('{"prompt": "a"}', "missing_key"),
         ('{"completion": "a"}', "missing_key"),
         ('{"prompt": "a", "completion": ""}', "empty_completion"),
-        ('{"prompt": null, "completion": "a"}', "wrong_type"),
+        ('{"prompt": null, "completion": "a"}', "missing_key"),
         ('{"messages": {}}', "wrong_type"),
         ('{"messages": []}', "empty_messages"),
         ('{"messages": ["hello"]}', "wrong_type"),
@@ -90,16 +93,127 @@ def test_byte_order_mark_crlf_blank_lines_and_u2028_are_let_pass() -> None:
         ),
         (chat({"role": "bot", "content": "a"}), "unknown_role"),
         (chat({"role": ["user"], "content": "a"}), "wrong_type"),
-        (chat({"role": "assistant", "content": [{"type": "text", "text": "a"}]}), "wrong_type"),
-        (chat({"role": "assistant", "content": None}), "wrong_type"),
+        (chat({"role": "assistant", "content": None}), "missing_key"),
         (chat({"role": "assistant"}), "missing_key"),
         (chat({"content": "a"}), "missing_key"),
-        (chat({"role": "assistant", "content": "a", "name": "x"}), "unknown_key"),
-        (chat({"role": "assistant", "content": "a"}, tools=[]), "unknown_key"),
+        (chat({"role": "assistant", "content": "a", "nmae": "x"}), "unknown_key"),
+        (chat({"role": "assistant", "content": "a", "name": 3}), "wrong_type"),
+        (chat({"role": "assistant", "content": "a", "name": "x" * 300}), "invalid_name"),
+        (chat({"role": "assistant", "content": "a"}, tools=[{"type": "function"}]), "unsupported_tools"),
+        (chat({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}), "unsupported_tools"),
+        (chat({"role": "assistant", "content": "a", "function_call": {"name": "f"}}), "unsupported_tools"),
+        (chat({"role": "tool", "content": "1"}, {"role": "assistant", "content": "a"}), "unsupported_tools"),
+        (chat({"role": "assistant", "content": None, "refusal": "no"}), "unsupported_content"),
+        (chat({"role": "assistant", "content": "a", "reasoning_content": "hm"}), "unsupported_content"),
+        (chat({"role": "assistant", "content": []}), "wrong_type"),
+        (chat({"role": "assistant", "content": ["a"]}), "wrong_type"),
+        (chat({"role": "assistant", "content": [{"type": "text"}]}), "missing_key"),
+        (chat({"role": "assistant", "content": [{"type": "image_url"}]}), "unsupported_content"),
+        (chat({"role": "assistant", "content": [{"type": ["text"]}]}), "unsupported_content"),
+        (chat({"role": "assistant", "content": [{"type": "text", "text": " "}]}), "empty_assistant"),
+        (chat(*[{"role": "assistant", "content": "a"}] * 2049), "too_many_messages"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "wrong_type"),
+        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "wrong_type"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "completion": []}', "empty_messages"),
+        (
+            '{"prompt": [{"role": "assistant", "content": "a"}],'
+            ' "completion": [{"role": "user", "content": "b"}]}',
+            "no_assistant_message",
+        ),
     ],
 )
 def test_one_bad_line_between_good_ones_is_named(line: str, code: str) -> None:
     assert problems(f"{GOOD}\n{line}\n{GOOD}\n") == [(2, code)]
+
+
+#: Lines that other tools write, and what the answer says of them.
+OTHER_FORMATS = {
+    '{"instruction": "a", "input": "", "output": "b"}': "user is instruction and input, assistant output",
+    '{"instruction": "a", "input": null, "output": "b"}': "user is instruction and input",
+    '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}': "gpt is assistant",
+    '{"contents": [{"role": "user", "parts": [{"text": "a"}]}]}': "role model is assistant",
+    '{"system": "a", "messages": []}': "put the system text into messages",
+    '{"prompt": "a", "response": "b"}': "call response completion",
+    '{"question": "a", "answer": "b"}': '"role": "user"',
+    '{"prompt": "a", "chosen": "b", "rejected": "c"}': "preference data cannot be trained",
+    '{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}': "preference data",
+    '{"prompt": "a", "completion": "b", "label": true}': "rated answers",
+    '{"input_ids": [1, 2], "labels": [1, 2]}': "token ids are not taken",
+}
+
+
+@pytest.mark.parametrize(("line", "advice"), OTHER_FORMATS.items())
+def test_other_tools_formats_are_named_with_what_to_write_instead(line: str, advice: str) -> None:
+    assert problems(f"{GOOD}\n{line}") == [(2, "other_format")]
+    with pytest.raises(InvalidTrainingData, match=re.escape(advice)):
+        parse_examples(line.encode())
+
+
+QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {
+            **ANSWER,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+        },
+        {**ANSWER, "tool_calls": [], "annotations": [], "refusal": None, "name": None, "weight": None},
+        {**ANSWER, "annotations": [{"type": "url_citation"}], "reasoning_content": ""},
+        {**ANSWER, "content": [{"type": "text", "text": "b"}]},
+        {
+            **ANSWER,
+            "content": [{"type": "text", "text": "b", "annotations": []}, {"type": "text", "text": ""}],
+        },
+    ],
+)
+def test_what_the_official_client_writes_is_read(message: dict[str, Any]) -> None:
+    [example] = parse_examples(chat(QUESTION, message, tools=None, functions=[]).encode())
+    assert example.messages == (QUESTION, ANSWER)
+
+
+def test_messages_of_the_official_clients_own_types_are_read() -> None:
+    answer = ChatCompletionMessage(role="assistant", content="b")
+    [example] = parse_examples(chat(QUESTION, answer.model_dump()).encode())
+    assert example.messages == (QUESTION, ANSWER)
+
+
+def test_a_developer_is_a_system_and_names_are_kept() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {**QUESTION, "name": "ann"}, ANSWER]
+    [example] = parse_examples(chat(*messages).encode())
+    assert example.messages == (
+        {"role": "system", "content": "Be brief."},
+        {**QUESTION, "name": "ann"},
+        ANSWER,
+    )
+
+
+def test_null_is_absent_at_every_level() -> None:
+    lines = [
+        json.dumps(
+            {"messages": [QUESTION, {**ANSWER, "weight": None}], "prompt": None, "text": None, "x": None}
+        ),
+        json.dumps({"messages": None, "prompt": "a", "completion": "b", "text": None}),
+        json.dumps({"prompt": None, "completion": None, "text": "c"}),
+    ]
+    examples = parse_examples("\n".join(lines).encode())
+    assert [(e.messages, e.prompt, e.completion, e.text) for e in examples] == [
+        ((QUESTION, ANSWER), None, None, None),
+        (None, "a", "b", None),
+        (None, None, None, "c"),
+    ]
+
+
+def test_a_prompt_and_a_completion_of_messages_learn_the_completion() -> None:
+    line = {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER, QUESTION, {**ANSWER, "weight": 0}]}
+    [example] = parse_examples(json.dumps(line).encode())
+    assert example.messages is not None
+    assert [message.get("weight") for message in example.messages] == [None, 0, None, None, None, 0]
 
 
 def test_all_problems_are_listed_at_once() -> None:

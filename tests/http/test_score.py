@@ -31,7 +31,7 @@ async def score(client: httpx.AsyncClient, *items: dict[str, Any], **more: Any) 
 
 def expected(codec: TextCodec, example: Example) -> tuple[int, float]:
     """Counted tokens and their summed log-probability."""
-    encoded = codec.chat.encode_example(example, max_tokens=1000)
+    [encoded] = codec.chat.encode_rows(example, max_tokens=1000)
     counted = [t for t, counts in zip(encoded.token_ids, encoded.loss_mask, strict=True) if counts]
     return len(counted), sum(fake_logprob(t) for t in counted)
 

@@ -8,6 +8,7 @@ import torch
 from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import InvalidTrainingData
 from adapter_core.examples import Example, parse_examples
+from tests.core.tokenizer_kinds import tokenizer_of
 from tests.trainer.conftest import DATA, random_examples
 from trainer_worker.data import MIN_FILL, TrainingData, encode_data, micro_batches
 
@@ -56,7 +57,7 @@ def test_truncated_examples_are_counted(chat: ChatFormat) -> None:
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 def test_examples_with_nothing_to_learn_are_named_by_line(chat: ChatFormat, param: str) -> None:
-    bad = [Example(text="a", line=3), *numbered(1), Example(text="b", line=7)]
+    bad = [Example(text="<|end|>", line=3), *numbered(1), Example(text="<|end|>", line=7)]
     files = {"training_file": numbered(3), "validation_file": numbered(3)} | {param: bad}
     with pytest.raises(InvalidTrainingData) as caught:
         encode_data(chat, files["training_file"], max_tokens=64, validation=files["validation_file"])
@@ -79,6 +80,45 @@ def test_an_epoch_visits_every_example_once_in_an_order_of_its_own(batch_size: i
     assert epoch(0) == epoch(0)
     assert epoch(0) != epoch(1)
     assert epoch(0) != epoch(0, seed=6)
+
+
+def conversations(count: int) -> list[Example]:
+    """Of one to three answers each."""
+    examples = []
+    for line in range(1, count + 1):
+        turns = [
+            {"role": role, "content": f"{role} {line} {turn}"}
+            for turn in range(1 + line % 3)
+            for role in ("user", "assistant")
+        ]
+        examples.append(Example(messages=tuple(turns), line=line))
+    return examples
+
+
+def test_no_template_changes_what_is_an_example() -> None:
+    """Not the split, not the number of examples, not their order and batches: only how many rows each has."""
+    kept, rewritten = (
+        encode_data(ChatFormat(tokenizer_of("byte_level", template)), conversations(30), max_tokens=512)
+        for template in ("lines", "opens_thoughts")
+    )
+    assert set(kept.train_sizes) == {1}
+    assert set(rewritten.train_sizes) == {1, 2, 3}
+    assert len(rewritten.train) == sum(rewritten.train_sizes)
+    for data in (kept, rewritten):
+        assert (data.num_train, data.num_valid) == (27, 3)
+    sizes = {id(row): size for row, size in zip(kept.train, rewritten.train_sizes, strict=True)}
+    for step in range(10):
+        together, apart = (data.batch(step, batch_size=4, seed=3) for data in (kept, rewritten))
+        assert len(apart) == sum(sizes[id(row)] for row in together)
+        assert sum(row.num_loss_tokens for row in apart) == sum(row.num_loss_tokens for row in together)
+
+
+def test_the_rows_of_an_example_stay_together(chat: ChatFormat) -> None:
+    rows = random_examples(0, 6)
+    data = TrainingData(rows, (), digest="", train_sizes=(1, 3, 2))
+    assert data.num_train == 3
+    found = [tuple(map(id, data.batch(step, batch_size=1, seed=1))) for step in range(3)]
+    assert sorted(found) == sorted([tuple(map(id, part)) for part in (rows[:1], rows[1:4], rows[4:])])
 
 
 @pytest.mark.parametrize("token_budget", [1, 50, 10_000])
