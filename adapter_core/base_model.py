@@ -32,6 +32,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 #: What a model is made of, in the order in which it is digested. Pickled weights are never loaded.
 _WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+#: What configurations call the longest sequence, and what is taken where they do not say (Bloom, say).
+_MAX_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_DEFAULT_MAX_POSITION = 2048
 #: Files digested at once: one core hashes 1.3 GB a second.
 _MAX_DIGESTS = 4
 
@@ -51,7 +54,9 @@ class BaseModel:
     @property
     def max_position(self) -> int:
         """The longest sequence in tokens that the model was made for."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 2048))
+        config = self.model.config.get_text_config()
+        names = (name for name in _MAX_POSITION_FIELDS if getattr(config, name, None))
+        return int(getattr(config, next(names, ""), _DEFAULT_MAX_POSITION))
 
 
 def load_base_model(

@@ -2,41 +2,54 @@
 
     o[t] = Σ_l softmax_l(cap(scaling · q[t] · k[l])) v[l]     over l <= position[t], l > position[t] - window
 
-Models call the function registered as `NAME`; it hands over to the `paged_step` that the engine passes to the
-model as a keyword argument, and which the model passes on. This is the slow truth: it gathers K and V, so it
-serves every model and checks faster kernels.
+With an attention sink s, the softmax also runs over s, which takes weight and adds nothing to the output.
+
+Models call the function registered as `NAME`; it hands over to the step that `attending` has set for the time
+of a forward pass. A keyword argument would be plainer, but some models do not pass theirs on to attention
+(StableLM, Nemotron). This is the reference implementation: it gathers K and V, so it serves every model and
+checks faster kernels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from adapter_core.errors import UnsupportedModel
 from service.engine.kv_cache import KVShape, PagedKV
 
 NAME = "tessera_paged"
 
+
+class NotPageable(Exception):
+    """A model asks for attention that `paged_attention` does not compute."""
+
+
 #: Arguments of attention functions that change the result and that we do not implement.
-_UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "score_mod")
+_UNSUPPORTED = ("position_bias", "head_mask", "score_mod")
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer asks for. sliding_window: how many positions back a query sees, its own included. softcap:
-    scores become softcap * tanh(score / softcap)."""
+    """What a layer asks for."""
 
     scaling: float
+    #: How many positions back a query sees, its own included.
     sliding_window: int | None = None
+    #: Scores become softcap * tanh(score / softcap).
     softcap: float | None = None
+    #: The attention sink of every query head, [Hq], as a score that is neither scaled nor capped.
+    sinks: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class AttentionStep(Protocol):
-    """One step's attention: what a model's layers find under `paged_step`."""
+    """One step's attention."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """Keep the tokens' K and V, and attend. q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v]; returns
@@ -49,6 +62,20 @@ class AttentionStep(Protocol):
         ...
 
 
+#: The step whose forward pass runs on this thread.
+_current_step: ContextVar[AttentionStep | None] = ContextVar("current_step", default=None)
+
+
+@contextmanager
+def attending(step: AttentionStep) -> Iterator[None]:
+    """Let the attention of the models that run meanwhile be that of `step`."""
+    token = _current_step.set(step)
+    try:
+        yield
+    finally:
+        _current_step.reset(token)
+
+
 def paged_attention(
     module: nn.Module,
     query: Tensor,
@@ -56,23 +83,23 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged_step: AttentionStep | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value: [1, heads, T, D]; returns [1, T, Hq, D_v]. Raises `UnsupportedModel`."""
+    """query, key, value: [1, heads, T, D]; returns [1, T, Hq, D_v]. Raises `NotPageable`."""
+    step = _current_step.get()
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
-    if paged_step is None or attention_mask is not None or asked:
-        raise UnsupportedModel(
-            f"the attention of {type(module).__name__} cannot be paged: "
-            + (f"it needs {', '.join(asked)}" if asked else "it does not pass on its keyword arguments"),
-            param="base_model",
-        )
-    options = AttentionOptions(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
+    if attention_mask is not None:
+        asked.append("a mask of the model's own")
+    if step is None or asked:
+        needed = ", ".join(asked) or "a call within a step"
+        raise NotPageable(f"{type(module).__name__} needs {needed}")
+    options = AttentionOptions(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return paged_step.attend(layer, query[0], key[0], value[0], options)[None], None
+    return step.attend(layer, query[0], key[0], value[0], options)[None], None
 
 
 AttentionInterface.register(NAME, paged_attention)
@@ -81,13 +108,17 @@ AttentionInterface.register(NAME, paged_attention)
 class AttentionTile:
     """Some rows of the batch that attend together: n sequences with Q queries each.
 
-    start: their first row. table: int64 [n, blocks], padded with block 0. positions: int64 [n, Q].
+    start: their first row. table: int64 [n, blocks], padded with block 0. positions: int64 [n, Q]. length: of
+    the longest context in tokens, if it is known on the host.
     """
 
-    def __init__(self, start: int, table: Tensor, positions: Tensor) -> None:
+    def __init__(
+        self, start: int, table: Tensor, positions: Tensor, *, length: int | None = None
+    ) -> None:
         self.start = start
         self.table = table
         self.positions = positions
+        self.length = length
         self._masks: dict[int | None, Tensor] = {}
         self._pages: dict[int, Tensor] = {}
 
@@ -115,7 +146,7 @@ class PagedAttention:
         self._kv = kv
         self._blocks = blocks
         self._offsets = offsets
-        self._tiles = tiles
+        self.tiles = tiles
         self._rows: dict[int, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
@@ -128,7 +159,7 @@ class PagedAttention:
     def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
         shape = self._kv.shapes[layer]
         out = q.new_empty(q.shape[0], q.shape[1], shape.value_dim)
-        for tile in self._tiles:
+        for tile in self.tiles:
             n, Q = tile.positions.shape
             K, V = self._kv.read(layer, tile.pages(self._kv, shape.num_kv_heads))
             rows = slice(tile.start, tile.start + n * Q)
@@ -149,7 +180,10 @@ def attend(q: Tensor, K: Tensor, V: Tensor, hidden: Tensor, options: AttentionOp
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
     scores = scores.view(n, heads, G, Q, -1).masked_fill_(hidden, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(V.dtype)
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype).view(heads, G, 1, 1).expand(n, heads, G, Q, 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : K.shape[2]].to(V.dtype)
     out = weights.flatten(2, 3) @ V  # [n, Hkv, G * Q, D_v]
     return out.view(n, heads, G, Q, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 

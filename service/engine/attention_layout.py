@@ -56,8 +56,8 @@ class TiledLayout:
         def make(kv: PagedKV, rows: TokenRows, pieces: list[Tensor]) -> AttentionStep:
             pairs = zip(pieces[::2], pieces[1::2], strict=True)
             made = [
-                AttentionTile(start, table, positions)
-                for (start, _, _), (table, positions) in zip(tiles, pairs, strict=True)
+                AttentionTile(start, table, positions, length=int(known.max()) + 1)
+                for (start, _, known), (table, positions) in zip(tiles, pairs, strict=True)
             ]
             return PagedAttention(kv, rows.blocks, rows.offsets, made)
 

@@ -84,14 +84,23 @@ class PagedKV:
         length = count * self.block_size
         return K.view(n, heads, length, -1), V.view(n, heads, length, -1)
 
+    def read_rows(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """K [n, D_k] and V [n, D_v] of single entries. rows: int64 [n], see `rows`."""
+        K, V = (stack[layer].flatten(0, 2).index_select(0, rows) for stack in (self._K, self._V))
+        return K, V
+
     def pages_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """All blocks of one layer: K [num_blocks + 1, Hkv, block_size, D_k] and V [..., D_v]."""
         return self._K[layer], self._V[layer]
 
     def rows(self, num_kv_heads: int, blocks: Tensor, offsets: Tensor) -> Tensor:
-        """Where `write` puts each head's entry of T tokens. blocks, offsets: int64 [T]; returns [Hkv * T]."""
+        """Where `write` puts each head's entry of T tokens. blocks, offsets: int64 [T]; returns [Hkv * T].
+
+        Of n sequences, [n, T], the entries of one after the other: [n * Hkv * T].
+        """
         heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
-        return ((blocks * num_kv_heads + heads) * self.block_size + offsets).flatten()
+        places = (blocks[..., None, :] * num_kv_heads + heads) * self.block_size + offsets[..., None, :]
+        return places.flatten()
 
     def pages(self, num_kv_heads: int, table: Tensor) -> Tensor:
         """Where `read` finds each head's blocks. table: int64 [n, blocks each], padded with block 0."""

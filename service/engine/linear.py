@@ -51,15 +51,16 @@ class AdapterLinear(nn.Linear):
         return self._original[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [1, T, d_in], the flattened batch; returns [1, T, d_out]."""
+        """x: [..., d_in], the T tokens of the flattened batch in order, in any shape; returns [..., d_out]."""
         y = super().forward(x)
         for factors in self.factors.values():
             token_slots = factors.slots.active
             if token_slots is not None:
-                assert x.shape[:-1] == (1, len(token_slots)), (
+                assert x.numel() == len(token_slots) * self.in_features, (
                     "a target module must see the whole batch in order"
                 )
-                y += adapter_delta(x[0], factors.A, factors.B, factors.R_slots, token_slots)
+                rows = x.reshape(-1, self.in_features)
+                y += adapter_delta(rows, factors.A, factors.B, factors.R_slots, token_slots).view(y.shape)
         return y
 
 

@@ -1,6 +1,7 @@
 """The two ways through a model, which must agree: by its own unmodified layers, or by our fused ops.
 
     generic    any architecture: the model's forward pass, with our attention function and our linear layers
+               (a model that computes attention itself is run over a cache, `cached_model.py`)
     fused      known architectures: the same weights, fewer and larger ops (`fused/`)
 
 The fused way is taken where the model is recognised and a trial of both says the same.
@@ -17,59 +18,94 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapter_core.errors import UnsupportedModel
-from service.engine import attention
-from service.engine.attention import AttentionOptions, AttentionProbe, AttentionStep
+from service.engine import attention, cached_model
+from service.engine.attention import (
+    AttentionOptions,
+    AttentionProbe,
+    AttentionStep,
+    NotPageable,
+    PagedAttention,
+    attending,
+)
 from service.engine.batch import TokenRows
+from service.engine.cached_model import CachedModel
 from service.engine.fused.layers import FusedModel
 from service.engine.fused.self_check import TOLERANCES
 from service.engine.fused.spec import ModelSpec, NotFusable, recognise
 from service.engine.kv_cache import KVShape, PagedKV
+from service.engine.model_obstacles import PAGEABLE_LAYERS, RECOVERABLE, find_obstacle
 from service.engine.resident_bases import ResidentBases
 
 logger = logging.getLogger(__name__)
 
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
-
-
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a trial run of the model tells. kv_shapes, options: of every layer, what it keeps and asks for.
-    num_heads: of queries."""
+    """What a trial run of the model tells."""
 
+    #: What each layer keeps per token.
     kv_shapes: tuple[KVShape, ...]
+    #: What each layer asks of attention; empty for a model that computes attention itself.
     options: tuple[AttentionOptions, ...]
+    #: Query heads.
     num_heads: int
     vocab_size: int
+
+    @property
+    def attends_itself(self) -> bool:
+        """Whether the model computes attention itself, see `cached_model.py`."""
+        return not self.options
 
 
 @torch.inference_mode()
 def adopt(model: PreTrainedModel) -> ModelFacts:
-    """Make `model` attend through us, and try one token. Raises `UnsupportedModel` if that fails."""
-    config = model.config.get_text_config()
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS)
-    if odd:
-        raise _unsupported(model, f"has layers of type {', '.join(odd)}")
+    """Make `model` attend through us, or read K and V through us if it attends by itself, and try one token.
+
+    Raises `UnsupportedModel` if neither works.
+    """
+    obstacle = find_obstacle(model)
+    if obstacle:
+        raise _unsupported(model, obstacle)
+    own_implementation = model.config._attn_implementation
+    try:
+        return _adopt_attention(model)
+    except RECOVERABLE as error:
+        refusal = error
+    model.set_attn_implementation(own_implementation or "eager")
+    try:
+        shapes, logits = cached_model.probe(model)
+    except cached_model.NotCacheable as error:
+        raise _unsupported(model, f"it {error}") from refusal
+    except RECOVERABLE as error:
+        raise _unsupported(model, f"a trial run fails with {type(error).__name__}: {error}") from refusal
+    return ModelFacts(shapes, (), 1, _vocab_size(model, logits))
+
+
+def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
+    """Raises `NotPageable`, and whatever a model raises that does not know attention like ours."""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if types - PAGEABLE_LAYERS:
+        raise NotPageable(f"layers of type {', '.join(sorted(types - PAGEABLE_LAYERS))}")
     model.set_attn_implementation(attention.NAME)
     probe = AttentionProbe()
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-    try:
-        logits = _run_model(model, zero, zero, probe, zero)
-    except TypeError as error:
-        raise _unsupported(model, f"refuses our keyword arguments: {error}") from error
-    layers = range(config.num_hidden_layers)
-    if sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
-        raise _unsupported(model, f"attends {probe.num_calls} times in {len(layers)} layers where we see it")
-    vocab_size = min(logits.shape[-1], model.get_input_embeddings().weight.shape[0])
+    logits = _run_model(model, zero, zero, probe, zero)
+    layers = range(len(probe.shapes))
+    if not layers or sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
+        raise NotPageable(f"{probe.num_calls} calls of the attention function in layers {sorted(probe.shapes)}")
     return ModelFacts(
         tuple(probe.shapes[layer] for layer in layers),
         tuple(probe.options[layer] for layer in layers),
         probe.num_heads,
-        vocab_size,
+        _vocab_size(model, logits),
     )
 
 
+def _vocab_size(model: PreTrainedModel, logits: Tensor) -> int:
+    return min(logits.shape[-1], model.get_input_embeddings().weight.shape[0])
+
+
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(f"{type(model).__name__} cannot be served: it {reason}", param="base_model")
+    return UnsupportedModel(f"{type(model).__name__} cannot be served: {reason}", param="base_model")
 
 
 class ModelPath:
@@ -91,6 +127,7 @@ class ModelPath:
         self._facts = facts
         self._bases = bases
         self._num_positions = num_positions
+        self._cached = CachedModel(model) if facts.attends_itself else None
         self._spec: ModelSpec | None = None
         self.fused: FusedModel | None = None
         self._prepared_for: str | None = None
@@ -139,6 +176,9 @@ class ModelPath:
         self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
     ) -> Tensor:
         """By the unmodified model, whose attention writes to `kv` itself."""
+        if self._cached is not None:
+            assert isinstance(step, PagedAttention)
+            return self._cached.forward(rows, kv, step, logit_rows, list(self._bases.tables.values()))
         return _run_model(self._model, rows.input_ids, rows.positions, step, logit_rows)
 
     def follow_bases(self) -> None:
@@ -188,12 +228,12 @@ def _run_model(
     logit_rows: Tensor | None,
 ) -> Tensor:
     """input_ids, positions: int64 [T]."""
-    output = model(
-        input_ids=input_ids[None],
-        position_ids=positions[None],
-        use_cache=False,
-        logits_to_keep=0 if logit_rows is None else logit_rows,
-        paged_step=step,
-    )
+    with attending(step):
+        output = model(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if logit_rows is None else logit_rows,
+        )
     logits: Tensor = output.logits[0]
     return logits

@@ -182,20 +182,21 @@ class TritonPagedAttention:
         if work.can_split:
             part_out, part_stats = self._part_buffers(num_items, shape.num_kv_heads, rows, shape.value_dim)
         table = self._inputs.tables
+        sinks = q if options.sinks is None else options.sinks  # q is not read there
         _kernels().attend_items[(shape.num_kv_heads, num_items)](
-            q, K, V, out, part_out, part_stats, table, work.items,
+            q, K, V, out, part_out, part_stats, table, work.items, sinks,
             options.scaling, options.softcap or 0.0, options.sliding_window or _NO_WINDOW,
             q.stride(0), q.stride(1), table.stride(0),
             shape.num_kv_heads, group, shape.key_dim, shape.value_dim,
             self._kv.block_size, rows, max(MIN_BLOCK_M, _power_of_two(rows)), config.block_n,
             padded(shape.key_dim), padded(shape.value_dim),
             phase == Phase.DECODE, options.sliding_window is not None, options.softcap is not None,
-            work.can_split, num_warps=config.num_warps, num_stages=config.num_stages,
+            work.can_split, options.sinks is not None, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if work.can_split:
             _kernels().add_parts[(shape.num_kv_heads * rows, len(work.parts))](
-                out, part_out, part_stats, work.parts, shape.num_kv_heads, group, shape.value_dim, rows,
-                _BLOCK_P, padded(shape.value_dim), num_warps=1,
+                out, part_out, part_stats, work.parts, sinks, shape.num_kv_heads, group, shape.value_dim,
+                rows, _BLOCK_P, padded(shape.value_dim), options.sinks is not None, num_warps=1,
             )  # fmt: skip
 
     def _cut(self, phase: Phase, config: KernelConfig, num_kv_heads: int, window: int | None) -> _Work:

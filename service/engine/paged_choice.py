@@ -90,7 +90,8 @@ def _obstacle(kv: PagedKV, device: torch.device, *, is_forced: bool) -> str:
 def _try_out(kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions]) -> str:
     """What is wrong with the kernels for one of the model's kinds of layers; "" if nothing is."""
     try:
-        for shape, layer_options in dict.fromkeys(zip(kv.shapes, options, strict=True)):
+        kinds = {(shape, own, own.sinks is None): own for shape, own in zip(kv.shapes, options, strict=True)}
+        for (shape, _, _), layer_options in kinds.items():
             difference = _trial_difference(kv, shape, num_heads, layer_options)
             if not difference <= _TOLERANCES[kv.pages_of(0)[0].dtype]:
                 return f"they differ from the slow truth by {difference:.2g} of its size ({layer_options})"

@@ -3,6 +3,8 @@
     o[t, h] = Σ_l softmax_l(cap(scaling · q[t, h] · K[l, h / G])) V[l, h / G]
               over l <= position[t] and l > position[t] - window
 
+An attention sink of the head is one more score of the softmax, without a value.
+
 The unit of work is an item: a tile (some queries of one sequence, one in decode) over a range of its keys.
 A program runs one item for one KV head; the G query heads that share it are packed as rows of one matrix
 product, so K and V are read once. Items are cut on the device from the lengths: grids depend on the size of
@@ -139,18 +141,20 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def attend_items(
-    q, K, V, out, part_out, part_stats, table, items,
+    q, K, V, out, part_out, part_stats, table, items, sinks,
     scaling, softcap, window, q_row_stride, q_head_stride, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     IS_DECODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CAN_SPLIT: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One item for one KV head; grid (Hkv, items): the heads of a block of KV lie side by side in memory.
 
     q: rows and heads at the given strides; out: [T, Hq, D_v]; part_out: [items, Hkv, ROWS, D_v], part_stats:
     [items, Hkv, ROWS, 2], both float32, ROWS = queries of a tile × GROUP <= BLOCK_M. Row m of the product is
-    query m // GROUP, head m % GROUP of the group.
+    query m // GROUP, head m % GROUP of the group. sinks: [Hq], read with HAS_SINKS; those of a tile in several
+    parts are added by `add_parts`.
     """
     head = tl.program_id(0)
     item = tl.program_id(1)
@@ -176,9 +180,16 @@ def attend_items(
         mask=is_row[:, None] & (key_column < KEY_DIM)[None, :],
         other=0.0,
     )
+    is_part = False
+    if CAN_SPLIT:
+        is_part = tl.load(at + 6) != 0
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    if HAS_SINKS:
+        if not is_part:
+            best = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
+            total = tl.full([BLOCK_M], 1.0, tl.float32)
     if HAS_WINDOW:
         low = tl.maximum(low, position + 1 - window)
     start = low // BLOCK_N * BLOCK_N
@@ -198,9 +209,6 @@ def attend_items(
             True, HAS_SOFTCAP,
         )  # fmt: skip
 
-    is_part = False
-    if CAN_SPLIT:
-        is_part = tl.load(at + 6) != 0
     is_value = value_column < VALUE_DIM
     if is_part:
         part = (item.to(tl.int64) * NUM_KV_HEADS + head) * ROWS + m
@@ -216,9 +224,9 @@ def attend_items(
 
 @triton.jit
 def add_parts(
-    out, part_out, part_stats, parts,
+    out, part_out, part_stats, parts, sinks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, VALUE_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, VALUE_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """The output of tiles that were cut into several items; grid (Hkv * ROWS, tiles). Arguments as above."""
     at = parts + tl.program_id(1) * 4
@@ -235,6 +243,9 @@ def add_parts(
     is_value = column < VALUE_DIM
     best = float("-inf")
     total = 0.0
+    if HAS_SINKS:
+        best = tl.load(sinks + head * GROUP + m % GROUP).to(tl.float32) * LOG2_E
+        total = 1.0
     acc = tl.zeros([VALUE_PAD], tl.float32)
     for start in range(0, num_items, BLOCK_P):
         index = start + tl.arange(0, BLOCK_P)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adapter_core.errors import UnsupportedModel
 from service.engine.attention import AttentionStep, AttentionTile, PagedAttention
 from service.engine.attention_layout import AttentionLayout, PagedLayout, TiledLayout
 from service.engine.batch import TokenRows
@@ -29,7 +30,7 @@ from service.engine.paged_attention import (
     prefill_split_limits,
     queries_per_tile,
 )
-from service.engine.paged_choice import AttentionKind, choose_attention
+from service.engine.paged_choice import AttentionChoice, AttentionKind, choose_attention
 from service.engine.paged_work import wants_split
 from service.engine.plan import Chunk
 
@@ -45,7 +46,7 @@ class StepAttention:
 
     def __init__(self, kv: PagedKV, facts: ModelFacts, config: EngineConfig, *, num_positions: int) -> None:
         device = kv.pages_of(0)[0].device
-        choice = choose_attention(kv, facts.num_heads, facts.options, wanted=config.attention)
+        choice = _choose(kv, facts, config)
         self.kind = choice.kind
         max_blocks = -(-num_positions // kv.block_size)
         self.block_tables = BlockTables(config.max_running + _SPARE_ROWS, max_blocks, device)
@@ -93,3 +94,12 @@ class StepAttention:
         own_tables = torch.where(first_positions <= rows.positions[:, None], tables, NULL_BLOCK)
         tile = AttentionTile(0, own_tables.long(), rows.positions[:, None])
         return PagedAttention(self._kv, rows.blocks, rows.offsets, [tile])
+
+
+def _choose(kv: PagedKV, facts: ModelFacts, config: EngineConfig) -> AttentionChoice:
+    if not facts.attends_itself:
+        return choose_attention(kv, facts.num_heads, facts.options, wanted=config.attention)
+    reason = "the model computes attention itself"
+    if config.attention == AttentionKind.TRITON:
+        raise UnsupportedModel(f"attention cannot run on Triton: {reason}", param="attention")
+    return AttentionChoice(AttentionKind.TORCH, reason)

@@ -119,6 +119,7 @@ class _Reader:
 
     def _layer(self, index: int, next_norm: Norm | None, attention: AttentionOptions) -> LayerSpec:
         wanted, prefix = self._architecture, f"model.layers.{index}"
+        _require(attention.sinks is None, "it has attention sinks")
         has_qk_norms = hasattr(self._model.get_submodule(f"{prefix}.self_attn"), "q_norm")
         _require(has_qk_norms is wanted.has_qk_norms, "it normalises queries and keys otherwise")
         return LayerSpec(
