@@ -9,21 +9,31 @@ import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from adapter_core.errors import InvalidInput, UnsupportedModel
 
 #: The seven linear kinds of a Llama-like decoder layer: LoRA-XS, LoRA-SB and their peers adapt all of them.
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+#: Output heads, by any part of a name. They see only the positions that are sampled, and are often tied to
+#: the embeddings.
+_HEADS = {"lm_head", "embed_out", "cls", "pred_layer"}
+#: Words in the names of modules that no text goes through.
+_TOWERS = {"vision", "visual", "image", "audio", "speech"}
+#: What chooses experts or tokens, by any part of a name: where its scores change, choices change by jumps.
+_SELECTORS = {"gate", "router", "wg", "classifier", "shared_expert_gate", "indexer"}
 
 #: Shipped with the repository so that nothing has to be downloaded; see its README for what it can do.
 BUNDLED_MODEL = Path(__file__).parent.parent / "models" / "tiny"
@@ -41,11 +51,17 @@ _MAX_DIGESTS = 4
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base model. `model_id` is `model_digest` of its files: the name that bases refer to."""
+    """A loaded base model, whose linear layers are all `torch.nn.Linear`, see `make_linear`.
+
+    model_id: `model_digest` of its files, the name that bases refer to.
+    """
 
     name: str
     model_id: str
     model: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        make_linear(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -174,20 +190,17 @@ def _file_digest(path: Path) -> str:
 def iter_target_modules(
     model: nn.Module, patterns: Sequence[str] = LLAMA_LINEARS
 ) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers to adapt, in model order, as (dotted name, module).
+    """The linear layers to adapt, in model order, as (dotted name, module); see `choose_targets`.
 
-    A pattern matches the last part of the dotted name, or the whole of it, with shell wildcards: "q_proj",
-    "*.mlp.*", "all-linear" (every linear layer but the output head). Raises `UnsupportedModel` naming the
-    candidates if nothing matches, and for a matching layer whose weight is quantised or not two-dimensional.
+    Raises `UnsupportedModel` naming the candidates if nothing matches, and for a matching layer whose weight
+    is quantised or not two-dimensional.
     """
-    found = False
-    candidates = []
+    linears = linear_layers(model)
+    chosen = set(choose_targets(list(linears), patterns))
     for name, module in model.named_modules():
-        if not hasattr(module, "weight") or name.split(".")[-1] in ("lm_head", "embed_out"):
+        if name not in chosen and (isinstance(module, nn.Linear) or not _is_named(name, patterns)):
             continue
-        if isinstance(module, nn.Linear):
-            candidates.append(name.split(".")[-1])
-        if not _matches(name, module, patterns):
+        if not hasattr(module, "weight") or _HEADS & set(name.split(".")):
             continue
         if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
             raise UnsupportedModel(
@@ -195,23 +208,73 @@ def iter_target_modules(
                 "adapters need a torch.nn.Linear with floating-point weights",
                 param="target_modules",
             )
-        found = True
         yield name, module
-    if not found:
-        raise UnsupportedModel(
-            f"no linear layer matches {list(patterns)}; the model has {sorted(set(candidates))}",
-            param="target_modules",
-        )
+    if not chosen:
+        raise no_match(patterns, linears)
 
 
-def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
-    if "all-linear" in patterns and isinstance(module, nn.Linear):
-        return True
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that text goes through, but for the output head, by dotted name, in model order."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    found = {}
+    for name, module in model.named_modules():
+        parts = set(name.split("."))
+        words = {word for part in parts for word in part.split("_")}
+        if isinstance(module, nn.Linear) and module is not head and not (parts & _HEADS or words & _TOWERS):
+            found[name] = module
+    return found
+
+
+def choose_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Which of a model's linear layers are adapted.
+
+    A pattern matches the last part of a dotted name, or the whole of it, with shell wildcards: "q_proj",
+    "*.mlp.*". "all-linear" is every layer but single experts, which see only the tokens that are routed to
+    them. The default, Llama's seven names, means the same layers in other architectures: where a model does
+    not have all seven, they are all linear layers of its decoder layers but experts and routers.
+    """
+    whole = [name for name in names if "experts" not in name.split(".")]
+    if set(patterns) == set(LLAMA_LINEARS):
+        in_layers = [name for name in whole if any(part.isdecimal() for part in name.split("."))]
+        if not set(LLAMA_LINEARS) <= {name.split(".")[-1] for name in in_layers}:
+            return [name for name in in_layers if not _SELECTORS & set(name.split("."))]
+    if "all-linear" in patterns:
+        return whole
+    return [name for name in names if _is_named(name, patterns)]
+
+
+def no_match(patterns: Sequence[str], names: Iterable[str]) -> UnsupportedModel:
+    """What to raise if `choose_targets` finds nothing."""
+    kinds = sorted({name.split(".")[-1] for name in names})
+    return UnsupportedModel(
+        f"no linear layer matches {list(patterns)}; the model has {kinds}", param="target_modules"
+    )
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
     last = name.split(".")[-1]
     return any(fnmatch.fnmatchcase(last, p) or fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def replace_module(model: nn.Module, name: str, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+def make_linear(model: nn.Module) -> None:
+    """Replace every `Conv1D` of transformers (GPT-2's kind of linear layer, whose weight is [d_in, d_out]) by
+    the same function as a `torch.nn.Linear` over the same memory, so that all target modules are alike."""
+    for name in [name for name, module in model.named_modules() if isinstance(module, Conv1D)]:
+        replace_module(model, name, _linear_of)
+
+
+def _linear_of(conv: nn.Module) -> nn.Linear:
+    weight, bias = conv.weight, conv.bias
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(bias, nn.Parameter)
+    d_in, d_out = weight.shape
+    linear = nn.Linear(d_in, d_out, device="meta")
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.bias = bias
+    return linear.train(conv.training)
+
+
+def replace_module(model: nn.Module, name: str, make: Callable[[Any], nn.Module]) -> nn.Module:
     """Put `make(old module)` in the place of the module called `name`; returns the new module."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)

@@ -8,20 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapter_core.base_model import model_folder
+from adapter_core.base_model import linear_layers, make_linear, model_folder
 from adapter_core.basis import ModuleShape
 from adapter_core.errors import UnsupportedModel
-
-#: The output head sees only the positions that are sampled, an expert only the tokens that are routed to it,
-#: and adapters are told apart by the place of a token in the whole batch.
-_NO_TARGETS = ("lm_head", "embed_out", "experts")
 
 
 def linear_shapes(source: str | Path, *, revision: str | None = None) -> dict[str, ModuleShape]:
     """Every linear layer that can carry adapters, in model order. Raises `UnsupportedModel`.
+
+    Without the output head, and without experts: adapters are told apart by the place of a token in the whole
+    batch, and an expert sees only the tokens that are routed to it.
 
     Takes as long as making the modules, 0.2 s for an 8B model: nothing is allocated or read but the config.
     """
@@ -32,8 +30,9 @@ def linear_shapes(source: str | Path, *, revision: str | None = None) -> dict[st
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"cannot read the base model {source}: {error}", param="base_model") from error
+    make_linear(model)
     return {
         name: ModuleShape(name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not set(name.split(".")) & set(_NO_TARGETS)
+        for name, module in linear_layers(model).items()
+        if "experts" not in name.split(".")
     }

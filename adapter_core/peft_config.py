@@ -24,11 +24,12 @@ MAX_ALPHA = 1e6
 #: Initialisations that leave W alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …) make PEFT take an
 #: initial product off W when it loads the files, and what is taken off is not in them.
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-#: What has no say in what a trained LoRA computes. Which modules it changes is read from its tensors.
+#: What has no say in what a trained LoRA computes. Which modules it changes is read from its tensors;
+#: fan_in_fan_out says how W lies in memory, A and B lie the same way in any case.
 PASSED_OVER = frozenset((
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules",
 ))  # fmt: skip
 #: What cannot be represented by A, B and a scale, and why.
@@ -42,7 +43,6 @@ REFUSED = {
     "use_qalora": "QALoRA pools the inputs",
     "alora_invocation_tokens": "the change would begin in the middle of a prompt",
     "arrow_config": "Arrow routes between several adapters",
-    "fan_in_fan_out": "the base model's target modules are linear layers, not Conv1D",
 }
 
 # A name with at most so many quantifiers, none of them on a group, cannot make `re` backtrack for long.

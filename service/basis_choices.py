@@ -7,11 +7,11 @@ data, the rank against every target module, the room that the caller has for bas
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adapter_core.base_model import choose_targets, no_match
 from adapter_core.bases import find_method
 from adapter_core.bases.targets import check_rank
 from adapter_core.basis import ModuleShape
@@ -123,12 +123,10 @@ class BasisChoices:
             source, revision = self._settings.base_model, self._settings.base_model_revision
             self._layers = await asyncio.to_thread(linear_shapes, source, revision=revision)
         patterns = recipe.target_modules or self._settings.target_modules
-        found = [shape for name, shape in self._layers.items() if _matches(name, patterns)]
+        found = [self._layers[name] for name in choose_targets(list(self._layers), patterns)]
         if not found:
-            kinds = sorted({name.split(".")[-1] for name in self._layers})
             raise UnsupportedModel(
-                f"no linear layer matches {list(patterns)}; the model has {kinds}",
-                param=recipe.names.target_modules,
+                no_match(patterns, self._layers).message, param=recipe.names.target_modules
             )
         try:
             for shape in found:
@@ -164,11 +162,3 @@ class BasisChoices:
             await self.check_room(tenant, choice.rank, shapes)
         except QuotaExceeded as error:
             raise QuotaExceeded(error.message, param=recipe.names.method, code=error.code) from error
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """As `iter_target_modules`: by the last part of the name or the whole of it."""
-    last = name.split(".")[-1]
-    return "all-linear" in patterns or any(
-        fnmatch.fnmatchcase(last, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns
-    )

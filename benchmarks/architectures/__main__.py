@@ -2,6 +2,7 @@
 
     python -m benchmarks.architectures                           all of them: 5 minutes on one core
     python -m benchmarks.architectures --output a.jsonl phi3 gpt2
+    python -m benchmarks.architectures --write                   all, and docs/architectures.md
 
 Prints a table and the counts; `--output` takes a line of JSON per type as soon as it is known. Exit status 1
 if a model is served wrongly or breaks the engine.
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.architectures.document import write
 from benchmarks.architectures.exactness import OUTCOMES, Verdict, judge
 from benchmarks.architectures.tiny_models import model_types
 
@@ -34,7 +36,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types of transformers; none: all")
     parser.add_argument("--output", type=Path, help="JSON lines, one per type")
+    parser.add_argument("--write", action="store_true", help="keep the verdicts, and write the docs' page")
     arguments = parser.parse_args()
+    if arguments.write and arguments.types:
+        parser.error("--write is for all types")
     _be_quiet()
     if arguments.output is not None:
         arguments.output.write_text("")
@@ -45,6 +50,8 @@ def main() -> int:
         if arguments.output is not None:
             with arguments.output.open("a") as file:
                 file.write(json.dumps(verdict.to_map()) + "\n")
+    if arguments.write:
+        write(verdicts)
     counts = Counter(verdict.outcome for verdict in verdicts)
     print(", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES))
     return 1 if counts["wrong"] or counts["crash"] else 0

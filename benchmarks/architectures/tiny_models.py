@@ -86,6 +86,15 @@ _GEMMA_4: dict[str, Any] = {
     "layer_types": _SLIDING_THEN_FULL,
     "enable_moe_block": False,
 }
+_QWEN_4: dict[str, Any] = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 500,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _WITH_END: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 _OLD_NAMES: dict[str, Any] = {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 256}
 _SMALL_BART: dict[str, Any] = {
@@ -109,8 +118,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "blenderbot-small": _SMALL_BART,
     "bigbird_pegasus": _SMALL_BART,
     "bloom": {"n_layer": 4, "n_head": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 512},
     "codegen": {"rotary_dim": 8, "n_inner": 80},
     "cohere2": {"layer_types": _SLIDING_THEN_FULL},
+    "cohere_compass_text": {
+        "layer_types": _SLIDING_THEN_FULL,
+        "rope_parameters": dict.fromkeys(set(_SLIDING_THEN_FULL), _ROPE),
+    },
     "ctrl": {"n_embd": 64, "dff": 80, "n_layer": 4, "n_head": 4, "n_positions": 256},
     "cwm": {**_WITH_END, "pad_token_id": 3},
     "dbrx": {
@@ -121,6 +135,19 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": _INDEXED,
+    "dots3_note_text": {
+        **_INDEXED,
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        "mlp_layer_types": ["dense", *["sparse"] * 3],
+        "shared_experts_intermediate_size": 32,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_head_dim": 16,
+        "swa_v_head_dim": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+    },
     "emu3": _WITH_END,
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
     "exaone4": {"sliding_window_pattern": 4},
@@ -163,7 +190,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["full_attention"] * 4},
     "llama4": {"intermediate_size_mlp": 80, "attention_chunk_size": 16},
     "llama4_text": {"intermediate_size_mlp": 80, "attention_chunk_size": 16},
-    "longcat_flash": {**_LATENT, "num_layers": 2, "num_hidden_layers": ..., "zero_expert_num": 1},
+    "longcat_flash": {
+        **_LATENT,
+        "head_dim": 8,
+        "num_layers": 2,
+        "num_hidden_layers": ...,
+        "zero_expert_num": 1,
+    },
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 8},
     "marian": _SMALL_BART,
     "mbart": _SMALL_BART,
@@ -178,7 +211,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "pegasus": _SMALL_BART,
     "persimmon": {"num_key_value_heads": 4},
     "plbart": _SMALL_BART,
+    "olmoe": {"sliding_window": None},  # handed to attention, but in no mask: no released OLMoE has one
     "prophetnet": {"num_hidden_layers": ..., "num_decoder_layers": 2, "num_encoder_layers": 1},
+    "qwen4_exp": _QWEN_4,
+    "qwen4_exp_text": _QWEN_4,
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
     "recurrent_gemma": {"lru_width": 64, "attention_window_size": _WINDOW},
@@ -198,6 +234,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "moe_topk": 1},
 }
+#: Their nested configurations take no sizes from outside.
+_FLAT = {"dbrx", "moshi"}
 
 
 def model_types() -> list[str]:
@@ -211,7 +249,7 @@ def make_config(model_type: str, **fields: Any) -> PreTrainedConfig:
     wanted = {name: value for name, value in wanted.items() if value is not ...}
     towers = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
     nested = {name: wanted if name == "text_config" else _OTHER_TOWERS for name in towers}
-    return AutoConfig.for_model(model_type, **wanted, **({} if model_type == "dbrx" else nested))
+    return AutoConfig.for_model(model_type, **wanted, **({} if model_type in _FLAT else nested))
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

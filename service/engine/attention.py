@@ -112,9 +112,7 @@ class AttentionTile:
     the longest context in tokens, if it is known on the host.
     """
 
-    def __init__(
-        self, start: int, table: Tensor, positions: Tensor, *, length: int | None = None
-    ) -> None:
+    def __init__(self, start: int, table: Tensor, positions: Tensor, *, length: int | None = None) -> None:
         self.start = start
         self.table = table
         self.positions = positions

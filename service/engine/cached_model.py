@@ -116,7 +116,7 @@ class _TileKV:
         self.mask = (~is_padding).long()
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k [n, Hkv, Q, D_k] and v [n, Hkv, Q, D_v]; returns those of the whole contexts, [n, Hkv, L, D]."""
+        """Keep k [n, Hkv, Q, D_k] and v [n, Hkv, Q, D_v]; returns K and V [n, Hkv, L, D] of the contexts."""
         num_heads = k.shape[1]
         if num_heads not in self._rows:
             new = self._kv.rows(num_heads, self._blocks, self._offsets)
@@ -129,7 +129,7 @@ class _TileKV:
         return K.view(size), V.view(size)
 
 
-class _PagedLayer(CacheLayerMixin):
+class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `Cache` over a tile."""
 
     is_sliding = False
@@ -176,9 +176,7 @@ def _run(
         options["position_ids"] = positions
     if "logits_to_keep" in known and logit_rows is not None:
         options["logits_to_keep"] = logit_rows
-    output = model(
-        input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-    )
+    output = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
     logits: Tensor = output.logits
     if logit_rows is not None and "logits_to_keep" not in known:
         logits = logits.index_select(1, logit_rows)

@@ -51,7 +51,7 @@ class AdapterLinear(nn.Linear):
         return self._original[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_in], the T tokens of the flattened batch in order, in any shape; returns [..., d_out]."""
+        """x: [..., d_in], the tokens of the flattened batch in order; returns [..., d_out]."""
         y = super().forward(x)
         for factors in self.factors.values():
             token_slots = factors.slots.active

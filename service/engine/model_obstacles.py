@@ -5,31 +5,27 @@ What no configuration tells, a trial run does (`model_path.adopt`).
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
-from service.engine.attention import NotPageable
-
-#: What a model that cannot be run our way may raise in a trial run: a keyword argument that it does not know,
-#: a shape or an attribute that it expects. Not what a device raises.
-RECOVERABLE = (
-    NotPageable, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError,
-    AssertionError,
-)  # fmt: skip
+#: What a trial run raises for other reasons than the model.
+DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 #: Types of layers (`config.layer_types`) whose attention is ours to compute.
 PAGEABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 _RECURRENT = (
-    "it keeps a recurrent state (such as Mamba's, a convolution's or linear attention's) that cannot be cut into "
+    "it keeps a recurrent state (Mamba's, a convolution's, linear attention's), which cannot be cut into "
     "blocks of tokens; Tessera serves models whose only state is a KV cache"
 )
+_NO_CACHE = "it keeps no KV cache of earlier tokens that later ones could read"
 _INDEXED = (
-    "its sparse attention chooses tokens by an index that has a cache of its own; Tessera serves models whose "
-    "only state is a KV cache"
+    "its sparse attention chooses tokens by an index that has a cache of its own; Tessera serves models "
+    "whose only state is a KV cache"
 )
 _COMPRESSED = (
-    "it attends to summaries of earlier tokens, kept in a cache of their own; Tessera serves models whose only "
-    "state is a KV cache"
+    "it attends to summaries of earlier tokens, kept in a cache of their own; Tessera serves models whose "
+    "only state is a KV cache"
 )
 _REASONS = {
     "linear_attention": _RECURRENT,
@@ -41,15 +37,23 @@ _REASONS = {
     "compressed_sparse_attention": _COMPRESSED,
     "heavily_compressed_attention": _COMPRESSED,
 }
+#: By `config.model_type`, what neither layer types nor a trial run say in words for users.
+_TYPE_REASONS = {
+    "blt": "it cuts text into patches of bytes by itself; Tessera serves models that read tokens",
+    "xlnet": _NO_CACHE,
+    "xmod": "its layers differ by language and nothing chooses one; it is no causal language model",
+}
 
 
 def find_obstacle(model: PreTrainedModel) -> str:
     """Why `model` is out of the question, or "" if nothing is known against it."""
     config = model.config.get_text_config()
+    if model.config.model_type in _TYPE_REASONS:
+        return _TYPE_REASONS[model.config.model_type]
     types = set(getattr(config, "layer_types", None) or ())
     for name, reason in _REASONS.items():
         if name in types:
             return reason
-    if model._is_stateful:
+    if model._is_stateful and not types:
         return _RECURRENT
     return ""

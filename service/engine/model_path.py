@@ -33,10 +33,11 @@ from service.engine.fused.layers import FusedModel
 from service.engine.fused.self_check import TOLERANCES
 from service.engine.fused.spec import ModelSpec, NotFusable, recognise
 from service.engine.kv_cache import KVShape, PagedKV
-from service.engine.model_obstacles import PAGEABLE_LAYERS, RECOVERABLE, find_obstacle
+from service.engine.model_obstacles import DEVICE_ERRORS, PAGEABLE_LAYERS, find_obstacle
 from service.engine.resident_bases import ResidentBases
 
 logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -68,15 +69,20 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
     own_implementation = model.config._attn_implementation
     try:
         return _adopt_attention(model)
-    except RECOVERABLE as error:
+    except DEVICE_ERRORS:
+        raise
+    except Exception as error:  # a keyword argument that the model does not know, a mask that it expects
         refusal = error
     model.set_attn_implementation(own_implementation or "eager")
     try:
         shapes, logits = cached_model.probe(model)
     except cached_model.NotCacheable as error:
         raise _unsupported(model, f"it {error}") from refusal
-    except RECOVERABLE as error:
-        raise _unsupported(model, f"a trial run fails with {type(error).__name__}: {error}") from refusal
+    except DEVICE_ERRORS:
+        raise
+    except Exception as error:
+        reason = f"transformers cannot run it on one token: {type(error).__name__}: {error}"
+        raise _unsupported(model, reason) from refusal
     return ModelFacts(shapes, (), 1, _vocab_size(model, logits))
 
 
@@ -91,7 +97,7 @@ def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
     logits = _run_model(model, zero, zero, probe, zero)
     layers = range(len(probe.shapes))
     if not layers or sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
-        raise NotPageable(f"{probe.num_calls} calls of the attention function in layers {sorted(probe.shapes)}")
+        raise NotPageable(f"{probe.num_calls} calls of our attention in layers {sorted(probe.shapes)}")
     return ModelFacts(
         tuple(probe.shapes[layer] for layer in layers),
         tuple(probe.options[layer] for layer in layers),
@@ -101,7 +107,7 @@ def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
 
 
 def _vocab_size(model: PreTrainedModel, logits: Tensor) -> int:
-    return min(logits.shape[-1], model.get_input_embeddings().weight.shape[0])
+    return min(int(logits.shape[-1]), int(model.get_input_embeddings().weight.shape[0]))
 
 
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
@@ -138,6 +144,13 @@ class ModelPath:
             self._spec = recognise(model, facts.options)
         except NotFusable as error:
             self.reason = str(error)
+
+    @property
+    def name(self) -> str:
+        """Which way the model is run, and why so."""
+        if self.fused is not None:
+            return "fused"
+        return f"{'generic' if self._cached is None else 'generic, over a cache'}: {self.reason}"
 
     def prepare(self, measure_error: Callable[[], float]) -> bool:
         """Fuse the weights with the factors of the default basis and try the result; False if that is done

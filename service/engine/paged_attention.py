@@ -191,7 +191,8 @@ class TritonPagedAttention:
             self._kv.block_size, rows, max(MIN_BLOCK_M, _power_of_two(rows)), config.block_n,
             padded(shape.key_dim), padded(shape.value_dim),
             phase == Phase.DECODE, options.sliding_window is not None, options.softcap is not None,
-            work.can_split, options.sinks is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+            work.can_split, options.sinks is not None,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if work.can_split:
             _kernels().add_parts[(shape.num_kv_heads * rows, len(work.parts))](

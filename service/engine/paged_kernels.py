@@ -153,8 +153,8 @@ def attend_items(
 
     q: rows and heads at the given strides; out: [T, Hq, D_v]; part_out: [items, Hkv, ROWS, D_v], part_stats:
     [items, Hkv, ROWS, 2], both float32, ROWS = queries of a tile × GROUP <= BLOCK_M. Row m of the product is
-    query m // GROUP, head m % GROUP of the group. sinks: [Hq], read with HAS_SINKS; those of a tile in several
-    parts are added by `add_parts`.
+    query m // GROUP, head m % GROUP of the group. sinks: [Hq], read with HAS_SINKS; those of a tile in
+    several parts are added by `add_parts`.
     """
     head = tl.program_id(0)
     item = tl.program_id(1)
@@ -186,7 +186,7 @@ def attend_items(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
-    if HAS_SINKS:
+    if HAS_SINKS:  # noqa: SIM102  decided when the kernel is compiled, the other one by the item
         if not is_part:
             best = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
             total = tl.full([BLOCK_M], 1.0, tl.float32)

@@ -103,6 +103,8 @@ class EngineProcess:
             base = await asyncio.to_thread(_load, self._settings, self._engine_settings)
             self._server.announce_starting("the engine is preparing the default basis")
             basis = await self._default_basis(base)
+            kinds = dict.fromkeys(module.name.split(".")[-1] for module in basis.manifest.modules)
+            logger.info("the default basis adapts %d linear layers: %s", basis.num_modules, ", ".join(kinds))
             engine = await asyncio.to_thread(self._build, base, basis, engine_config(self._engine_settings))
         except Exception as error:
             self._fail(error)

@@ -59,7 +59,7 @@ class ModelRunner:
     @property
     def path_name(self) -> str:
         """How the model is run, and why so."""
-        return "fused" if self._path.fused is not None else f"generic: {self._path.reason}"
+        return self._path.name
 
     def prepare(self) -> None:
         """Settle how the model is run, now that the default basis is known; else the first step does it."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import transformers
 
 from benchmarks.architectures.__main__ import cells, judge_apart
+from benchmarks.architectures.document import DOCUMENT, RESULTS, render
 from benchmarks.architectures.exactness import Verdict, judge
 from benchmarks.architectures.tiny_models import MAX_PARAMETERS, build, make_config, model_types
 
@@ -42,6 +46,23 @@ def test_each_type_is_judged_in_a_process_of_its_own() -> None:
 def test_a_row_of_the_table_is_one_line() -> None:
     verdict = Verdict("a", "refused", "AForCausalLM", reason="first line\n  second line")
     assert cells(verdict) == ("a", "AForCausalLM", "refused", "first line second line")
+
+
+def test_the_page_says_what_the_last_whole_sweep_found() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert DOCUMENT.read_text() == render(results)
+    if results["transformers"] == transformers.__version__:
+        assert [row["model_type"] for row in results["verdicts"]] == model_types()
+
+
+def test_the_page_names_paths_targets_and_reasons() -> None:
+    exact = Verdict("gptj", "exact", "GPTJForCausalLM", "generic, over a cache", targets=("fc_in", "q_proj"))
+    refused = Verdict("m", "refused", "M", reason="M cannot be served: it keeps\n  a | b")
+    rows = [verdict.to_map() for verdict in (exact, refused)]
+    page = render({"transformers": "5.0.0", "torch": "2.0", "verdicts": rows}).splitlines()
+    assert "| `gptj` | GPTJForCausalLM | generic, over a cache | `fc_in` `q_proj` |" in page
+    assert "| `m` | refused | it keeps a \\| b |" in page
+    assert "| now | 1 | 1 | 0 | 0 | 0 |" in page
 
 
 def test_the_sweep_knows_many_types() -> None:

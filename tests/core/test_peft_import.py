@@ -159,7 +159,7 @@ def files(tensors: dict[str, Tensor] | None = None, **config: Any) -> tuple[byte
 
 CONFIGS: dict[str, Any] = {
     "peft_type": "VERA", "task_type": "SEQ_CLS", "bias": "lora_only", "use_dora": True, "lora_bias": True,
-    "modules_to_save": ["lm_head"], "fan_in_fan_out": True, "init_lora_weights": "pissa_niter_4",
+    "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_4",
     "trainable_token_indices": [1], "layer_replication": [[0, 2]], "target_parameters": ["experts"],
     "use_qalora": True, "alora_invocation_tokens": [5], "arrow_config": {"top_k": 1}, "new_trick": 3,
     "r": 0, "lora_alpha": "high", "use_rslora": "yes", "rank_pattern": [4], "alpha_pattern": {"(a+)+": 3},

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from adapter_core.errors import UnsupportedModel
-from service.engine.attention import AttentionOptions, paged_attention
+from service.engine.attention import (
+    AttentionOptions,
+    AttentionProbe,
+    NotPageable,
+    attending,
+    paged_attention,
+)
 from service.engine.attention_layout import TiledLayout
 from service.engine.batch import build_batch
 from service.engine.kv_cache import KVShape, PagedKV
@@ -33,6 +39,7 @@ OPTIONS = {
     "softcap": AttentionOptions(0.3, softcap=2.0),
     "both": AttentionOptions(0.3, sliding_window=3, softcap=1.0),
 }
+SINKS = torch.tensor([0.5, -2.0, 3.0, 0.0, 1.0, 9.0, -9.0, 2.0])
 
 
 def slow_attention(q: Tensor, K: Tensor, V: Tensor, position: int, options: AttentionOptions) -> Tensor:
@@ -44,7 +51,9 @@ def slow_attention(q: Tensor, K: Tensor, V: Tensor, position: int, options: Atte
         scores = K[first : position + 1, kv_head] @ q[head] * options.scaling
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
-        heads.append(scores.softmax(0) @ V[first : position + 1, kv_head])
+        sink = 0.0 if options.sinks is None else options.sinks[head].exp()
+        weights = scores.exp() / (scores.exp().sum() + sink)
+        heads.append(weights @ V[first : position + 1, kv_head])
     return torch.stack(heads)
 
 
@@ -64,15 +73,18 @@ def make_plan(mix: list[tuple[int, int]]) -> StepPlan:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("layout", [TiledLayout(), TiledLayout(keys=16, scores=32)], ids=str)
 def test_matches_slow_attention(
     heads: tuple[int, int],
     mix: list[tuple[int, int]],
     options: AttentionOptions,
     layout: TiledLayout,
+    has_sinks: bool,
 ) -> None:
     torch.manual_seed(0)
     (num_heads, num_kv_heads), key_dim, value_dim = heads, 8, 5
+    options = replace(options, sinks=SINKS[:num_heads] if has_sinks else None)
     shape = KVShape(num_kv_heads, key_dim, value_dim)
     kv = PagedKV([shape] * 2, num_blocks=200, block_size=BLOCK_SIZE, device=CPU, dtype=torch.float32)
     plan = make_plan(mix)
@@ -123,7 +135,23 @@ def test_a_reused_block_leaves_no_trace() -> None:
 def test_what_cannot_be_paged_is_refused() -> None:
     module = family("llama").base.model.model.layers[0].self_attn
     q = torch.zeros(1, 4, 1, 16)
-    with pytest.raises(UnsupportedModel, match="does not pass on"):
+    with pytest.raises(NotPageable, match="within a step"):
         paged_attention(module, q, q, q, None)
-    with pytest.raises(UnsupportedModel, match="s_aux"):
-        paged_attention(module, q, q, q, None, s_aux=torch.zeros(4))
+    with attending(AttentionProbe()), pytest.raises(NotPageable, match="position_bias"):
+        paged_attention(module, q, q, q, None, position_bias=torch.zeros(4))
+    with attending(AttentionProbe()), pytest.raises(NotPageable, match="mask"):
+        paged_attention(module, q, q, q, torch.zeros(1, 1, 1, 1))
+
+
+def test_a_step_ends_with_its_forward_pass() -> None:
+    module = family("llama").base.model.model.layers[0].self_attn
+    q = torch.zeros(1, 4, 1, 16)
+    outer, inner = AttentionProbe(), AttentionProbe()
+    with attending(outer):
+        with attending(inner):
+            paged_attention(module, q, q, q, None)
+        paged_attention(module, q, q, q, None)
+        paged_attention(module, q, q, q, None)
+    assert (outer.num_calls, inner.num_calls) == (2, 1)
+    with pytest.raises(NotPageable):
+        paged_attention(module, q, q, q, None)

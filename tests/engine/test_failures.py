@@ -9,7 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from adapter_core.base_model import BaseModel
 from adapter_core.errors import InvalidInput, UnsupportedModel
@@ -29,13 +36,14 @@ class FailingEmbedding(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.error = error
+        self.error_token = BROKEN_TOKEN
 
     @property
     def weight(self) -> Tensor:
         return self.embedding.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if bool((input_ids == BROKEN_TOKEN).any()):
+        if bool((input_ids == self.error_token).any()):
             raise self.error
         embedded: Tensor = self.embedding(input_ids)
         return embedded
@@ -91,18 +99,54 @@ def test_a_closed_engine_gives_the_model_back(llama: Served) -> None:
     assert torch.equal(llama.base.model(ids).logits, llama.pristine(ids).logits)
 
 
-def test_a_model_without_our_attention_is_refused() -> None:
-    """Bloom's attention has its positions in a mask of its own and does not go through the interface."""
-    model = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=17)).eval()
-    with pytest.raises(UnsupportedModel, match="attends 0 times in 1 layers"):
-        Engine(BaseModel("bloom", "random-bloom", model), EngineConfig(num_blocks=4))
+#: A type of layer, and what a user is told about it.
+LAYER_REASONS = {
+    "linear_attention": "keeps a recurrent state",
+    "hybrid": "keeps a recurrent state",
+    "indexed_attention": "sparse attention chooses tokens",
+    "compressed_sparse_attention": "summaries of earlier tokens",
+}
 
 
-def test_layers_of_an_unknown_kind_are_refused() -> None:
+@pytest.mark.parametrize("layer_type", LAYER_REASONS)
+def test_layers_that_keep_more_than_keys_and_values_are_refused(layer_type: str) -> None:
     model = copy.deepcopy(family("micro").pristine)
-    model.config.layer_types = ["linear_attention"]
-    with pytest.raises(UnsupportedModel, match="linear_attention"):
+    model.config.layer_types = [layer_type]
+    with pytest.raises(UnsupportedModel, match=LAYER_REASONS[layer_type]):
         Engine(BaseModel("odd", "odd", model), EngineConfig(num_blocks=4))
+
+
+def test_a_recurrent_model_is_refused() -> None:
+    config = RwkvConfig(vocab_size=17, hidden_size=8, num_hidden_layers=2)
+    with pytest.raises(UnsupportedModel, match=r"RwkvForCausalLM .* keeps a recurrent state"):
+        Engine(BaseModel("rwkv", "rwkv", RwkvForCausalLM(config).eval()), EngineConfig(num_blocks=4))
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    config = OpenAIGPTConfig(vocab_size=17, n_embd=8, n_layer=1, n_head=2)
+    with pytest.raises(UnsupportedModel, match="keeps no KV cache"):
+        Engine(BaseModel("gpt", "gpt", OpenAIGPTLMHeadModel(config).eval()), EngineConfig(num_blocks=4))
+
+
+def test_a_model_that_transformers_cannot_run_is_refused() -> None:
+    served = failing(family("micro"), RuntimeError("shapes do not match"))
+    served.base.model.model.embed_tokens.error_token = 0  # the one of the trial run
+    with pytest.raises(UnsupportedModel, match="cannot run it on one token: RuntimeError: shapes do not"):
+        Engine(served.base, EngineConfig(num_blocks=4))
+
+
+def test_a_device_that_runs_out_of_memory_says_nothing_about_the_model() -> None:
+    served = failing(family("micro"), torch.OutOfMemoryError("full"))
+    served.base.model.model.embed_tokens.error_token = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(served.base, EngineConfig(num_blocks=4))
+
+
+def test_the_kernels_cannot_be_demanded_for_a_model_that_attends_itself() -> None:
+    config = BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=17)
+    base = BaseModel("bloom", "bloom", BloomForCausalLM(config).eval())
+    with pytest.raises(UnsupportedModel, match="the model computes attention itself"):
+        Engine(base, EngineConfig(num_blocks=4, attention="triton"))
 
 
 @pytest.mark.parametrize("config", [{"num_slots": 0}, {"block_size": 0}, {"host_cache_bytes": -1}], ids=str)

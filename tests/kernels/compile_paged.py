@@ -22,7 +22,7 @@ HEADS = {"NUM_KV_HEADS": 8, "KEY_DIM": HEAD_DIM, "VALUE_DIM": HEAD_DIM, "PAGE": 
 PADS = {"KEY_PAD": HEAD_DIM, "VALUE_PAD": HEAD_DIM}
 #: Types of the arguments that are not 32-bit integers.
 TYPES = {
-    **dict.fromkeys(("q", "K", "V", "k", "v", "out"), "*bf16"),
+    **dict.fromkeys(("q", "K", "V", "k", "v", "out", "sinks"), "*bf16"),
     **dict.fromkeys(("part_out", "part_stats"), "*fp32"),
     **dict.fromkeys(("items", "parts", "table"), "*i32"),
     **dict.fromkeys(("tiles", "blocks", "offsets"), "*i64"),
@@ -34,9 +34,10 @@ def main() -> None:
     capability = int(sys.argv[1])
     cut = {"UNIT": 64, "TILES": 256, "IS_DECODE": True, "CAN_SPLIT": True}
     add = {"NUM_KV_HEADS": 8, "GROUP": GROUP, "VALUE_DIM": HEAD_DIM, "ROWS": GROUP, "BLOCK_P": 16}
+    add |= {"VALUE_PAD": HEAD_DIM, "HAS_SINKS": True}
     report(capability, paged_kernels.cut_work, cut)
     report(capability, paged_kernels.cut_work, {**cut, "IS_DECODE": False})
-    report(capability, paged_kernels.add_parts, {**add, "VALUE_PAD": HEAD_DIM}, num_warps=1)
+    report(capability, paged_kernels.add_parts, add, num_warps=1)
     report(capability, paged_kernels.keep_kv, {**HEADS, **PADS, "HEADS_PAD": 8})
     for phase, has_window in ((Phase.DECODE, True), (Phase.PREFILL, False)):
         config = find_config(phase, HEAD_DIM, HEAD_DIM, 2)
@@ -52,6 +53,7 @@ def main() -> None:
             "HAS_WINDOW": has_window,
             "HAS_SOFTCAP": has_window,
             "CAN_SPLIT": True,
+            "HAS_SINKS": has_window,
         }
         report(
             capability,

@@ -10,7 +10,11 @@ from service.engine.attention import AttentionOptions
 from service.engine.kv_cache import KVShape, PagedKV
 from service.engine.paged_choice import AttentionChoice, AttentionKind, choose_attention
 
-LAYERS = [AttentionOptions(0.3), AttentionOptions(0.3, sliding_window=50, softcap=3.0)]
+LAYERS = [
+    AttentionOptions(0.3),
+    AttentionOptions(0.3, sliding_window=50, softcap=3.0),
+    AttentionOptions(0.3, sinks=torch.tensor([0.0, 1.0, 2.0, -1.0])),
+]
 
 
 def make_kv(dim: int = 16, *, device: str = "cpu") -> PagedKV:
@@ -47,4 +51,7 @@ def test_what_the_kernels_cannot_do_is_refused_only_if_they_are_demanded() -> No
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gets_the_kernels() -> None:
-    assert choose_attention(make_kv(64, device="cuda"), 4, LAYERS) == AttentionChoice(AttentionKind.TRITON)
+    sinks = torch.tensor([0.0, 1.0, 2.0, -1.0], device="cuda")
+    layers = [*LAYERS[:2], AttentionOptions(0.3, sinks=sinks)]
+
+    assert choose_attention(make_kv(64, device="cuda"), 4, layers) == AttentionChoice(AttentionKind.TRITON)

@@ -52,6 +52,19 @@ def test_splitting_changes_nothing(can_split: bool, options: AttentionOptions) -
     assert_exact(step, step.run(options, SMALL))
 
 
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("can_split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_sinks(dtype: torch.dtype, can_split: bool, window: int | None) -> None:
+    """A sink counts once, however many parts a context is cut into, and adds nothing to a padded row."""
+    sinks = torch.tensor([-2.0, 0.0, 3.0, 8.0], dtype=dtype, device=DEVICE)
+    options = AttentionOptions(0.3, window, sinks=sinks)
+    chunks = [(255, 1), (40, 1), (0, 1), (-1, 1), (50, 9)]
+    step = make_step(Geometry(4, 2, dtype=dtype), chunks, options, can_split=can_split)
+
+    assert_exact(step, step.run(options, SMALL))
+
+
 @pytest.mark.parametrize("dims", [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (48, 20)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
@@ -68,6 +81,7 @@ def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
     block_size=st.sampled_from([8, 16, 64]),
     window=st.one_of(st.none(), st.integers(1, 70)),
     softcap=st.sampled_from([None, 3.0]),
+    has_sinks=st.booleans(),
     per_tile=st.integers(3, 9),
     config=st.sampled_from([None, SMALL]),
     can_split=st.booleans(),
@@ -80,6 +94,7 @@ def test_any_step(
     block_size: int,
     window: int | None,
     softcap: float | None,
+    has_sinks: bool,
     per_tile: int,
     config: dict[Phase, KernelConfig] | None,
     can_split: bool,
@@ -88,7 +103,8 @@ def test_any_step(
     chunks = [(start, 1) for start in single] + several
     if not chunks:
         return
-    options = AttentionOptions(0.2, window, softcap)
+    sinks = torch.linspace(-3, 4, heads[0], device=DEVICE) if has_sinks else None
+    options = AttentionOptions(0.2, window, softcap, sinks)
     geometry = Geometry(*heads, key_dim=16, value_dim=16, block_size=block_size)
     step = make_step(geometry, chunks, options, queries_per_tile=per_tile, can_split=can_split, seed=seed)
 
