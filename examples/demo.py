@@ -32,10 +32,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from adapter_core.errors import TesseraError
-from adapter_core.settings import CommonSettings
-from examples.base_models import resolve
-
 DATA = Path(__file__).parent / "data"
 #: The first start of a larger model builds its basis: 80 s for SmolLM2 on one busy core.
 START_TIMEOUT_S = 900
@@ -301,12 +297,12 @@ def running_service(base_url: str | None, model: str | None) -> Iterator[str]:
 
 
 def base_model(name: str) -> str:
-    """What `name` stands for, fetched into the cache of this checkout if need be."""
-    cache = CommonSettings().data_dir / "models"
-    try:
-        return resolve(name, cache, pip_args=os.environ.get("PIP_ARGS", ""))
-    except (TesseraError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """What `name` stands for, fetched if need be, by a process that takes its memory with it."""
+    command = [sys.executable, "-m", "examples.base_models", name]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode != 0:  # it has said why
+        raise SystemExit(found.returncode)
+    return found.stdout.strip()
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:

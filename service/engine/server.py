@@ -82,6 +82,7 @@ class EngineServer:
         os.chmod(path, 0o600)
 
     def announce_starting(self, reason: str) -> None:
+        logger.info("%s", reason)  # it may take minutes, in which nothing else is said
         self._greet(ipc.encode("starting", reason=reason))
 
     def announce_failure(self, error: TesseraError) -> None:
