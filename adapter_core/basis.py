@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adapter_core.errors import CorruptRecord, InvalidInput
 
@@ -199,19 +200,24 @@ def make_basis(
 
     A' = P_in A and B' = B P_out by QR in float64; signs are canonical (`canonical_signs`), so equal subspaces
     give equal bytes. Factors that are orthonormal already come back unchanged but for rounding, with
-    P = identity. Raises `InvalidInput` for a non-finite factor or one without full rank.
+    P = identity. Of a module that is too narrow for the rank (d = min(d_in, d_out) < r), all rows of A' and
+    columns of B' after the first d must be zero, and stay so. Raises `InvalidInput` for a non-finite factor
+    or one without full rank.
     """
     if dtype not in DTYPES:
         raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
     A, B, P_in, P_out = [], [], [], []
     for module, (raw_A, raw_B) in factors.items():
         _check_factors(module, raw_A, raw_B)
-        QA, LA = torch.linalg.qr(raw_A.double().T)  # Aᵀ = Q L, so P_in = Lᵀ
-        QB, LB = torch.linalg.qr(raw_B.double())
+        room = min(len(raw_A), module.d_in, module.d_out)
+        QA, LA = torch.linalg.qr(raw_A[:room].double().T)  # Aᵀ = Q L, so P_in = Lᵀ
+        QB, LB = torch.linalg.qr(raw_B[:, :room].double())
         QA, LA = _positive_diagonal(QA, LA)
         QB, LB = _positive_diagonal(QB, LB)
         _check_rank(module, "A", LA)
         _check_rank(module, "B", LB)
+        QA, QB = (F.pad(Q, (0, len(raw_A) - room)) for Q in (QA, QB))
+        LA, LB = (_extend(L, len(raw_A)) for L in (LA, LB))
         A.append(QA.T.to(DTYPES[dtype]).contiguous().cpu())
         B.append(QB.to(DTYPES[dtype]).contiguous().cpu())
         P_in.append(LA.T.float().cpu())
@@ -250,6 +256,13 @@ def _positive_diagonal(Q: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     return Q * signs, L * signs[:, None]
 
 
+def _extend(L: Tensor, rank: int) -> Tensor:
+    """L with ones on the rest of a diagonal of `rank` numbers, so that it stays invertible."""
+    whole = torch.eye(rank, dtype=L.dtype, device=L.device)
+    whole[: len(L), : len(L)] = L
+    return whole
+
+
 def _check_factors(module: ModuleShape, A: Tensor, B: Tensor) -> None:
     rank = A.shape[0]
     if A.shape != (rank, module.d_in) or B.shape != (module.d_out, rank):
@@ -257,9 +270,10 @@ def _check_factors(module: ModuleShape, A: Tensor, B: Tensor) -> None:
             f"factors of {module.name} are {list(A.shape)} and {list(B.shape)}, "
             f"expected [r, {module.d_in}] and [{module.d_out}, r]"
         )
-    if rank > min(module.d_in, module.d_out):
+    room = min(module.d_in, module.d_out)
+    if bool(A[room:].any()) or bool(B[:, room:].any()):
         raise InvalidInput(
-            f"rank {rank} exceeds the smaller side {min(module.d_in, module.d_out)} of {module.name}",
+            f"rank {rank} exceeds the smaller side {room} of {module.name}",
             param="rank",
         )
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):

@@ -22,17 +22,31 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from adapter_core.basis import Basis, ModuleShape
-from adapter_core.dedicated import Dedicated, LowRank, check_room, make_dedicated
+from adapter_core.dedicated import Dedicated, LowRank, make_dedicated, stored_rank
 from adapter_core.errors import InvalidInput
-from adapter_core.peft_config import CODE, CONFIG_NAME, PeftConfig, parse_config, printable
+from adapter_core.peft_config import (
+    CODE,
+    CONFIG_NAME,
+    MLX_ADVICE,
+    MODEL_NAME,
+    PeftConfig,
+    parse_config,
+    printable,
+)
 
 #: What the manifest of an imported basis calls its method.
 METHOD = "peft"
-MODEL_NAME = "adapter_model.safetensors"
 #: 1,500 modules have a header of 400 KB.
 MAX_HEADER_BYTES = 8 * 1024**2
 _LENGTH = struct.Struct("<Q")
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<side>lora_[AB])\.weight")
+#: PEFT writes `base_model.model.<module>.lora_A.weight`; a state dict of the model itself also names the
+#: adapter, and its wrappers.
+_FACTOR = re.compile(r"(?P<module>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_PREFIX = "base_model.model."
+#: Parts of a name that torch.compile, FSDP and checkpointing put in. They hold no weights of their own.
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+#: Left over from training: what has no say in what a trained LoRA computes.
+_TRAINING_ONLY = (".lora_velora_", ".lora_monteclora_sampler.")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: What other names in such a file mean, by a part of the name.
 _OTHER_TENSORS = {
@@ -41,6 +55,9 @@ _OTHER_TENSORS = {
     "modules_to_save": "whole modules cannot be replaced",
     "base_layer": "weights of the base model cannot be replaced",
     ".bias": "a bias cannot be changed",
+    ".lora_a": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
+    ".lora_b": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
+    "lora_diag": "KaSA's diagonal stands between the factors",
 }
 #: A core is taken for that of a shared basis if its product gives B back within the rounding of its dtype.
 _SPAN_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -59,11 +76,12 @@ class PeftLora:
 
     @property
     def rank(self) -> int:
-        return max(change.rank for change in self.changes.values())
+        """Of a basis of its own."""
+        return stored_rank(self.changes)
 
     @property
     def storage_dtype(self) -> str:
-        """Of a basis of its own. Orthonormal factors lose less in float16 than a half-precision file has."""
+        """Also of that. Orthonormal factors lose less in float16 than a half-precision file has."""
         is_single = any(X.dtype == torch.float32 for c in self.changes.values() for X in (c.A, c.B))
         return "float32" if is_single else "float16"
 
@@ -76,22 +94,23 @@ def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -
     settings = parse_config(config)
     header = _read_header(model)
     label = header.pop("__metadata__", {}).get("tessera_basis")
-    names = _check_tensors(header, settings, modules)
+    names = _find_factors(header, modules)
+    settings.check_effort(len(names))
+    _check_tensors(header, names, settings, modules)
     try:
         tensors = safetensors.torch.load(model)
     except (SafetensorError, ValueError, KeyError) as error:
         _refuse(f"cannot be read: {error}")
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            _refuse(f"{name} holds a value that is not finite")
+    for name in (name for sides in names.values() for name in sides.values()):
+        if not bool(torch.isfinite(tensors[name]).all()):
+            _refuse(f"{printable(name)} holds a value that is not finite")
     changes = {}
     for shape in modules.values():
         if shape.name in names:
             A, B = (tensors[names[shape.name][side]] for side in ("lora_A", "lora_B"))
-            changes[shape] = LowRank(A, B, settings.scale_of(shape.name, len(A)))
-    lora = PeftLora(changes, settings.base_model, label if isinstance(label, str) else None)
-    check_room(lora.rank, changes)
-    return lora
+            changes[shape] = LowRank(A, B, settings.scale_of(shape.name))
+    stored_rank(changes)  # raises
+    return PeftLora(changes, settings.base_model, label if isinstance(label, str) else None)
 
 
 def to_dedicated(lora: PeftLora, *, model_id: str) -> Dedicated:
@@ -146,46 +165,68 @@ def _read_header(model: bytes) -> dict[str, Any]:
     return dict(header)
 
 
-def _check_tensors(
-    header: dict[str, Any], settings: PeftConfig, modules: Mapping[str, ModuleShape]
-) -> dict[str, dict[str, str]]:
-    """Module → {"lora_A": name, "lora_B": name}, all of sound names, dtypes and shapes."""
+def _find_factors(header: Mapping[str, Any], modules: Mapping[str, ModuleShape]) -> dict[str, dict[str, str]]:
+    """Module → {"lora_A": name, "lora_B": name}, from names as PEFT writes them and from those of a state
+    dict, wherever there is one module and one adapter that they can mean."""
     found: dict[str, dict[str, str]] = {}
-    for name, entry in header.items():
+    adapters: dict[str, str] = {}  # → a name in which it stands
+    for name in header:
+        if any(part in name for part in _TRAINING_ONLY):
+            continue
         match = _FACTOR.fullmatch(name)
         if match is None:
             reasons = (why for part, why in _OTHER_TENSORS.items() if part in name)
             reason = next(reasons, "only lora_A and lora_B weights can be imported")
             _refuse(f"holds {printable(name)}: {reason}")
-        if match["module"] not in modules:
+        module, side = _module_of(match["module"], modules), match["side"]
+        adapters.setdefault(match["adapter"] or "", name)
+        other = found.setdefault(module, {}).setdefault(side, name)
+        if other != name:
             _refuse(
-                f"changes {printable(match['module'])}, which is no linear layer that can carry an adapter"
+                f"holds {printable(other)} and {printable(name)}, which are both {side} of {module}; keep "
+                "those of one adapter"
             )
-        if str(entry.get("dtype")) not in _FLOATS:
-            _refuse(f"holds {printable(name)} as {str(entry.get('dtype'))[:20]}, not as {', '.join(_FLOATS)}")
-        found.setdefault(match["module"], {})[match["side"]] = name
     if not found:
         _refuse("holds no LoRA")
-    for module, names in found.items():
-        for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-            if side not in names:
-                _refuse(f"holds {other} of {module} without its {side}")
-        _check_shapes(
-            modules[module],
-            settings.rank_of(module),
-            {side: header[name]["shape"] for side, name in names.items()},
-        )
+    if len(adapters) > 1:
+        names = " and ".join(printable(name) for name in list(adapters.values())[:2])
+        _refuse(f"holds factors of several adapters ({names}); keep those of one")
     return found
 
 
-def _check_shapes(module: ModuleShape, rank: int, given: Mapping[str, list[int]]) -> None:
-    if rank > min(module.d_in, module.d_out):
-        side = min(module.d_in, module.d_out)
-        _refuse(f"gives {module.name} rank {rank}, more than its smaller side {side}")
-    for factor, shape in (("lora_A", [rank, module.d_in]), ("lora_B", [module.d_out, rank])):
-        if given[factor] != shape:
-            shown = str(given[factor])[:40]
-            _refuse(f"has {factor} of {module.name} as {shown}; by {CONFIG_NAME} and the model it is {shape}")
+def _module_of(written: str, modules: Mapping[str, ModuleShape]) -> str:
+    """The module that a name in the file means: with PEFT's prefix, or without it and the model's own."""
+    parts = [part for part in written.split(".") if part not in _WRAPPERS]
+    name = ".".join(parts).removeprefix("module.").removeprefix(_PREFIX)
+    if name in modules:
+        return name
+    meant = [module for module in modules if module.endswith(f".{name}")]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        _refuse(f"changes {printable(written)}, which may mean {meant[0]} or {meant[1]}")
+    _refuse(f"changes {printable(written)}, which is no linear layer that can carry an adapter")
+
+
+def _check_tensors(
+    header: Mapping[str, Any],
+    names: Mapping[str, Mapping[str, str]],
+    settings: PeftConfig,
+    modules: Mapping[str, ModuleShape],
+) -> None:
+    """Whether all factors are there, in dtypes and shapes that fit."""
+    for module, sides in names.items():
+        for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if side not in sides:
+                _refuse(f"holds {other} of {module} without its {side}")
+        rank, shape = settings.rank_of(module), modules[module]
+        for side, expected in (("lora_A", [rank, shape.d_in]), ("lora_B", [shape.d_out, rank])):
+            entry, name = header[sides[side]], printable(sides[side])
+            if str(entry.get("dtype")) not in _FLOATS:
+                _refuse(f"holds {name} as {str(entry.get('dtype'))[:20]}, not as {', '.join(_FLOATS)}")
+            if entry["shape"] != expected:
+                shown = str(entry["shape"])[:40]
+                _refuse(f"has {side} of {module} as {shown}; by {CONFIG_NAME} and the model it is {expected}")
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -6,20 +6,21 @@ nothing is ever written to disk. Knows nothing of what the files say.
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 import zlib
 from typing import IO, NoReturn
 
 from adapter_core.errors import InvalidInput
-from adapter_core.peft_config import CODE, CONFIG_NAME, MAX_CONFIG_BYTES
+from adapter_core.peft_config import CODE, CONFIG_NAME, MAX_CONFIG_BYTES, MLX_ADVICE, MODEL_NAME
 from adapter_core.peft_export import PeftFiles
-from adapter_core.peft_import import MODEL_NAME
 
 #: Python keeps an object per entry of the index: without a limit 256 MB of index would take 3 GB.
 MAX_INDEX_BYTES = 1024**2
 _END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR_BYTES = 20
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors|adapter_model\.safetensors\.index\.json")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -55,18 +56,36 @@ def _check_index(file: IO[bytes]) -> None:
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
-        name = info.filename.replace("\\", "/").split("/")[-1]
+        name = _last_part(info)
         if name not in (CONFIG_NAME, MODEL_NAME):
             continue
         if name in found:
-            _refuse(f"it holds {name} more than once")
+            _refuse(f"it holds {name} more than once; zip the folder of one adapter")
         if info.flag_bits & 1 or info.compress_type not in _METHODS:
             _refuse(f"{name} is encrypted, or packed by another method than deflate")
         found[name] = info
     for name in (CONFIG_NAME, MODEL_NAME):
         if name not in found:
-            _refuse(f"it holds no {name}; pickled adapters (.bin, .pt) are never opened")
+            _refuse(f"it holds no {name}; {_instead({_last_part(info) for info in archive.infolist()})}")
     return found
+
+
+def _last_part(info: zipfile.ZipInfo) -> str:
+    return info.filename.replace("\\", "/").split("/")[-1]
+
+
+def _instead(names: set[str]) -> str:
+    """What a folder without the two files is, and what to do with it."""
+    if "adapters.safetensors" in names:
+        return f"it is an adapter of mlx-lm; {MLX_ADVICE}"
+    if any(_SHARD.fullmatch(name) for name in names):
+        return f"its tensors are in several files, which PEFT does not load; save them in one {MODEL_NAME}"
+    if "model.safetensors" in names or "model.safetensors.index.json" in names:
+        return "it is a whole model and no LoRA; serve it as a base model"
+    return (
+        "pickled adapters (.bin, .pt) are never opened; zip the folder that PEFT's "
+        "save_pretrained(folder, safe_serialization=True) wrote"
+    )
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> bytes:

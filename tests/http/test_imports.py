@@ -168,7 +168,16 @@ def bad_zips() -> dict[str, tuple[bytes, str]]:
         "comment": (good[:-2] + b"\3\0abc", "no zip"),
         "one file": (zipped(dict([config])), "no adapter_model.safetensors; pickled"),
         "pickle": (zipped(dict([config]) | {"adapter_model.bin": b"\x80\x04."}), "never opened"),
-        "twice": (zipped(files | {"x/adapter_config.json": b"{}"}), "more than once"),
+        "twice": (zipped(files | {"x/adapter_config.json": b"{}"}), "more than once; zip the folder of one"),
+        "mlx-lm": (
+            zipped(dict([config]) | {"adapters.safetensors": b"", "0000100_adapters.safetensors": b""}),
+            "it is an adapter of mlx-lm; write lora_a and lora_b of each layer",
+        ),
+        "shards": (
+            zipped(dict([config]) | {"a/adapter_model-00001-of-00002.safetensors": b""}),
+            "its tensors are in several files",
+        ),
+        "model": (zipped({"config.json": b"{}", "model.safetensors": b""}), "serve it as a base model"),
         "encrypted": (bytes(encrypted), "encrypted"),
         "odd method": (zipped(files, compression=zipfile.ZIP_LZMA), "another method"),
         "index": (large_index, "index"),
