@@ -24,11 +24,13 @@ _PROMPT_ONLY = Options(max_tokens=0, sampling=SamplingParams(temperature=0.0, pr
 
 @dataclass(frozen=True)
 class ScoredText:
-    """One item. logprobs: of the tokens after each row's first one, in nats; is_counted: which of them count.
+    """One item. rows: its token ids. logprobs: of the tokens after each row's first one, in nats; is_counted:
+    which of them count.
 
     A conversation has several rows if its answers cannot share one (`adapter_core/rows.py`).
     """
 
+    rows: tuple[list[int], ...]
     logprobs: tuple[TokenLogprobs, ...]
     is_counted: tuple[bool, ...]
 
@@ -84,7 +86,7 @@ def _scored(rows: Sequence[EncodedExample], finished: Sequence[Finished]) -> Sco
             raise RequestFailed("the engine did not report every token of the prompt")
         logprobs += sequence.prompt_logprobs
         is_counted += row.loss_mask[1:]
-    return ScoredText(tuple(logprobs), tuple(is_counted))
+    return ScoredText(tuple(row.token_ids for row in rows), tuple(logprobs), tuple(is_counted))
 
 
 def _size(example: Example) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -40,6 +41,7 @@ class TextCodec:
         )
         self._backend = backend
         self.eos_token_ids = self.chat.end_ids
+        self.token_text = lru_cache(maxsize=65_536)(self._token_text)
         self._shown = {skip: Detokenizer(backend, skip_special_tokens=skip) for skip in (True, False)}
 
     @property
@@ -97,7 +99,7 @@ class TextCodec:
         decoding = self._shown[skip_special_tokens].start(prompt_ids, is_shown=is_prompt_shown)
         return TextStream(decoding, StopStrings(stop, include_stop), min_tokens)
 
-    def token_text(self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True) -> str:
+    def _token_text(self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True) -> str:
         """One token as text; `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character, a skipped special
         token by its name."""
         raw = self.token_bytes(token_id, is_first=is_first, skip_special_tokens=skip_special_tokens)

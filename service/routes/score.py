@@ -47,12 +47,16 @@ def _score(index: int, text: ScoredText, codec: TextCodec | None) -> Score:
 
 
 def _tokens(text: ScoredText, codec: TextCodec) -> list[ScoredToken]:
+    is_first: list[bool] = []
+    for row in text.rows:
+        num_first = codec.echo(row).num_first
+        is_first += [position < num_first for position in range(1, len(row))]
     return [
         ScoredToken(
-            token=codec.token_text(token.token_id),
+            token=codec.token_text(token.token_id, is_first=first),
             token_id=token.token_id,
             logprob=json_logprob(token.logprob),
             is_counted=is_counted,
         )
-        for token, is_counted in zip(text.logprobs, text.is_counted, strict=True)
+        for token, is_counted, first in zip(text.logprobs, text.is_counted, is_first, strict=True)
     ]

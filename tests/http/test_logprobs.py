@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from service.text import TextCodec
 from tests.fakes import FakeEngine, fake_logprob
 from tests.http.conftest import MakeApp, client_of
 from tests.http.sse import parse
-from tests.http.token_kinds import BYTE_FALLBACK, llama2
+from tests.http.token_kinds import BYTE_FALLBACK, EXACT, llama2
 
 URL, CHAT = "/v1/completions", "/v1/chat/completions"
 END = 6
@@ -102,10 +103,9 @@ async def test_a_prompt_as_long_as_the_context_is_scored_but_not_continued(
 async def test_a_text_as_long_as_the_context_is_scored(
     client: httpx.AsyncClient, engine: FakeEngine, codec: TextCodec
 ) -> None:
-    text = "a" + " a" * 600
     limit = engine.info.max_model_len
-    text = codec.decode(codec.chat.text_ids(text)[:limit])
-    assert len(codec.chat.text_ids(text)) == limit
+    text = codec.decode(codec.chat.text_ids("a" + " a" * limit)[: limit - 1])
+    assert len(codec.chat.text_ids(text)) == limit - 1, "an end token comes behind it"
 
     reply = await client.post("/v1/score", json={"model": "tiny", "input": [{"text": text}]})
 
@@ -264,3 +264,43 @@ async def test_a_chats_logprobs_are_those_of_its_content(
         assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == text
         assert answer["choices"][0]["message"]["content"] == text
         assert answer["usage"]["completion_tokens"] == len(ids) + 1
+
+
+async def test_a_scored_text_begins_without_the_space_that_its_tokenizer_puts_in_front(
+    make_app: MakeApp,
+) -> None:
+    async with client_of(make_app(codec=LLAMA2)) as client:
+        body = {"model": "tiny", "input": [{"text": "hello wé"}], "return_tokens": True}
+        report = (await client.post("/v1/score", json=body)).json()
+
+    assert "".join(token["token"] for token in report["data"][0]["tokens"]).removesuffix("</s>") == "hello wé"
+
+
+@pytest.mark.parametrize("kind", [*BYTE_FALLBACK, "metaspace", "wordpiece", "word ends"])
+async def test_no_tokens_fail_a_request_and_streams_are_as_whole_answers(
+    make_app: MakeApp, engine: FakeEngine, kind: str
+) -> None:
+    """Random tokens of a vocabulary in which most are bytes, padded beyond the tokenizer's."""
+    codec = TextCodec({**EXACT, **BYTE_FALLBACK}[kind]())
+    ids = range(codec.vocab_size + 9)
+    engine.script = lambda request: random.Random(request.sampling.seed).choices(ids, k=40)
+    more = {"prompt": [4, 5, 6], "max_tokens": 40, "ignore_eos": True}
+
+    async with client_of(make_app(codec=codec)) as client:
+        for seed in range(20):
+            stop = ["�", "hello"] if seed % 3 == 0 else []
+            body = {
+                **more,
+                "seed": seed,
+                "stop": stop,
+                "logprobs": 1,
+                "echo": seed % 2 == 0,
+                "n": 1 + seed % 3,
+            }
+            whole = await complete(client, **body)
+            chunks = await streamed(client, **body)
+            for choice in whole["choices"]:
+                own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+                assert "".join(chunk["text"] for chunk in own) == choice["text"]
+                got = [t for chunk in own if chunk["logprobs"] for t in chunk["logprobs"]["tokens"]]
+                assert got == choice["logprobs"]["tokens"]
