@@ -143,9 +143,11 @@ class ChatFormat:
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Answered]:
         """The prompt and the answer of every learned message."""
-        prompts = Prompts(self._borders)
-        for index in self._learned(messages):
-            text, encode = self._render(messages[:index], None)
+        learned = self._learned(messages)
+        prompts = Prompts(self._borders if len(learned) > 1 else ())
+        marked, _, encode = self._marked(messages, None)
+        for index in learned:
+            text = self._template.render(marked[:index], add_generation_prompt=True)
             answer = self._answer(messages[index]["content"])
             yield Answered(prompts.ids(text, encode), answer)
 
@@ -223,11 +225,17 @@ class ChatFormat:
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None
     ) -> tuple[str, Encode]:
         """The text of a prompt, and what makes ids of it. Raises `InvalidInput`."""
+        marked, variables, encode = self._marked(messages, variables)
+        return self._template.render(marked, add_generation_prompt=True, variables=variables), encode
+
+    def _marked(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None
+    ) -> tuple[list[dict[str, Any]], Mapping[str, Any], Encode]:
+        """What a template is shown of messages and variables, and what makes ids of their rendering."""
         shown = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
-        encode: Encode = self._ids
-        if self._control is not None:
-            shown, variables, encode = self._control.mark(shown, variables or {}, encode)
-        return self._template.render(shown, add_generation_prompt=True, variables=variables), encode
+        if self._control is None:
+            return shown, variables or {}, self._ids
+        return self._control.mark(shown, variables or {}, self._ids)
 
     def _ids(self, text: str) -> list[int]:
         """The text as it is, with the tokens that are written in it. Raises `InvalidInput`."""

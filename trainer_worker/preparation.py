@@ -132,15 +132,11 @@ class Preparation:
             validation = await self._content(job.tenant, job.spec.validation_file, "validation_file")
         return await asyncio.to_thread(
             read_data,
-            self._chat_of(job),
+            chat_of(self._chat, job),
             training,
             validation,
             max_tokens=max_example_tokens(job.spec.hyperparameters, self._max_tokens),
         )
-
-    def _chat_of(self, job: Job) -> ChatFormat:
-        """With the date of the job's creation: a template that asks for it must not change a later try."""
-        return self._chat.at(datetime.fromtimestamp(job.created_at, UTC))
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:
         try:
@@ -153,7 +149,7 @@ class Preparation:
         if job.spec.calibration is None or job.spec.basis_id is not None:
             return None
         content = await self._content(job.tenant, job.spec.calibration, "calibration")
-        chat = self._chat_of(job)
+        chat = chat_of(self._chat, job)
         try:
             return await asyncio.to_thread(read_calibration, chat, content, max_tokens=self._max_tokens)
         except InvalidTrainingData as error:
@@ -198,6 +194,11 @@ class Preparation:
             raise NotFound(f"adapter {spec.warm_start_from!r} is gone", param="model", code="model_not_found")
         other = None if ref.basis_id == basis.basis_id else await self._bases.get(tenant, ref.basis_id)
         return Adapter.from_bytes(blob, basis_id=ref.basis_id), other
+
+
+def chat_of(chat: ChatFormat, job: Job) -> ChatFormat:
+    """With the date of the job's creation: a template that asks for it must not change a later attempt."""
+    return chat.at(datetime.fromtimestamp(job.created_at, UTC))
 
 
 def own_calibration(data: TrainingData, content: bytes) -> Calibration:

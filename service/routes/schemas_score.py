@@ -15,13 +15,12 @@ from service.routes.schemas import (
     Strict,
     UsageReport,
 )
+from service.routes.schemas_generation import ChatMessage
 
 MAX_ITEMS = 64
 
 
-class ScoredMessage(Strict):
-    role: Literal["system", "user", "assistant"]
-    content: str
+class ScoredMessage(ChatMessage):
     weight: Annotated[int, Field(ge=0, le=1)] = Field(1, description="0: not counted (assistant messages)")
 
 
@@ -69,7 +68,10 @@ class ScoreRequest(ModelRequest):
 
 def _to_example(item: Conversation | PromptAndCompletion | PlainText, number: int) -> Example:
     if isinstance(item, Conversation):
-        return Example(messages=tuple(message.model_dump() for message in item.messages), line=number)
+        return Example(
+            messages=tuple({**message.to_template(), "weight": message.weight} for message in item.messages),
+            line=number,
+        )
     if isinstance(item, PromptAndCompletion):
         return Example(prompt=item.prompt, completion=item.completion, line=number)
     return Example(text=item.text, line=number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -9,7 +10,9 @@ import pytest
 from redis.asyncio import Redis
 
 from adapter_core import keys
+from service.text import TextCodec
 from service.uploads import plain_name
+from tests.core.tokenizer_kinds import tokenizer_of
 from tests.http.answers import check_error
 from tests.http.conftest import MakeApp, client_of
 from tests.http.training import EXAMPLE, GOOD, upload
@@ -227,3 +230,57 @@ async def test_a_damaged_file_is_told_from_a_missing_one(client: httpx.AsyncClie
 )
 def test_a_filename_is_made_plain(given: str, kept: str) -> None:
     assert plain_name(given) == kept
+
+
+async def test_what_other_tools_write_is_taken(client: httpx.AsyncClient) -> None:
+    """null is absent, a developer is the system, and messages are as the official client dumps them."""
+    question, answer = {"role": "user", "content": "Define nose."}, {"role": "assistant", "content": "organ"}
+    unused = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    lines = [
+        [
+            {**question, "weight": None},
+            {**answer, "weight": 0},
+            {**question, "weight": None},
+            {**answer, "weight": 1},
+        ],
+        [question, {**answer, **unused}],
+        [{"role": "developer", "content": "Be brief."}, {**question, "name": "ann"}, answer],
+        [question, {**answer, "content": [{"type": "text", "text": "organ"}]}],
+    ]
+    content = "\n".join(json.dumps({"messages": messages, "tools": None}) for messages in lines)
+    reply = await upload(client, content.encode())
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["num_examples"] == 4
+
+
+@pytest.mark.parametrize("purpose", ["fine-tune", "calibration"])
+async def test_what_the_chat_template_refuses_is_refused_at_the_upload(
+    make_app: MakeApp, purpose: str
+) -> None:
+    codec = TextCodec(tokenizer_of("byte_level", "system_in_last_question"))
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    greeted = [{"role": "assistant", "content": "Hi."}, *asked]
+    lines = [
+        EXAMPLE,
+        json.dumps({"messages": greeted}),
+        '{"text": "<|end|>"}',
+        json.dumps({"messages": greeted[:1]}),
+    ]
+    async with client_of(make_app(codec=codec)) as client:
+        reply = await upload(client, "\n".join(lines).encode(), purpose=purpose)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, "invalid_training_file")
+    assert [(problem["line"], problem["code"]) for problem in error["errors"]] == [
+        (2, "invalid_messages"), (3, "nothing_trained"), (4, "nothing_trained"),
+    ]  # fmt: skip
+    assert "must take turns" in error["errors"][0]["message"]
+
+
+async def test_messages_for_a_model_without_a_template_are_refused_at_the_upload(make_app: MakeApp) -> None:
+    codec = TextCodec(tokenizer_of("byte_level"))
+    async with client_of(make_app(codec=codec)) as client:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        refused = await upload(client, json.dumps({"messages": messages}).encode())
+        taken = await upload(client, b'{"prompt": "a", "completion": "b"}')
+    assert [problem["code"] for problem in refused.json()["error"]["errors"]] == ["no_chat_template"]
+    assert taken.status_code == 200

@@ -7,11 +7,13 @@ from typing import Any
 import httpx
 import pytest
 
+from adapter_core.base_model import BUNDLED_MODEL, load_tokenizer
 from adapter_core.examples import Example
 from adapter_core.store import AdapterStore
 from service.text import TextCodec
+from tests.core.tokenizer_kinds import TEMPLATES
 from tests.fakes import FakeEngine, fake_logprob
-from tests.http.conftest import publish
+from tests.http.conftest import MakeApp, client_of, publish
 
 CONVERSATION = {
     "messages": [
@@ -95,3 +97,26 @@ async def test_an_adapter_is_scored_by_name(
 
     assert report["adapter"] == {"id": "anna", "version": 1}
     assert engine.requests[0].adapter is not None
+
+
+async def test_a_conversation_is_read_once_per_answer_if_its_template_rewrites_it(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    tokenizer = load_tokenizer(BUNDLED_MODEL)
+    tokenizer.chat_template = TEMPLATES["headings"]
+    codec = TextCodec(tokenizer)
+    messages = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant") * 2]
+    messages[3] |= {"role": "assistant", "name": None, "content": [{"type": "text", "text": "x"}]}
+    async with client_of(make_app(codec=codec)) as client:
+        report = await score(client, {"messages": messages}, TEXT, return_tokens=True)
+    plain = [*messages[:3], {"role": "assistant", "content": "x"}]
+    rows = codec.chat.encode_rows(Example(messages=tuple(plain)), max_tokens=1000)
+    assert len(rows) == 2
+    assert sorted(len(request.token_ids) for request in engine.requests[:2]) == sorted(
+        len(r.token_ids) for r in rows
+    )
+    tokens = report["data"][0]["tokens"]
+    assert [t["token_id"] for t in tokens] == [token for row in rows for token in row.token_ids[1:]]
+    assert [t["is_counted"] for t in tokens] == [counts for row in rows for counts in row.loss_mask[1:]]
+    assert report["data"][0]["num_tokens"] == sum(row.num_loss_tokens for row in rows)
+    assert [item["index"] for item in report["data"]] == [0, 1]
