@@ -161,7 +161,7 @@ class LoraTrainer:
         """The model with the runs' factors in its layers. rows: int64 [S], the owners of the next pass."""
         self._owners.tokens = None  # only a training step teaches local rules
         if rows is not None:
-            self._owners.rows = rows
+            self._owners.rows, self._owners.length = rows, None
         self._take_learned()
         handles = [
             self.base.model.get_submodule(delta.name).register_forward_hook(delta) for delta in self._deltas
@@ -264,7 +264,7 @@ class LoraTrainer:
             batch = batch.to(device)
             trained = batch.num_tokens if learn else 0
             self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
-            self._owners.rows = batch.rows
+            self._owners.rows, self._owners.length = batch.rows, longest
             learns_online = learn and bool(self._deltas[0].rules)
             self._owners.tokens = self._tokens_of(in_pass, longest) if learns_online else None
             losses, is_correct = token_losses(self.base.model, batch)

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adapter_core.bases.hebbian import HebbianRule
-from adapter_core.errors import UnsupportedModel
+from adapter_core.token_rows import by_sequence
+from trainer_worker.trainable_linear import RowOwners
 
 
 class RowLinear(torch.autograd.Function):
@@ -53,14 +54,11 @@ def row_linear(x: Tensor, X: Tensor, rows: Tensor) -> Tensor:
 
 
 @dataclass
-class BatchOwners:
-    """Whose the rows of the batch in the model are: int64 [S], shared by all layers of one pass.
+class BatchOwners(RowOwners):
+    """The same, for layers that may learn by themselves."""
 
-    tokens: for each run the indices of its tokens in the flattened [S · L], without padding, where local
-    rules learn from this pass; else None.
-    """
-
-    rows: Tensor
+    #: For each run the indices of its tokens in the flattened [S · L], without padding, where local rules
+    #: learn from this pass; else None.
     tokens: Sequence[Tensor] | None = None
 
 
@@ -83,20 +81,14 @@ class LoraDelta:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Raises `UnsupportedModel` if the layer does not read one sequence per row."""
-        x: Tensor = inputs[0]
         rows = self.owners.rows
-        if x.dim() != 3 or x.shape[0] != len(rows):
-            raise UnsupportedModel(
-                f"{self.name} receives {list(x.shape)} instead of one sequence per row: its tokens "
-                "cannot be told apart by run; leave it out of the target modules",
-                param="target_modules",
-            )
+        x = by_sequence(inputs[0], len(rows), self.owners.length, self.name)
         change = row_linear(row_linear(x, self.A, rows), self.B, rows)
         if self.A0 is not None and self.B0 is not None:
             change = change - row_linear(row_linear(x, self.A0, rows), self.B0, rows)
         if self.rules and self.owners.tokens is not None:
             self._learn(x.detach())
-        return output + change * self.scale.to(x.dtype)[rows][:, None, None]
+        return output + (change * self.scale.to(x.dtype)[rows][:, None, None]).view(output.shape)
 
     def _learn(self, x: Tensor) -> None:
         """LoLoRA, algorithm 1: the forward pass has used the old A, now A learns from the input."""

@@ -165,7 +165,7 @@ class Trainer:
         min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
         for batch in micro_batches(items, token_budget=self.token_budget, min_tokens=min_tokens):
             batch = batch.to(device)
-            self._owners.rows = batch.rows
+            self._owners.rows, self._owners.length = batch.rows, batch.token_ids.shape[1]
             trained = batch.num_tokens if learn else 0
             self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
             losses, is_correct = token_losses(self.base.model, batch)

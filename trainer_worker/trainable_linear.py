@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adapter_core.base_model import replace_module
-from adapter_core.errors import UnsupportedModel
+from adapter_core.token_rows import by_sequence
 
 
 class RowRankDelta(torch.autograd.Function):
@@ -53,9 +53,12 @@ class RowRankDelta(torch.autograd.Function):
 
 @dataclass
 class RowOwners:
-    """Who owns each row of the batch that is in the model: int64 [S], shared by all layers of one pass."""
+    """Who owns each row of the batch that is in the model, shared by all layers of one pass."""
 
+    #: int64 [S].
     rows: Tensor
+    #: L, tokens of each row with padding; None where nobody says, and layers must read [S, L, d].
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,17 @@ class TrainableLinear(nn.Linear):
         self.delta: Delta | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [S, L, d_in] with one sequence per row; returns [S, L, d_out]. Raises `UnsupportedModel`."""
+        """x: [S, L, d_in] with one sequence per row, or in another shape that `by_sequence` knows; returns
+        [..., d_out]. Raises `UnsupportedModel`."""
         y = F.linear(x, self.weight, self.bias)
         delta = self.delta
         if delta is None:
             return y
-        if x.dim() != 3 or x.shape[0] != delta.owners.rows.shape[0]:
-            raise UnsupportedModel(
-                f"{self.name} receives {list(x.shape)} instead of one sequence per row: its tokens "
-                "cannot be told apart by user; leave it out of the target modules",
-                param="target_modules",
-            )
-        h = F.linear(x, delta.A).to(delta.R.dtype)
-        z: Tensor = RowRankDelta.apply(h, delta.R, delta.owners.rows)  # type: ignore[no-untyped-call]
-        return y + F.linear(z.to(x.dtype), delta.B)
+        owners = delta.owners
+        rows = by_sequence(x, len(owners.rows), owners.length, self.name)
+        h = F.linear(rows, delta.A).to(delta.R.dtype)
+        z: Tensor = RowRankDelta.apply(h, delta.R, owners.rows)  # type: ignore[no-untyped-call]
+        return y + F.linear(z.to(x.dtype), delta.B).view(y.shape)
 
 
 def trainable_modules(model: nn.Module, names: Sequence[str]) -> list[TrainableLinear]:

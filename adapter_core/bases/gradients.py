@@ -31,6 +31,7 @@ from adapter_core.bases.losses import example_losses, run_forward
 from adapter_core.bases.memory_bound import MemoryBound
 from adapter_core.bases.targets import Target
 from adapter_core.errors import InvalidInput, UnsupportedModel
+from adapter_core.token_rows import by_sequence
 
 #: In float16 the gradient of a mean loss underflows; it is computed for this multiple of the loss.
 LOSS_SCALE = {torch.float16: 2.0**12}
@@ -199,8 +200,8 @@ class _Tap:
     ) -> Tensor | None:
         """Show the input to its rule; see to it that the gradient of the output arrives at `_on_gradient`."""
         assert self._batch is not None
-        x = inputs[0].detach()
-        self._check_shape(x)
+        num_rows, length = self._batch.token_ids.shape
+        x = by_sequence(inputs[0].detach(), num_rows, length, self.target.name)
         self._num_calls += 1
         if self._needs.inputs is not None:
             self._show(shared, x)
@@ -224,7 +225,7 @@ class _Tap:
 
     def _on_gradient(self, x: Tensor, delta: Tensor) -> None:
         assert self._batch is not None
-        delta = _wide(delta.detach())
+        delta = _wide(delta.detach()).reshape(*x.shape[:2], -1)
         if self._scale != 1:
             delta = delta / self._scale
         g = self._statistics.gradient
@@ -234,15 +235,6 @@ class _Tap:
             counts = self._batch.label_counts.to(delta)
             factors = counts if self._needs.output_units == "token" else torch.ones_like(counts)
             self._outputs.observe((delta * factors[:, None, None]).flatten(0, 1))  # padding has no gradient
-
-    def _check_shape(self, x: Tensor) -> None:
-        assert self._batch is not None
-        if x.dim() != 3 or x.shape[:2] != self._batch.token_ids.shape:
-            raise UnsupportedModel(
-                f"target module {self.target.name} reads {list(x.shape)}, not one vector for each of the "
-                f"{list(self._batch.token_ids.shape)} tokens",
-                param="target_modules",
-            )
 
     def finish(self) -> Statistics:
         """What was collected. Raises `InvalidInput`: the module was never run, or is unusable."""

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from adapter_core.bases.targets import Target
 from adapter_core.basis import ModuleShape
-from adapter_core.errors import InvalidInput, UnsupportedModel
+from adapter_core.errors import InvalidInput
+from adapter_core.token_rows import by_sequence
 
 #: Gradients of A and B are sums over few users, and noisy: the second moment needs a longer memory than 0.9.
 BETAS = (0.9, 0.99)
@@ -58,6 +59,7 @@ class SharedFactors:
         self.core = torch.zeros(len(targets), num_slots, rank, rank, dtype=self.dtype, device=weight.device)
         self.core_grad = torch.zeros_like(self.core)
         self._rows = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        self._length: int | None = None
         self._leaves = [self._leaf(index) for index in range(len(targets))]
         by_width: dict[int, list[Tensor]] = defaultdict(list)
         for X in (*self.A, *self.B):
@@ -81,9 +83,10 @@ class SharedFactors:
         pairs = [(A.detach(), B.detach()) for A, B in zip(self.A, self.B, strict=True)]
         return SharedFactors(self._targets, pairs, num_slots=num_slots, learns=False)
 
-    def own_rows(self, rows: Tensor) -> None:
-        """rows: int64 [S], the slot that each row of the next batch belongs to."""
-        self._rows = rows
+    def own_rows(self, rows: Tensor, length: int) -> None:
+        """rows: int64 [S], the slot that each row of the next batch belongs to. length: of its rows, in
+        tokens."""
+        self._rows, self._length = rows, length
 
     def zero_grad(self) -> None:
         self.core_grad.zero_()
@@ -128,16 +131,16 @@ class SharedFactors:
         return L[M:].mT.to(self.dtype), L[:M].to(self.dtype)
 
     def output(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y + B R A x for module `index`. x: [S, L, d_in]; y: [S, L, d_out]. Raises `UnsupportedModel`."""
-        if x.dim() != 3 or x.shape[0] != len(self._rows):
-            raise UnsupportedModel(
-                f"{self._targets[index].name} receives {list(x.shape)} instead of one sequence per row: its "
-                "tokens cannot be told apart by user; leave it out of the target modules",
-                param="target_modules",
-            )
-        h = F.linear(x, self.A[index].to(x.dtype))
+        """y + B R A x for module `index`. x: [S, L, d_in] or as `by_sequence` takes it; y: [..., d_out].
+
+        Raises `UnsupportedModel`.
+        """
+        h = F.linear(
+            by_sequence(x, len(self._rows), self._length, self._targets[index].name),
+            self.A[index].to(x.dtype),
+        )
         core = self._leaves[index].index_select(0, self._rows).to(x.dtype)  # [S, r, r]
-        return y + F.linear(torch.bmm(h, core.mT), self.B[index].to(x.dtype))
+        return y + F.linear(torch.bmm(h, core.mT), self.B[index].to(x.dtype)).view(y.shape)
 
     def _leaf(self, index: int) -> Tensor:
         """The cores of one module, [K, r, r]: a leaf whose gradient is a part of `core_grad`."""

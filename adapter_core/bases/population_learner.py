@@ -171,7 +171,7 @@ class Learner:
         for batch in self._batches(tuple(example for _, example in items)):
             rows = owners[list(batch.indices)]
             share = (batch.label_counts.double() / num_tokens[rows]).to(device)
-            self.factors.own_rows(rows.to(device))
+            self.factors.own_rows(rows.to(device), batch.token_ids.shape[1])
             losses = example_losses(self._base, batch.to(device))
             yield (losses * share.to(losses)).sum()
 

@@ -215,7 +215,7 @@ def test_modules_that_do_not_take_one_vector_per_token_are_refused(calibration: 
     layer = base.model.model.layers[1].self_attn
     layer.o_proj = Pooling(layer.o_proj)
     base.model.requires_grad_(False)
-    with pytest.raises(UnsupportedModel, match=r"pooled reads \[.*32\], not one vector for each"):
+    with pytest.raises(UnsupportedModel, match=r"pooled receives \[.*32\] instead of one sequence per row"):
         build_basis(base, method="eva", rank=4, target_modules=["pooled"], calibration=text_of(calibration))
 
 

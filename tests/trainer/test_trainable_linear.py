@@ -89,6 +89,30 @@ def test_target_modules_are_replaced_once_and_still_found(small: BaseModel) -> N
     assert all(after[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("shape", [(2 * 3, 6), (2, 1, 3, 6), (1, 6, 6)], ids=str)
+def test_tokens_that_the_model_has_flattened_in_order_are_those_of_their_rows(shape: tuple[int, ...]) -> None:
+    """OPT's MLP and shared experts read [S · L, d], latent attention [S, 1, L, d]."""
+    layer = TrainableLinear(nn.Linear(6, 5), "mlp.fc1")
+    R = torch.randn(2, 2, 2)
+    owners = RowOwners(torch.tensor([1, 0]), 3)
+    layer.delta = Delta(torch.randn(2, 6), torch.randn(5, 2), R, owners)
+    x = torch.randn(2, 3, 6)
+    expected = layer(x)
+
+    out = layer(x.view(shape))
+    assert out.shape == (*shape[:-1], 5)
+    torch.testing.assert_close(out.view(2, 3, 5), expected)
+
+
+@pytest.mark.parametrize(("name", "num_tokens"), [("experts.0.up_proj", 6), ("mlp.up_proj", 4)])
+def test_tokens_of_unknown_order_are_refused(name: str, num_tokens: int) -> None:
+    layer = TrainableLinear(nn.Linear(6, 5), name)
+    owners = RowOwners(torch.tensor([0, 0]), 3)
+    layer.delta = Delta(torch.randn(2, 6), torch.randn(5, 2), torch.zeros(1, 2, 2), owners)
+    with pytest.raises(UnsupportedModel, match=name):
+        layer(torch.randn(num_tokens, 6))
+
+
 def test_tokens_without_rows_are_refused_by_name() -> None:
     layer = TrainableLinear(nn.Linear(6, 5), "experts.up_proj")
     layer.delta = Delta(
