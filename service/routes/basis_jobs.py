@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Response
 
 from adapter_core.job_queue import Job
 from service import event_stream
 from service.basis_jobs import BasisOrder
 from service.recipes import ParamNames, RecipeOrder
-from service.routes.deps import AfterDep, LimitDep, ServicesDep, TenantDep, WantedDep
+from service.routes.deps import AfterDep, FollowDep, LimitDep, ServicesDep, TenantDep, WantedDep
 from service.routes.job_events import follow_events
 from service.routes.job_shapes import error_of, event_object, seconds
 from service.routes.json_routes import JsonRoute
@@ -79,9 +79,9 @@ async def list_basis_job_events(
     job_id: str,
     tenant: TenantDep,
     services: ServicesDep,
+    stream: FollowDep,
     after: AfterDep = None,
     limit: LimitDep = 20,
-    stream: Annotated[bool, Query(description="follow the job until it ends, oldest first")] = False,
 ) -> Page[JobEventObject] | Response:
     """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
     queue = services.basis_queue

@@ -115,7 +115,19 @@ StoresDep = Annotated[Stores, Depends(_stores)]
 QueueDep = Annotated[JobQueue, Depends(_queue)]
 
 AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
+_STREAM = Query(description="follow the job until it ends, oldest first; without `after` and `limit`")
 LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]
+
+
+async def _event_page(request: Request, stream: Annotated[bool, _STREAM] = False) -> bool:
+    """Whether events are to be followed, which knows no pages. Raises `InvalidInput`."""
+    for name in ("after", "limit"):
+        if stream and name in request.query_params:
+            raise InvalidInput(f"{name} is for a page of events; stream sends all", param=name)
+    return stream
+
+
+FollowDep = Annotated[bool, Depends(_event_page)]
 
 
 async def _metadata_filter(

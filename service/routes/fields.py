@@ -235,6 +235,8 @@ GENERATION_ADVICE: Mapping[str, str] = {
     "input": "use prompt or messages",
     "prompt_token_ids": "send token ids as the prompt of /v1/completions",
     "input_ids": "send token ids as the prompt of /v1/completions",
+    "messages": "use /v1/chat/completions",
+    "prompt": "use /v1/completions",
     "system": "send a message with the role system",
     "instructions": "send a message with the role system",
     "enable_thinking": _THINKING,

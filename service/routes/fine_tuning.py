@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Response
 
+from adapter_core.errors import NotFound
 from adapter_core.job_queue import Job
 from service import event_stream
-from service.routes.deps import AfterDep, LimitDep, QueueDep, ServicesDep, TenantDep, WantedDep
+from service.routes.deps import AfterDep, FollowDep, LimitDep, QueueDep, ServicesDep, TenantDep, WantedDep
 from service.routes.job_events import follow_events
 from service.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
 from service.routes.json_routes import JsonRoute
@@ -90,9 +91,9 @@ async def list_events(
     job_id: str,
     tenant: TenantDep,
     services: ServicesDep,
+    stream: FollowDep,
     after: AfterDep = None,
     limit: LimitDep = 20,
-    stream: Annotated[bool, Query(description="follow the job until it ends, oldest first")] = False,
 ) -> Page[JobEventObject] | Response:
     """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
     if stream:
@@ -102,6 +103,14 @@ async def list_events(
 
 
 @router.get("/jobs/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")
-async def list_checkpoints(job_id: str, tenant: TenantDep, queue: QueueDep) -> Page[Checkpoint]:
-    """The published state of a job that has succeeded; nothing else can be served."""
-    return page_of(checkpoints_of(await queue.get(tenant, job_id)), has_more=False)
+async def list_checkpoints(
+    job_id: str, tenant: TenantDep, queue: QueueDep, after: AfterDep = None, limit: LimitDep = 20
+) -> Page[Checkpoint]:
+    """The published state of a job that has succeeded, so one at most; nothing else can be served."""
+    checkpoints = checkpoints_of(await queue.get(tenant, job_id))
+    if after is not None:
+        if all(checkpoint.id != after for checkpoint in checkpoints):
+            message = f"the job has no checkpoint {after!r}"
+            raise NotFound(message, param="after", code="checkpoint_not_found")
+        checkpoints = []
+    return page_of(checkpoints, has_more=False)

@@ -6,10 +6,10 @@ not know, but for those that `fields.py` lets pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from itertools import islice
-from typing import Any, ClassVar, Generic, Self, TypeVar, get_args
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -58,12 +58,17 @@ class Request(Strict):
     @classmethod
     def _judge_names(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Every problem of the object at once: names that it does not know, and wrong values."""
-        refused: list[InitErrorDetails] = []
-        if isinstance(body, dict):
-            refused = list(islice(cls._refused(body), MAX_REFUSED_FIELDS))
-            body = {name: value for name, value in body.items() if cls._is_given(name, value)}
+        known = _fields_of(cls)
+        if not isinstance(body, dict) or (body.keys() <= known.all and None not in body.values()):
+            return handler(body)
+        refused = list(islice(cls._refused(body, known.all), MAX_REFUSED_FIELDS))
+        given = {
+            name: body[name]
+            for name in known.all
+            if name in body and (body[name] is not None or name in known.taking_null)
+        }
         try:
-            request = handler(body)
+            request = handler(given)
         except ValidationError as error:
             raise ValidationError.from_exception_data(cls.__name__, [*refused, *_details(error)]) from None
         if refused:
@@ -71,13 +76,9 @@ class Request(Strict):
         return request
 
     @classmethod
-    def _is_given(cls, name: str, value: Any) -> bool:
-        return name in cls.model_fields and (value is not None or name in _takes_null(cls))
-
-    @classmethod
-    def _refused(cls, body: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    def _refused(cls, body: Mapping[str, Any], known: Set[str]) -> Iterator[InitErrorDetails]:
         for name, value in body.items():
-            if value is None or name in cls.model_fields or name in cls.ignored:
+            if value is None or name in known or name in cls.ignored:
                 continue
             neutral = cls.neutral.get(name)
             if neutral is None or not neutral.allows(value):
@@ -91,7 +92,7 @@ class Request(Strict):
         if name in cls.advice:
             why = f"not supported; {cls.advice[name]}"
             return PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
-        known = tuple(cls.model_fields)
+        known = _fields_of(cls).all
         return PydanticCustomError("unknown_parameter", "unknown field", {"known": known})
 
     @classmethod
@@ -123,14 +124,21 @@ class ModelRequest(Request):
         return {field: name for field, name in given.items() if name is not None}
 
 
+class _Fields(NamedTuple):
+    """The names of a schema's fields.
+
+    taking_null: those of which null is a value or an error; for the others it stands for the default.
+    """
+
+    all: frozenset[str]
+    taking_null: frozenset[str]
+
+
 @cache
-def _takes_null(schema: type[BaseModel]) -> frozenset[str]:
-    """The fields of which null is a value or an error; for the others it stands for the default."""
-    return frozenset(
-        name
-        for name, field in schema.model_fields.items()
-        if field.is_required() or type(None) in get_args(field.annotation)
-    )
+def _fields_of(schema: type[BaseModel]) -> _Fields:
+    fields = schema.model_fields
+    taking_null = (n for n, f in fields.items() if f.is_required() or type(None) in get_args(f.annotation))
+    return _Fields(frozenset(fields), frozenset(taking_null))
 
 
 def _details(error: ValidationError) -> Iterator[InitErrorDetails]:

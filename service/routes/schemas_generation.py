@@ -50,7 +50,8 @@ Stop = Annotated[
     | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("~list")],
     Discriminator(_kind_of),
 ]
-TokenIds = Annotated[list[int], Field(min_length=1)]
+#: The first wrong item of a long list is named, not every one: a body has room for a million.
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[str, Tag("~text")]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES), Tag("~texts")]
@@ -184,7 +185,8 @@ class TextPart(Strict):
 
 
 Content = Annotated[
-    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1), Tag("~parts")],
+    Annotated[str, Tag("~text")]
+    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("~parts")],
     Discriminator(_kind_of_content),
 ]
 
@@ -208,7 +210,7 @@ class ChatMessage(Request):
 class ChatCompletionRequest(GenerationFields):
     """A conversation that the assistant is to continue."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="unset: as far as the context goes")
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="the newer name")
     logprobs: bool | None = False

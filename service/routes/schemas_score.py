@@ -27,7 +27,7 @@ class ScoredMessage(ChatMessage):
 class Conversation(Strict):
     """Counted: what the assistant says."""
 
-    messages: list[ScoredMessage] = Field(min_length=1, max_length=2048)
+    messages: list[ScoredMessage] = Field(min_length=1, max_length=2048, fail_fast=True)
 
 
 class PromptAndCompletion(Strict):

@@ -161,8 +161,12 @@ class FineTuningJobRequest(Request):
     advice = fields.FINE_TUNING_ADVICE
 
     @model_validator(mode="after")
-    def _check_hyperparameters(self) -> FineTuningJobRequest:
+    def _check_choices(self) -> FineTuningJobRequest:
         self.chosen_hyperparameters()
+        if self.suffix is not None and self.adapter.id is not None:
+            raise InvalidInput(
+                "suffix makes a new name, and adapter.id is one; give one of them", param="suffix"
+            )
         return self
 
     def chosen_hyperparameters(self) -> dict[str, Any]:

@@ -269,6 +269,40 @@ async def test_events_are_listed_newest_first_and_streamed_oldest_first(
     assert {event["object"] for event in streamed} == {"fine_tuning.job.event"}
 
 
+async def test_a_page_of_checkpoints_ends_after_the_only_one(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    job_id = (await create(client, file_id))["id"]
+    await run_job(redis)
+    url = f"{JOBS}/{job_id}/checkpoints"
+    (checkpoint,) = (await client.get(url, params={"limit": 1})).json()["data"]
+
+    assert (await client.get(url, params={"after": checkpoint["id"]})).json()["data"] == []
+    reply = await client.get(url, params={"after": "ftckpt_x"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "after")
+
+
+@pytest.mark.parametrize("params", [{"limit": "1"}, {"after": "1-1"}])
+async def test_a_stream_of_events_has_no_pages(
+    client: httpx.AsyncClient, file_id: str, params: dict[str, str]
+) -> None:
+    job_id = (await create(client, file_id))["id"]
+
+    reply = await client.get(f"{JOBS}/{job_id}/events", params={"stream": "true", **params})
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, *params)
+
+
+async def test_a_name_and_a_part_of_a_name_exclude_each_other(
+    client: httpx.AsyncClient, file_id: str
+) -> None:
+    body = {"model": "tiny", "training_file": file_id, "suffix": "x", "adapter": {"id": "anna"}}
+
+    reply = await client.post(JOBS, json=body)
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "suffix")
+
+
 async def test_a_job_that_has_failed_says_why(client: httpx.AsyncClient, redis: Redis, file_id: str) -> None:
     job_id = (await create(client, file_id))["id"]
     leases = JobLeases(redis)

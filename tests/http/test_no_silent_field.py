@@ -299,7 +299,7 @@ READS: list[tuple[str, str, set[str]]] = [
     ("GET", JOBS, {"after", "limit", "metadata[a]"}),
     ("GET", f"{JOBS}/JOB", set()),
     ("GET", f"{JOBS}/JOB/events", {"after", "limit", "stream"}),
-    ("GET", f"{JOBS}/JOB/checkpoints", set()),
+    ("GET", f"{JOBS}/JOB/checkpoints", {"after", "limit"}),
     ("POST", f"{JOBS}/JOB/cancel", set()),
     ("POST", f"{JOBS}/JOB/pause", set()),
     ("POST", f"{JOBS}/JOB/resume", set()),
