@@ -72,6 +72,11 @@ class ChatFormat:
     def has_template(self) -> bool:
         return self._template.exists
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names that `variables` of `prompt_ids` may have: those that the template reads."""
+        return self._template.variables
+
     def at(self, moment: datetime) -> ChatFormat:
         """The same, but the date that a template may ask for is always that of `moment`."""
         fixed = copy(self)
@@ -83,7 +88,7 @@ class ChatFormat:
     ) -> list[int]:
         """A conversation up to and with the opening of the assistant's next turn.
 
-        variables: more names for the template (`chat_template_kwargs`). Raises `InvalidInput` if the base
+        variables: by the names in `template_variables`. Raises `InvalidInput` if the base
         model has no chat template or the template refuses the messages.
         """
         text, encode = self._render(messages, variables)

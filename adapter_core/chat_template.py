@@ -6,6 +6,7 @@ be fixed.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -14,7 +15,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -105,6 +106,16 @@ class ChatTemplate:
                 **{**self._tokenizer.special_tokens_map, **variables},
             )
         )
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and a caller may give it: neither what every conversation has,
+        nor the tokenizer's tokens, nor an argument of the rendering itself."""
+        environment = _compile_jinja_template(self._source).environment
+        read = meta.find_undeclared_variables(environment.parse(self._source))
+        arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        tokens = (*self._tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *self._tokenizer.special_tokens_map)
+        return frozenset(read) - {"messages", "strftime_now", *environment.globals, *arguments, *tokens}
 
     @cached_property
     def shape(self) -> TurnShape:

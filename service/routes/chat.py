@@ -13,15 +13,15 @@ from service.model_names import Target
 from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
 from service.routes.json_routes import CancellableRoute
 from service.routes.replies import Reply, json_logprob, options_of, usage_report
-from service.routes.schemas_generation import (
+from service.routes.schemas_answers import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
-    ChatCompletionRequest,
     ChatLogprobs,
     TokenLogprob,
     TopLogprob,
 )
+from service.routes.schemas_generation import ChatCompletionRequest
 from service.sequences import Piece, Token
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
@@ -47,7 +47,8 @@ async def create_chat_completion(
 
 
 async def _start(body: ChatCompletionRequest, target: Target, generator: Generator) -> ChatReply:
-    prompt = await generator.chat_prompt([message.to_template() for message in body.messages])
+    variables = body.template_variables(generator.codec.chat.template_variables)
+    prompt = await generator.chat_prompt([message.to_template() for message in body.messages], variables)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     options = options_of(body, max_tokens=max_tokens, logprobs=logprobs)

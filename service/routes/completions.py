@@ -16,12 +16,8 @@ from service.model_names import Target
 from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
 from service.routes.json_routes import CancellableRoute
 from service.routes.replies import Reply, json_logprob, options_of, usage_report
-from service.routes.schemas_generation import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-)
+from service.routes.schemas_answers import Completion, CompletionChoice, CompletionLogprobs
+from service.routes.schemas_generation import CompletionRequest
 from service.sequences import Finished, Generation, Piece, Token
 from service.text import Echo, TextCodec
 

@@ -236,17 +236,18 @@ GENERATION_ADVICE: Mapping[str, str] = {
     "prompt_token_ids": "send token ids as the prompt of /v1/completions",
     "input_ids": "send token ids as the prompt of /v1/completions",
     "messages": "use /v1/chat/completions",
+    "chat_template_kwargs": "only /v1/chat/completions has a template",
+    "reasoning_effort": "only /v1/chat/completions has a template",
+    "max_completion_tokens": "use max_tokens",
     "prompt": "use /v1/completions",
     "system": "send a message with the role system",
     "instructions": "send a message with the role system",
     "enable_thinking": _THINKING,
     "thinking_budget": _THINKING,
     "format": _NO_SCHEMA,
-    "lora": "use model, lora_path or adapter_id",
-    "loras": "use model, lora_path or adapter_id",
-    "lora_name": "use model, lora_path or adapter_id",
-    "lora_request": "use model, lora_path or adapter_id",
-    "adapter": "use model, lora_path or adapter_id",
+    **dict.fromkeys(
+        ("lora", "loras", "lora_name", "lora_request", "adapter"), "use model, lora_path or adapter_id"
+    ),
 }
 
 FINE_TUNING_ADVICE: Mapping[str, str] = {

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from itertools import islice
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -36,6 +38,23 @@ MAX_MODEL_NAME = 256
 MODEL_FIELD = Field(
     max_length=MAX_MODEL_NAME, description="the base model, `<adapter>` or `<adapter>@<version>`"
 )
+
+
+def _kind_of_option(value: Any) -> str | None:
+    kinds = {bool: "~flag", int: "~integer", float: "~number", str: "~text", type(None): "~null"}
+    return kinds.get(type(value))
+
+
+OptionValue = Annotated[
+    Annotated[bool, Tag("~flag")]
+    | Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Tag("~integer")]
+    | Annotated[float, Tag("~number")]
+    | Annotated[str, Field(max_length=128), Tag("~text")]
+    | Annotated[None, Tag("~null")],
+    Discriminator(_kind_of_option),
+]
+#: Named values of something that has options of its own: a method, a chat template.
+Options = Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)]
 
 
 class Strict(BaseModel):
@@ -145,6 +164,14 @@ def _details(error: ValidationError) -> Iterator[InitErrorDetails]:
     for problem in error.errors(include_url=False, include_input=False):
         told = PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx"))
         yield InitErrorDetails(type=told, loc=problem["loc"], input=None)
+
+
+def wrong_field(request: BaseModel, field: str, message: str) -> ValidationError:
+    """The error of an "after" validator that is about one field of its object."""
+    detail = InitErrorDetails(
+        type=PydanticCustomError("invalid_value", "{why}", {"why": message}), loc=(field,), input=None
+    )
+    return ValidationError.from_exception_data(type(request).__name__, [detail])
 
 
 class Answer(BaseModel):

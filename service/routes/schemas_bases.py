@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from service.routes.schemas import Answer, Request
-from service.routes.schemas_training import JobError, Metadata, MethodOptions
+from service.routes.schemas import Answer, Options, Request
+from service.routes.schemas_training import JobError, Metadata
 
 
 class BasisObject(Answer):
@@ -45,7 +45,7 @@ class BasisJobRequest(Request):
         ]
         | None
     ) = Field(None, description="name patterns")
-    options: MethodOptions = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     calibration_file: str | None = Field(None, max_length=128, description="id of a file of examples")
     metadata: Metadata | None = None
 

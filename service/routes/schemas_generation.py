@@ -1,23 +1,17 @@
-"""Requests and answers of /v1/completions and /v1/chat/completions."""
+"""Requests to /v1/completions and /v1/chat/completions; the answers: `schemas_answers.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from adapter_core.errors import InvalidInput
+from adapter_core.messages import template_role
 from service.generation import MAX_SEQUENCES
 from service.routes import fields
-from service.routes.schemas import (
-    AdapterUsed,
-    Answer,
-    Measured,
-    ModelRequest,
-    Request,
-    Strict,
-    UsageReport,
-)
+from service.routes.schemas import ModelRequest, Options, Request, Strict
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
@@ -202,9 +196,8 @@ class ChatMessage(Request):
     def to_template(self) -> dict[str, Any]:
         """As chat templates want it; "developer" is OpenAI's newer word for "system"."""
         parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        role = "system" if self.role == "developer" else self.role
         named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": parts, **named}
+        return {"role": template_role(self.role), "content": parts, **named}
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -213,6 +206,8 @@ class ChatCompletionRequest(GenerationFields):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="unset: as far as the context goes")
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="the newer name")
+    reasoning_effort: str | None = Field(None, max_length=32, description="for templates that know it")
+    chat_template_kwargs: Options | None = Field(None, description="variables of the chat template")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -221,6 +216,24 @@ class ChatCompletionRequest(GenerationFields):
     @property
     def has_logprobs(self) -> bool:
         return bool(self.logprobs)
+
+    def template_variables(self, known: Set[str]) -> dict[str, Any]:
+        """What the chat template is given beside the messages. Raises `InvalidInput` for a name that it does
+        not read: the answer would not depend on it."""
+        named = {f"chat_template_kwargs.{n}": (n, v) for n, v in (self.chat_template_kwargs or {}).items()}
+        named["reasoning_effort"] = ("reasoning_effort", self.reasoning_effort)
+        variables: dict[str, Any] = {}
+        for param, (name, value) in named.items():
+            if value is None or (name == "add_generation_prompt" and value is True):
+                continue
+            if name not in known:
+                said = f"it reads {', '.join(sorted(known))}" if known else "it reads none that can be set"
+                message = f"the base model's chat template has no variable {name!r}; {said}"
+                raise InvalidInput(message, param=param, code="unsupported_parameter")
+            if variables.setdefault(name, value) != value:
+                message = f"{name} is given as {variables[name]!r} and as {value!r}; give it once"
+                raise InvalidInput(message, param=param)
+        return variables
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatCompletionRequest:
@@ -231,75 +244,3 @@ class ChatCompletionRequest(GenerationFields):
             message = f"max_completion_tokens is {newer} and max_tokens {older}; give one of them"
             raise InvalidInput(message, param="max_completion_tokens")
         return self
-
-
-#: Of `return_token_ids`: in an answer only if it was asked for.
-TokenIdList = Annotated[list[int] | None, Field(exclude_if=lambda ids: ids is None)]
-
-
-class CompletionLogprobs(Answer):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(Answer):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: str | None
-    prompt_token_ids: TokenIdList = None
-    token_ids: TokenIdList = None
-
-
-class Completion(Answer):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: UsageReport
-    adapter: AdapterUsed | None
-    x_tessera: Measured
-
-
-class TopLogprob(Answer):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Answer):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class AssistantMessage(Answer):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Answer):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: TokenIdList = None
-
-
-class ChatCompletion(Answer):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: UsageReport
-    prompt_token_ids: TokenIdList = None
-    adapter: AdapterUsed | None
-    x_tessera: Measured

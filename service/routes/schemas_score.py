@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from adapter_core.examples import Example
 from service.routes.schemas import (
@@ -12,39 +12,55 @@ from service.routes.schemas import (
     Answer,
     Measured,
     ModelRequest,
-    Strict,
+    Request,
     UsageReport,
+    wrong_field,
 )
-from service.routes.schemas_generation import ChatMessage
+from service.routes.schemas_generation import MAX_MESSAGES, ChatMessage
 
 MAX_ITEMS = 64
 
 
 class ScoredMessage(ChatMessage):
-    weight: Annotated[int, Field(ge=0, le=1)] = Field(1, description="0: not counted (assistant messages)")
+    """A message as the chat endpoint takes it, and whether it counts."""
+
+    weight: int | None = Field(
+        None, ge=0, le=1, description="of an assistant message, 1 by default; 0: not counted"
+    )
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> ScoredMessage:
+        if self.weight and self.role != "assistant":
+            raise wrong_field(self, "weight", "only assistant messages are counted; remove it here")
+        return self
+
+    def to_template(self) -> dict[str, Any]:
+        weighed = {} if self.weight is None else {"weight": self.weight}
+        return {**super().to_template(), **weighed}
 
 
-class Conversation(Strict):
+class Conversation(Request):
     """Counted: what the assistant says."""
 
-    messages: list[ScoredMessage] = Field(min_length=1, max_length=2048, fail_fast=True)
+    messages: list[ScoredMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
 
 
-class PromptAndCompletion(Strict):
+class PromptAndCompletion(Request):
     """Counted: the completion."""
 
     prompt: str
     completion: str = Field(min_length=1)
 
 
-class PlainText(Strict):
+class PlainText(Request):
     """Counted: all but the first token, which nothing predicts."""
 
     text: str = Field(min_length=1)
 
 
 def _kind_of_item(value: Any) -> str:
-    keys = value if isinstance(value, dict) else {}
+    given = value if isinstance(value, dict) else {}
+    keys = {key for key in ("messages", "text") if given.get(key) is not None}
     return "~conversation" if "messages" in keys else "~plain" if "text" in keys else "~pair"
 
 
@@ -68,10 +84,7 @@ class ScoreRequest(ModelRequest):
 
 def _to_example(item: Conversation | PromptAndCompletion | PlainText, number: int) -> Example:
     if isinstance(item, Conversation):
-        return Example(
-            messages=tuple({**message.to_template(), "weight": message.weight} for message in item.messages),
-            line=number,
-        )
+        return Example(messages=tuple(m.to_template() for m in item.messages), line=number)
     if isinstance(item, PromptAndCompletion):
         return Example(prompt=item.prompt, completion=item.completion, line=number)
     return Example(text=item.text, line=number)

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from adapter_core.errors import InvalidInput
 from service.routes import fields
-from service.routes.schemas import MODEL_FIELD, Answer, Request
+from service.routes.schemas import MODEL_FIELD, Answer, Options, Request
 
 MAX_SEED = 2**31 - 1
 
@@ -80,20 +80,6 @@ def _kind_of_choice(value: Any) -> str:
     return "~name" if isinstance(value, str) else "~recipe"
 
 
-def _kind_of_option(value: Any) -> str | None:
-    kinds = {bool: "~flag", int: "~integer", float: "~number", str: "~text", type(None): "~null"}
-    return kinds.get(type(value))
-
-
-OptionValue = Annotated[
-    Annotated[bool, Tag("~flag")]
-    | Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Tag("~integer")]
-    | Annotated[float, Tag("~number")]
-    | Annotated[str, Field(max_length=128), Tag("~text")]
-    | Annotated[None, Tag("~null")],
-    Discriminator(_kind_of_option),
-]
-MethodOptions = Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)]
 Name = Annotated[str, Field(min_length=1, max_length=64), Tag("~name")]
 
 
@@ -106,7 +92,7 @@ class BasisRecipe(Request):
     """How the basis of a job is built. What there is: `GET /v1/bases/methods`."""
 
     method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
-    options: MethodOptions = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     calibration: str | None = Field(
         None, max_length=128, description="`own` (the training data) or a file id"
     )
@@ -116,7 +102,7 @@ class StartRecipe(Request):
     """Where the training of an adapter begins."""
 
     method: str = Field(min_length=1, max_length=64, description="of a start, or a preset's start half")
-    options: MethodOptions = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
 
 
 class AdapterOptions(Request):

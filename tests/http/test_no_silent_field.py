@@ -21,7 +21,7 @@ from adapter_core.job_queue import JobQueue
 from adapter_core.store import AdapterStore
 from service.routes import fields
 from tests.fakes import FakeEngine
-from tests.http.answers import CHAT, JOBS, SCORE, SOUND, TEXT, check_error
+from tests.http.answers import CHAT, HELLO, JOBS, SCORE, SOUND, TEXT, check_error
 from tests.http.conftest import publish
 from tests.http.sse import parse
 from tests.http.training import GOOD, upload
@@ -146,7 +146,9 @@ async def probe(
     seen: Seen,
 ) -> list[str]:
     """The fields that were let pass without effect."""
-    without = await seen(await client.post(url, json=sound))
+    plain = await client.post(url, json=sound)
+    assert plain.status_code == 200, plain.text
+    without = await seen(plain)
     silent = []
     for name, value in probes.items():
         reply = await client.post(url, json=placed(sound, path, name, value))
@@ -209,10 +211,10 @@ PLACES: list[tuple[str, dict[str, Any], str, dict[str, Any], set[str]]] = [
     (SCORE, {}, "input.0", {"weight": 1, "user": "u", "completions": "x"}, set()),
     (
         SCORE,
-        {"input": [{"messages": [{"role": "assistant", "content": "hello"}]}]},
-        "input.0.messages.0",
+        {"input": [{"messages": [*HELLO, {"role": "assistant", "content": "hello"}]}]},
+        "input.0.messages.1",
         {**MESSAGE_FIELDS, "weight": 3},
-        set(),
+        set(fields.MESSAGE_IGNORED),
     ),
 ]
 

@@ -120,3 +120,38 @@ async def test_a_conversation_is_read_once_per_answer_if_its_template_rewrites_i
     assert [t["is_counted"] for t in tokens] == [counts for row in rows for counts in row.loss_mask[1:]]
     assert report["data"][0]["num_tokens"] == sum(row.num_loss_tokens for row in rows)
     assert [item["index"] for item in report["data"]] == [0, 1]
+
+
+async def test_a_message_may_hold_what_the_chat_endpoint_takes(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    plain = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "assistant", "content": "no", "weight": 0},
+    ]
+    parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]
+    other = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts, "name": None, "weight": 0},
+        {"role": "assistant", "content": "yes", "tool_calls": None, "refusal": None, "annotations": []},
+        {"role": "assistant", "content": "no", "weight": 0},
+    ]
+
+    for messages in (plain, other):
+        body = {"model": "tiny", "input": [{"messages": messages, "text": None, "prompt": None}]}
+        reply = await client.post("/v1/score", json=body)
+        assert reply.status_code == 200, reply.text
+
+    first, second = engine.requests
+    assert first.token_ids == second.token_ids
+
+
+async def test_a_weight_is_only_for_what_is_counted(client: httpx.AsyncClient) -> None:
+    messages = [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]
+
+    reply = await client.post("/v1/score", json={"model": "tiny", "input": [{"messages": messages}]})
+
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "input.0.messages.0.weight")
