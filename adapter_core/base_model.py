@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from adapter_core import quantised_models
 from adapter_core.errors import InvalidInput, UnsupportedModel
 
 #: The seven linear kinds of a Llama-like decoder layer: LoRA-XS, LoRA-SB and their peers adapt all of them.
@@ -86,6 +87,7 @@ def load_base_model(
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
     folder = model_folder(source, revision=revision)
+    quantised_models.check_before_load(source, folder)
     transformers_logging.disable_progress_bar()  # a log is no place for a moving bar
     with ThreadPoolExecutor(1) as beside:  # hashing 16 GB in one file takes 12 s
         digest = beside.submit(model_digest, folder)
@@ -93,10 +95,13 @@ def load_base_model(
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise UnsupportedModel(
                 f"cannot load the base model {source}: {_reason(folder, error)}", param="base_model"
             ) from error
+        quantised_models.check_loaded(source, folder, model)
+        if model.dtype != torch_dtype:  # transformers dequantises into a dtype of its own
+            model.to(torch_dtype)
         model.requires_grad_(False)
         model.eval()
         model.to(device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from adapter_core.base_model import (
     resolve_dtype,
 )
 from adapter_core.errors import InvalidInput, UnsupportedModel
+from adapter_core.quantised_models import check_loaded
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = {
@@ -229,6 +232,56 @@ def test_a_quantised_layer_is_refused_by_name() -> None:
     model.get_submodule("model.layers.1.self_attn.q_proj").weight = quantised
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.self_attn\.q_proj .*int8"):
         list(iter_target_modules(model, ["q_proj"]))
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "hqq": {"quant_method": "hqq"},
+    "torchao": {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+    "unheard-of": {"quant_method": "unheard-of"},  # transformers would load it as if it was not quantised
+    "without a name": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("where", ["quantization_config", "compression_config", "text_config"])
+def test_a_quantised_model_is_refused_in_one_sentence(model_copy: Path, method: str, where: str) -> None:
+    config = json.loads((model_copy / "config.json").read_bytes())
+    given = QUANTISED[method]
+    config[where] = {"quantization_config": given} if where == "text_config" else given
+    (model_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel) as refused:
+        load_base_model(model_copy, device="cpu", dtype="float32")
+    assert refused.value.param == "base_model"
+    assert re.search(f"are quantised .*{method}.*name the model that it was made from", refused.value.message)
+    assert "\n" not in refused.value.message
+
+
+@pytest.fixture
+def float8_copy(model_copy: Path) -> Path:
+    """A folder whose config says float8. The weights are plain: what transformers makes of such ones here."""
+    config = json.loads((model_copy / "config.json").read_bytes())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model_copy / "config.json").write_text(json.dumps(config))
+    return model_copy
+
+
+def test_weights_that_were_dequantised_at_load_are_served(float8_copy: Path, tiny: BaseModel) -> None:
+    loaded = load_base_model(float8_copy, device="cpu", dtype="float32")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    prompt = torch.tensor([[1, 17, 250]])
+    found, expected = loaded.model(prompt).logits, tiny.model(prompt).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.3)  # by way of bfloat16
+
+
+def test_weights_that_stay_quantised_after_the_load_are_refused(float8_copy: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.is_quantized = True  # what transformers sets
+    with pytest.raises(UnsupportedModel, match="quantised"):
+        check_loaded("tiny", float8_copy, model)
 
 
 def test_replace_module_puts_the_new_one_in_the_place_of_the_old(tiny: BaseModel) -> None:
