@@ -28,6 +28,7 @@ from urllib.parse import quote
 
 from adapter_core.child_process import start_child
 from adapter_core.errors import StoreUnavailable
+from adapter_core.restarts import RestartDelay
 from adapter_core.store_binary import find_binary
 
 if TYPE_CHECKING:
@@ -39,10 +40,16 @@ log = logging.getLogger(__name__)
 MAX_SOCKET_PATH_BYTES = 100
 #: How often a process without the lock looks whether the holder is gone.
 TAKEOVER_POLL_S = 0.1
-#: Before a server is started again: 50 ms, and 100, 200 … ms if it did not get to run.
+#: Before a server is started again: 50 ms, and 100, 200 … ms if it did not get to run for long, whatever
+#: ended it.
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 5.0
 #: A server that lived for longer than this did start.
 _STARTED_S = 5.0
+#: Between two looks whether the server answers.
+_START_POLL_S = 0.01
+#: What one look may count towards a time-out: one that took longer was interrupted by a pause of this
+#: process.
+_MAX_LOOK_S = 2.0
 #: `start` gives up after this many starts in a row that ended at once: the data or the machine is at fault.
 _MAX_FAILED_STARTS = 3
 _STOP_TIMEOUT_S = 15.0
@@ -80,9 +87,10 @@ class EmbeddedStore:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._failed_starts = 0
+        self._restart_delay = _restart_delay()
         self._failure: StoreUnavailable | None = None
 
-    def start(self, *, timeout_s: float = 20.0) -> str:
+    def start(self, *, timeout_s: float = 60.0) -> str:
         """Run or join the server; returns its unix:// URL once it answers.
 
         Raises `StoreUnavailable` if there is no binary to run, or it does not answer within timeout_s.
@@ -91,17 +99,20 @@ class EmbeddedStore:
         if self._thread is None:
             self._stopping.clear()
             self._failed_starts, self._failure = 0, None
+            self._restart_delay = _restart_delay()
             self._thread = threading.Thread(target=self._supervise, name="embedded-store", daemon=True)
             self._thread.start()
-        deadline = time.monotonic() + timeout_s
+        waited_s, looked_at = 0.0, time.monotonic()
         while not _answers(self._socket):
             failure = self._failure
-            if failure is None and time.monotonic() > deadline:
+            before, looked_at = looked_at, time.monotonic()
+            waited_s += min(looked_at - before, _MAX_LOOK_S)
+            if failure is None and waited_s > timeout_s:
                 failure = StoreUnavailable(f"the embedded store does not answer within {timeout_s:g} s")
             if failure is not None:
                 self.stop()
                 raise StoreUnavailable(failure.message + self._log_tail()) from failure.__cause__
-            time.sleep(0.01)
+            time.sleep(_START_POLL_S)
         return f"unix://{quote(str(self._socket))}"
 
     def stop(self) -> None:
@@ -133,12 +144,14 @@ class EmbeddedStore:
                     continue
                 started = time.monotonic()
                 status = self._run_server()
-                self._note_end(status, lived_s=time.monotonic() - started)
+                lived_s = time.monotonic() - started
+                self._note_end(status, lived_s=lived_s)
             except (OSError, StoreUnavailable) as error:
+                lived_s = 0.0
                 self._failure = _as_unavailable(error)
                 self._failed_starts += 1
                 log.error("%s", self._failure)
-            self._stopping.wait(min(_FIRST_BACKOFF_S * 2**self._failed_starts, _MAX_BACKOFF_S))
+            self._stopping.wait(self._restart_delay.after(lived_s))
         if self._lock is not None:
             os.close(self._lock)  # releases the lock
             self._lock = None
@@ -215,6 +228,10 @@ def socket_path(folder: Path) -> Path:
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or short.is_symlink():
         raise StoreUnavailable(f"{short} belongs to someone else or is open to others; remove it")
     return short / "redis.sock"
+
+
+def _restart_delay() -> RestartDelay:
+    return RestartDelay(first_s=_FIRST_BACKOFF_S, max_s=_MAX_BACKOFF_S, stable_s=_STARTED_S)
 
 
 def _answers(path: Path) -> bool:

@@ -38,7 +38,7 @@ local function run(id, worker, lease_ms, start)
   call('ZADD', TAGS, precise(start + charge), tenant)
   call('ZADD', RING, precise(start + charge), tenant)
   dequeue(id)
-  call('HDEL', JOB .. id, 'overtaken')
+  call('HDEL', JOB .. id, 'overtaken', 'advanced')
   call('HINCRBY', JOB .. id, 'epoch', 1)
   call('HSETNX', JOB .. id, 'started_ms', whole(NOW))
   set(id, 'status', 'running', 'worker', worker, 'charge', precise(charge))
@@ -120,12 +120,21 @@ local function asked(id)
 end
 """
 
+# An attempt that comes further than any before it is marked, because its end does not speak against the job.
+_ADVANCE = """
+local function advance(id, step)
+  if step and step > tonumber(get(id, 'best_step') or -1) then
+    set(id, 'best_step', whole(step), 'advanced', 1)
+  end
+end
+"""
+
 _LEAVE = """
 local function leave_worker(id, returns_charge)
   local tenant, charge = unpack(call('HMGET', JOB .. id, 'tenant', 'charge'))
   call('ZREM', LEASES, id)
   call('SREM', RUNNING .. tenant, id)
-  call('HDEL', JOB .. id, 'worker', 'charge')
+  call('HDEL', JOB .. id, 'worker', 'charge', 'overdue_ms')
   local tag = call('ZSCORE', TAGS, tenant)
   if returns_charge and tag then
     call('ZADD', TAGS, precise(tag - charge), tenant)
@@ -167,6 +176,7 @@ for i = 2, #ARGV, 2 do
   local id, epoch = ARGV[i], ARGV[i + 1]
   if get(id, 'epoch') == epoch and get(id, 'status') == 'running' then
     call('ZADD', LEASES, whole(NOW + ARGV[1]), id)
+    call('HDEL', JOB .. id, 'overdue_ms')
     states[#states + 1] = asked(id)
   else
     states[#states + 1] = 'lost'
@@ -177,23 +187,29 @@ return states
 )
 
 #: ARGV: …, level, type ('' for no event), message, data, progress ('' to leave it).
-#: Reply: held, cancel or pause; or stale.
+#: The number `step` in the progress says how far the job has come. Reply: held, cancel or pause; or stale.
 REPORT = queue_script(
     _ASKED,
+    _ADVANCE,
     _FENCE.replace("return 'repeated'", "return asked(id)"),
     """
 local level, kind, message, data, progress = unpack(ARGV, 4)
 if kind ~= '' then log(id, level, message, kind, data) end
-if progress ~= '' then set(id, 'progress', progress) end
+if progress ~= '' then
+  set(id, 'progress', progress)
+  advance(id, tonumber(cjson.decode(progress).step))
+end
 return asked(id)
 """,
 )
 
-#: ARGV: …, bytes ('' deletes).
+#: ARGV: …, bytes ('' deletes), the step after which they were taken ('' if it is not known).
 CHECKPOINT = queue_script(
+    _ADVANCE,
     _FENCE,
     """
 if ARGV[4] == '' then call('DEL', CHECKPOINT .. id) else call('SET', CHECKPOINT .. id, ARGV[4]) end
+advance(id, tonumber(ARGV[5]))
 return 'done'
 """,
 )
@@ -214,12 +230,14 @@ return 'done'
 )
 
 #: ARGV: …, error, its message, delay before the next attempt (ms; -1: not retryable), attempts allowed, how
-#: many workers it costs.
+#: many workers it costs. An attempt that came further than those before it counts as the first. Reply: the
+#: job's new status.
 FAIL = queue_script(
-    _FENCE,
+    _FENCE.replace("return 'repeated'", "return get(id, 'status')"),
     _LEAVE,
     """
 local problem, message, delay_ms, max_attempts = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+if get(id, 'advanced') then set(id, 'attempt', 1) end
 local attempt = number(id, 'attempt')
 if delay_ms < 0 then
   fail(id, problem, 'Job failed: ' .. message)
@@ -230,7 +248,7 @@ else
   call('HINCRBY', JOB .. id, 'lost_workers', ARGV[8])
   give_back(id, 'warn', string.format('Attempt %d of %d failed: %s', attempt, max_attempts, message))
 end
-return 'done'
+return get(id, 'status')
 """,
 )
 
@@ -259,26 +277,45 @@ return 'done'
 """,
 )
 
-#: ARGV: attempts allowed, error of a job given up on. Reply: job id, status, … of the expired leases.
+#: ARGV: attempts allowed, error of a job given up on, grace (ms). Reply: job id, status, … of the lost
+#: leases. With a grace a lease is lost if it is found expired twice, so long apart, without a renewal in
+#: between.
 REAP = queue_script(
     _LEAVE,
     """
-local max_attempts, problem = tonumber(ARGV[1]), ARGV[2]
+local max_attempts, problem, grace_ms = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 enqueue_due()
 
-local reaped = {}
-for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', whole(NOW), 'LIMIT', 0, MAX_SWEEP)) do
+local function is_lost(id)
+  if grace_ms == 0 or not get(id, 'tenant') then return true end
+  call('HSETNX', JOB .. id, 'overdue_ms', whole(NOW))
+  return NOW - number(id, 'overdue_ms') >= grace_ms
+end
+
+local function take_back(id)
   local attempt = number(id, 'attempt')
   if not get(id, 'tenant') then
     call('ZREM', LEASES, id)
+  elseif get(id, 'advanced') then
+    set(id, 'attempt', 0)
+    call('HINCRBY', JOB .. id, 'lost_workers', 1)
+    give_back(id, 'warn', 'Its worker was lost, or too busy to say that it lives, but had made progress: ' ..
+                          'the attempt does not count')
   elseif attempt >= max_attempts and not get(id, 'cancel_requested') then
     bury(id, problem, string.format('Job failed: its worker died in each of %d attempts', attempt))
   else
     call('HINCRBY', JOB .. id, 'lost_workers', 1)
     give_back(id, 'warn', string.format('Attempt %d of %d lost its worker', attempt, max_attempts))
   end
-  reaped[#reaped + 1] = id
-  reaped[#reaped + 1] = get(id, 'status') or ''
+end
+
+local reaped = {}
+for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', whole(NOW), 'LIMIT', 0, MAX_SWEEP)) do
+  if is_lost(id) then
+    take_back(id)
+    reaped[#reaped + 1] = id
+    reaped[#reaped + 1] = get(id, 'status') or ''
+  end
 end
 
 for _, member in ipairs(call('ZRANGEBYSCORE', FINISHED, '-inf', whole(NOW - JOB_TTL_S * 1000),

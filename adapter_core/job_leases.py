@@ -177,9 +177,12 @@ class JobLeases:
         state = await self._step(REPORT, lease, level, kind, text, to_json(data or {}), written)
         return LeaseState(state)
 
-    async def checkpoint(self, lease: Lease, content: bytes | None) -> None:
-        """Keep what a later attempt continues from, or drop it. It is dropped when the job ends."""
-        await self._step(CHECKPOINT, lease, content or b"")
+    async def checkpoint(self, lease: Lease, content: bytes | None, *, step: int | None = None) -> None:
+        """Keep what a later attempt continues from, or drop it. It is dropped when the job ends.
+
+        step: how far the job has come with it; see `reap`.
+        """
+        await self._step(CHECKPOINT, lease, content or b"", "" if step is None else step)
 
     async def load_checkpoint(self, job_id: str) -> bytes | None:
         """What the last attempt, on whichever worker, left to continue from."""
@@ -194,11 +197,12 @@ class JobLeases:
 
     async def fail(
         self, lease: Lease, error: Mapping[str, Any], *, retryable: bool, ends_worker: bool = False
-    ) -> None:
-        """End the attempt with an error {code, message, param}.
+    ) -> JobStatus:
+        """End the attempt with an error {code, message, param}; returns the job's new status.
 
         retryable: for faults of the infrastructure; the job is queued again after a growing delay, or fails
         after the last attempt and is noted in `keys.QUEUE_DEAD`. Otherwise (bad data) the job fails at once.
+        An attempt that came further than all before it counts as the first one: what failed before is past.
         ends_worker: the worker does not survive this; counted as `Job.num_lost_workers`, as if it had died.
         """
         delay_ms = -1
@@ -206,7 +210,7 @@ class JobLeases:
             jitter = random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
             delay_ms = int(self._retry_base_s * RETRY_FACTOR ** (lease.job.attempt - 1) * jitter * 1000)
         lost = int(ends_worker)
-        await self._step(FAIL, lease, *_problem(error), delay_ms, self.max_attempts, lost)
+        return JobStatus(await self._step(FAIL, lease, *_problem(error), delay_ms, self.max_attempts, lost))
 
     async def release(self, lease: Lease) -> None:
         """Give the job back unharmed, for a shutdown or a pause. The attempt does not count.
@@ -220,13 +224,23 @@ class JobLeases:
         if await self._step(ACKNOWLEDGE_CANCEL, lease) == "unasked":
             raise Conflict(f"nobody cancelled job {lease.job.job_id}", code="cancel_not_requested")
 
-    async def reap(self) -> dict[str, JobStatus]:
+    async def reap(self, *, grace_s: float = 0.0) -> dict[str, JobStatus]:
         """Take back the jobs whose lease has expired; returns their new status by job id.
 
+        grace_s: a lease is lost if it is found expired twice, so long apart, without a renewal in between.
+        When everything stood still, the store included, all leases have run out by its clock: those who live
+        must have the time to renew them. (A call that was under way then is carried out when the store goes
+        on, so the caller cannot see to this.)
+
         For any worker, every few seconds. A lost worker counts as an attempt: after the last the job fails as
-        "worker_died". Also queues delayed jobs that have become due and drops expired ones from the lists.
+        "worker_died". But an attempt that came further than all before it, by the `step` of its reports and
+        checkpoints, does not count, and those before it are forgotten: the worker may only have been starved,
+        and a job that kills its workers does so without getting any further. Also queues delayed jobs that
+        have become due and drops expired ones from the lists.
         """
-        flat: list[bytes] = await self._run(REAP, self.max_attempts, to_json(_WORKER_DIED))
+        flat: list[bytes] = await self._run(
+            REAP, self.max_attempts, to_json(_WORKER_DIED), int(grace_s * 1000)
+        )
         pairs = zip(flat[::2], flat[1::2], strict=True)
         return {job_id.decode(): JobStatus(status.decode()) for job_id, status in pairs if status}
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adapter_core.child_process import start_child
+from adapter_core.restarts import RestartDelay
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,11 @@ class TendedChild:
     on_death: Callable[[int], None] = lambda pid: None
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
-    backoff_s: float = FIRST_BACKOFF_S
+    delay: RestartDelay = field(
+        default_factory=lambda: RestartDelay(
+            first_s=FIRST_BACKOFF_S, max_s=MAX_BACKOFF_S, stable_s=HEALTHY_AFTER_S
+        )
+    )
     start_after: float = field(default_factory=time.monotonic)
 
     def tend(self) -> None:
@@ -47,11 +52,10 @@ class TendedChild:
         code = self.process.poll()
         if code is None:
             return
-        was_healthy = now - self.started_at > HEALTHY_AFTER_S
-        self.backoff_s = FIRST_BACKOFF_S if was_healthy else min(2 * self.backoff_s, MAX_BACKOFF_S)
-        logger.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, self.backoff_s)
+        delay_s = self.delay.after(now - self.started_at)
+        logger.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, delay_s)
         self.on_death(self.process.pid)
-        self.process, self.start_after = None, now + self.backoff_s
+        self.process, self.start_after = None, now + delay_s
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -11,9 +11,12 @@ from typing import Any
 import psutil
 
 INTERVAL_S = 0.02
+#: After this much waiting a test hangs. No test is decided by it: it is for a fault, and the machine may be
+#: many times slower than a developer's. Less than pytest's own time-out, which says less.
+HANG_S = 600.0
 
 
-async def wait_until(predicate: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+async def wait_until(predicate: Callable[[], Any], timeout_s: float = HANG_S) -> Any:
     """The first true value of `predicate` (plain or async). Fails the test after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -27,7 +30,7 @@ async def wait_until(predicate: Callable[[], Any], timeout_s: float = 20.0) -> A
         await asyncio.sleep(INTERVAL_S)
 
 
-def wait_until_sync(predicate: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def wait_until_sync(predicate: Callable[[], Any], timeout_s: float = HANG_S) -> Any:
     """`wait_until` for tests without an event loop."""
     deadline = time.monotonic() + timeout_s
     while not (value := predicate()):

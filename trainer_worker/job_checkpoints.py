@@ -33,14 +33,14 @@ class JobCheckpoints:
 
     @property
     def interval_s(self) -> float:
-        """From one to the next."""
+        """Seconds between two checkpoints."""
         return max(self._every_s, self._num_bytes / MAX_BYTES_PER_S)
 
-    async def keep(self, content: bytes) -> None:
+    async def keep(self, content: bytes, *, step: int) -> None:
         """Write one that matters. Raises `Unavailable`, `StaleLease`."""
         self._num_bytes = len(content)
         if len(content) <= MAX_BYTES:
-            await self._leases.checkpoint(self._lease, content)
+            await self._leases.checkpoint(self._lease, content, step=step)
             self._metrics.checkpoints.inc()
             self._metrics.checkpoint_bytes.set(len(content))
         elif self.are_wanted:
@@ -48,9 +48,9 @@ class JobCheckpoints:
             message = f"checkpoints of {len(content)} bytes are too large: an interrupted job begins afresh"
             await self._reporter.warn("no_checkpoints", message)
 
-    async def try_to_keep(self, content: bytes) -> None:
+    async def try_to_keep(self, content: bytes, *, step: int) -> None:
         """Write one that the next replaces. Raises `StaleLease`."""
         try:
-            await self.keep(content)
+            await self.keep(content, step=step)
         except Unavailable as error:
             self._reporter.note_outage(error)

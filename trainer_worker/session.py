@@ -189,7 +189,8 @@ class JobSession:
             await self._reporter.tell(starting.told(prepared.start), data=prepared.start.notes)
         if prepared.is_start_costly:  # another attempt must not look for it again
             content = await asyncio.to_thread(checkpoint.to_bytes, prepared.run)
-            await self._until_available(lambda: self._checkpoints.keep(content))
+            step = prepared.run.progress.step
+            await self._until_available(lambda: self._checkpoints.keep(content, step=step))
         return prepared
 
     async def _follow(self, run: TrainRun) -> None:
@@ -224,9 +225,10 @@ class JobSession:
         return next((self._note_failure(item) for item in self._news if isinstance(item, Exception)), None)
 
     async def _checkpoint(self, run: TrainRun) -> None:
+        step = run.progress.step  # at most what the snapshot has seen
         content = await self._tools.loop.snapshot(run.run_id) if self._checkpoints.are_wanted else None
         if content is not None:
-            await self._checkpoints.try_to_keep(content)
+            await self._checkpoints.try_to_keep(content, step=step)
 
     async def _publish(self, run: TrainRun, basis: Basis | None) -> str:
         """Store the best state as the adapter's next version, then end the job.
@@ -256,8 +258,9 @@ class JobSession:
     async def _stop(self) -> str:
         """Do what the command says. Raises `StaleLease`."""
         leases, command = self._tools.leases, self._orders.command
-        content = None
+        content, step = None, 0
         if self._run is not None and command in (Command.PAUSE, Command.RELEASE):
+            step = self._run.progress.step
             content = await self._tools.loop.snapshot(self._run.run_id)
         await self._leave()
         if command is Command.LOST:
@@ -266,7 +269,7 @@ class JobSession:
             await self._until_available(lambda: leases.acknowledge_cancel(self.lease))
             return "cancelled"
         if content is not None:
-            await self._until_available(lambda: self._checkpoints.keep(content))
+            await self._until_available(lambda: self._checkpoints.keep(content, step=step))
         await self._until_available(lambda: leases.release(self.lease))
         return "released"
 
@@ -280,11 +283,10 @@ class JobSession:
         problem = reports.problem_of(error)
         logger.error("job %s: %s", self.job_id, problem["message"], exc_info=error if is_ours else None)
         leases, breaks = self._tools.leases, self.failure is not None
-        await self._until_available(
+        status = await self._until_available(
             lambda: leases.fail(self.lease, problem, retryable=retryable, ends_worker=breaks)
         )
-        is_last = self.lease.job.attempt >= leases.max_attempts
-        return "retried" if retryable and not is_last else "failed"
+        return status.value if status.is_final else "retried"
 
     async def _leave(self) -> None:
         await self._reporter.settle()

@@ -33,6 +33,9 @@ WAIT_FOR_WORK_S = 5.0
 OUTAGE_DELAY_S = 0.5
 #: Renewals per lease: three may fail before the lease does.
 RENEWALS_PER_LEASE = 4
+#: Between finding a lease expired and taking the job from its worker. One that lives and was held up, or
+#: could not reach the store, renews within OUTAGE_DELAY_S and one time-out of the store.
+GRACE_S = 5.0
 BEAT_EVERY_S = 1.0
 
 
@@ -168,8 +171,9 @@ class Worker:
         self._changed.set()
 
     async def _renew(self) -> None:
+        delay_s = self._settings.lease_s / RENEWALS_PER_LEASE
         while True:
-            await asyncio.sleep(self._settings.lease_s / RENEWALS_PER_LEASE)
+            await asyncio.sleep(delay_s)
             sessions = self.sessions
             try:
                 states = await self._leases.renew(
@@ -177,17 +181,20 @@ class Worker:
                 )
             except Unavailable as error:
                 self._note_outage(error)
+                delay_s = min(OUTAGE_DELAY_S, self._settings.lease_s / RENEWALS_PER_LEASE)
                 continue
+            delay_s = self._settings.lease_s / RENEWALS_PER_LEASE
             for session in sessions:
                 if session in self.sessions:  # else it ended during the renewal
                     session.obey(states[session.job_id])
 
     async def _reap(self) -> None:
         """Queue the jobs of workers that died. Any worker does it."""
+        grace_s = min(GRACE_S, self._settings.lease_s / RENEWALS_PER_LEASE)
         while True:
             await asyncio.sleep(self._settings.reap_every_s)
             try:
-                for job_id, status in (await self._leases.reap()).items():
+                for job_id, status in (await self._leases.reap(grace_s=grace_s)).items():
                     logger.warning("job %s was lost by its worker and is %s", job_id, status)
             except Unavailable as error:
                 self._note_outage(error)

@@ -55,7 +55,7 @@ class AttachedEngine(EngineConnection):
     async def _talk_until_lost(self) -> str:
         """Talk until the engine is silent for too long or speaks nonsense; returns which."""
         talk = asyncio.create_task(self.talk(self._socket))
-        silent = asyncio.create_task(self._heartbeat.missed())
+        silent = asyncio.create_task(self.silent(self._engine_pid))
         try:
             await asyncio.wait((talk, silent), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -68,6 +68,9 @@ class AttachedEngine(EngineConnection):
         if error is not None and not isinstance(error, ipc.FrameError | OSError):
             logger.error("talking to the engine failed", exc_info=error)
         return str(error)
+
+    def _engine_pid(self) -> int | None:
+        return self._info.pid if self._info is not None else None
 
     def _on_ready(self, info: EngineInfo) -> None:
         super()._on_ready(info)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from adapter_core.errors import EngineUnavailable
+from adapter_core.restarts import RestartDelay
 from adapter_core.settings import CommonSettings
 from service.engine import ipc
 from service.engine.connection import EngineConnection
@@ -20,9 +22,11 @@ from service.engine.messages import EngineInfo
 from service.engine.settings import EngineSettings
 from service.engine.supervisor import (
     COMMAND,
+    FIRST_RESTART_DELAY_S,
+    MAX_RESTART_DELAY_S,
+    STABLE_S,
     EngineChild,
     Heartbeat,
-    RestartDelay,
     child_environment,
     socket_path,
 )
@@ -57,7 +61,10 @@ class EngineClient(EngineConnection):
         self._data_dir = settings.data_dir
         self._command = command
         self._environment = child_environment(settings, engine_settings, store_url)
-        self._restart_delay = RestartDelay()
+        self._restart_delay = RestartDelay(
+            first_s=FIRST_RESTART_DELAY_S, max_s=MAX_RESTART_DELAY_S, stable_s=STABLE_S
+        )
+        self._ready_at: float | None = None
         self._supervision: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -75,8 +82,10 @@ class EngineClient(EngineConnection):
 
     async def _supervise(self) -> None:
         while True:
+            self._ready_at = None
             reason = await self._run_child()
-            delay_s = self._restart_delay.next_s()
+            served_s = 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+            delay_s = self._restart_delay.after(served_s)
             logger.error("%s; the next engine process starts in %.1f s", reason, delay_s)
             await asyncio.sleep(delay_s)
             self.restarts_total += 1
@@ -109,7 +118,7 @@ class EngineClient(EngineConnection):
         self.failure = None
         self._heartbeat.timeout_s = START_TIMEOUT_S
         exited = asyncio.create_task(child.exited())
-        silent = asyncio.create_task(self._heartbeat.missed())
+        silent = asyncio.create_task(self.silent(lambda: child.pid))
         talk = asyncio.create_task(self.talk(child.socket))
         tasks = (exited, silent, talk)
         try:
@@ -135,4 +144,4 @@ class EngineClient(EngineConnection):
 
     def _on_ready(self, info: EngineInfo) -> None:
         super()._on_ready(info)
-        self._restart_delay.note_ready()
+        self._ready_at = self._ready_at or time.monotonic()

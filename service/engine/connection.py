@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ DIED = "the engine ended while it worked on this request; it is being started ag
 class EngineConnection:
     """The engine, as far as it can be talked to. heartbeat: beats with every message.
 
-    stats: the latest figures, None while no engine is connected. stalled_s: how long, by its own word, it has
-    not come to the end of a step. starting_error: why it is not ready, in words; None when it is. failure:
-    why the process said that it would end.
+    stats: the latest figures, None while no engine is connected. stalled_s: for how long of the time in which
+    it could run it has, by its own word, not come to the end of a step. starting_error: why it is not ready,
+    in words; None when it is. failure: why the process said that it would end.
     """
 
     def __init__(self, heartbeat: Heartbeat, *, heartbeat_timeout_s: float) -> None:
@@ -119,6 +119,13 @@ class EngineConnection:
                 self.disconnect(self.failure or "the engine closed the connection")
             await asyncio.sleep(CONNECT_POLL_S)
 
+    async def silent(self, pid: Callable[[], int | None]) -> None:
+        """Return once the engine has been silent for too long and leaves a ping unanswered. pid: its process,
+        if it is known."""
+        await self._heartbeat.missed(
+            pid=pid, is_idle=self._is_idle, ask=lambda: self._send(ipc.encode("ping"))
+        )
+
     def disconnect(self, reason: str) -> None:
         """The engine is out of reach: so say all who wait for it."""
         if self._writer is not None:
@@ -158,6 +165,12 @@ class EngineConnection:
             with contextlib.suppress(ConnectionError):  # then `disconnect` tells the stream
                 await writer.drain()
 
+    def _is_idle(self) -> bool:
+        """Whether nobody waits for the engine: nobody here, and by its last word nobody elsewhere."""
+        stats = self.stats
+        is_busy = stats is None or stats.num_running + stats.num_waiting > 0
+        return not (is_busy or self._streams or self._calls)
+
     def _send(self, frame: bytes) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame)
@@ -189,8 +202,9 @@ class EngineConnection:
 
     def _on_output(self, output: TokenOutput) -> None:
         stream = self._streams.get(output.request_id)
-        if stream is not None:
-            stream.put(output)
+        if stream is None:
+            return
+        stream.put(output)
 
     def _on_done(self, number: int, error: TesseraError | None) -> None:
         done = self._calls.get(number)

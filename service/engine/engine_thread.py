@@ -3,7 +3,7 @@
     take commands → ask for what is missing → engine.step() → hand over
 
 All that one step brought goes to the asyncio loop in ONE `call_soon_threadsafe`. Without work the thread
-sleeps on a condition, but turns once a second all the same: the time since its last turn is the heartbeat.
+sleeps on a condition, but turns once a second all the same. A step that does not end is noticed by `look`.
 Knows nothing of sockets or Redis.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapter_core.adapter import AdapterRef
+from adapter_core.awake import RunnableTime
 from adapter_core.errors import RequestFailed, TesseraError
 from service.engine.engine import Engine
 from service.engine.messages import EngineStats, TokenOutput
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: How often the figures are taken, and the longest sleep without work.
 STATS_INTERVAL_S = 1.0
+#: A look that comes later than this says that the process itself was paused or starved.
+_LATE_LOOK_S = 2 * STATS_INTERVAL_S
 
 #: A change to the engine, run between two steps.
 Command = Callable[[Engine], None]
@@ -73,11 +77,17 @@ class EngineThread:
         self._is_stopping = False
         self._turned_at = time.monotonic()
         self._stats_at = 0.0
+        #: Seconds, of those in which the thread could run, that the running step has taken so far.
+        self.stalled_s = 0.0
+        self._is_working = False
+        self._num_turns = self._seen_turn = 0
+        self._looked_at = time.monotonic()
+        self._runnable = RunnableTime(None)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        self._turned_at = time.monotonic()
         self._thread.start()
+        self._runnable = RunnableTime(os.getpid(), self._thread.native_id)
 
     def post(self, command: Command, reply: Reply | None = None) -> None:
         """Have `command` run before the next step. Commands keep their order. Any thread may call this."""
@@ -85,10 +95,18 @@ class EngineThread:
             self._inbox.append((command, reply))
             self._wake.notify()
 
-    @property
-    def stalled_s(self) -> float:
-        """Seconds since the loop last turned: the age of the running step, or of the sleep (up to 1 s)."""
-        return time.monotonic() - self._turned_at
+    def look(self) -> None:
+        """Bring `stalled_s` up to date; for the asyncio loop, every STATS_INTERVAL_S.
+
+        Not read off the clock: after a pause of the process the thread has not had a chance to turn yet.
+        """
+        now = time.monotonic()
+        elapsed_s, self._looked_at = now - self._looked_at, now
+        runnable_s = self._runnable.since_last_look_s(elapsed_s)
+        if not self._is_working or self._num_turns != self._seen_turn:
+            self._seen_turn, self.stalled_s = self._num_turns, 0.0
+        elif elapsed_s < _LATE_LOOK_S:
+            self.stalled_s += runnable_s
 
     def stop(self, *, timeout_s: float) -> bool:
         """End after the running step. False if that takes longer than `timeout_s`."""
@@ -108,8 +126,11 @@ class EngineThread:
             self._call_in_loop(self._on_failure, error)
 
     def _turn(self) -> None:
+        self._is_working = False
         commands = self._take_commands()
         self._turned_at = time.monotonic()
+        self._num_turns += 1
+        self._is_working = True
         # Before the step, so that what is missing is fetched meanwhile.
         self._hand_over(Turn(replies=self._carry_out(commands), **self._missing()))
         had_work = self._engine.has_work

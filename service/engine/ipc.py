@@ -6,6 +6,7 @@
                     cancel   request_id
                     unload   id, tenant, adapter_id
                     check    id                              the engine's books, between two steps
+                    ping                                     asks for a sign of life
     engine → API    starting reason                          once a second until ready
                     failed   error                           it cannot start, and exits
                     ready    info                            first frame once it serves
@@ -13,6 +14,7 @@
                     outputs  outputs                         all that one step brought this connection
                     refused  request_id, error               the request was not taken
                     done     id, error                       of an unload or a check
+                    pong                                     at once, whatever the engine does
 
 Outputs travel as rows without field names: at 256 sequences and 100 steps a second `dataclasses.asdict` alone
 would take half a core. Knows nothing of sockets, processes or queues. No pickle.

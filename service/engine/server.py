@@ -1,8 +1,8 @@
 """The engine's side of the socket: several API connections, one engine thread between them.
 
-Every connection is greeted with the state (starting or ready), may submit, cancel, unload and check, gets all
-that one step brought it in one frame. What a connection does wrong costs that connection alone; when it goes,
-its requests are cancelled. Knows nothing of Redis or of how the engine starts.
+Every connection is greeted with the state (starting or ready), may submit, cancel, unload, check and ping,
+gets all that one step brought it in one frame. What a connection does wrong costs that connection alone; when
+it goes, its requests are cancelled. Knows nothing of Redis or of how the engine starts.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class EngineServer:
             await asyncio.sleep(STATS_INTERVAL_S)
             if self._thread is None:
                 self._broadcast(self._greeting)
-            elif time.monotonic() - self._stats_sent_at >= 0.9 * STATS_INTERVAL_S:
+                continue
+            self._thread.look()
+            if time.monotonic() - self._stats_sent_at >= 0.9 * STATS_INTERVAL_S:
                 self._send_stats()
 
     def deliver(self, turn: Turn) -> None:
@@ -180,6 +182,8 @@ class EngineServer:
                     self._call(connection, message["id"], lambda engine: engine.unload(tenant, adapter_id))
                 case "check":
                     self._call(connection, message["id"], _check_integrity)
+                case "ping":
+                    connection.send(ipc.encode("pong"))
                 case _:
                     raise ValueError("unknown type")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

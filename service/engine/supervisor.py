@@ -13,12 +13,12 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from adapter_core.awake import RunnableTime
 from adapter_core.child_process import start_child
 from adapter_core.errors import EngineUnavailable
 from adapter_core.settings import PREFIX, CommonSettings
@@ -36,10 +36,13 @@ EXIT_POLL_S = 0.1
 END_TIMEOUT_S = 5.0
 FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.2, 10.0
 #: A process that was ready for this long did not fail at its start: the next one is started without delay.
-STABLE_S = 10.0
+STABLE_S = 60.0
 #: Silence is counted in looks, not read off the clock: after a pause of the whole API process (a suspended
 #: machine) it is one look long, however long the pause was.
 LOOK_S = 0.25
+#: An engine that was silent for too long is asked for a sign of life before it is replaced, and has so long
+#: to answer: after a pause its first message may need a moment.
+ANSWER_S = 1.0
 #: Page-locked when the engine is built; a larger host cache is page-locked adapter by adapter beyond it.
 MAX_RESERVED_BYTES = 2**30
 #: Where torch reads its allocator's settings, newest name first: the first that is set counts.
@@ -93,39 +96,42 @@ class EngineChild:
 
 
 class Heartbeat:
-    """Notices silence. `timeout_s` may be changed at any time."""
+    """Notices silence. `timeout_s` may be changed at any time. sleep: passes the time between two looks."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(
+        self, timeout_s: float, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         self.timeout_s = timeout_s
+        self._sleep = sleep
         self._beats = 0
 
     def beat(self) -> None:
         self._beats += 1
 
-    async def missed(self) -> None:
-        """Return once there has been no beat for `timeout_s`."""
-        seen, silent_s = self._beats, 0.0
-        while silent_s < self.timeout_s:
-            await asyncio.sleep(LOOK_S)
-            seen, silent_s = (seen, silent_s + LOOK_S) if seen == self._beats else (self._beats, 0.0)
+    async def missed(
+        self, *, pid: Callable[[], int | None], is_idle: Callable[[], bool], ask: Callable[[], None]
+    ) -> None:
+        """Return once there has been no beat for `timeout_s`, and none for ANSWER_S after `ask` was called.
 
-
-class RestartDelay:
-    """How long to wait before the next start: nothing at first, then doubling, for as long as starts fail."""
-
-    def __init__(self) -> None:
-        self._next_s = FIRST_RESTART_DELAY_S
-        self._ready_at: float | None = None
-
-    def note_ready(self) -> None:
-        self._ready_at = time.monotonic()
-
-    def next_s(self) -> float:
-        if self._ready_at is not None and time.monotonic() - self._ready_at >= STABLE_S:
-            self._next_s = FIRST_RESTART_DELAY_S
-        self._ready_at = None
-        delay_s, self._next_s = self._next_s, min(2 * self._next_s, MAX_RESTART_DELAY_S)
-        return delay_s
+        pid: of the engine, if it is known. is_idle: whether nobody waits for the engine. Only time in which
+        both sides could run counts; an idle engine that somebody has stopped is left alone until it goes on.
+        """
+        seen, silent_s, is_asked = self._beats, 0.0, False
+        runnable = RunnableTime(pid())
+        while True:
+            await self._sleep(LOOK_S)
+            if runnable.pid != pid():
+                runnable = RunnableTime(pid())
+            if seen != self._beats:
+                seen, silent_s, is_asked = self._beats, 0.0, False
+                continue
+            silent_s += runnable.since_last_look_s(LOOK_S, may_be_stopped=is_idle())
+            if silent_s < self.timeout_s:
+                continue
+            if is_asked:
+                return
+            is_asked, silent_s = True, self.timeout_s - ANSWER_S
+            ask()
 
 
 def child_environment(

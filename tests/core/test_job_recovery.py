@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from adapter_core import keys
 from adapter_core.errors import StoreFull
-from adapter_core.job_leases import JobLeases
+from adapter_core.job_leases import JobLeases, Lease, LeaseState
 from adapter_core.job_queue import JobQueue, JobStatus
 from adapter_core.redis_client import connect
 from tests.job_checks import check_queue, expire_lease, make_due, make_spec, submit_and_claim
@@ -87,6 +87,79 @@ async def test_a_command_outlives_its_worker(redis: Redis, command: str, status:
     await expire_lease(redis, lease.job.job_id)
     assert await leases.reap() == {lease.job.job_id: status}
     assert (await queue.get("acme", lease.job.job_id)).status is status
+    await check_queue(redis)
+
+
+async def lose_worker(redis: Redis, lease: Lease) -> Lease:
+    """The next lease on a job whose worker was lost."""
+    leases = JobLeases(redis)
+    await expire_lease(redis, lease.job.job_id)
+    assert await leases.reap() == {lease.job.job_id: JobStatus.QUEUED}
+    [again] = await leases.claim("w", limit=1, lease_s=60)
+    return again
+
+
+async def test_an_expired_lease_is_lost_only_when_a_second_look_finds_no_renewal(redis: Redis) -> None:
+    """After a pause of everything, the store included, all leases have run out and nobody has died."""
+    leases = JobLeases(redis)
+    lease = await submit_and_claim(redis)
+    job_id = lease.job.job_id
+    for _ in range(3):
+        await expire_lease(redis, job_id)
+        assert await leases.reap(grace_s=1000) == {}
+        assert await leases.renew([lease], lease_s=60) == {job_id: LeaseState.HELD}
+        assert await redis.hget(keys.job_record(job_id), "overdue_ms") is None, "it begins anew"
+    await expire_lease(redis, job_id)
+    assert await leases.reap(grace_s=1000) == {}
+    await redis.hincrby(keys.job_record(job_id), "overdue_ms", -1000_000)
+    assert await leases.reap(grace_s=1000) == {job_id: JobStatus.QUEUED}
+    await check_queue(redis)
+
+
+@pytest.mark.parametrize("by", ["report", "checkpoint"])
+async def test_a_worker_that_was_lost_on_its_way_forward_costs_no_attempt(redis: Redis, by: str) -> None:
+    """A starved worker looks like a dead one. Either way, what gets further every time comes to an end."""
+    leases = JobLeases(redis)
+    lease = await lose_worker(redis, await submit_and_claim(redis))
+    assert lease.job.attempt == 2, "it had done nothing"
+    for step in range(10):
+        if by == "report":
+            await leases.report(lease, progress={"step": step})
+        else:
+            await leases.checkpoint(lease, b"state", step=step)
+        lease = await lose_worker(redis, lease)
+        assert (lease.job.attempt, lease.job.epoch) == (1, step + 3)
+    await check_queue(redis)
+
+
+async def test_a_job_that_gets_no_further_is_given_up_on(redis: Redis) -> None:
+    """It goes back to its checkpoint and dies at the same place: coming as far as before is no progress."""
+    queue, leases = JobQueue(redis), JobLeases(redis)
+    lease = await submit_and_claim(redis)
+    for attempt in (1, 1, 2, 3):
+        assert lease.job.attempt == attempt
+        await leases.checkpoint(lease, b"state", step=5)
+        await leases.report(lease, progress={"step": 7})
+        if attempt < 3:
+            lease = await lose_worker(redis, lease)
+    await expire_lease(redis, lease.job.job_id)
+    assert await leases.reap() == {lease.job.job_id: JobStatus.FAILED}
+    assert (await queue.get("acme", lease.job.job_id)).error["code"] == "worker_died"
+
+
+async def test_a_failure_after_progress_counts_as_the_first(redis: Redis) -> None:
+    leases = JobLeases(redis, retry_base_s=0.0)
+    lease = await submit_and_claim(redis)
+    for step in range(5):
+        await leases.report(lease, progress={"step": step})
+        assert await leases.fail(lease, BROKEN, retryable=True) is JobStatus.QUEUED
+        await leases.reap()
+        [lease] = await leases.claim("w", limit=1, lease_s=60)
+        assert lease.job.attempt == 2
+    assert await leases.fail(lease, BROKEN, retryable=True) is JobStatus.QUEUED
+    await leases.reap()
+    [lease] = await leases.claim("w", limit=1, lease_s=60)
+    assert await leases.fail(lease, BROKEN, retryable=True) is JobStatus.FAILED
     await check_queue(redis)
 
 
@@ -176,10 +249,12 @@ async def test_a_full_store_leaves_nothing_half_done(redis: Redis) -> None:
 
 WORKER = """
 import asyncio, sys
+from adapter_core.child_process import end_with_parent
 from adapter_core.job_leases import JobLeases
 from adapter_core.redis_client import connect
 
 async def main():
+    end_with_parent()
     leases = JobLeases(connect(sys.argv[1]))
     [lease] = await leases.claim("doomed", limit=1, lease_s=0.3)
     await leases.checkpoint(lease, b"step 7")

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 
+from adapter_core.child_process import end_with_parent
+
 if __name__ == "__main__":
+    end_with_parent()
     child = subprocess.Popen([*sys.argv[1:], "--parent", str(os.getpid())])
     sys.stdout.write(f"{child.pid}\n")
     sys.stdout.flush()

@@ -19,8 +19,6 @@ from service.engine.messages import GenerationRequest, SamplingParams, TokenOutp
 from service.engine.output_stream import merge_outputs
 
 RANK = 8
-#: An engine starts in 5 s on an idle machine; several may start at once on a busy one.
-START_S = 60.0
 PROMPT = [1, 17, 300, 45, 1200, 77, 9, 2048, 31]
 
 

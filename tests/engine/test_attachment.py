@@ -19,9 +19,8 @@ from service.engine.engine_thread import EngineThread
 from service.engine.messages import GenerationRequest, SamplingParams, TokenOutput
 from service.engine.server import EngineServer
 from tests.engine.models import family
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
-TIMEOUT_S = 30.0
 LONG = 200
 MAX_WAITING = 4
 
@@ -53,12 +52,12 @@ class Served:
         finally:
             beating.cancel()
             await self.server.close()
-            assert await asyncio.to_thread(self.thread.stop, timeout_s=TIMEOUT_S)
+            assert await asyncio.to_thread(self.thread.stop, timeout_s=HANG_S)
             self.engine.close()
 
 
 @asynccontextmanager
-async def attached(path: Path, *, heartbeat_timeout_s: float = TIMEOUT_S) -> AsyncIterator[AttachedEngine]:
+async def attached(path: Path, *, heartbeat_timeout_s: float = HANG_S) -> AsyncIterator[AttachedEngine]:
     engine = AttachedEngine(path, heartbeat_timeout_s=heartbeat_timeout_s)
     await engine.start()
     try:
@@ -83,7 +82,7 @@ def path(tmp_path: Path) -> Path:
 
 async def test_two_processes_use_the_same_ids_and_each_gets_its_own(path: Path) -> None:
     async with Served(path).running() as served, attached(path) as one, attached(path) as two:
-        await asyncio.gather(one.wait_ready(TIMEOUT_S), two.wait_ready(TIMEOUT_S))
+        await asyncio.gather(one.wait_ready(HANG_S), two.wait_ready(HANG_S))
         short, long = await asyncio.gather(
             tokens_of(one, request("same", max_tokens=3)), tokens_of(two, request("same", max_tokens=9))
         )
@@ -94,9 +93,9 @@ async def test_two_processes_use_the_same_ids_and_each_gets_its_own(path: Path) 
 
 async def test_a_process_that_goes_takes_its_requests_along_and_no_others(path: Path) -> None:
     async with Served(path).running() as served, attached(path) as stays:
-        await stays.wait_ready(TIMEOUT_S)
+        await stays.wait_ready(HANG_S)
         async with attached(path) as goes:
-            await goes.wait_ready(TIMEOUT_S)
+            await goes.wait_ready(HANG_S)
             streams = [engine.generate(request("r", max_tokens=LONG)) for engine in (goes, stays)]
             for stream in streams:
                 await anext(stream)
@@ -116,7 +115,7 @@ async def test_an_engine_that_ends_is_found_again_when_another_listens(path: Pat
         with pytest.raises(EngineUnavailable, match="not ready within"):
             await engine.wait_ready(0.2)
         async with Served(path).running():
-            await engine.wait_ready(TIMEOUT_S)
+            await engine.wait_ready(HANG_S)
             stream = engine.generate(request("r", max_tokens=LONG))
             await anext(stream)
         with pytest.raises(EngineUnavailable):
@@ -125,7 +124,7 @@ async def test_an_engine_that_ends_is_found_again_when_another_listens(path: Pat
         await wait_until(lambda: not engine.is_ready)
         await engine.unload("default", "tone")  # an engine that is gone holds no copies
         async with Served(path, restarts=1).running():
-            await engine.wait_ready(TIMEOUT_S)
+            await engine.wait_ready(HANG_S)
             tokens = await tokens_of(engine, request("again"))
 
     assert len(tokens) == 8
@@ -134,7 +133,7 @@ async def test_an_engine_that_ends_is_found_again_when_another_listens(path: Pat
 
 async def test_the_books_can_be_checked_while_requests_run(path: Path) -> None:
     async with Served(path).running() as served, attached(path) as engine:
-        await engine.wait_ready(TIMEOUT_S)
+        await engine.wait_ready(HANG_S)
         running = asyncio.create_task(tokens_of(engine, request("r", max_tokens=LONG)))
         for _ in range(5):
             await engine.check_integrity()
@@ -155,7 +154,7 @@ def _drop_last(core: Engine) -> None:
 
 async def test_what_a_request_needs_is_told_at_once(path: Path) -> None:
     async with Served(path).running() as served, attached(path) as engine:
-        await engine.wait_ready(TIMEOUT_S)
+        await engine.wait_ready(HANG_S)
         ref = served.model.refs[0]
         stream = engine.generate(request("r", adapter=ref))
         first: asyncio.Task[TokenOutput] = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
@@ -170,7 +169,7 @@ async def test_what_a_request_needs_is_told_at_once(path: Path) -> None:
 
 async def test_a_tenant_over_its_limit_is_told_so(path: Path) -> None:
     async with Served(path).running() as served, attached(path) as engine:
-        await engine.wait_ready(TIMEOUT_S)
+        await engine.wait_ready(HANG_S)
         ref = served.model.refs[0]  # never provided, so they wait
         streams = [engine.generate(request(f"r{i}", adapter=ref)) for i in range(MAX_WAITING + 1)]
         waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]  # type: ignore[arg-type]

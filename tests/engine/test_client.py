@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from adapter_core.child_process import start_child
 from adapter_core.errors import EngineUnavailable, InvalidInput
+from adapter_core.restarts import RestartDelay
 from adapter_core.settings import CommonSettings
 from service.engine.client import EngineClient
 from service.engine.messages import GenerationRequest, SamplingParams, TokenOutput
 from service.engine.settings import EngineSettings, to_environment
-from service.engine.supervisor import MAX_SOCKET_PATH_BYTES, RestartDelay, socket_path
-from tests.waiting import wait_until
+from service.engine.supervisor import ANSWER_S, LOOK_S, MAX_SOCKET_PATH_BYTES, Heartbeat, socket_path
+from tests.waiting import HANG_S, wait_until
 
 STRANGE_ENGINE = Path(__file__).with_name("strange_engine.py")
 
@@ -75,7 +78,7 @@ async def test_before_the_start_there_is_no_engine(client_of: Callable[..., Engi
 
 async def test_generates_and_ends_with_a_finish_reason(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        info = await client.wait_ready(20)
+        info = await client.wait_ready(HANG_S)
         outputs = await collect(client, request())
 
     assert info.model_name == "strange"
@@ -86,7 +89,7 @@ async def test_generates_and_ends_with_a_finish_reason(client_of: Callable[..., 
 
 async def test_a_slow_reader_gets_everything_in_fewer_outputs(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         stream = client.generate(request())
         tokens = (await anext(stream)).token_ids
         await collect(client, request("another"))  # all of the first one's outputs have come by now
@@ -98,7 +101,7 @@ async def test_a_slow_reader_gets_everything_in_fewer_outputs(client_of: Callabl
 
 async def test_a_refusal_is_raised_as_what_the_engine_raised(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         with pytest.raises(InvalidInput) as caught:
             await collect(client, request(first_token=0))
         outputs = await collect(client, request())
@@ -113,7 +116,7 @@ async def test_a_refusal_is_raised_as_what_the_engine_raised(client_of: Callable
 
 async def test_closing_the_iterator_cancels_the_request(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         stream = client.generate(request(first_token=1))
         await anext(stream)
         await stream.aclose()
@@ -123,7 +126,7 @@ async def test_closing_the_iterator_cancels_the_request(client_of: Callable[...,
 
 async def test_a_cancelled_task_cancels_its_request(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         reading = asyncio.create_task(collect(client, request(first_token=1)))
         await asyncio.sleep(0.05)
         reading.cancel()
@@ -135,7 +138,7 @@ async def test_a_cancelled_task_cancels_its_request(client_of: Callable[..., Eng
 
 async def test_a_request_that_cannot_be_packed_is_invalid(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         broken = GenerationRequest("r", "default", [1], SamplingParams(seed=2**70))
         with pytest.raises(InvalidInput):
             await collect(client, broken)
@@ -144,7 +147,7 @@ async def test_a_request_that_cannot_be_packed_is_invalid(client_of: Callable[..
 
 async def test_unload_waits_for_the_confirmation(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         await client.unload("default", "tone")
 
 
@@ -152,7 +155,7 @@ async def test_the_death_of_the_process_ends_all_requests_and_it_is_started_agai
     client_of: Callable[..., EngineClient],
 ) -> None:
     async with running(client_of("answers")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         readings = [asyncio.create_task(collect(client, request(f"r{i}", first_token=1))) for i in range(5)]
         await asyncio.sleep(0.05)
         [child] = children()
@@ -167,7 +170,7 @@ async def test_the_death_of_the_process_ends_all_requests_and_it_is_started_agai
 
 async def test_a_process_that_speaks_nonsense_is_replaced(client_of: Callable[..., EngineClient]) -> None:
     async with running(client_of("garbage")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         with pytest.raises(EngineUnavailable):
             await collect(client, request())
         await wait_until(lambda: client.restarts_total == 1 and client.is_ready)
@@ -179,10 +182,10 @@ async def test_a_cut_connection_is_made_again_without_a_restart(
 ) -> None:
     async with running(client_of("hangs_up")) as client:
         for number in range(3):
-            await client.wait_ready(20)
+            await client.wait_ready(HANG_S)
             with pytest.raises(EngineUnavailable):
                 await collect(client, request(f"r{number}"))
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
 
         assert client.restarts_total == 0
 
@@ -192,7 +195,7 @@ async def test_a_hung_engine_is_killed_and_started_again(
     client_of: Callable[..., EngineClient], behaviour: str
 ) -> None:
     async with running(client_of(behaviour, heartbeat_timeout_s=1.0)) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         [child] = children()
         with pytest.raises(EngineUnavailable, match="ended"):
             await collect(client, request())
@@ -233,7 +236,7 @@ async def test_close_leaves_no_process_and_no_socket(
 ) -> None:
     run_folder = socket_path(tmp_path).parent  # not below tmp_path if that is long
     async with running(client_of("deaf_to_sigterm")) as client:
-        await client.wait_ready(20)
+        await client.wait_ready(HANG_S)
         await wait_until(lambda: client.stats is not None)
         reading = asyncio.create_task(collect(client, request()))
         await asyncio.sleep(0.05)
@@ -254,10 +257,78 @@ async def test_close_during_the_start_leaves_no_process(client_of: Callable[...,
     assert children() == []
 
 
-def test_restarts_wait_longer_and_longer_up_to_a_limit() -> None:
-    delay = RestartDelay()
+def test_restarts_wait_longer_and_longer_until_one_has_served_for_a_while() -> None:
+    delay = RestartDelay(first_s=0.2, max_s=10.0, stable_s=60.0)
 
-    assert [delay.next_s() for _ in range(8)] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+    assert [delay.after(0.0) for _ in range(8)] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+    assert delay.after(59.0) == 10.0, "a process that dies once a minute is no stable one"
+    assert delay.after(61.0) == 0.2
+    assert delay.after(0.0) == 0.4
+
+
+class Watch:
+    """A heartbeat of 10 s whose looks pass as told, over a process that may be stopped."""
+
+    def __init__(self, *, pid: int | None = None, is_idle: bool = False) -> None:
+        self.num_asked = 0
+        self._looks = asyncio.Semaphore(0)
+        self.heartbeat = Heartbeat(10.0, sleep=self._sleep)
+        self.missed = asyncio.create_task(
+            self.heartbeat.missed(pid=lambda: pid, is_idle=lambda: is_idle, ask=self._ask)
+        )
+
+    async def pass_by(self, seconds: float) -> None:
+        for _ in range(round(seconds / LOOK_S)):
+            self._looks.release()
+        for _ in range(5 * round(seconds / LOOK_S)):
+            await asyncio.sleep(0)
+
+    async def _sleep(self, seconds: float) -> None:
+        assert seconds == LOOK_S
+        await self._looks.acquire()
+
+    def _ask(self) -> None:
+        self.num_asked += 1
+
+
+async def test_an_engine_is_asked_before_it_is_given_up() -> None:
+    watch = Watch()
+    await watch.pass_by(9.75)
+    assert watch.num_asked == 0
+    await watch.pass_by(0.25)
+    assert (watch.num_asked, watch.missed.done()) == (1, False)
+    watch.heartbeat.beat()  # the answer
+    await watch.pass_by(9.75)
+    assert (watch.num_asked, watch.missed.done()) == (1, False)
+    await watch.pass_by(0.5 + ANSWER_S)
+    assert (watch.num_asked, watch.missed.done()) == (2, True)
+
+
+async def test_a_pause_of_the_one_who_looks_is_one_look_long() -> None:
+    watch = Watch()
+    await watch.pass_by(9.5)
+    await watch.pass_by(0.25)  # however long the clock says that this one took
+    assert (watch.num_asked, watch.missed.done()) == (0, False)
+    watch.missed.cancel()
+
+
+@pytest.mark.parametrize("is_idle", [True, False], ids=["idle", "at work"])
+async def test_a_stopped_engine_is_replaced_only_if_somebody_waits_for_it(is_idle: bool) -> None:
+    process = start_child(["/bin/sleep", "1000"])
+    try:
+        process.send_signal(signal.SIGSTOP)
+        await wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+        watch = Watch(pid=process.pid, is_idle=is_idle)
+        await watch.pass_by(100.0)
+        assert watch.missed.done() == (not is_idle)
+        process.send_signal(signal.SIGCONT)
+        await wait_until(lambda: psutil.Process(process.pid).status() != psutil.STATUS_STOPPED)
+        await watch.pass_by(10.0 + ANSWER_S)
+        assert watch.missed.done(), "it runs and says nothing: it hangs, idle or not"
+    finally:
+        watch.missed.cancel()
+        process.kill()
+        process.wait()
 
 
 def test_the_socket_is_private_and_its_path_short(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from adapter_core.basis import Basis
 from adapter_core.errors import EngineOverloaded, RequestFailed, TesseraError
 from service.engine.engine_thread import EngineThread, Turn
 from service.engine.messages import EngineStats, GenerationRequest, SamplingParams, TokenOutput
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
 
 class FakeEngine:
@@ -103,7 +103,7 @@ async def running(engine: FakeEngine) -> AsyncIterator[tuple[EngineThread, Desk]
     try:
         yield thread, desk
     finally:
-        assert await asyncio.to_thread(thread.stop, timeout_s=10)
+        assert await asyncio.to_thread(thread.stop, timeout_s=HANG_S)
 
 
 def request(
@@ -172,16 +172,34 @@ async def test_missing_adapters_are_asked_for_with_the_turn() -> None:
         await wait_until(lambda: any(turn.missing_adapters == [ref] for turn in desk.turns))
 
 
+def stalled_s(thread: EngineThread) -> float:
+    thread.look()
+    return thread.stalled_s
+
+
 async def test_a_step_that_hangs_is_seen_and_the_others_are_not() -> None:
     gate = threading.Event()
-    async with running(FakeEngine(before_step=lambda: gate.wait(30))) as (thread, desk):
-        await asyncio.sleep(0.3)
-        assert thread.stalled_s < 5
+    async with running(FakeEngine(before_step=lambda: gate.wait(HANG_S))) as (thread, desk):
+        assert stalled_s(thread) == 0, "a thread without work is in no step"
         thread.post(lambda e: e.submit(request("a", max_tokens=1)))
 
-        await wait_until(lambda: thread.stalled_s > 1.5)
+        await wait_until(lambda: stalled_s(thread) > 0.5)
         gate.set()
-        await wait_until(lambda: desk.outputs and thread.stalled_s < 1.5)
+        await wait_until(lambda: desk.outputs and stalled_s(thread) == 0)
+
+
+async def test_a_pause_of_the_process_is_no_hung_step() -> None:
+    """A look that comes late counts nothing: the thread has been as unable to run as the one who looks."""
+    gate = threading.Event()
+    async with running(FakeEngine(before_step=lambda: gate.wait(HANG_S))) as (thread, desk):
+        thread.post(lambda e: e.submit(request("a", max_tokens=1)))
+        await wait_until(lambda: stalled_s(thread) > 0)
+        before = thread.stalled_s
+        thread._looked_at -= 90.0  # as if the last look had been before the pause
+        thread.look()
+        assert thread.stalled_s == before
+        gate.set()
+        await wait_until(lambda: desk.outputs)
 
 
 async def test_what_the_engine_does_not_survive_is_reported_once() -> None:

@@ -36,7 +36,6 @@ from service.engine.settings import EngineSettings
 from tests.engine.engine_process import (
     PROMPT,
     RANK,
-    START_S,
     complete,
     make_adapter,
     make_request,
@@ -45,7 +44,7 @@ from tests.engine.engine_process import (
     store_basis,
 )
 from tests.engine.hanging_engine import HANGING_TOKEN
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
 # One engine process serves the whole module: its start costs seconds.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -82,7 +81,7 @@ async def engine(
     options = EngineSettings(heartbeat_timeout_s=HEARTBEAT_S, threads=1)
     command = [sys.executable, str(Path(__file__).with_name("hanging_engine.py"))]
     async with running(EngineClient(settings, redis_url, engine_settings=options, command=command)) as client:
-        await client.wait_ready(START_S)
+        await client.wait_ready(HANG_S)
         yield client
 
 
@@ -124,7 +123,7 @@ async def raw_connection(engine: EngineClient, settings: CommonSettings) -> Asyn
 
 
 async def read_until(reader: asyncio.StreamReader, kind: str) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while (message := await ipc.read_frame(reader)) is not None:
             if message["type"] == kind:
                 return message
@@ -241,7 +240,7 @@ async def test_garbage_costs_its_own_connection_only(
     first = await anext(stream)
     async with raw_connection(engine, settings) as (reader, writer):
         writer.write(garbage)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             await reader.read(-1)  # until the engine closes the connection
 
     rest = [output async for output in stream]
@@ -375,7 +374,7 @@ async def test_kill_9_costs_the_requests_in_flight_and_nothing_else(
             async for _ in stream:
                 pass
     assert not engine.is_ready
-    await engine.wait_ready(START_S)
+    await engine.wait_ready(HANG_S)
     assert engine.restarts_total == restarts + 1
     assert (await complete(engine, make_request("after", ref))).token_ids == expected.token_ids
 
@@ -391,7 +390,7 @@ async def test_a_stopped_process_is_replaced(engine: EngineClient) -> None:
         async for _ in stream:
             pass
     await wait_until(lambda: not psutil.pid_exists(pid))
-    await engine.wait_ready(START_S)
+    await engine.wait_ready(HANG_S)
     assert engine.restarts_total == restarts + 1
 
 
@@ -410,7 +409,7 @@ async def test_a_hung_step_costs_its_process_and_its_requests_get_a_clean_error(
             pass
 
     await wait_until(lambda: not psutil.pid_exists(pid))
-    info = await engine.wait_ready(START_S)
+    info = await engine.wait_ready(HANG_S)
     assert (info.restarts, engine.restarts_total) == (restarts + 1, restarts + 1)
     assert (await complete(engine, make_request("after"))).token_ids == expected.token_ids
 

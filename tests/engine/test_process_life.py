@@ -23,7 +23,6 @@ from service.engine.settings import EngineSettings
 from service.engine.supervisor import COMMAND, child_environment, socket_path
 from tests.engine.engine_process import (
     RANK,
-    START_S,
     complete,
     make_adapter,
     make_request,
@@ -31,7 +30,7 @@ from tests.engine.engine_process import (
     running,
     store_basis,
 )
-from tests.waiting import has_ended, wait_until
+from tests.waiting import HANG_S, has_ended, wait_until
 
 
 @pytest.fixture
@@ -41,10 +40,10 @@ def settings(tmp_path: Path) -> CommonSettings:
 
 async def read_ready(path: Path) -> None:
     """Wait until an engine listens at `path` and says that it is ready."""
-    await wait_until(path.exists, START_S)
+    await wait_until(path.exists, HANG_S)
     reader, writer = await asyncio.open_unix_connection(path)
     try:
-        async with asyncio.timeout(START_S):
+        async with asyncio.timeout(HANG_S):
             while (message := await ipc.read_frame(reader)) is not None and message["type"] != "ready":
                 pass
         assert message is not None
@@ -120,9 +119,9 @@ async def test_the_engine_outlives_its_store(
         await asyncio.to_thread(store.stop)
 
         async with running(EngineClient(settings, url, engine_settings=EngineSettings(threads=1))) as client:
-            await wait_until(lambda: "store" in (client.starting_error or ""), START_S)
+            await wait_until(lambda: "store" in (client.starting_error or ""), HANG_S)
             await asyncio.to_thread(store.start)
-            await client.wait_ready(START_S)
+            await client.wait_ready(HANG_S)
             before = await complete(client, make_request("before", resident))
             await asyncio.to_thread(store.stop)
 
@@ -147,7 +146,7 @@ async def test_a_base_model_that_does_not_exist_is_told(
 ) -> None:
     wrong = settings.model_copy(update={"base_model": str(tmp_path / "nothing")})
     async with running(EngineClient(wrong, redis_url)) as client:
-        await wait_until(lambda: "status 1" in (client.starting_error or ""), START_S)
+        await wait_until(lambda: "status 1" in (client.starting_error or ""), HANG_S)
 
         assert "nothing is neither a directory nor a model" in (client.starting_error or "")
 

@@ -44,13 +44,26 @@ def test_metrics_and_health_are_served_and_the_port_is_given_back() -> None:
         server.close()
 
 
+class Clock:
+    """A clock that somebody turns, and a heartbeat that is looked at once a second."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.heartbeat = Heartbeat(clock=lambda: self.now_s)
+
+    def pass_by(self, seconds: float) -> None:
+        for _ in range(int(seconds)):
+            self.now_s += 1.0
+            self.heartbeat.look()
+
+
 def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
-    now_s = 0.0
-    heartbeat = Heartbeat(clock=lambda: now_s)
+    clock = Clock()
+    heartbeat = clock.heartbeat
     server = HealthServer("127.0.0.1", 0, heartbeat=heartbeat, registry=TrainerMetrics().registry)
     try:
         assert get(server.port, "/health")[0] == 200
-        now_s += health.MAX_SILENCE_S
+        clock.pass_by(health.MAX_SILENCE_S)
         status, body = get(server.port, "/health")
         assert (status, json.loads(body)["status"]) == (503, "stuck")
     finally:
@@ -58,11 +71,24 @@ def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
     heartbeat.beat()
     heartbeat.begin_step()
     assert heartbeat.report()[0]
-    now_s += health.MAX_STEP_S
+    clock.pass_by(health.MAX_STEP_S)
     heartbeat.beat()
     assert not heartbeat.report()[0]
     heartbeat.end_step()
     assert heartbeat.report()[0]
+    clock.pass_by(health.MAX_STEP_S)
+    heartbeat.beat()
+    assert heartbeat.report()[0], "nobody is in a step"
+
+
+def test_a_pause_of_the_process_is_held_against_nobody() -> None:
+    clock = Clock()
+    clock.heartbeat.begin_step()
+    clock.pass_by(3)
+    clock.now_s += 10 * health.MAX_STEP_S  # SIGSTOP, a suspended machine
+    is_healthy, figures = clock.heartbeat.report()
+    assert is_healthy
+    assert figures["step_s"] == figures["event_loop_silent_s"] == 3 + health.MAX_LOOK_S
 
 
 def test_series_are_named_alike_and_bounded() -> None:

@@ -12,6 +12,7 @@ from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet, build_basis_and_step
 from adapter_core.errors import InvalidInput, TesseraError
 from tests.trainer.conftest import random_examples
+from tests.waiting import HANG_S
 from trainer_worker.sole_use import Progress, SoleUse
 
 MODULES = ["layer.0.q_proj", "layer.1.q_proj"]
@@ -38,7 +39,7 @@ async def test_progress_arrives_in_the_event_loop_while_the_work_runs(small: Bas
     def work(progress: Progress) -> str:
         assert threading.get_ident() != home
         progress(1, 2)
-        assert seen.wait(20), "the event loop stood still"
+        assert seen.wait(HANG_S), "the event loop stood still"
         progress(2, 2)
         return "made"
 
@@ -57,7 +58,7 @@ async def test_a_cancelled_piece_of_work_ends_before_the_model_is_free(small: Ba
 
     def work(progress: Progress) -> None:
         loop.call_soon_threadsafe(begun.set)
-        assert cancelled.wait(20)
+        assert cancelled.wait(HANG_S)
         assert quiet.locked()
         try:
             while True:

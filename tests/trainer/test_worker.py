@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
+from adapter_core import keys
 from adapter_core.base_model import BaseModel
 from adapter_core.basis_store import BasisStore, ensure_basis
 from adapter_core.chat_format import ChatFormat
@@ -150,8 +153,12 @@ async def test_a_worker_that_lost_its_lease_drops_the_job(
     quiet = {"report_every_s": 1000, "checkpoint_every_s": 1000} if lease_s == 1 else {}
     async with world.worker(max_resident_jobs=1, reap_every_s=1000, lease_s=lease_s, **quiet) as worker:
         await world.under_way(job_id)
-        await expire_lease(world.redis, job_id)
-        assert await other.reap() == {job_id: JobStatus.QUEUED}
+
+        async def is_taken_back() -> bool:
+            await expire_lease(world.redis, job_id)  # again if the worker has renewed it in between
+            return await other.reap() == {job_id: JobStatus.QUEUED}
+
+        await wait_until(is_taken_back)
         [lease] = await other.claim("other", limit=1, lease_s=60)
         await wait_until(lambda: not worker.sessions)
         assert (await world.job(job_id)).status is JobStatus.RUNNING
@@ -213,6 +220,34 @@ async def test_too_little_data_and_a_rate_that_is_too_high_are_told(world: World
     else:
         assert diverged.result is not None
         assert [warning["code"] for warning in diverged.result["warnings"]][-1] == "no_improvement"
+
+
+async def test_workers_that_a_stalled_store_held_up_take_no_job_from_each_other(
+    tiny: BaseModel, chat: ChatFormat, tmp_path: Path
+) -> None:
+    """By the store's clock the lease has run out when it goes on. Both workers first let it be renewed."""
+    socket = tmp_path / "s"
+    with run_server(tmp_path, "--port", "0", "--unixsocket", str(socket)) as server:
+        redis, second = (connect(f"unix://{socket}", timeout_s=0.3) for _ in range(2))
+        await wait_until(socket.exists)
+        await wait_until(redis.ping)
+        world = World(redis, tiny, chat, tmp_path)
+        job_id = await world.submit(epochs=50, early_stopping={"patience": None})
+        quick = {"lease_s": 8, "reap_every_s": 0.05}
+        async with world.worker(**quick), world.worker(second, **quick):
+            await world.under_way(job_id)
+            deadline = (await redis.zscore(keys.QUEUE_LEASES, job_id)) / 1000
+            server.send_signal(signal.SIGSTOP)
+            await wait_until(lambda: time.time() > deadline + 2)
+            server.send_signal(signal.SIGCONT)
+            step = int((await world.job(job_id)).progress["step"])
+            await world.under_way(job_id, step + 2)
+            job = await world.job(job_id)
+            assert (job.attempt, job.epoch, job.num_lost_workers) == (1, 1, 0)
+            await world.queue.cancel(TENANT, job_id)
+            await world.ended(job_id)
+        for client in (redis, second):
+            await client.aclose()
 
 
 async def test_training_goes_on_while_the_store_is_away(

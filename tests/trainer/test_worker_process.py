@@ -21,10 +21,9 @@ from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
 from tests.job_checks import check_queue
 from tests.trainer.conftest import DATA
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
 TENANT = "acme"
-START_TIMEOUT_S = 60
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def worker_process(redis_url: str, folder: Path, name: str) -> Iterator[subproce
         "TESSERA_DATA_DIR": str(folder),
         "TESSERA_WORKER_WORKER_ID": name,
         "TESSERA_WORKER_METRICS_PORT": "0",
-        "TESSERA_WORKER_LEASE_S": "1",
+        "TESSERA_WORKER_LEASE_S": "4",
         "TESSERA_WORKER_REAP_EVERY_S": "0.2",
         "TESSERA_WORKER_CHECKPOINT_EVERY_S": "0.2",
         "TESSERA_WORKER_REPORT_EVERY_S": "0",
@@ -80,7 +79,7 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_publ
         return content is not None and step_of(content) >= 1  # the first one holds the start alone
 
     with worker_process(redis_url, tmp_path, "first") as first:
-        await wait_until(is_checkpointed, START_TIMEOUT_S)
+        await wait_until(is_checkpointed, HANG_S)
         with worker_process(redis_url, tmp_path, "second") as second:
             first.kill()
             first.wait()
@@ -88,13 +87,13 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_publ
             async def has_ended() -> bool:
                 return (await job()).status.is_final
 
-            await wait_until(has_ended, START_TIMEOUT_S)
+            await wait_until(has_ended, HANG_S)
             second.send_signal(signal.SIGTERM)
-            assert second.wait(START_TIMEOUT_S) == 0
+            assert second.wait(HANG_S) == 0
 
     ended = await job()
     assert ended.status is JobStatus.SUCCEEDED, ended.error
-    assert (ended.attempt, ended.epoch, ended.num_lost_workers) == (2, 2, 1)
+    assert (ended.attempt, ended.epoch, ended.num_lost_workers) == (1, 2, 1), "it had made progress"
     assert ended.result is not None
     assert ended.result["steps"] == 40
     record = await AdapterStore(redis).get(TENANT, "devil")

@@ -19,7 +19,7 @@ from adapter_core.job_queue import Job, JobEvent, JobQueue, JobSpec
 from adapter_core.settings import CommonSettings
 from adapter_core.store import AdapterStore
 from tests.trainer.conftest import DATA
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 from trainer_worker.__main__ import make_worker
 from trainer_worker.metrics import TrainerMetrics
 from trainer_worker.settings import WorkerSettings
@@ -59,7 +59,7 @@ class World:
             self.base,
             self.chat,
             CommonSettings(data_dir=self.folder, **self.common),
-            WorkerSettings(**({"lease_s": 2, "checkpoint_every_s": 0.2, "report_every_s": 0} | settings)),
+            WorkerSettings(**({"lease_s": 60, "checkpoint_every_s": 0.2, "report_every_s": 0} | settings)),
             metrics=self.metrics,
         )
 
@@ -80,7 +80,7 @@ class World:
     def steps_made(self) -> float:
         return self.metrics.registry.get_sample_value("tessera_trainer_optimizer_steps_total") or 0.0
 
-    async def ended(self, job_id: str, tenant: str = TENANT, *, timeout_s: float = 60) -> Job:
+    async def ended(self, job_id: str, tenant: str = TENANT, *, timeout_s: float = HANG_S) -> Job:
         async def final() -> Job | None:
             with contextlib.suppress(StoreUnavailable):
                 job = await self.job(job_id, tenant)
@@ -96,7 +96,7 @@ class World:
             assert not job.status.is_final, job
             return int(job.progress.get("step", 0)) >= step
 
-        await wait_until(is_so, 60)
+        await wait_until(is_so)
 
     async def events(self, job_id: str, tenant: str = TENANT) -> list[JobEvent]:
         events, _ = await self.queue.events(tenant, job_id, None, 1000)

@@ -1,0 +1,23 @@
+"""How long to wait before a process that ended is started again."""
+
+from __future__ import annotations
+
+
+class RestartDelay:
+    """Doubles from one start to the next, up to a limit, until a process has run for `stable_s`.
+
+    Whoever starts processes uses this, so that none of them starts one again and again without a pause: a
+    start costs seconds of processor time, and a machine that is too busy to start one is not helped by many.
+    """
+
+    def __init__(self, *, first_s: float, max_s: float, stable_s: float) -> None:
+        self._first_s = self._next_s = first_s
+        self._max_s = max_s
+        self._stable_s = stable_s
+
+    def after(self, served_s: float) -> float:
+        """The seconds to wait now that a process has ended which did its work for `served_s`."""
+        if served_s >= self._stable_s:
+            self._next_s = self._first_s
+        delay_s, self._next_s = self._next_s, min(2 * self._next_s, self._max_s)
+        return delay_s
