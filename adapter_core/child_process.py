@@ -49,10 +49,15 @@ def start_child(
     )
 
 
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the thread that started it ends (Linux alone)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+
+
 def main(parent: int, lock_file: str, command: list[str]) -> None:
     """Replace this process by `command`; return instead if the parent is gone already."""
-    if sys.platform == "linux":  # elsewhere the child must look after its parent by itself
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    end_with_parent()  # on other systems the child must look after its parent by itself
     if os.getppid() != parent:
         return
     if lock_file:

@@ -28,6 +28,7 @@ import torch
 
 from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
 from adapter_core.chat_format import ChatFormat
+from adapter_core.child_process import start_child
 from benchmarks.population_presets import PRESETS, Preset
 from benchmarks.population_report import report
 from benchmarks.population_tasks import Setting, Task, perform
@@ -188,7 +189,7 @@ def run_workers(given: list[str], arguments: argparse.Namespace) -> None:
     common = ["--deadline", str(arguments.deadline), "--claims", str(arguments.claims)]
     command = [sys.executable, "-m", "benchmarks.population", *given, *common]
     processes = [
-        subprocess.Popen([*command, "--worker", str(index)], env=environment)
+        start_child([*command, "--worker", str(index)], environment=environment)
         for index in range(arguments.workers)
     ]
     try:

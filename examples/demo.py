@@ -282,9 +282,10 @@ def running_service(base_url: str | None, model: str | None) -> Iterator[str]:
         }
         log_path = Path(folder) / "demo.log"
         with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service.local"], env=environment, stdout=log, stderr=log
-            )
+            command = [sys.executable, "-m", "service.local"]
+            from adapter_core.child_process import start_child
+
+            process = start_child(command, environment=environment, output=log)
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", process, log_path)
             yield f"http://127.0.0.1:{port}/v1"

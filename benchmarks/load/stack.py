@@ -18,10 +18,11 @@ from pathlib import Path
 
 import psutil
 
+from adapter_core.child_process import start_child
 from adapter_core.embedded_store import socket_path
 
 START_TIMEOUT_S = 600.0  # a large model is read from disk
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 600.0  # for a fault: 35 s are what the service gives its parts
 
 
 class ServiceStack:
@@ -36,11 +37,10 @@ class ServiceStack:
         self._log = (data_dir / "service.log").open("wb")
         own = {"TESSERA_DATA_DIR": str(data_dir), "TESSERA_SERVICE_PORT": str(self.port)}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TESSERA_")}
-        self.process = subprocess.Popen(
+        self.process = start_child(
             [sys.executable, "-m", "service"],
-            env={**inherited, "TESSERA_LOG_LEVEL": "WARNING", **environment, **own},
-            stdout=self._log,
-            stderr=self._log,
+            environment={**inherited, "TESSERA_LOG_LEVEL": "WARNING", **environment, **own},
+            output=self._log,
         )
 
     @property
@@ -77,9 +77,11 @@ class ServiceStack:
             sums[kind] = sums.get(kind, 0) + int(resident)
         return sums
 
-    def base_name(self) -> str:
-        """What the base model is called in requests."""
-        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=30) as reply:
+    def base_name(self, *, key: str | None = None) -> str:
+        """What the base model is called in requests. key: the API key, if the service asks for one."""
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        request = urllib.request.Request(f"{self.url}/v1/models", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
             return str(json.load(reply)["data"][0]["id"])
 
     def metrics(self) -> dict[str, float]:

@@ -30,6 +30,7 @@ import torch
 
 from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
 from adapter_core.chat_format import ChatFormat
+from adapter_core.child_process import start_child
 from adapter_core.errors import TesseraError
 from benchmarks.quality.costs import estimate_s, finished_after_s
 from benchmarks.quality.data import DataSet, load_data, personal_name
@@ -189,7 +190,7 @@ def run_workers(argv: list[str], arguments: argparse.Namespace, deadline: float)
     processes = []
     for index in range(arguments.workers):
         own = ["--worker", str(index), "--deadline", str(deadline)]
-        processes.append(subprocess.Popen([*command, *own], env=environment))
+        processes.append(start_child([*command, *own], environment=environment))
     try:
         for process in processes:
             try:

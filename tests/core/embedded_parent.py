@@ -9,9 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
+from adapter_core.child_process import end_with_parent
 from adapter_core.embedded_store import EmbeddedStore
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.stdout.write(EmbeddedStore(Path(sys.argv[1])).start(timeout_s=60) + "\n")
     sys.stdout.flush()
     signal.pause()

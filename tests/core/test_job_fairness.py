@@ -13,12 +13,14 @@ from adapter_core.errors import InvalidInput
 from adapter_core.job_lease_scripts import MAX_OVERTAKES
 from adapter_core.job_leases import JobLeases
 from adapter_core.job_queue import JobQueue, JobStatus
+from adapter_core.redis_client import MAX_CONNECTIONS
 from tests.job_checks import check_queue, make_spec
 
 
 async def test_a_whale_does_not_delay_another_tenants_first_job(redis: Redis) -> None:
     queue, leases = JobQueue(redis), JobLeases(redis)
-    await asyncio.gather(*[queue.submit("whale", make_spec(), cost=100) for _ in range(1000)])
+    for _ in range(0, 1000, MAX_CONNECTIONS):
+        await asyncio.gather(*(queue.submit("whale", make_spec(), cost=100) for _ in range(MAX_CONNECTIONS)))
     for lease in await leases.claim("w", limit=10, lease_s=60):
         await leases.complete(lease, {})
     minnows = [f"minnow{i}" for i in range(5)]

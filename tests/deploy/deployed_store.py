@@ -14,7 +14,7 @@ import redis
 from adapter_core.child_process import start_child
 from adapter_core.store_binary import find_binary
 from deploy.make_secrets import STORE_USER, make_secrets
-from tests.waiting import wait_until_sync
+from tests.waiting import HANG_S, wait_until_sync
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGURATION = ROOT / "deploy" / "valkey" / "valkey.conf"
@@ -72,4 +72,4 @@ def deployed_store(folder: Path, *, max_memory: str = "256mb") -> Iterator[Deplo
     finally:
         probe.close()
         server.send_signal(signal.SIGTERM)
-        server.wait(30)
+        server.wait(HANG_S)

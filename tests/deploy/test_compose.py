@@ -14,6 +14,7 @@ import yaml
 from adapter_core.settings import CommonSettings
 from service.engine.settings import EngineSettings
 from service.settings import ServiceSettings
+from tests.waiting import HANG_S
 from trainer_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,7 +31,11 @@ def run_tool(*command: str | Path) -> str:
     """Run a console script of this environment; return what it says, fail with it if it fails."""
     tool, *arguments = command
     done = subprocess.run(
-        [Path(sys.executable).parent / tool, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [Path(sys.executable).parent / tool, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from deploy.split_requirements import split_requirements
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -43,7 +44,7 @@ def stages(instructions: list[tuple[str, str]]) -> dict[str, list[tuple[str, str
 
 def test_hadolint_has_nothing_to_say():
     done = subprocess.run(
-        [Path(sys.executable).parent / "hadolint", DOCKERFILE], capture_output=True, text=True, timeout=60
+        [Path(sys.executable).parent / "hadolint", DOCKERFILE], capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == ""
@@ -136,5 +137,5 @@ def test_the_health_check_follows_the_status(instructions, stage, port, path):
         with http_server(status) as (test_port, asked):
             program = command[2].replace(str(port), str(test_port))
             environment = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-            done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=30)
+            done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=HANG_S)
         assert (done.returncode, asked) == (code, [path])

@@ -13,6 +13,7 @@ import yaml
 from deploy.replay_dashboard import metric_names
 from tests.deploy.exposed_metrics import SCRAPE_LABELS, exposed_labels
 from tests.deploy.test_dashboard import used_labels
+from tests.waiting import HANG_S
 
 FOLDER = Path(__file__).parent.parent.parent / "deploy" / "prometheus"
 
@@ -38,7 +39,9 @@ def alerts() -> list[dict[str, Any]]:
     ids=" ".join,
 )
 def test_promtool_has_nothing_to_say(arguments):
-    done = subprocess.run(["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=HANG_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout + done.stderr
 

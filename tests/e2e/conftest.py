@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,12 @@ import psutil
 import pytest
 import redis
 
+from adapter_core.child_process import start_child
 from adapter_core.embedded_store import socket_path
 from service.local import is_ready
-from tests.waiting import wait_until_sync
+from tests.waiting import HANG_S, wait_until_sync
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
-START_TIMEOUT_S = 90
 
 
 class Stack:
@@ -38,14 +37,13 @@ class Stack:
             "TESSERA_DATA_DIR": str(data_dir),
             "TESSERA_SERVICE_PORT": str(self.port),
             "TESSERA_WORKER_METRICS_PORT": "0",
-            "TESSERA_WORKER_LEASE_S": "3",
+            "TESSERA_WORKER_LEASE_S": "6",
             "TESSERA_WORKER_CHECKPOINT_EVERY_S": "1",
         }
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "service.local"], env=environment, stdout=log, stderr=log
-            )
-        wait_until_sync(self.has_started, timeout_s=START_TIMEOUT_S)
+            command = [sys.executable, "-m", "service.local"]
+            self.process = start_child(command, environment=environment, output=log)
+        wait_until_sync(self.has_started)
 
     def has_started(self) -> bool:
         assert self.process.poll() is None, self.log_path.read_text()[-4000:]
@@ -74,14 +72,14 @@ class Stack:
         """kill -9 of one part; returns the pid that was killed."""
         process = self.find(*words)
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(HANG_S)
         return process.pid
 
     def stop(self) -> None:
         processes = psutil.Process(self.process.pid).children(recursive=True)
         self.process.terminate()
-        self.process.wait(60)
-        _, alive = psutil.wait_procs(processes, timeout=10)
+        self.process.wait(HANG_S)
+        _, alive = psutil.wait_procs(processes, timeout=HANG_S)
         assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
 
 

@@ -13,9 +13,9 @@ import pytest
 from adapter_core import keys
 from tests.e2e.conftest import Stack
 from tests.e2e.test_openai_client import training_file
-from tests.waiting import wait_until_sync
+from tests.waiting import HANG_S, wait_until_sync
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("e2e")
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -38,7 +38,7 @@ def test_a_bad_request_is_a_clear_4xx(stack: Stack, case: tuple[Any, ...]) -> No
     _, path, wrong, status, code, param = case
     sound = {"messages": HELLO} if path == CHAT else {"prompt": "a"}
 
-    reply = httpx.post(stack.url + path, json={"model": "tiny", **sound, **wrong}, timeout=30)
+    reply = httpx.post(stack.url + path, json={"model": "tiny", **sound, **wrong}, timeout=HANG_S)
 
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (status, param), error
@@ -102,7 +102,7 @@ def test_a_truncated_adapter_fails_only_its_own_request(
         hyperparameters={"n_epochs": 1},
         extra_body={"adapter": {"id": "broken"}},
     )
-    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=120)
+    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
     with stack.store() as store:
         key = keys.adapter_blob("default", "broken", 1)
         store.set(key, store.get(key)[:-100])

@@ -25,13 +25,12 @@ from adapter_core.child_process import start_child
 from deploy.replay_dashboard import DASHBOARD, Outcome, Prometheus, main, panels, replay
 from service.local import is_ready
 from tests.deploy.deployed_store import DeployedStore, deployed_store, free_port
-from tests.waiting import wait_until_sync
+from tests.waiting import HANG_S, wait_until_sync
 
 PROMETHEUS = shutil.which("prometheus")
 
 pytestmark = [
     pytest.mark.xdist_group("e2e"),
-    pytest.mark.timeout(300),
     pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (apt install prometheus)"),
 ]
 
@@ -59,7 +58,7 @@ class Part:
     def stop(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(60)
+            self._process.wait(HANG_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -98,7 +97,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         found = start_parts(store, folder)
         for part in found.parts:
             stack.callback(part.stop)
-        wait_until_sync(lambda: has_started(found), timeout_s=120)
+        wait_until_sync(lambda: has_started(found))
         send_traffic(found, folder)
         yield found
         for part in found.parts:
@@ -177,7 +176,7 @@ def send_traffic(deployment: Deployment, folder: Path) -> None:
     job = client.fine_tuning.jobs.create(
         model="tiny", training_file=uploaded.id, suffix="devil", hyperparameters={"n_epochs": 2}
     )
-    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=150)
+    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
     adapter = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     assert adapter
     prompt = "The program that the user wrote is " * 4  # several KV blocks long
@@ -205,7 +204,7 @@ def test_every_panel_has_data_and_every_alert_is_evaluated(deployment):
         return not failures(replay(deployment.prometheus, dashboard, rate_interval=RATE_INTERVAL))
 
     try:
-        wait_until_sync(has_data, timeout_s=60)
+        wait_until_sync(has_data)
     except AssertionError:
         outcomes = replay(deployment.prometheus, dashboard, rate_interval=RATE_INTERVAL)
         pytest.fail("\n".join(failures(outcomes)))

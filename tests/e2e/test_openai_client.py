@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.conftest import DATA, Stack
 from tests.waiting import wait_until_sync
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("e2e")
 
 PROMPT = [{"role": "user", "content": "Define love."}]
 
@@ -28,7 +28,7 @@ def trained(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
         seed=7,
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
     )
-    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=120)
+    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
     name = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     assert name
     return name
@@ -94,9 +94,7 @@ def test_training_again_under_one_name_publishes_the_next_version(
             hyperparameters={"n_epochs": 1},
             extra_body={"adapter": {"id": "anna", "rank": 4}},
         )
-        wait_until_sync(
-            lambda job=job: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=120
-        )
+        wait_until_sync(lambda job=job: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
         record = client.get("/adapters/anna", cast_to=object)
         assert record["active_version"] == expected
     pinned = client.completions.create(model="anna@1", prompt="A hacker", max_tokens=3, temperature=0)
@@ -118,7 +116,7 @@ def test_a_deleted_adapter_is_gone_at_once(stack: Stack, client: openai.OpenAI, 
     job = client.fine_tuning.jobs.create(
         model="tiny", training_file=file.id, suffix="gone", hyperparameters={"n_epochs": 1}
     )
-    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", timeout_s=120)
+    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
     name = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
     client.completions.create(model=name, prompt="A", max_tokens=1)
 

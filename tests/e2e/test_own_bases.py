@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from adapter_core.base_model import BUNDLED_MODEL
 from service.text import load_text_codec
 from tests.e2e.conftest import DATA, Stack
-from tests.waiting import wait_until_sync
+from tests.waiting import HANG_S, wait_until_sync
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("e2e")
 
 PROMPT = [1, 17, 250, 999, 4000, 12]
 NUM_TOKENS = 8
@@ -60,13 +60,15 @@ def greedy(client: openai.OpenAI, model: str) -> str:
 def test_a_lora_is_imported_served_exported_and_deleted(stack: Stack, client: openai.OpenAI) -> None:
     content, expected = lora_zip()
     url = f"{stack.url}/v1/adapters/foreign/peft"
-    made = httpx.post(url, files={"file": ("lora.zip", content)}, timeout=60)
+    made = httpx.post(url, files={"file": ("lora.zip", content)}, timeout=HANG_S)
     assert made.status_code == 200, made.text
     basis_id = made.json()["versions"][0]["basis"]
     assert greedy(client, "foreign") == expected
     assert greedy(client, "tiny") != expected
-    exported = httpx.get(url, timeout=60).content
-    copy = httpx.post(f"{stack.url}/v1/adapters/copy/peft", files={"file": ("x.zip", exported)}, timeout=60)
+    exported = httpx.get(url, timeout=HANG_S).content
+    copy = httpx.post(
+        f"{stack.url}/v1/adapters/copy/peft", files={"file": ("x.zip", exported)}, timeout=HANG_S
+    )
     assert copy.json()["versions"][0]["basis"] == basis_id
     assert greedy(client, "copy") == expected
     for name in ("foreign", "copy"):
@@ -89,9 +91,7 @@ def test_a_lora_form_is_trained_and_served(client: openai.OpenAI, tmp_path: Path
         hyperparameters={"n_epochs": 2, "batch_size": 4},
         extra_body={"adapter": {"id": "full", "form": "lora", "rank": 4, "init": "lora"}},
     )
-    wait_until_sync(
-        lambda: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), timeout_s=120
-    )
+    wait_until_sync(lambda: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"))
     told = client.fine_tuning.jobs.retrieve(job.id).to_dict()
     assert told["status"] == "succeeded", told["error"]
     assert told["result"]["best_valid_loss"] < told["result"]["initial_valid_loss"]

@@ -13,7 +13,7 @@ from tests.e2e.conftest import Stack
 from tests.e2e.test_openai_client import PROMPT, training_file
 from tests.waiting import wait_until_sync
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("e2e")
 
 #: The quickest decomposition: what is tested is the way, not the quality.
 OPTIONS = {"svd": "randomised"}
@@ -36,7 +36,7 @@ def test_an_adapter_in_a_basis_of_its_own_is_trained_served_and_deleted(
         found = client.fine_tuning.jobs.retrieve(job.id)
         return found if found.status in ("succeeded", "failed", "cancelled") else None
 
-    done: Any = wait_until_sync(ended, timeout_s=120)
+    done: Any = wait_until_sync(ended)
     assert done.status == "succeeded", done.error
     own = f"{stack.url}/v1/bases/{done.adapter['basis']}"
     detail = httpx.get(own).json()

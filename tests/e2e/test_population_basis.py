@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import Stack
 from tests.waiting import wait_until_sync
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("e2e")
 
 
 def users_file(*users: str) -> bytes:
@@ -36,7 +36,7 @@ def ended(stack: Stack, file_id: str, **options: Any) -> dict[str, Any]:
         found = dict(httpx.get(f"{stack.url}/v1/bases/jobs/{reply.json()['id']}").json())
         return found if found["status"] in ("succeeded", "failed", "cancelled") else None
 
-    return dict(wait_until_sync(job, timeout_s=120))
+    return dict(wait_until_sync(job))
 
 
 def test_users_are_told_apart_on_the_whole_way(stack: Stack, client: openai.OpenAI) -> None:

@@ -19,11 +19,10 @@ from adapter_core.store import AdapterStore
 from benchmarks.load.adapters import TENANT, make_adapter, store_adapters
 from benchmarks.load.client import Outcome, Prompt, complete
 from benchmarks.load.stack import ServiceStack
-from tests.waiting import wait_until_sync
+from tests.waiting import HANG_S, wait_until_sync
 
-pytestmark = [pytest.mark.xdist_group("workers"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("workers")
 
-START_TIMEOUT_S = 90.0
 NUM_ADAPTERS = 40
 LONG = 1000
 
@@ -66,7 +65,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     yield running
     processes = psutil.Process(running.process.pid).children(recursive=True)
     running.stop()
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=HANG_S)
     assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
     assert running.process.returncode == 0
 
@@ -139,7 +138,7 @@ def test_the_load_client_reads_answers_errors_and_hangs_up(workers: Workers) -> 
             Prompt("tiny", [10**8], 1),
             Prompt("tiny", [5, 6], LONG, cancel_after=2),
         ]
-        return await asyncio.gather(*(complete(workers.port, p, timeout_s=60) for p in prompts))
+        return await asyncio.gather(*(complete(workers.port, p, timeout_s=HANG_S) for p in prompts))
 
     good, missing, wrong, cancelled = asyncio.run(ask())
 
@@ -161,7 +160,7 @@ def test_a_killed_api_process_is_replaced_and_the_other_answers_meanwhile(worker
     before = workers.scrape("tessera_http_requests_total")
 
     victim.kill()
-    victim.wait(10)
+    victim.wait(HANG_S)
 
     for _ in range(4):
         assert workers.client.completions.create(model="tiny", prompt="A", max_tokens=1).choices
@@ -184,7 +183,9 @@ def test_a_killed_engine_is_found_again_by_both(workers: Workers) -> None:
     workers.wait_ready()
 
     def all_are_ready() -> bool:
-        return all(httpx.get(f"{workers.url}/health/ready").status_code == 200 for _ in range(6))
+        return all(
+            httpx.get(f"{workers.url}/health/ready", timeout=HANG_S).status_code == 200 for _ in range(6)
+        )
 
-    wait_until_sync(all_are_ready, timeout_s=START_TIMEOUT_S)
+    wait_until_sync(all_are_ready)
     assert workers.scrape("tessera_engine_restarts_total") >= 1

@@ -27,6 +27,7 @@ from service.settings import ServiceSettings
 from service.text import TextCodec
 from tests.fakes import FakeEngine
 from tests.http.conftest import served
+from tests.waiting import HANG_S
 
 #: Of each operation and mode: about 300 requests in all.
 EXAMPLES = 6
@@ -63,11 +64,11 @@ def api_url(redis_url: str, codec: TextCodec, tmp_path_factory: pytest.TempPathF
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
-    started.wait(60)
+    started.wait(HANG_S)
     yield urls[0]
     loop, stop = stopping[0]
     loop.call_soon_threadsafe(stop.set)
-    thread.join(60)
+    thread.join(HANG_S)
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda m: m.value)
@@ -88,7 +89,7 @@ def exercise(operation: schemathesis.APIOperation, mode: GenerationMode, session
     def check(case: schemathesis.Case) -> None:
         if mode == GenerationMode.POSITIVE and isinstance(case.body, dict) and "model" in case.body:
             case.body["model"] = "tiny"  # by chance it would never be one that exists
-        case.call_and_validate(checks=CHECKS, session=session, timeout=30)
+        case.call_and_validate(checks=CHECKS, session=session, timeout=HANG_S)
 
     with contextlib.suppress(Unsatisfiable):  # a route without parameters cannot be called wrongly
         check()

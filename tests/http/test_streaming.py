@@ -14,7 +14,7 @@ from service.text import TextCodec
 from tests.fakes import FakeEngine
 from tests.http.conftest import MakeApp, publish, running_server, served, url_of
 from tests.http.sse import DONE, parse
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -208,7 +208,7 @@ async def test_a_waiting_stream_is_kept_alive(make_app: MakeApp, engine: FakeEng
 
 async def test_tokens_are_sent_as_they_come(remote: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.gate.clear()
-    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as tasks:
 
         async def read() -> list[str]:
             async with remote.stream("POST", TEXT, json=text_body(max_tokens=40)) as reply:

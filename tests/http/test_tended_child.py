@@ -13,7 +13,7 @@ from adapter_core.errors import InvalidInput
 from service.api_workers import listen
 from service.settings import ServiceSettings
 from service.tended_child import FIRST_BACKOFF_S, TendedChild
-from tests.waiting import has_ended, wait_until_sync
+from tests.waiting import HANG_S, has_ended, wait_until_sync
 
 SLEEPS = "import time; time.sleep(600)"
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
@@ -57,7 +57,7 @@ def test_a_child_that_keeps_dying_is_started_ever_more_slowly(child_of: Callable
         child.start_after = 0.0
         child.tend()
         assert child.process is not None
-        child.process.wait(20)
+        child.process.wait(HANG_S)
         child.tend()
         assert child.process is None
         waits.append(child.start_after - time.monotonic())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.engine.paged_configs import Phase, find_config
+from tests.waiting import HANG_S
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ def test_kernels_compile_for_hopper_within_the_shared_memory_foreseen(tmp_path: 
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_paged", "90"]
 
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=110
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S
     )
 
     assert done.returncode == 0, done.stderr
