@@ -11,7 +11,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -154,16 +154,33 @@ class FileStore:
     async def content(self, tenant: str, file_id: str) -> bytes:
         """All bytes, verified. Raises `NotFound`, `CorruptRecord`."""
         record = await self.get(tenant, file_id)
-        key = keys.file_content(tenant, file_id)
-        pieces: list[Any] = []
-        with translate_errors():
-            for start in range(0, record.bytes, CHUNK_BYTES):
-                pieces.append(await self._redis.getrange(key, start, start + CHUNK_BYTES - 1))
-        content = b"".join(pieces)
-        if await asyncio.to_thread(_sha256, content) != record.sha256:
-            await self.get(tenant, file_id)  # it was deleted while it was read
-            raise CorruptRecord(f"the content of {file_id} fails its checksum")
+        content = b"".join([piece async for piece in self._pieces(record)])
+        await self._check(record, await asyncio.to_thread(_sha256, content))
         return content
+
+    async def verified_pieces(self, tenant: str, file_id: str) -> AsyncIterator[bytes]:
+        """The bytes in pieces, which are read as they are asked for, after all of them have been verified
+        once: for a reader who may be slow. Raises `NotFound`, `CorruptRecord`.
+        """
+        record = await self.get(tenant, file_id)
+        digest = hashlib.sha256()
+        async for piece in self._pieces(record):
+            await asyncio.to_thread(digest.update, piece)
+        await self._check(record, digest.hexdigest())
+        return self._pieces(record)
+
+    async def _pieces(self, record: FileRecord) -> AsyncIterator[bytes]:
+        key = keys.file_content(record.tenant, record.file_id)
+        for start in range(0, record.bytes, CHUNK_BYTES):
+            with translate_errors():
+                piece: Any = await self._redis.getrange(key, start, start + CHUNK_BYTES - 1)
+            yield piece
+
+    async def _check(self, record: FileRecord, digest: str) -> None:
+        """Raises `CorruptRecord`, `NotFound`."""
+        if digest != record.sha256:
+            await self.get(record.tenant, record.file_id)  # it was deleted while it was read
+            raise CorruptRecord(f"the content of {record.file_id} fails its checksum")
 
     async def delete(self, tenant: str, file_id: str) -> bool:
         """False: there is no such file."""

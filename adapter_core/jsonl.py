@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ MAX_SHOWN_CHARS = 40
 
 _WIDE_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh")
+_NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 _ARRAY = "the file is a JSON array; write one JSON object per line, with no brackets or commas round them"
 
 
@@ -90,16 +92,16 @@ def shown(text: str) -> str:
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, bytes) of lines that are not blank. Only "\\n" ends one: JSON may hold U+2028."""
-    start, line = (len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0), 0
-    while start < len(content):
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
-        line += 1
-        raw = content[start:end].strip(b" \t\r")
-        if raw:
-            yield line, raw
-        start = end + 1
+    """(1-based number, bytes) of lines that are not blank. Only "\\n" ends one: JSON may hold U+2028.
+
+    Blank lines are passed over by two searches, not one by one: 33 million of them took 24 s.
+    """
+    start, line = (len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0), 1
+    while (found := _NOT_BLANK.search(content, start)) is not None:
+        line += content.count(b"\n", start, found.start())
+        end = content.find(b"\n", found.start())
+        start = len(content) if end < 0 else end
+        yield line, content[found.start() : start].rstrip(b" \t\r")
 
 
 def _check_file(content: bytes, problems: Problems) -> None:

@@ -11,19 +11,22 @@ from adapter_core.errors import TesseraError
 from adapter_core.redis_client import connect
 from adapter_core.settings import CommonSettings, refuse_unknown_variables
 from service.api_workers import serve_with_workers
-from service.app import create_app, stores_over
+from service.app import create_app, load_text, stores_over
 from service.engine.client import EngineClient
 from service.engine.settings import EngineSettings
 from service.http_server import serve_app
+from service.process_memory import return_freed_memory
 from service.settings import ServiceSettings, refuse_open_door
 from service.tasks import new_event_loop
-from service.text import load_text_codec
+from service.text import TextCodec
+from service.upload_check import UploadCheck
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Serve. Exit status 0 after an orderly stop, 2 for unusable settings, 1 for what cannot be started."""
+    return_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         common, settings = CommonSettings(), ServiceSettings()
@@ -44,31 +47,31 @@ def main() -> int:
 
 
 def _serve_with_store(common: CommonSettings, settings: ServiceSettings) -> int:
+    text = load_text(common) if settings.workers == 1 else None  # before the store's thread
     url, store = store_url(common)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(serve(common, settings, url))
+            if text is None:
+                return runner.run(serve_with_workers(common, settings, url))
+            return runner.run(serve(common, settings, url, *text))
     finally:
         if store is not None:
             store.stop()
 
 
-async def serve(common: CommonSettings, settings: ServiceSettings, url: str) -> int:
+async def serve(
+    common: CommonSettings, settings: ServiceSettings, url: str, codec: TextCodec, upload_check: UploadCheck
+) -> int:
     """Serve until SIGTERM or SIGINT; requests in flight may finish. Raises what cannot be started."""
-    if settings.workers > 1:
-        return await serve_with_workers(common, settings, url)
     redis = connect(url, timeout_s=common.store_timeout_s)
     try:
         app = create_app(
             engine=EngineClient(common, url),
             stores=stores_over(redis, common),
-            codec=load_text_codec(
-                common.base_model,
-                revision=common.base_model_revision,
-                allow_control_tokens=common.allow_control_tokens,
-            ),
+            codec=codec,
             settings=settings,
             common=common,
+            upload_check=upload_check,
         )
         return 0 if await serve_app(app, settings) else 1
     finally:

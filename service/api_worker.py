@@ -17,13 +17,15 @@ from pathlib import Path
 from adapter_core.errors import TesseraError
 from adapter_core.redis_client import connect
 from adapter_core.settings import CommonSettings
-from service.app import create_app, stores_over
+from service.app import create_app, load_text, stores_over
 from service.engine.attachment import AttachedEngine
 from service.engine.settings import EngineSettings
 from service.http_server import serve_app
+from service.process_memory import return_freed_memory
 from service.settings import ServiceSettings
 from service.tasks import new_event_loop
-from service.text import load_text_codec
+from service.text import TextCodec
+from service.upload_check import UploadCheck
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +36,27 @@ def main() -> int:
     parser.add_argument("--listen-fd", type=int, required=True, help="inherited socket that listens")
     parser.add_argument("--engine-socket", type=Path, required=True, help="where the engine listens")
     arguments = parser.parse_args()
+    return_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         common = CommonSettings()
         logging.getLogger().setLevel(common.log_level)
+        codec, upload_check = load_text(common, close_fds=[arguments.listen_fd])
+        place = (arguments.listen_fd, arguments.engine_socket)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(serve(common, arguments.listen_fd, arguments.engine_socket))
+            return runner.run(serve(common, *place, codec, upload_check))
     except (TesseraError, ValueError) as error:
         logger.error("%s", error)
         return 1
 
 
-async def serve(common: CommonSettings, listen_fd: int, engine_socket: Path) -> int:
+async def serve(
+    common: CommonSettings,
+    listen_fd: int,
+    engine_socket: Path,
+    codec: TextCodec,
+    upload_check: UploadCheck,
+) -> int:
     settings = ServiceSettings()
     url = common.store_url_with_password()
     assert url is not None, "the parent names the store"
@@ -55,13 +66,10 @@ async def serve(common: CommonSettings, listen_fd: int, engine_socket: Path) -> 
         app = create_app(
             engine=AttachedEngine(engine_socket, heartbeat_timeout_s=timeout_s),
             stores=stores_over(redis, common),
-            codec=load_text_codec(
-                common.base_model,
-                revision=common.base_model_revision,
-                allow_control_tokens=common.allow_control_tokens,
-            ),
+            codec=codec,
             settings=settings,
             common=common,
+            upload_check=upload_check,
         )
         logger.info("API process %d serves", os.getpid())
         return 0 if await serve_app(app, settings, listener=socket.socket(fileno=listen_fd)) else 1

@@ -7,7 +7,7 @@ where the real one would be.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from adapter_core.store import AdapterStore
 from service.auth import ApiKeys
 from service.basis_choices import BasisChoices
 from service.basis_jobs import BasisJobs
-from service.generation import Generator
+from service.generation import Generator, heavy_gate
 from service.idempotency import Idempotency
 from service.imports import Imports
 from service.metrics import Metrics, service_version
@@ -51,9 +51,10 @@ from service.routes import (
 from service.routes.deps import Services, Stores
 from service.settings import ServiceSettings
 from service.tasks import end_tasks
-from service.text import TextCodec
+from service.text import TextCodec, load_text_codec
 from service.token_engine import TokenEngine
 from service.training_jobs import TrainingJobs
+from service.upload_check import UploadCheck, fork_twin
 
 TITLE = "Tessera"
 DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."
@@ -75,6 +76,20 @@ def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
     )
 
 
+def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple[TextCodec, UploadCheck]:
+    """The base model's text codec, and the check of uploads with it, which has a process of its own.
+
+    Call it before this process has threads. close_fds: what that process must not keep open. Raises
+    `UnsupportedModel`.
+    """
+    codec = load_text_codec(
+        common.base_model,
+        revision=common.base_model_revision,
+        allow_control_tokens=common.allow_control_tokens,
+    )
+    return codec, UploadCheck(codec.chat, fork_twin(codec.chat, close_fds=close_fds))
+
+
 def create_app(
     *,
     engine: TokenEngine,
@@ -82,12 +97,15 @@ def create_app(
     codec: TextCodec,
     settings: ServiceSettings,
     common: CommonSettings,
+    upload_check: UploadCheck | None = None,
 ) -> FastAPI:
     """The application. It starts and closes the engine with itself; the Redis client is the caller's.
 
+    upload_check: None: files are checked in threads of this process.
+
     Raises `InvalidInput` for a key file or a setting that cannot be used.
     """
-    services = _services(engine, stores, codec, settings, common)
+    services = _services(engine, stores, codec, settings, common, upload_check or UploadCheck(codec.chat))
     sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
     services.metrics.registry.register(ServiceCollector(engine, sampler))
     app = FastAPI(
@@ -114,8 +132,9 @@ def _services(
     codec: TextCodec,
     settings: ServiceSettings,
     common: CommonSettings,
+    upload_check: UploadCheck,
 ) -> Services:
-    metrics, queue = Metrics(), JobQueue(stores.redis)
+    metrics, queue, gate = Metrics(), JobQueue(stores.redis), heavy_gate()
     names = Models(common.base_model, stores.adapters, stores.own_bases, engine)
     basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.own_bases)
     choices = BasisChoices(
@@ -137,13 +156,15 @@ def _services(
         queue=queue,
         basis_queue=basis_queue,
         models=names,
-        generator=Generator(engine, codec, metrics, request_timeout_s=settings.request_timeout_s),
+        generator=Generator(engine, codec, metrics, request_timeout_s=settings.request_timeout_s, gate=gate),
         jobs=jobs,
         basis_jobs=BasisJobs(basis_queue, choices, base_model=names.base_name),
         holds=holds,
         imports=imports,
         idempotency=Idempotency(stores.redis),
         metrics=metrics,
+        gate=gate,
+        upload_check=upload_check,
     )
 
 
@@ -174,6 +195,7 @@ def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -
         settings.max_body_bytes,
         settings.max_upload_bytes,
         settings.max_import_bytes,
+        settings.max_body_memory_bytes,
         settings.body_timeout_s,
     )
     app.add_middleware(BodyLimit, limits=limits)

@@ -13,14 +13,18 @@ from typing import Any, TypeVar
 
 from adapter_core.errors import InvalidInput
 from service.engine.messages import EngineInfo, GenerationRequest, SamplingParams
+from service.fair_gate import FairGate
 from service.metrics import Metrics
 from service.model_names import Target
+from service.prompt_bound import prompt_bound
 from service.sequences import Generation, LiveSequence
 from service.text import TextCodec
 from service.token_engine import TokenEngine
 
 #: Tokenising 16 k characters takes about 5 ms, as long as the event loop may stand still.
 MAX_INLINE_CHARACTERS = 16 * 1024
+#: What a message of a conversation and a call of the tokenizer cost beside their characters, in characters.
+MESSAGE_CHARACTERS, CALL_CHARACTERS = 32, 256
 #: Sequences of one request: prompts × n.
 MAX_SEQUENCES = 256
 
@@ -50,27 +54,64 @@ class Generator:
     """Starts generations."""
 
     def __init__(
-        self, engine: TokenEngine, codec: TextCodec, metrics: Metrics, *, request_timeout_s: float
+        self,
+        engine: TokenEngine,
+        codec: TextCodec,
+        metrics: Metrics,
+        *,
+        request_timeout_s: float,
+        gate: FairGate | None = None,
     ) -> None:
+        """gate: for inputs that are read beside the event loop, by tenant; None: one of its own."""
         self.codec = codec
         self.engine = engine
+        self._gate = gate or heavy_gate()
+        self._bound = prompt_bound(codec.chat.tokenizer.backend_tokenizer)
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
 
-    async def text_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    async def text_prompts(self, tenant: str, texts: Sequence[str], *, param: str) -> list[list[int]]:
         """Token ids of raw prompts, as the trainer would encode them. Raises `InvalidInput`."""
-        size = sum(len(text) for text in texts)
-        return await off_loop(size, lambda: [self.codec.chat.text_ids(text) for text in texts])
+        for text in texts:
+            self.refuse_endless(text, param=param)
+        size = sum(len(text) + CALL_CHARACTERS for text in texts)
+        return await self.off_loop(tenant, size, lambda: [self.codec.chat.text_ids(text) for text in texts])
 
     async def chat_prompt(
-        self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
+        self, tenant: str, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
         """Token ids of a conversation up to the assistant's turn. variables: more names for the template.
 
         Raises `InvalidInput`.
         """
-        size = sum(len(message["content"]) for message in messages)
-        return await off_loop(size, lambda: self.codec.chat.prompt_ids(messages, variables=variables))
+        for message in messages:
+            if message["role"] != "assistant":  # of whose turns a template may leave out parts
+                self.refuse_endless(message["content"].strip(), param="messages")
+        size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
+        return await self.off_loop(
+            tenant, size, lambda: self.codec.chat.prompt_ids(messages, variables=variables)
+        )
+
+    async def off_loop(self, tenant: str, size: int, work: Callable[[], T]) -> T:
+        """The result of `work` on an input of `size` characters: beside the event loop if it would hold it
+        up, in the tenant's turn. Tokenizers give up Python's lock while they work.
+        """
+        if size <= MAX_INLINE_CHARACTERS and not self._gate.num_taken:
+            return work()
+        if size <= MAX_INLINE_CHARACTERS:  # a large input may hold the lock of the template's renderer
+            return await asyncio.to_thread(work)
+        async with self._gate.room(tenant):
+            return await asyncio.to_thread(work)
+
+    def refuse_endless(self, text: str, *, param: str) -> None:
+        """Raise `InvalidInput` for a text that no tokenising could make fit: 4 MB take seconds."""
+        limit = self.engine.info.max_model_len
+        if self._bound is not None and self._bound.is_exceeded(text, num_tokens=limit):
+            raise InvalidInput(
+                f"the context holds {limit} tokens; {len(text)} characters are certainly more",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def start(
         self, target: Target, prompts: Sequence[list[int]], options: Options, *, param: str
@@ -125,6 +166,8 @@ class Generator:
         """The parameters for one prompt: how many tokens it may have, what ends it."""
         if not token_ids:
             raise InvalidInput("the prompt is empty", param=param, code="empty_prompt")
+        if len(token_ids) > info.max_model_len:  # before anything looks at each of a million ids
+            raise too_long(len(token_ids), options.max_tokens or 1, info.max_model_len, param)
         if not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
             raise InvalidInput(f"token ids must be from 0 to {info.vocab_size - 1}", param=param)
         room = info.max_model_len - len(token_ids)
@@ -157,6 +200,6 @@ def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> 
     )
 
 
-async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """The result of `work`, in a thread if `size` (characters) says that it would hold up the event loop."""
-    return await asyncio.to_thread(work) if size > MAX_INLINE_CHARACTERS else work()
+def heavy_gate() -> FairGate:
+    """For work on large inputs: two at once, one of each tenant, so that nobody keeps the others out."""
+    return FairGate(capacity=2, share=1)

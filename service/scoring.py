@@ -14,7 +14,7 @@ from adapter_core.chat_format import EncodedExample
 from adapter_core.errors import InvalidInput, RequestFailed
 from adapter_core.examples import Example
 from service.engine.messages import SamplingParams, TokenLogprobs
-from service.generation import Generator, Options, off_loop
+from service.generation import CALL_CHARACTERS, MESSAGE_CHARACTERS, Generator, Options
 from service.model_names import Target
 from service.sequences import Finished, Generation
 
@@ -53,9 +53,12 @@ async def score(
 ) -> tuple[list[ScoredText], Generation]:
     """Score all examples at once; also what it took. Raises `InvalidInput` (param "input.<i>")."""
     limit = generator.engine.info.max_model_len
+    for index, example in enumerate(examples):
+        for text in _texts(example):
+            generator.refuse_endless(text, param=f"input.{index}")
     size = sum(_size(example) for example in examples)
-    encoded = await off_loop(
-        size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]
+    encoded = await generator.off_loop(
+        target.tenant, size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]
     )
     prompts = [row.token_ids for rows in encoded for row in rows]
     generation = generator.start(target, prompts, _PROMPT_ONLY, param="input")
@@ -89,6 +92,11 @@ def _scored(rows: Sequence[EncodedExample], finished: Sequence[Finished]) -> Sco
     return ScoredText(tuple(row.token_ids for row in rows), tuple(logprobs), tuple(is_counted))
 
 
+def _texts(example: Example) -> list[str]:
+    texts = [example.prompt, example.completion, example.text]
+    contents = [message["content"] for message in example.messages or ()]
+    return [*contents, *(text for text in texts if text)]
+
+
 def _size(example: Example) -> int:
-    texts = [message["content"] for message in example.messages or ()]
-    return sum(map(len, [*texts, example.prompt or "", example.completion or "", example.text or ""]))
+    return CALL_CHARACTERS + sum(len(text) + MESSAGE_CHARACTERS for text in _texts(example))

@@ -226,7 +226,8 @@ async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerato
             async for piece in only:
                 yield piece
         return
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    # Bounded: what a slow reader does not fetch waits in one place, where it is counted (`output_stream.py`).
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(len(sources))
     tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
     running = len(tasks)
     try:
@@ -246,10 +247,10 @@ async def _pump(source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece 
     async with aclosing(source):
         try:
             async for item in source:
-                queue.put_nowait(item)
-            queue.put_nowait(None)
+                await queue.put(item)
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
 
 def error_of(output: TokenOutput) -> TesseraError:

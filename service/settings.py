@@ -26,6 +26,11 @@ class ServiceSettings(BaseSettings):
     max_body_bytes: int = Field(4 * MIB, ge=KIB, description="largest JSON body (128 k token ids are 0.8 MB)")
     max_upload_bytes: int = Field(32 * MIB, ge=KIB, description="largest multipart upload, framing included")
     max_import_bytes: int = Field(512 * MIB, ge=KIB, description="largest LoRA to import, framing included")
+    max_body_memory_bytes: int = Field(
+        256 * MIB,
+        ge=MIB,
+        description="all bodies at once, in three copies, without imports; half for a tenant",
+    )
     body_timeout_s: float = Field(30.0, gt=0, description="a request's body must be complete by then")
     request_timeout_s: float = Field(600.0, gt=0, description="the engine gives up on a request after this")
     ping_interval_s: float = Field(10.0, gt=0, description="a waiting stream gets an SSE comment this often")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
-from adapter_core.chat_format import ChatFormat
 from adapter_core.errors import InvalidInput
-from adapter_core.examples import for_each, parse_examples
 from adapter_core.file_store import FileRecord, FileStore
+from service.upload_check import UploadCheck
 
 #: To train on, or to build a basis of; in a file for nothing but that, lines may say whose they are.
 FINE_TUNE, CALIBRATION = PURPOSES = ("fine-tune", "calibration")
@@ -17,12 +15,12 @@ MAX_FILENAME = 255
 
 async def keep_training_file(
     files: FileStore,
+    check: UploadCheck,
     tenant: str,
     *,
     filename: str | None,
     purpose: str,
     content: bytes,
-    chat: ChatFormat,
     lifetime_s: int | None = None,
 ) -> FileRecord:
     """Check a JSONL file, also against the chat template of the base model, and store it.
@@ -34,7 +32,7 @@ async def keep_training_file(
     if purpose not in PURPOSES:
         known = " or ".join(map(repr, PURPOSES))
         raise InvalidInput(f"files are for {known} only, not for {purpose[:64]!r}", param="purpose")
-    num_examples = await asyncio.to_thread(_check, content, chat, with_users=purpose == CALIBRATION)
+    num_examples = await check.count_examples(tenant, content, with_users=purpose == CALIBRATION)
     return await files.put(
         tenant,
         filename=plain_name(filename or ""),
@@ -43,13 +41,6 @@ async def keep_training_file(
         num_examples=num_examples,
         lifetime_s=lifetime_s,
     )
-
-
-def _check(content: bytes, chat: ChatFormat, *, with_users: bool) -> int:
-    """The number of examples. Raises `InvalidTrainingData`."""
-    examples = parse_examples(content, with_users=with_users)
-    for_each(examples, chat.check)
-    return len(examples)
 
 
 def plain_name(filename: str) -> str:

@@ -41,12 +41,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request of exactly max_tokens tokens. cancel_after: hang up after so many pieces."""
+    """A request of exactly max_tokens tokens. cancel_after: hang up after so many pieces. key: of the API."""
 
     model: str
     token_ids: Sequence[int]
     max_tokens: int
     cancel_after: int | None = None
+    key: str | None = None
 
     def body(self) -> bytes:
         return json.dumps(
@@ -81,7 +82,8 @@ async def _exchange(port: int, prompt: Prompt, outcome: Outcome) -> None:
         body = prompt.body()
         head = (
             "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            + ("" if prompt.key is None else f"authorization: Bearer {prompt.key}\r\n")
+            + f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         writer.write(head.encode() + body)
         status = int((await reader.readline()).split()[1])

@@ -13,18 +13,23 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
-from adapter_core.errors import EngineUnavailable, InvalidInput, TesseraError
+from adapter_core.errors import EngineUnavailable, InvalidInput, RequestFailed, TesseraError
 from service.engine import ipc
 from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
-from service.engine.output_stream import OutputStream
+from service.engine.output_stream import Backlog, OutputStream
 from service.engine.supervisor import Heartbeat
 
 CONNECT_POLL_S = 0.05
 #: For the engine to confirm what is not generation: it does so between two steps.
 CALL_TIMEOUT_S = 10.0
 
+#: Of outputs that slow readers of this process have not fetched, by a rough reckoning. The engine cannot wait
+#: for a reader, so beyond this the slowest one's request is ended.
+MAX_BACKLOG_BYTES = 128 * 1024**2
+
 #: What callers are told. The reasons name paths and addresses: they are for `starting_error` and the log.
 NOT_READY = "the engine is starting; try again later"
+TOO_SLOW = "the answer was read too slowly, and more of it waits than there is memory for"
 DIED = "the engine ended while it worked on this request; it is being started again"
 
 
@@ -37,6 +42,7 @@ class EngineConnection:
     """
 
     def __init__(self, heartbeat: Heartbeat, *, heartbeat_timeout_s: float) -> None:
+        self.max_backlog_bytes = MAX_BACKLOG_BYTES
         self.stats: EngineStats | None = None
         self.stalled_s = 0.0
         self.starting_error: str | None = "the engine has not been started"
@@ -46,6 +52,7 @@ class EngineConnection:
         self._info: EngineInfo | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._streams: dict[str, OutputStream] = {}
+        self._backlog = Backlog()
         self._calls: dict[int, asyncio.Future[None]] = {}
         self._call_numbers = itertools.count()
         self._ready = asyncio.Event()
@@ -79,7 +86,7 @@ class EngineConnection:
         """
         _ = self.info
         assert request.request_id not in self._streams, "request ids are unique"
-        stream = self._streams[request.request_id] = OutputStream()
+        stream = self._streams[request.request_id] = OutputStream(self._backlog)
         try:
             await self._submit(request)
             while not (output := await stream.next()).finish_reason:
@@ -87,6 +94,7 @@ class EngineConnection:
             yield output
         finally:
             del self._streams[request.request_id]
+            stream.drop()
             if not stream.is_finished:
                 self._send(ipc.encode("cancel", request_id=request.request_id))
 
@@ -205,6 +213,15 @@ class EngineConnection:
         if stream is None:
             return
         stream.put(output)
+        if self._backlog.num_bytes > self.max_backlog_bytes:
+            self._cut_the_slowest()
+
+    def _cut_the_slowest(self) -> None:
+        """End the request whose reader has fetched least of what has come."""
+        request_id, stream = max(self._streams.items(), key=lambda item: item[1].num_bytes)
+        if not stream.is_finished:
+            self._send(ipc.encode("cancel", request_id=request_id))
+        stream.cut(RequestFailed(TOO_SLOW, code="reader_too_slow"))
 
     def _on_done(self, number: int, error: TesseraError | None) -> None:
         done = self._calls.get(number)

@@ -48,12 +48,14 @@ async def create_chat_completion(
 
 async def _start(body: ChatCompletionRequest, target: Target, generator: Generator) -> ChatReply:
     variables = body.template_variables(generator.codec.chat.template_variables)
-    prompt = await generator.chat_prompt([message.to_template() for message in body.messages], variables)
+    messages = [message.to_template() for message in body.messages]
+    prompt = await generator.chat_prompt(target.tenant, messages, variables)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     options = options_of(body, max_tokens=max_tokens, logprobs=logprobs)
     generation = generator.start(target, [prompt], options, param="messages")
-    return ChatReply(body, target, generation, generator.codec)
+    # A stream keeps its reply for as long as it runs: not the conversation, too.
+    return ChatReply(body.model_copy(update={"messages": []}), target, generation, generator.codec)
 
 
 class ChatReply(Reply):

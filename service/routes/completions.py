@@ -11,7 +11,7 @@ from fastapi import APIRouter, Response
 from adapter_core.errors import RequestFailed
 from service import event_stream
 from service.engine.messages import TokenLogprobs
-from service.generation import Generator, off_loop
+from service.generation import Generator
 from service.model_names import Target
 from service.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
 from service.routes.json_routes import CancellableRoute
@@ -21,7 +21,7 @@ from service.routes.schemas_generation import CompletionRequest
 from service.sequences import Finished, Generation, Piece, Token
 from service.text import Echo, TextCodec
 
-#: Of a prompt that is echoed, for `off_loop`.
+#: Of a prompt that is echoed, for `Generator.off_loop`.
 _CHARACTERS_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
@@ -48,23 +48,34 @@ async def create_completion(
 
 async def _start(body: CompletionRequest, target: Target, generator: Generator) -> CompletionReply:
     texts = body.texts
-    prompts = body.token_lists if texts is None else await generator.text_prompts(texts)
+    prompts = (
+        body.token_lists
+        if texts is None
+        else await generator.text_prompts(target.tenant, texts, param="prompt")
+    )
     prompt_logprobs = body.logprobs if body.echo else None
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     options = options_of(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
     options = replace(options, is_prompt_shown=not body.echo or texts is not None)
     generation = generator.start(target, prompts, options, param="prompt")
-    echoes = await _echoes(prompts, texts, generation, generator.codec) if body.echo else None
+    echoes = await _echoes(prompts, texts, generation, generator, target.tenant) if body.echo else None
+    # A stream keeps its reply for as long as it runs: not the prompts, too.
+    body = body.model_copy(update={"prompt": ""})
     return CompletionReply(body, target, generation, generator.codec, echoes)
 
 
 async def _echoes(
-    prompts: Sequence[list[int]], texts: Sequence[str | None] | None, generation: Generation, codec: TextCodec
+    prompts: Sequence[list[int]],
+    texts: Sequence[str | None] | None,
+    generation: Generation,
+    generator: Generator,
+    tenant: str,
 ) -> list[Echo]:
     given = zip(prompts, texts or [None] * len(prompts), strict=True)
     size, skip = _CHARACTERS_PER_TOKEN * sum(map(len, prompts)), generation.skip_special_tokens
-    return await off_loop(
-        size, lambda: [codec.echo(ids, text, skip_special_tokens=skip) for ids, text in given]
+    codec = generator.codec
+    return await generator.off_loop(
+        tenant, size, lambda: [codec.echo(ids, text, skip_special_tokens=skip) for ids, text in given]
     )
 
 

@@ -23,6 +23,7 @@ from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
 from service.basis_jobs import BasisJobs
 from service.event_stream import EventStream, event
+from service.fair_gate import FairGate
 from service.generation import Generator
 from service.idempotency import Idempotency
 from service.imports import Imports
@@ -32,6 +33,7 @@ from service.routes.errors import body_of, response_of
 from service.settings import ServiceSettings
 from service.token_engine import TokenEngine
 from service.training_jobs import TrainingJobs
+from service.upload_check import UploadCheck
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Services:
     imports: Imports
     idempotency: Idempotency
     metrics: Metrics
+    gate: FairGate  # for large bodies and prompts, which threads read
+    upload_check: UploadCheck
 
     async def stream(self, events: AsyncGenerator[str, None]) -> EventStream:
         """An SSE answer that has begun. Raises what the events raise before the first of them."""
@@ -112,6 +116,8 @@ async def _queue(services: ServicesDep) -> JobQueue:
 ModelsDep = Annotated[Models, Depends(_models)]
 GeneratorDep = Annotated[Generator, Depends(_generator)]
 StoresDep = Annotated[Stores, Depends(_stores)]
+
+
 QueueDep = Annotated[JobQueue, Depends(_queue)]
 
 AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]

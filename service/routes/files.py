@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+from fastapi.responses import StreamingResponse
 
 from adapter_core.errors import InvalidInput
 from adapter_core.file_store import FileRecord
-from service.routes.deps import AfterDep, GeneratorDep, LimitDep, StoresDep, TenantDep
+from service.routes.deps import AfterDep, LimitDep, ServicesDep, StoresDep, TenantDep
 from service.routes.json_routes import JsonRoute
 from service.routes.schemas import Deleted, Page, page_of
 from service.routes.schemas_training import FileObject
@@ -26,7 +27,7 @@ async def create_file(
     purpose: Annotated[str, Form(description="fine-tune or calibration")],
     tenant: TenantDep,
     stores: StoresDep,
-    generator: GeneratorDep,
+    services: ServicesDep,
     expires_from: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     lifetime_s: Annotated[
         int | None, Form(alias="expires_after[seconds]", ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)
@@ -40,12 +41,12 @@ async def create_file(
     content = await file.read()
     record = await keep_training_file(
         stores.files,
+        services.upload_check,
         tenant,
         filename=file.filename,
         purpose=purpose,
         content=content,
         lifetime_s=lifetime_s,
-        chat=generator.codec.chat,
     )
     return _object(record)
 
@@ -81,9 +82,10 @@ async def get_file(file_id: str, tenant: TenantDep, stores: StoresDep) -> FileOb
 async def get_file_content(file_id: str, tenant: TenantDep, stores: StoresDep) -> Response:
     """The file as it was uploaded."""
     record = await stores.files.get(tenant, file_id)
-    content = await stores.files.content(tenant, file_id)
+    pieces = await stores.files.verified_pieces(tenant, file_id)
     disposition = f'attachment; filename="{record.filename.encode("ascii", "replace").decode()}"'
-    return Response(content, media_type="application/jsonl", headers={"content-disposition": disposition})
+    headers = {"content-disposition": disposition, "content-length": str(record.bytes)}
+    return StreamingResponse(pieces, media_type="application/jsonl", headers=headers)
 
 
 @router.delete("/files/{file_id}", operation_id="delete_file")

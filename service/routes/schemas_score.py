@@ -75,7 +75,7 @@ Item = Annotated[
 class ScoreRequest(ModelRequest):
     """Texts to be scored, in the three forms of a training file."""
 
-    input: list[Item] = Field(min_length=1, max_length=MAX_ITEMS)
+    input: list[Item] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
     return_tokens: bool = Field(False, description="also list every token with its log-probability")
 
     def examples(self) -> list[Example]:

@@ -82,7 +82,12 @@ def test_b1_b7_weights_only_factors_are_pefts(tiny: BaseModel, method: str) -> N
 
 
 def test_b1_pissas_residual_and_factors_are_the_weight(tiny: BaseModel) -> None:
-    """PEFT subtracts s B A from W; we do not touch W. The sum of theirs is ours."""
+    """PEFT subtracts s B A from W; we do not touch W. The sum of theirs is ours.
+
+    Theirs is the best rank-r part of some W + E with |E| of a few ε σ_1, which is how good LAPACK is in
+    float32. Such an E moves that part by up to |E| (1 + σ_r / (σ_r - σ_r+1)): much where σ_r has a close
+    neighbour (0.2 % apart in one of these weights), whatever the seed.
+    """
     adapted = lora(copy.deepcopy(tiny.model), "pissa")
     basis = build_basis(tiny, method="pissa", rank=RANK, target_modules=TARGETS)
 
@@ -90,7 +95,10 @@ def test_b1_pissas_residual_and_factors_are_the_weight(tiny: BaseModel) -> None:
         A, B = our_factors(basis, name)
         residual = adapted.get_submodule(f"base_model.model.{name}").base_layer.weight.detach().double()
         weight = tiny.model.get_submodule(name).weight.double()
-        torch.testing.assert_close(residual + B @ A, weight, rtol=0, atol=1e-5)
+        largest, *_, last, next_one = torch.linalg.svdvals(weight)[: RANK + 1].tolist()
+        rounding = torch.finfo(torch.float32).eps * largest
+        error = float(torch.linalg.matrix_norm(residual + B @ A - weight, 2))
+        assert error < 8 * rounding * (1 + last / (last - next_one)), name
 
 
 def test_b5_corda_factors_are_pefts(tiny: BaseModel, tiny_examples: CalibrationSet) -> None:

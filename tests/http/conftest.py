@@ -97,6 +97,8 @@ async def running_server(app: FastAPI, **options: Any) -> AsyncIterator[uvicorn.
     finally:
         server.should_exit = True
         await task
+        for _ in range(5):
+            await asyncio.sleep(0)  # connections are closed in a turn of their own; else they warn later
 
 
 def url_of(server: uvicorn.Server) -> str:

@@ -61,7 +61,7 @@ def test_a_child_that_keeps_dying_is_started_ever_more_slowly(child_of: Callable
         child.tend()
         assert child.process is None
         waits.append(child.start_after - time.monotonic())
-    assert child.backoff_s == 8 * FIRST_BACKOFF_S
+    assert child.delay.after(0.0) == 8 * FIRST_BACKOFF_S
     assert waits == sorted(waits)
 
 

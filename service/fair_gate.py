@@ -1,0 +1,97 @@
+"""Room for what is scarce in an API process (threads for large inputs, memory for bodies), shared fairly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class FairGate:
+    """So much room, of which one tenant may take a share; who waits is let in by turns of the tenants.
+
+    capacity: of all together. share: the most that one tenant may take, so that there is always room for the
+    others. Lives in one event loop.
+    """
+
+    def __init__(self, *, capacity: int, share: int) -> None:
+        assert 0 < share <= capacity
+        self._capacity = capacity
+        self._share = share
+        self._num_taken = 0
+        self._taken: Counter[str] = Counter()  # by tenant
+        self._lines: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    @property
+    def num_taken(self) -> int:
+        return self._num_taken
+
+    @asynccontextmanager
+    async def room(self, tenant: str, size: int = 1) -> AsyncIterator[None]:
+        """Wait for room, and give it back at the end."""
+        taken = await self.take(tenant, size)
+        try:
+            yield
+        finally:
+            self.give_back(tenant, taken)
+
+    async def take(self, tenant: str, size: int = 1) -> int:
+        """Wait for room; returns how much was taken: what exceeds a tenant's share waits for all of the
+        share.
+        """
+        size = min(size, self._share)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lines.setdefault(tenant, deque()).append((size, granted))
+        self._let_in()
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self.give_back(tenant, size)
+            else:
+                self._leave_line(tenant, size, granted)
+                self._let_in()  # those behind it
+            raise
+        return size
+
+    def give_back(self, tenant: str, size: int) -> None:
+        self._num_taken -= size
+        self._taken[tenant] -= size
+        if not self._taken[tenant]:
+            del self._taken[tenant]
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """The first of each line, line after line, until the room is taken."""
+        is_progress = True
+        while is_progress:
+            is_progress = False
+            for tenant in list(self._lines):
+                size, granted = self._lines[tenant][0]
+                if granted.cancelled():  # its task has not run yet
+                    self._leave_line(tenant, size, granted)
+                    is_progress = True
+                    continue
+                if self._taken[tenant] + size > self._share:
+                    continue  # a tenant that has its share waits for itself
+                if self._num_taken + size > self._capacity:
+                    return  # nobody smaller overtakes, or the large would wait for ever
+                self._leave_line(tenant, size, granted)
+                if tenant in self._lines:
+                    self._lines.move_to_end(tenant)
+                self._num_taken += size
+                self._taken[tenant] += size
+                granted.set_result(None)
+                is_progress = True
+
+    def _leave_line(self, tenant: str, size: int, granted: asyncio.Future[None]) -> None:
+        line = self._lines.get(tenant, deque())
+        if (size, granted) in line:
+            line.remove((size, granted))
+            if not line:
+                del self._lines[tenant]

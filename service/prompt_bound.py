@@ -1,0 +1,80 @@
+"""How many characters a context of so many tokens can hold at most: what is longer need not be tokenised.
+
+Knows the tokenizer's description and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+#: Canonical composition makes one character of at most four.
+_MAX_COMPOSED = 4
+_NORMALIZERS = {
+    "NFC": _MAX_COMPOSED,
+    "NFKC": _MAX_COMPOSED,
+    "NFD": 1,
+    "NFKD": 1,
+    "Prepend": 1,
+    "Lowercase": 1,
+}
+#: They cut a text and drop nothing of it (`Split` and `Punctuation` unless they are told to).
+_PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Split", "Punctuation"}
+
+
+@dataclass(frozen=True)
+class PromptBound:
+    """The most characters that one token can stand for: in a text of ASCII alone, and in any other."""
+
+    ascii_chars: int
+    other_chars: int
+
+    def is_exceeded(self, text: str, *, num_tokens: int) -> bool:
+        """Whether `text` certainly has more than so many tokens."""
+        return len(text) > num_tokens * (self.ascii_chars if text.isascii() else self.other_chars)
+
+
+def prompt_bound(backend: Backend) -> PromptBound | None:
+    """The bound of a tokenizer; None if it has none.
+
+    It has none where it drops characters, where one unknown token stands for any run of unknown characters,
+    or where a token swallows the white space beside it.
+    """
+    description = json.loads(backend.to_str())
+    model = description["model"]
+    has_unknown = model.get("unk_token") is not None or model.get("unk_id") is not None
+    is_lossless = model["type"] in ("BPE", "Unigram") and (model.get("byte_fallback") or not has_unknown)
+    if not is_lossless or any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"]):
+        return None
+    if not all(_keeps_all(step) for step in _steps(description["pre_tokenizer"], "pretokenizers")):
+        return None
+    shrinkage = 1
+    for step in _steps(description["normalizer"], "normalizers"):
+        factor = _shrinkage(step)
+        if factor is None:
+            return None
+        shrinkage *= factor
+    longest = max(map(len, backend.get_vocab(with_added_tokens=True)))
+    return PromptBound(longest, shrinkage * longest)
+
+
+def _steps(part: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for member in part[members] for step in _steps(member, members)]
+    return [part]
+
+
+def _keeps_all(step: dict[str, Any]) -> bool:
+    return step["type"] in _PRE_TOKENIZERS and step.get("behavior") != "Removed"
+
+
+def _shrinkage(step: dict[str, Any]) -> int | None:
+    if step["type"] == "Replace":
+        pattern = step["pattern"].get("String")
+        return 1 if pattern is not None and len(step["content"]) >= len(pattern) else None
+    return _NORMALIZERS.get(step["type"])
