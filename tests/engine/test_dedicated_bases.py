@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 
 from adapter_core.adapter import Adapter, AdapterRef
@@ -120,3 +122,33 @@ def test_an_own_basis_has_few_slots_and_its_versions_share_them(llama: Served, s
     assert driver.engine.bases.tables[ref.basis_id].num_slots == OWN_BASIS_SLOTS
     assert driver.engine.bases.tables[llama.basis.basis_id].num_slots == 16
     assert len({tuple(answer.token_ids) for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("enable_fused", [True, False])
+@pytest.mark.parametrize("served", ["llama", "gemma2"], indirect=True)
+def test_a_lora_of_a_rank_beyond_a_modules_smaller_side_is_served_exactly(
+    served: Served, start: Start, enable_fused: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    changes, merged = {}, copy.deepcopy(served.pristine)
+    for name, linear in iter_target_modules(served.base.model, ("q_proj", "k_proj", "down_proj")):
+        shape = ModuleShape(name, linear.in_features, linear.out_features)
+        rank = max(shape.d_in, shape.d_out) - 3
+        A = torch.randn(rank, shape.d_in, generator=generator) / shape.d_in**0.5
+        B = torch.randn(shape.d_out, rank, generator=generator) / rank**0.5
+        changes[shape] = LowRank(A, B, 0.5)
+        merged.get_submodule(name).weight.data += 0.5 * B @ A
+    assert any(change.rank > min(shape.d_in, shape.d_out) for shape, change in changes.items())
+    made = make_dedicated(changes, model_id=served.base.model_id, method="peft", recipe={}, metadata={})
+    narrow = min(min(shape.d_in, shape.d_out) for shape in changes)
+    assert made.basis.rank > narrow
+
+    driver = start(served, enable_fused=enable_fused)
+    ref = AdapterRef("t", "wide", 1, made.basis.basis_id)
+    driver.bases[ref.basis_id], driver.adapters[ref] = made.basis, made.adapter
+    answers = [driver.submit(PROMPT, adapter=name) for name in (ref, None, served.refs[0])]
+    driver.run()
+    other = replace(served, adapters={ref: made.adapter}, _merged={ref: merged})
+    assert answers[0].token_ids == other.oracle(ref, PROMPT, 12)[0]
+    assert answers[1].token_ids == served.oracle(None, PROMPT, 12)[0]
+    assert answers[2].token_ids == served.oracle(served.refs[0], PROMPT, 12)[0]
