@@ -50,6 +50,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(client: httpx.AsyncClient, engi
         (("corrupt_record", "fails its checksum"), 409, "corrupt_record", "model"),
         (("model_not_found", "gone"), 404, "model_not_found", "model"),
         (("basis_mismatch", "another basis"), 409, "basis_mismatch", "model"),
+        (("adapter_replaced", "send it again"), 503, "adapter_replaced", None),
         (("store_unavailable", "at /secret"), 503, "store_unavailable", None),
         (("deadline_exceeded", "not finished within 1 s"), 504, "deadline_exceeded", None),
         (("anything_else", "at /secret"), 500, "anything_else", None),
