@@ -14,7 +14,7 @@ from adapter_core.chat_format import EncodedExample
 from adapter_core.errors import InvalidInput, RequestFailed
 from adapter_core.examples import Example
 from service.engine.messages import SamplingParams, TokenLogprobs
-from service.generation import CALL_CHARACTERS, MESSAGE_CHARACTERS, Generator, Options
+from service.generation import CALL_CHARACTERS, MAX_SEQUENCES, MESSAGE_CHARACTERS, Generator, Options
 from service.model_names import Target
 from service.sequences import Finished, Generation
 
@@ -61,6 +61,11 @@ async def score(
         target.tenant, size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]
     )
     prompts = [row.token_ids for rows in encoded for row in rows]
+    if len(prompts) > MAX_SEQUENCES:
+        message = (
+            f"the conversations are read in {len(prompts)} rows, the limit is {MAX_SEQUENCES}; send fewer"
+        )
+        raise InvalidInput(message, param="input")
     generation = generator.start(target, prompts, _PROMPT_ONLY, param="input")
     finished = iter(await generation.collect())
     return [_scored(rows, list(islice(finished, len(rows)))) for rows in encoded], generation

@@ -25,7 +25,8 @@ DATA = Path(__file__).parents[2] / "examples" / "data"
 class Stack:
     """A running stack and its processes."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **settings: str) -> None:
+        """settings: more variables of the environment."""
         self.data_dir = data_dir
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -39,6 +40,7 @@ class Stack:
             "TESSERA_WORKER_METRICS_PORT": "0",
             "TESSERA_WORKER_LEASE_S": "6",
             "TESSERA_WORKER_CHECKPOINT_EVERY_S": "1",
+            **settings,
         }
         with self.log_path.open("wb") as log:
             command = [sys.executable, "-m", "service.local"]

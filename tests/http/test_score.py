@@ -155,3 +155,14 @@ async def test_a_weight_is_only_for_what_is_counted(client: httpx.AsyncClient) -
 
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, "input.0.messages.0.weight")
+
+
+async def test_more_rows_than_a_request_may_have_are_refused(make_app: MakeApp) -> None:
+    tokenizer = load_tokenizer(BUNDLED_MODEL)
+    tokenizer.chat_template = TEMPLATES["headings"]
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 5]
+    async with client_of(make_app(codec=TextCodec(tokenizer))) as client:
+        reply = await client.post("/v1/score", json={"model": "tiny", "input": [{"messages": turns}] * 52})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "input")
+    assert "260 rows, the limit is 256" in error["message"]
