@@ -30,6 +30,8 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "reasoning_content": ("unsupported_content", _THOUGHTS),
     "thinking": ("unsupported_content", _THOUGHTS),
 }
+#: A message says what it is in some exports.
+_TYPES = ("text", "message")
 _MAX_NAME_CHARS = 256
 
 
@@ -73,6 +75,8 @@ def _check_keys(item: Mapping[str, Any], problems: Problems, where: str) -> None
             code, advice = _REFUSED[key]
             if value not in ([], {}, "", False):
                 problems.add(code, f"{where}{key}: {advice}")
+        elif key == "type" and value in ("", *_TYPES):
+            continue
         elif key not in MESSAGE_KEYS and key not in _IGNORED:
             hint = f"known here: {', '.join(MESSAGE_KEYS)}"
             problems.add("unknown_key", f"{where}unknown key {shown(key)}; remove it ({hint})")
