@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapter_core import quantised_models
 from adapter_core.errors import InvalidInput, UnsupportedModel
+from adapter_core.rope import pin_rotations
 
 #: The seven linear kinds of a Llama-like decoder layer: LoRA-XS, LoRA-SB and their peers adapt all of them.
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,6 +61,8 @@ class BaseModel:
     name: str
     model_id: str
     model: PreTrainedModel
+    #: The longest text that is served and trained, in tokens; None: as long as the model takes.
+    max_model_len: int | None = None
 
     def __post_init__(self) -> None:
         make_linear(self.model)
@@ -70,16 +73,22 @@ class BaseModel:
 
     @property
     def max_position(self) -> int:
-        """The longest sequence in tokens that the model was made for."""
+        """The longest sequence in tokens that the model was made for and is used for."""
         config = self.model.config.get_text_config()
         names = (name for name in _MAX_POSITION_FIELDS if getattr(config, name, None))
-        return int(getattr(config, next(names, ""), _DEFAULT_MAX_POSITION))
+        longest = int(getattr(config, next(names, ""), _DEFAULT_MAX_POSITION))
+        return min(longest, self.max_model_len or longest)
 
 
 def load_base_model(
-    source: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_model_len: int | None = None,
 ) -> BaseModel:
-    """Load frozen weights from a directory or a hub id.
+    """Load frozen weights from a directory or a hub id, and choose its rotations (`rope.py`).
 
     device: "auto" takes CUDA if there is one. dtype: "auto" is bfloat16 on CUDA and float32 on CPU, where
     half precision is slower and the reference results are wanted. Raises `UnsupportedModel`.
@@ -105,7 +114,9 @@ def load_base_model(
         model.requires_grad_(False)
         model.eval()
         model.to(device)
-        return BaseModel(model_name(source), digest.result(), model)
+        base = BaseModel(model_name(source), digest.result(), model, max_model_len)
+        pin_rotations(model, base.max_position)
+        return base
 
 
 def _reason(folder: Path, error: Exception) -> str:
@@ -203,11 +214,11 @@ def iter_target_modules(
     linears = linear_layers(model)
     chosen = set(choose_targets(list(linears), patterns))
     for name, module in model.named_modules():
-        if name not in chosen and (isinstance(module, nn.Linear) or not _is_named(name, patterns)):
+        if name not in chosen and (is_plain_linear(module) or not _is_named(name, patterns)):
             continue
         if not hasattr(module, "weight") or _HEADS & set(name.split(".")):
             continue
-        if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        if not is_plain_linear(module) or not module.weight.is_floating_point():
             raise UnsupportedModel(
                 f"target module {name} is a {type(module).__name__} with {module.weight.dtype} weights; "
                 "adapters need a torch.nn.Linear with floating-point weights",
@@ -225,9 +236,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     for name, module in model.named_modules():
         parts = set(name.split("."))
         words = {word for part in parts for word in part.split("_")}
-        if isinstance(module, nn.Linear) and module is not head and not (parts & _HEADS or words & _TOWERS):
+        if is_plain_linear(module) and module is not head and not (parts & _HEADS or words & _TOWERS):
             found[name] = module
     return found
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module gives a product and no more: some routers of transformers are linear by class only."""
+    return isinstance(module, nn.Linear) and "Router" not in type(module).__name__
 
 
 def choose_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -44,6 +44,12 @@ class CommonSettings(BaseSettings):
     base_model_revision: str | None = Field(None, description="commit of a hub id")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        description="longest text in tokens, prompt and answer, that is served or trained; unset: what the "
+        "model was made for",
+    )
     method: str = Field("lora_xs", description="method of the default basis")
     rank: int = Field(16, ge=1, le=512, description="rank of the default basis")
     target_modules: tuple[str, ...] = Field(LLAMA_LINEARS, description="name patterns, as a JSON list")

@@ -70,7 +70,13 @@ def load(settings: CommonSettings, worker_settings: WorkerSettings) -> tuple[Bas
     if worker_settings.threads is not None:
         torch.set_num_threads(worker_settings.threads)
     source, revision = settings.base_model, settings.base_model_revision
-    base = load_base_model(source, revision=revision, device=settings.device, dtype=settings.dtype)
+    base = load_base_model(
+        source,
+        revision=revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+    )
     chat = load_chat_format(source, revision=revision, allow_control_tokens=settings.allow_control_tokens)
     return base, chat
 

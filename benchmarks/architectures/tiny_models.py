@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCAB_SIZE = 211
 #: Shorter than the longer prompts of the sweep, so that a window which is ignored, or off by one, shows.
-_WINDOW = 11
+WINDOW = 11
 #: A configuration whose fields have other names would build a model of full size.
 MAX_PARAMETERS = 40_000_000
 
@@ -36,7 +36,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "bos_token_id": None,
     "pad_token_id": 0,
-    "sliding_window": _WINDOW,
+    "sliding_window": WINDOW,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -174,7 +174,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _INDEXED,
     "gpt2": {"n_inner": 80},
     "gpt_bigcode": {"n_inner": 80},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": _WINDOW, "num_layers": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW, "num_layers": 4},
     "gpt_neox": {"rotary_pct": 0.5},
     "gptj": {"rotary_dim": 8, "n_inner": 80},
     "granitemoehybrid": {
@@ -202,7 +202,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mbart": _SMALL_BART,
     "minicpm3": _LATENT,
     "mllama": {**_WITH_END, "cross_attention_layers": []},
-    "modernbert-decoder": {**_WITH_END, "local_attention": 2 * _WINDOW, "global_attn_every_n_layers": 2},
+    "modernbert-decoder": {**_WITH_END, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2},
     "mpt": _OLD_NAMES,
     "mvp": _SMALL_BART,
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
@@ -217,7 +217,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN_4,
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
-    "recurrent_gemma": {"lru_width": 64, "attention_window_size": _WINDOW},
+    "recurrent_gemma": {"lru_width": 64, "attention_window_size": WINDOW},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "stablelm": {"partial_rotary_factor": 0.5},
     "vaultgemma": {"query_pre_attn_scalar": 16},

@@ -12,10 +12,10 @@ checks faster kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +94,8 @@ def paged_attention(
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
     if attention_mask is not None:
         asked.append("a mask of the model's own")
+    if query.shape[2] != key.shape[2]:
+        asked.append("keys of other tokens than those of its queries")
     if step is None or asked:
         needed = ", ".join(asked) or "a call within a step"
         raise NotPageable(f"{type(module).__name__} needs {needed}")
@@ -184,6 +186,22 @@ def attend(q: Tensor, K: Tensor, V: Tensor, hidden: Tensor, options: AttentionOp
     weights = scores.softmax(-1, dtype=torch.float32)[..., : K.shape[2]].to(V.dtype)
     out = weights.flatten(2, 3) @ V  # [n, Hkv, G * Q, D_v]
     return out.view(n, heads, G, Q, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class WindowedStep:
+    """`step` with other windows in some layers than these ask for."""
+
+    def __init__(self, step: AttentionStep, windows: Mapping[int, int | None]) -> None:
+        self._step = step
+        self._windows = windows
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        if layer in self._windows:
+            options = replace(options, sliding_window=self._windows[layer])
+        return self._step.attend(layer, q, k, v, options)
+
+    def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
+        return self._step.attend_cached(layer, q, options)
 
 
 class AttentionProbe:

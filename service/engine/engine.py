@@ -14,6 +14,7 @@ from adapter_core.adapter import Adapter, AdapterRef
 from adapter_core.base_model import BaseModel
 from adapter_core.basis import Basis
 from adapter_core.errors import InvalidInput, TesseraError
+from adapter_core.rope import pin_rotations
 from service.engine.adapter_cache import AdapterCache
 from service.engine.blocks import BlockPool
 from service.engine.config import EngineConfig
@@ -22,7 +23,7 @@ from service.engine.kv_cache import PagedKV
 from service.engine.limits import RequestLimits
 from service.engine.memory import add_remainder, module_bytes, num_kv_blocks
 from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
-from service.engine.model_path import adopt
+from service.engine.model_trial import adopt_and_try
 from service.engine.packed_adapter import PackedAdapter
 from service.engine.prefix_keys import root_key
 from service.engine.residency import Residency
@@ -53,12 +54,13 @@ class Engine:
         self._base = base
         self._config = config
         self._attention_before = base.model.config._attn_implementation
-        facts = adopt(base.model)
+        longest = min(config.max_model_len or base.max_position, base.max_position)
+        self._rotations_before = pin_rotations(base.model, longest)
+        facts, unfit = adopt_and_try(base)
         device, dtype = base.model.device, base.model.dtype
         num_blocks = num_kv_blocks(
             facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
         )
-        longest = min(config.max_model_len or base.max_position, base.max_position)
         max_model_len = min(longest, num_blocks * config.block_size)
         self._limits = RequestLimits(facts.vocab_size, max_model_len)
         self._weight_bytes = module_bytes(base.model)
@@ -66,7 +68,7 @@ class Engine:
             facts.kv_shapes, num_blocks=num_blocks, block_size=config.block_size, device=device, dtype=dtype
         )
         self.pool = BlockPool(num_blocks, config.block_size)
-        self.bases = ResidentBases(base.model, base.model_id, config, device=device, dtype=dtype)
+        self.bases = ResidentBases(base.model, base.model_id, config, device=device, dtype=dtype, unfit=unfit)
         self.residency = Residency(self.bases, AdapterCache(config.host_cache_bytes))
         self.scheduler = Scheduler(
             config,
@@ -177,6 +179,7 @@ class Engine:
         self.runner.close()
         self.bases.close()
         self._base.model.set_attn_implementation(self._attention_before)
+        pin_rotations(self._base.model, self._rotations_before)
 
     def info(self) -> EngineInfo:
         return EngineInfo(

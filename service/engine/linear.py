@@ -8,22 +8,25 @@ there is no global "current batch". A basis for which a step has no adapter rows
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from adapter_core.base_model import replace_module
 from adapter_core.basis import Basis, BasisManifest, ModuleShape
-from adapter_core.errors import BasisMismatch
+from adapter_core.errors import BasisMismatch, UnsupportedModel
 from adapter_core.kernels import adapter_delta
 from service.engine.slots import SlotTable
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One basis' share in one module. A: [r, d_in], B: [d_out, r], R_slots: [S, r, r], seen in `slots`, where
-    the module has number `index`."""
+    """One basis' share in the module `name`. A: [r, d_in], B: [d_out, r], R_slots: [S, r, r], seen in
+    `slots`, where the module has number `index`."""
 
+    name: str
     A: Tensor
     B: Tensor
     R_slots: Tensor
@@ -51,17 +54,35 @@ class AdapterLinear(nn.Linear):
         return self._original[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_in], the tokens of the flattened batch in order; returns [..., d_out]."""
+        """x: [..., d_in], the T tokens of the batch in order, each with one row or with several of its own;
+        returns [..., d_out]. Raises `UnsupportedModel` if the rows are others."""
         y = super().forward(x)
         for factors in self.factors.values():
             token_slots = factors.slots.active
             if token_slots is not None:
-                assert x.numel() == len(token_slots) * self.in_features, (
-                    "a target module must see the whole batch in order"
-                )
-                rows = x.reshape(-1, self.in_features)
-                y += adapter_delta(rows, factors.A, factors.B, factors.R_slots, token_slots).view(y.shape)
+                num_rows = rows_per_token(x.shape[:-1], len(token_slots))
+                if num_rows is None:
+                    raise UnsupportedModel(
+                        f"{factors.name} sees {list(x.shape)} and not the {len(token_slots)} tokens of the "
+                        "step in order: leave it out of the target modules",
+                        param="target_modules",
+                    )
+                if num_rows > 1:
+                    token_slots = token_slots.repeat_interleave(num_rows)
+                delta = adapter_delta(x.flatten(0, -2), factors.A, factors.B, factors.R_slots, token_slots)
+                y += delta.view(y.shape)
         return y
+
+
+def rows_per_token(leading: Sequence[int], num_tokens: int) -> int | None:
+    """How many rows each token has in a tensor whose dimensions but the last are `leading`, if its rows are
+    those of all tokens one after the other: [1, T, d], [T, d], [1, T, heads, d]. None if they are not."""
+    so_far = 1
+    for index, size in enumerate(leading):
+        so_far *= size
+        if so_far == num_tokens:
+            return math.prod(leading[index + 1 :])
+    return None
 
 
 def attach(model: nn.Module, basis: Basis, slots: SlotTable) -> None:
@@ -70,7 +91,7 @@ def attach(model: nn.Module, basis: Basis, slots: SlotTable) -> None:
     for index, module in enumerate(basis.manifest.modules):
         linear = _target(model, module)
         A, B = basis.A[index].to(linear.weight), basis.B[index].to(linear.weight)
-        shares.append(Factors(A, B, slots.R_slots[:, index], slots, index))
+        shares.append(Factors(module.name, A, B, slots.R_slots[:, index], slots, index))
     for module, factors in zip(basis.manifest.modules, shares, strict=True):
         layer = model.get_submodule(module.name)
         if not isinstance(layer, AdapterLinear):

@@ -10,8 +10,8 @@ The fused way is taken where the model is recognised and a trial of both says th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 
 from adapter_core.errors import UnsupportedModel
 from service.engine import attention, cached_model
+from service.engine.asked_masks import AttendsToLaterTokens, read_windows
 from service.engine.attention import (
     AttentionOptions,
     AttentionProbe,
     AttentionStep,
     NotPageable,
     PagedAttention,
+    WindowedStep,
     attending,
 )
 from service.engine.batch import TokenRows
@@ -50,6 +52,8 @@ class ModelFacts:
     #: Query heads.
     num_heads: int
     vocab_size: int
+    #: Of layers that ask for another window, or none, than their own mask has, which is in `options`.
+    windows: Mapping[int, int | None] = field(default_factory=dict)
 
     @property
     def attends_itself(self) -> bool:
@@ -69,20 +73,32 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
     own_implementation = model.config._attn_implementation
     try:
         return _adopt_attention(model)
+    except AttendsToLaterTokens:
+        raise _unsupported(
+            model,
+            "its tokens attend to later ones (it is an encoder, or its config.json lacks is_decoder), so "
+            "nothing of a text can be kept while it grows",
+        ) from None
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # a keyword argument that the model does not know, a mask that it expects
-        refusal = error
+        logger.info("%s does not attend through us: %s", type(model).__name__, error)
     model.set_attn_implementation(own_implementation or "eager")
+    return adopt_cache(model)
+
+
+@torch.inference_mode()
+def adopt_cache(model: PreTrainedModel) -> ModelFacts:
+    """Let `model` attend by itself, and try one token. Raises `UnsupportedModel`."""
     try:
         shapes, logits = cached_model.probe(model)
     except cached_model.NotCacheable as error:
-        raise _unsupported(model, f"it {error}") from refusal
+        raise _unsupported(model, f"it {error}") from error
     except DEVICE_ERRORS:
         raise
     except Exception as error:
         reason = f"transformers cannot run it on one token: {type(error).__name__}: {error}"
-        raise _unsupported(model, reason) from refusal
+        raise _unsupported(model, reason) from error
     return ModelFacts(shapes, (), 1, _vocab_size(model, logits))
 
 
@@ -91,6 +107,7 @@ def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types - PAGEABLE_LAYERS:
         raise NotPageable(f"layers of type {', '.join(sorted(types - PAGEABLE_LAYERS))}")
+    masks = read_windows(model)
     model.set_attn_implementation(attention.NAME)
     probe = AttentionProbe()
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
@@ -98,11 +115,16 @@ def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
     layers = range(len(probe.shapes))
     if not layers or sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
         raise NotPageable(f"{probe.num_calls} calls of our attention in layers {sorted(probe.shapes)}")
+    asked = {layer: probe.options[layer].sliding_window for layer in layers}
+    windows = {layer: window for layer, window in masks.items() if asked[layer] != window}
     return ModelFacts(
         tuple(probe.shapes[layer] for layer in layers),
-        tuple(probe.options[layer] for layer in layers),
+        tuple(
+            replace(probe.options[layer], sliding_window=windows.get(layer, asked[layer])) for layer in layers
+        ),
         probe.num_heads,
         _vocab_size(model, logits),
+        windows,
     )
 
 
@@ -192,6 +214,8 @@ class ModelPath:
         if self._cached is not None:
             assert isinstance(step, PagedAttention)
             return self._cached.forward(rows, kv, step, logit_rows, list(self._bases.tables.values()))
+        if self._facts.windows:
+            step = WindowedStep(step, self._facts.windows)
         return _run_model(self._model, rows.input_ids, rows.positions, step, logit_rows)
 
     def follow_bases(self) -> None:

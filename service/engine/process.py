@@ -227,6 +227,7 @@ def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseMode
         revision=settings.base_model_revision,
         device=settings.device,
         dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
     )
 
 

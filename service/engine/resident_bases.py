@@ -9,13 +9,14 @@ factors are large (84 MB for an 8B model at rank 16).
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from adapter_core.basis import Basis, BasisManifest
-from adapter_core.errors import BasisMismatch, InvalidInput, RequestFailed, TesseraError
+from adapter_core.errors import BasisMismatch, InvalidInput, RequestFailed, TesseraError, UnsupportedModel
 from service.engine.config import EngineConfig
 from service.engine.linear import attach, detach
 from service.engine.packed_adapter import SlotFormat
@@ -43,7 +44,7 @@ class ResidentBasis:
 
 class ResidentBases:
     """The bases that `model`'s linear layers serve. default_id: the first permanent one, or "". slot_format:
-    of the slots of all of them."""
+    of the slots of all of them. unfit: layers that cannot carry adapters, with the reason."""
 
     def __init__(
         self,
@@ -53,7 +54,9 @@ class ResidentBases:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        unfit: Mapping[str, str] | None = None,
     ) -> None:
+        self._unfit = dict(unfit or {})
         self._model = model
         self._model_id = model_id
         self._config = config
@@ -104,7 +107,8 @@ class ResidentBases:
         return basis_id in self._resident or permanent < self._config.max_resident_bases
 
     def add(self, basis: Basis, *, is_permanent: bool) -> None:
-        """Make `basis` resident. Raises `BasisMismatch` (another model's), `InvalidInput` (no place)."""
+        """Make `basis` resident. Raises `BasisMismatch` (another model's), `InvalidInput` (no place),
+        `UnsupportedModel` (a target module that cannot carry adapters)."""
         if basis.basis_id not in self._resident:
             self._install(basis)
         if is_permanent:
@@ -182,6 +186,13 @@ class ResidentBases:
     def _install(self, basis: Basis) -> None:
         if basis.manifest.model_id != self._model_id:
             raise BasisMismatch(f"basis {basis.basis_id} belongs to another base model than this engine's")
+        for module in basis.manifest.modules:
+            if module.name in self._unfit:
+                raise UnsupportedModel(
+                    f"layer {module.name} cannot carry adapters: {self._unfit[module.name]}; leave it out of "
+                    "the target modules",
+                    param="target_modules",
+                )
         if not self._make_place():
             raise InvalidInput(f"no place for basis {basis.basis_id} beside {len(self)} others")
         slots = SlotTable(

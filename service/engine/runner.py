@@ -28,6 +28,10 @@ from service.engine.step_results import PendingResults, StepLogits
 from service.engine.token_sources import SampledTokens, TokenSources, find_sources
 
 
+class StepNotComputed(Exception):
+    """The model failed to compute a step, of which nothing has been sampled. The text says why."""
+
+
 class ModelRunner:
     """Runs plans. The KV goes to `kv`, the adapters come from `bases`. max_model_len: in tokens.
     static_steps: what runs steps over static tensors, None where all are launched op by op."""
@@ -74,36 +78,47 @@ class ModelRunner:
             with torch.inference_mode():
                 self.static_steps.warm_up(self._own_slots())
 
-    def launch(self, plan: StepPlan) -> PendingResults:
-        """Start a step. Pending tokens in it are those of the step that was launched before."""
+    def launch(self, plan: StepPlan, *, op_by_op: bool = False) -> PendingResults:
+        """Start a step. Pending tokens in it are those of the step that was launched before.
+
+        op_by_op: not over static tensors. Raises `StepNotComputed`, and an accelerator's own errors.
+        """
         self.prepare()
         self._path.follow_bases()
         sources = find_sources(plan.chunks, self._sampled)
         with torch.inference_mode():
-            if self.static_steps is not None and self.static_steps.can_run(plan, self._bases.default_id):
-                results = self._launch_static(self.static_steps, plan, sources)
-            else:
-                results = self._launch_plain(plan, sources)
+            try:
+                logits, prompt_targets = self._compute(plan, sources, op_by_op=op_by_op)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # whatever a model's code or a kernel may raise
+                raise StepNotComputed(str(error)) from error
+            results = PendingResults(plan, logits, prompt_targets)
         sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         self._sampled = SampledTokens(results.tokens, sequences)
         return results
+
+    def clear(self, blocks: list[int]) -> None:
+        """Clear KV blocks that were another's before, as a step does with its `fresh_blocks`."""
+        with torch.inference_mode():
+            self._kv.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
     def close(self) -> None:
         """Give the model's layers back as they were."""
         self.static_steps = None
         self._path.close()
 
-    def _launch_plain(self, plan: StepPlan, sources: TokenSources | None) -> PendingResults:
+    def _compute(
+        self, plan: StepPlan, sources: TokenSources | None, *, op_by_op: bool
+    ) -> tuple[StepLogits, Tensor]:
+        """The logits, and the targets of the rows that are scored."""
+        steps = self.static_steps
+        if steps is not None and not op_by_op and steps.can_run(plan, self._bases.default_id):
+            return steps.launch(plan, self._own_slots(), sources), self._no_targets
         batch = self._stage(plan, self._kv, sources)
         self._kv.clear(batch.fresh_blocks)
         logits = self._path.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
-        return PendingResults(plan, StepLogits(logits), batch.prompt_targets)
-
-    def _launch_static(
-        self, steps: StaticSteps, plan: StepPlan, sources: TokenSources | None
-    ) -> PendingResults:
-        logits = steps.launch(plan, self._own_slots(), sources)
-        return PendingResults(plan, logits, self._no_targets)
+        return StepLogits(logits), batch.prompt_targets
 
     def _own_slots(self) -> SlotTable | None:
         """Those of the fused basis. A step over static tensors has no rows of another."""

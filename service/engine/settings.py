@@ -38,9 +38,6 @@ class EngineSettings(BaseSettings):
     block_size: int = Field(default=16, ge=1, description="tokens of one KV block")
     num_blocks: int | None = Field(default=None, ge=1, description="KV blocks; goes before kv_cache_bytes")
     kv_cache_bytes: int | None = Field(default=None, ge=1, description="memory for the KV cache")
-    max_model_len: int | None = Field(
-        default=None, ge=1, description="prompt and output of one sequence, in tokens"
-    )
     host_cache_bytes: int = Field(
         default=256 * 1024**2, ge=0, description="host memory for adapters not in a slot"
     )

@@ -8,20 +8,25 @@ its id is taken on the device. One that turns out to have ended (stop token, can
 row too many in the step under way, whose result is dropped. Its blocks may be given away at once: whoever
 gets them is computed after that row, on the same stream. So may its slot: at worst that row reads half of
 another adapter.
+
+A step that the model fails to compute is computed again in parts, so that it costs only the requests that
+make it fail.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from service.engine.in_flight import InFlight
 from service.engine.logit_rules import has_rules
-from service.engine.plan import StepPlan
-from service.engine.runner import ModelRunner
+from service.engine.plan import Chunk, StepPlan
+from service.engine.runner import ModelRunner, StepNotComputed
 from service.engine.scheduler import Scheduler
 from service.engine.step_results import PendingResults, StepOutcome
 
@@ -58,10 +63,12 @@ class StepLoop:
         """One iteration. Raises nothing but an accelerator's own errors."""
         self._in_flight.expire()
         plan = self._scheduler.schedule()
-        started = self._start(plan) if plan.chunks else None
+        started, failure = self._start(plan) if plan.chunks else (None, None)
         previous, self._under_way = self._under_way, None
         if previous is not None:
             self._finish(previous)
+        if failure is not None:
+            self._compute_in_parts(plan, failure)
         if started is None:
             return
         if self._looks_ahead and _can_wait(plan):
@@ -70,12 +77,46 @@ class StepLoop:
         else:
             self._finish(started)
 
-    def _start(self, plan: StepPlan) -> _UnderWay | None:
+    def _start(self, plan: StepPlan) -> tuple[_UnderWay | None, StepNotComputed | None]:
+        """The step under way, or why the model could not compute it; neither if its requests have failed."""
         try:
-            return _UnderWay(plan, self._runner.launch(plan))
+            return _UnderWay(plan, self._runner.launch(plan)), None
+        except StepNotComputed as failure:
+            return None, failure
         except Exception as error:
             self._fail(plan, error)
-            return None
+            return None, None
+
+    def _compute_in_parts(self, plan: StepPlan, failure: StepNotComputed) -> None:
+        """Compute a step that failed in ever smaller parts, and fail the requests that fail alone.
+
+        Nothing was sampled when it failed, and what it wrote of K and V is written again by the parts: each
+        token to its own place. The tokens of the step before are known by now.
+        """
+        logger.error("a step of %d tokens failed; it is tried in parts", plan.num_tokens, exc_info=failure)
+        self.num_failed += 1
+        chunks = [Chunk(c.sequence, c.start, c.length) for c in plan.chunks if not c.sequence.has_ended]
+        self._runner.clear(plan.fresh_blocks)
+        parts = _halves(chunks)
+        if len(chunks) == 1:
+            self._in_flight.fail(chunks[0].sequence, "step_failed", f"the step failed: {failure}")
+        while parts:
+            part = StepPlan(parts.pop())
+            try:
+                outcome = self._runner.launch(part, op_by_op=True).collect()
+            except StepNotComputed as again:
+                if len(part.chunks) > 1:
+                    parts += _halves(part.chunks)
+                else:
+                    sequence = part.chunks[0].sequence
+                    logger.error("request %s makes a step fail: %s", sequence.request_id, again)
+                    self._in_flight.fail(sequence, "step_failed", f"the step failed: {again}")
+            except Exception as error:
+                if isinstance(error, torch.AcceleratorError):
+                    part = StepPlan([*part.chunks, *itertools.chain.from_iterable(parts)])
+                self._fail(part, error)
+            else:
+                self._deliver(part, outcome)
 
     def _finish(self, step: _UnderWay) -> None:
         began = time.perf_counter()
@@ -104,6 +145,16 @@ class StepLoop:
             self._in_flight.fail(chunk.sequence, "step_failed", f"the step failed: {error}")
         if isinstance(error, torch.AcceleratorError):
             raise error
+
+
+def _halves(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Two parts of a step, each in its order; rows of an adapter stay together. Nothing of one chunk."""
+    if len(chunks) < 2:
+        return []
+    owners = [(chunk.sequence.basis_id or "", chunk.sequence.slot) for chunk in chunks]
+    by_adapter = sorted(range(len(chunks)), key=owners.__getitem__)
+    middle = len(chunks) // 2
+    return [[chunks[i] for i in sorted(half)] for half in (by_adapter[:middle], by_adapter[middle:])]
 
 
 def _can_wait(plan: StepPlan) -> bool:

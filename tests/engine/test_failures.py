@@ -1,10 +1,11 @@
-"""When the model itself fails: the requests of that step end, the engine goes on. And what it refuses to
-serve."""
+"""When the model itself fails: the requests that make it fail end, the others and the engine go on. And what
+it refuses to serve."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from adapter_core.base_model import BaseModel
 from adapter_core.errors import InvalidInput, UnsupportedModel
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.messages import SamplingParams
 from tests.engine.driver import Driver
 from tests.engine.models import Served, family
 
@@ -57,20 +59,112 @@ def failing(served: Served, error: Exception) -> Served:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bad kernel"), torch.OutOfMemoryError("full")], ids=repr)
-def test_a_failing_step_costs_its_requests_and_no_others(
+def test_a_failing_step_costs_the_requests_that_make_it_fail_and_no_others(
     llama: Served, start: Start, error: Exception
 ) -> None:
-    driver = start(failing(llama, error), max_batch_seqs=2)
-    answers = [driver.submit(prompt) for prompt in ([1, 2], [1, BROKEN_TOKEN], [3, 4], [5, 6])]
+    prompts = [[1, 2], [1, BROKEN_TOKEN], [3, 4], [5, 6]]
+    driver = start(failing(llama, error))
+    answers = [driver.submit(prompt) for prompt in prompts]
     driver.run()
 
-    assert [answer.error_code for answer in answers] == ["step_failed", "step_failed", None, None]
-    assert str(error) in (answers[0].last.error or ("", ""))[1]
-    assert [answer.token_ids for answer in answers[2:]] == [
-        llama.oracle(None, prompt, 12)[0] for prompt in ([3, 4], [5, 6])
-    ]
+    assert [answer.error_code for answer in answers] == [None, "step_failed", None, None]
+    assert str(error) in (answers[1].last.error or ("", ""))[1]
+    for index in (0, 2, 3):
+        assert answers[index].token_ids == llama.oracle(None, prompts[index], 12)[0]
     stats = driver.engine.stats()
     assert (stats.step_failures_total, stats.kv_blocks_used) == (1, 0)
+
+
+def refuse(module: nn.Module, is_bad: Callable[[Tensor], bool]) -> None:
+    """Let `module` fail on inputs that are bad."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if is_bad(inputs[0]):
+            raise RuntimeError("bad kernel")
+
+    module.register_forward_pre_hook(check)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"enable_fused": False},
+        {"decode_graphs": "static"},
+        {"lookahead": "on"},
+        {"lookahead": "on", "decode_graphs": "static", "max_batch_tokens": 16},
+    ],
+    ids=str,
+)
+def test_who_shares_a_failing_step_is_answered_as_ever(
+    llama: Served, start: Start, config: dict[str, Any]
+) -> None:
+    """While four requests decode, two come whose prompts break the step, and one that draws by a seed."""
+    base = BaseModel(llama.base.name, llama.base.model_id, copy.deepcopy(llama.pristine))
+    served = Served(base, llama.basis, llama.other_basis, llama.adapters)
+    seeded = SamplingParams(max_tokens=12, temperature=1.0, seed=5)
+    refs, prompts = [*llama.refs[:3], None], llama.prompts(5, 23, 17, 38)
+    alone = start(served, **config)
+    expected = alone.submit(prompts[1], seeded, refs[1])
+    alone.run()
+    alone.engine.close()
+
+    refuse(base.model.get_submodule("model.embed_tokens"), lambda ids: bool((ids == BROKEN_TOKEN).any()))
+    driver = start(served, **config)
+    answers = [driver.submit(prompt, adapter=ref) for ref, prompt in zip(refs, prompts, strict=True)]
+    for _ in range(6):
+        driver.fetch()
+        driver.step()
+    broken = [driver.submit([7, BROKEN_TOKEN, 8], adapter=ref) for ref in (None, refs[0])]
+    drawn = driver.submit(prompts[1], seeded, refs[1])
+    driver.run()
+
+    assert [answer.error_code for answer in broken] == ["step_failed"] * 2
+    assert drawn.token_ids == expected.token_ids
+    for answer, ref, prompt in zip(answers, refs, prompts, strict=True):
+        assert answer.token_ids == llama.oracle(ref, prompt, 12)[0]
+    assert driver.engine.stats().kv_blocks_used == 0
+
+
+def test_a_bad_module_costs_only_the_requests_with_an_adapter_on_it(llama: Served, start: Start) -> None:
+    driver = start(llama, enable_fused=False)
+    prompts = llama.prompts(5, 23, 17, 9)
+    refs = [llama.other_refs[0], None, llama.refs[0], llama.other_refs[1]]
+    answers = [driver.submit(prompt, adapter=ref) for ref, prompt in zip(refs, prompts, strict=True)]
+    driver.fetch()
+    slots = driver.engine.bases.tables[llama.other_basis.basis_id]
+    layer = llama.base.model.get_submodule("model.layers.1.self_attn.v_proj")
+    refuse(layer, lambda _: slots.active is not None and bool(slots.active.any()))
+    try:
+        driver.run()
+    finally:
+        layer._forward_pre_hooks.clear()
+
+    assert [answer.error_code for answer in answers] == ["step_failed", None, None, "step_failed"]
+    for index in (1, 2):
+        assert answers[index].token_ids == llama.oracle(refs[index], prompts[index], 12)[0]
+
+
+def test_a_step_that_fails_however_it_is_cut_fails_all_its_requests(llama: Served, start: Start) -> None:
+    driver = start(failing(llama, RuntimeError("bad kernel")))
+    answers = [driver.submit([BROKEN_TOKEN, index]) for index in range(5)]
+    driver.run()
+    assert [answer.error_code for answer in answers] == ["step_failed"] * 5
+    stats = driver.engine.stats()
+    assert (stats.step_failures_total, stats.kv_blocks_used) == (1, 0)
+
+
+def test_what_fails_only_when_it_is_large_is_computed_in_parts(llama: Served, start: Start) -> None:
+    """As where memory does not suffice for a whole step."""
+    model = copy.deepcopy(llama.pristine)
+    base = BaseModel(llama.base.name, llama.base.model_id, model)
+    driver = start(Served(base, llama.basis, llama.other_basis, llama.adapters))
+    refuse(model.get_submodule("model.embed_tokens"), lambda ids: ids.numel() > 30)
+    prompts = llama.prompts(12, 14, 16, 18)
+    answers = [driver.submit(prompt) for prompt in prompts]
+    driver.run()
+    assert [answer.token_ids for answer in answers] == [llama.oracle(None, p, 12)[0] for p in prompts]
+    assert driver.engine.stats().step_failures_total == 1
 
 
 def test_a_failure_in_a_later_chunk_frees_what_the_first_took(llama: Served, start: Start) -> None:

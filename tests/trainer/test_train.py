@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from adapter_core.base_model import BaseModel
+from adapter_core.bases import build_basis
 from adapter_core.basis import Basis
 from adapter_core.chat_format import EncodedExample
 from adapter_core.errors import BasisMismatch
+from benchmarks.architectures.tiny_models import build, make_config
 from tests.trainer.conftest import VOCABULARY, MakeRun, random_examples
 from trainer_worker.adamw import BETAS
 from trainer_worker.data import TrainingData, micro_batches
@@ -124,6 +126,36 @@ def test_a_user_gets_the_same_alone_and_in_company(
         assert run.progress.trained_tokens == expected[name].progress.trained_tokens
         assert run.progress.best_valid_loss == pytest.approx(
             expected[name].progress.best_valid_loss, abs=1e-11
+        )
+
+
+def test_shared_experts_of_a_mixture_learn_for_each_user_alone(make_run: MakeRun) -> None:
+    """They read all tokens of all users without telling the sequences apart."""
+    config = make_config("qwen2_moe", vocab_size=VOCABULARY, num_hidden_layers=2)
+    model = build(config).double()
+    model.set_experts_implementation("eager")  # the others do not know float64
+    base = BaseModel("mixture", "mixture", model)
+    basis = build_basis(base, rank=4)
+    assert any("shared_expert" in module.name for module in basis.manifest.modules)
+    expected = {name: alone(base, basis, make_run(name, basis=basis, total_steps=3)) for name in "ab"}
+    runs = {name: make_run(name, basis=basis, total_steps=3) for name in "ab"}
+    trainer = Trainer(base, basis, max_runs=2, token_budget=512)
+    for run in runs.values():
+        trainer.join(run)
+    finish(trainer, *runs.values())
+    for name, run in runs.items():
+        assert run.R.abs().amax((1, 2)).gt(0).all()
+        torch.testing.assert_close(run.R, expected[name].R, atol=1e-7, rtol=1e-4)  # routed in float32
+
+    merged = copy.deepcopy(base.model)
+    folded = basis.fold(runs["a"].R.double())
+    for i, module in enumerate(basis.manifest.modules):
+        linear = merged.get_submodule(module.name)
+        weight = linear.weight.data + basis.B[i].double() @ folded[i] @ basis.A[i].double()
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    with torch.no_grad():
+        assert plain_loss(merged, runs["a"].data.valid).item() == pytest.approx(
+            runs["a"].progress.valid_loss, abs=1e-6
         )
 
 

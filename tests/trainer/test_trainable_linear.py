@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adapter_core.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
 from adapter_core.errors import UnsupportedModel
 from adapter_core.kernels.reference import adapter_delta
+from trainer_worker.lora_linear import BatchOwners, LoraDelta
 from trainer_worker.trainable_linear import Delta, RowOwners, RowRankDelta, TrainableLinear, trainable_modules
 
 ROWS = {
@@ -111,6 +112,34 @@ def test_tokens_of_unknown_order_are_refused(name: str, num_tokens: int) -> None
     layer.delta = Delta(torch.randn(2, 6), torch.randn(5, 2), torch.zeros(1, 2, 2), owners)
     with pytest.raises(UnsupportedModel, match=name):
         layer(torch.randn(num_tokens, 6))
+
+
+@pytest.mark.parametrize("kind", ["core", "lora"])
+def test_a_layer_may_read_the_sequences_one_after_the_other(kind: str) -> None:
+    """As shared experts of a mixture do: [S · L, d] and not [S, L, d]."""
+    torch.manual_seed(3)
+    S, L, d_in, d_out, r, K = 3, 5, 11, 7, 4, 2
+    rows, linear = torch.tensor([1, 0, 1]), nn.Linear(d_in, d_out).double()
+    x, upstream = random(S, L, d_in), random(S, L, d_out)
+    owners = BatchOwners(rows, length=L)
+    if kind == "core":
+        layer: nn.Module = TrainableLinear(linear, "up")
+        learned = random(K, r, r).requires_grad_()
+        layer.delta = Delta(random(r, d_in), random(d_out, r), learned, owners)
+    else:
+        layer = linear
+        learned = random(K, r, d_in).requires_grad_()
+        scale = torch.tensor([1.0, 0.5], dtype=torch.float64)
+        linear.register_forward_hook(LoraDelta("up", learned, random(K, d_out, r), scale, owners))
+    results = []
+    for shape in ((S, L), (S * L,)):
+        y = layer(x.view(*shape, d_in))
+        assert y.shape == (*shape, d_out)
+        results.append((y.flatten(), torch.autograd.grad(y, learned, upstream.view_as(y))[0].flatten()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    with pytest.raises(UnsupportedModel, match="up receives"):
+        layer(random(S * L - 3, d_in))
 
 
 def test_tokens_without_rows_are_refused_by_name() -> None:

@@ -78,7 +78,3 @@ ARCHITECTURES = {
 
 #: Names of activations in configurations, and what the fused op calls them.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-#: Rotations that are a function of the position alone. "dynamic" and "longrope" depend on the longest
-#: sequence of the batch, so neither a table nor a batch of strangers can serve them exactly.
-STATIC_ROPES = {"default", "linear", "llama3", "yarn", "proportional"}

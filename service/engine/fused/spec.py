@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapter_core.kernels import Norm
+from adapter_core.rope import depends_on_batch
 from service.engine.attention import AttentionOptions
-from service.engine.fused.architectures import ACTIVATIONS, ARCHITECTURES, STATIC_ROPES, Architecture
+from service.engine.fused.architectures import ACTIVATIONS, ARCHITECTURES, Architecture
 
 
 class NotFusable(Exception):
@@ -142,11 +143,9 @@ class _Reader:
         field = self._architecture.rope_layers
         if field is not None and not getattr(self._config, field)[index]:
             return None
-        kinds = self._model.get_submodule("model.rotary_emb").rope_type
-        name = self._config.layer_types[index] if isinstance(kinds, dict) else ""
-        kind = kinds[name] if isinstance(kinds, dict) else kinds
-        _require(kind in STATIC_ROPES, f"its positions are rotated by {kind!r}, which depends on the batch")
-        return str(name)
+        rotary = self._model.get_submodule("model.rotary_emb")
+        _require(not depends_on_batch(rotary), "its positions are rotated in a way that depends on the batch")
+        return str(self._config.layer_types[index]) if isinstance(rotary.rope_type, dict) else ""
 
     def _linear(self, name: str) -> str:
         linear = self._model.get_submodule(name)
