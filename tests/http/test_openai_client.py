@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 from redis.asyncio import Redis
@@ -89,6 +91,32 @@ async def test_files_and_jobs(official: openai.AsyncOpenAI, redis: Redis) -> Non
     assert len(checkpoints) == 1
     assert [j.id async for j in official.fine_tuning.jobs.list(limit=1)] == [job.id]
     assert (await official.files.delete(file.id)).deleted
+
+
+async def test_lifetimes_orders_and_filters_travel_as_the_client_writes_them(
+    official: openai.AsyncOpenAI,
+) -> None:
+    lifetime: Any = {"anchor": "created_at", "seconds": 3600}
+    old = await official.files.create(file=("a.jsonl", GOOD), purpose="fine-tune", expires_after=lifetime)
+    new = await official.files.create(file=("b.jsonl", GOOD), purpose="fine-tune")
+    jobs = [
+        await official.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=new.id,
+            metadata=metadata,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+            extra_body={"hyperparameters": {"learning_rate": 1e-3, "warmup_ratio": 0.1}},
+        )
+        for metadata in ({"project": "a"}, {"project": "b"}, None)
+    ]
+
+    assert (old.expires_at, new.expires_at) == (old.created_at + 3600, None)
+    assert [file.id async for file in official.files.list(order="asc", limit=1)] == [old.id, new.id]
+    found = official.fine_tuning.jobs.list(metadata={"project": "b"}, limit=1)
+    assert [job.id async for job in found] == [jobs[1].id]
+    assert jobs[0].hyperparameters.n_epochs == 2
+    assert jobs[0].hyperparameters.model_extra is not None
+    assert jobs[0].hyperparameters.model_extra["learning_rate"] == 1e-3
 
 
 async def test_a_job_can_be_cancelled_once(official: openai.AsyncOpenAI) -> None:
