@@ -91,7 +91,7 @@ class ControlTokens:
         own = {token for token in own if token not in shape.asked}
         own -= {token.content for token in added.values() if token.special}
         self._typed_by_assistant = re.compile(any_of(set(self._tokens) - own))
-        self._every_added = re.compile(any_of(contents))
+        self._every_added = re.compile("|".join(map(_pattern, _longest_first(added.values()))) or "(?!)")
         self._longest = max(map(len, self._tokens), default=0)
         cuts = [(token[:i], token[i:]) for token in self._tokens for i in range(1, len(token))]
         self._beginnings = {head for head, _ in cuts if not head.isspace()}
@@ -254,13 +254,27 @@ def _renamed(token: AddedToken, name: str) -> AddedToken:
 
 
 def _secret_name() -> str:
-    """Lower-case letters, which no normalizer changes; nobody can type what he cannot guess."""
-    return "".join(secrets.choice(string.ascii_lowercase) for _ in range(32))
+    """Letters that nobody can guess, lower case because normalizers do not change that.
+
+    The private-use characters at its ends are no letters: a token may have to stand apart from words.
+    """
+    letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(32))
+    return f"\ue000{letters}\ue000"
 
 
 def any_of(tokens: Iterable[str]) -> str:
     """A pattern of the tokens, of which the longest that fits matches; of none: one that matches nothing."""
     return "|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)"
+
+
+def _longest_first(tokens: Iterable[AddedToken]) -> list[AddedToken]:
+    return sorted(tokens, key=lambda token: -len(token.content))
+
+
+def _pattern(token: AddedToken) -> str:
+    """Where a tokenizer finds the token: anywhere, or only apart from words."""
+    text = re.escape(token.content)
+    return rf"(?<!\w){text}(?!\w)" if token.single_word else text
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapter_core.chat_format import ChatFormat
 from adapter_core.examples import Example
-from tests.core.tokenizer_kinds import KINDS, NOT_SPECIAL, SPECIAL, TEMPLATES, tokenizer_of
+from tests.core.tokenizer_kinds import KINDS, NOT_SPECIAL, ODD_KINDS, SPECIAL, TEMPLATES, tokenizer_of
 
 #: Templates that leave texts as they are, so that a harmless text shows what the template writes by itself.
 FAITHFUL = ("lines", "channels", "ends_the_text", "headings", "marked", "drops_thoughts")
@@ -82,6 +82,26 @@ def test_texts_that_are_no_control_tokens_are_encoded_as_ever(text: str, data: s
     messages = asked(text, answer=text)
     whole = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert chat.prompt_ids(messages) == whole
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+@settings(max_examples=100)
+@given(
+    typed=anything,
+    loud=st.sampled_from(["", "<|END|>", "\uff1c|end|\uff1e"]),
+    harmless=st.text("ab<|> \n", max_size=6),
+)
+def test_tokens_that_are_read_in_another_way_forge_nothing_either(
+    kind: str, typed: str, loud: str, harmless: str
+) -> None:
+    chat = chat_of(kind, "lines")
+    messages = asked(f"\n{typed}{loud}\n", answer=f"\n{typed}\n".replace("think>", ""))
+    assert controls(chat, chat.prompt_ids(messages)) == controls(
+        chat, chat.prompt_ids(asked("\nx\n", answer="\nx\n"))
+    )
+    plain = asked(harmless, answer=harmless)
+    whole = chat.tokenizer.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
+    assert chat.prompt_ids(plain) == whole
 
 
 def test_ids_are_those_of_a_tokenizer_that_overlooks_the_typed_token() -> None:

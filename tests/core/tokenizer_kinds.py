@@ -81,6 +81,30 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def _reflagged(tokenizer: Tokenizer, **flags: bool) -> Tokenizer:
+    """With other flags for all of its added tokens."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [{**token, **flags} for token in content["added_tokens"]]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def normalized_tokens() -> Tokenizer:
+    """Finds its control tokens in normalised text: `<|END|>` is one as well."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Lowercase()
+    return _reflagged(tokenizer, normalized=True)
+
+
+def greedy_tokens() -> Tokenizer:
+    """Its control tokens take the white space round them."""
+    return _reflagged(byte_level(), lstrip=True, rstrip=True)
+
+
+def standing_tokens() -> Tokenizer:
+    """Its control tokens are none beside a letter."""
+    return _reflagged(byte_level(), single_word=True)
+
+
 def with_bos_and_eos() -> Tokenizer:
     """Byte-level BPE that puts a start token before a text and an end token after it by itself."""
     tokenizer = byte_level()
@@ -91,6 +115,10 @@ def with_bos_and_eos() -> Tokenizer:
     return tokenizer
 
 
+#: Tokenizers that read control tokens in a way of their own.
+ODD_KINDS: dict[str, Callable[[], Tokenizer]] = {
+    make.__name__: make for make in (normalized_tokens, greedy_tokens, standing_tokens)
+}
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     make.__name__: make
     for make in (
@@ -110,7 +138,7 @@ def tokenizer_of(kind: str, template: str | None = None) -> PreTrainedTokenizerB
 
 @cache
 def _built(kind: str) -> str:
-    tokenizer = KINDS[kind]()
+    tokenizer = (KINDS | ODD_KINDS)[kind]()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in NOT_SPECIAL])
     return tokenizer.to_str()
