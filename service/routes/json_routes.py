@@ -35,6 +35,8 @@ MAX_CONTAINERS = 16 * 1024
 MAX_FIELDS = 2048
 #: Smaller bodies have fewer.
 _FEW_FIELDS_BYTES = 8 * 1024
+#: Looked through at a time: 0.1 ms.
+_PIECE_BYTES = 64 * 1024
 #: Never sent: the client is gone. The number is nginx's.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -78,16 +80,36 @@ def _read_large(body: bytes) -> Any:
 
 
 def _check_structure(body: bytes) -> None:
-    """Count what the reader would make objects of, by searches that take 1 ms per MB. Raises `ValueError`."""
-    if _is_within_limits([body]):
-        return
-    # Most of it may stand in strings. Without escapes a string is what stands between two quotes.
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 4 * MAX_VALUES or not _is_within_limits(plain.split(b'"')[::2]):
-        raise ValueError(
-            f"a body may have up to {MAX_VALUES} values, and {MAX_CONTAINERS} lists and objects; "
-            "send several smaller ones"
-        )
+    """Count what the reader would make objects of, outside of strings. Raises `ValueError`.
+
+    Piece by piece, so that Python's lock is free in between, and no further than the limits: 1 ms per MB.
+    """
+    num_values = num_containers = start = 0
+    is_in_string = False
+    while start < len(body):
+        end = _piece_end(body, start)
+        # Without escapes a string is what stands between two quotes.
+        plain = body[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = plain.split(b'"')
+        outside = b"".join(parts[is_in_string::2])
+        is_in_string ^= len(parts) % 2 == 0
+        containers = outside.count(b"[") + outside.count(b"{")
+        num_containers += containers
+        num_values += containers + outside.count(b",")
+        if num_containers > MAX_CONTAINERS or num_values > MAX_VALUES:
+            raise ValueError(
+                f"a body may have up to {MAX_VALUES} values, and {MAX_CONTAINERS} lists and objects; "
+                "send several smaller ones"
+            )
+        start = end
+
+
+def _piece_end(body: bytes, start: int) -> int:
+    """Where the piece that begins at `start` ends: not within an escape."""
+    end = min(start + _PIECE_BYTES, len(body))
+    piece = body[start:end]
+    num_backslashes = len(piece) - len(piece.rstrip(b"\\"))
+    return end + num_backslashes % 2
 
 
 def _check_objects(value: Any) -> None:
@@ -100,12 +122,6 @@ def _check_objects(value: Any) -> None:
                 raise ValueError(f"an object may have up to {MAX_FIELDS} fields")
             value = value.values()
         open_values += [item for item in value if isinstance(item, dict | list)]
-
-
-def _is_within_limits(parts: list[bytes]) -> bool:
-    num_containers = sum(part.count(b"[") + part.count(b"{") for part in parts)
-    num_values = num_containers + sum(part.count(b",") for part in parts)
-    return num_containers <= MAX_CONTAINERS and num_values <= MAX_VALUES
 
 
 def _strict(request: Request) -> JsonRequest:

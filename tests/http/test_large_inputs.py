@@ -166,8 +166,20 @@ def test_a_tokenizer_that_drops_or_fuses_characters_has_no_bound() -> None:
         (b'{"p": "' + b'\\"[,' * 200_000 + b'\\\\"}', True),
         (b'{"p": "\\\\", "q": [' + b"{}," * 200_000 + b"1]}", False),
         (b'{"p": [' + b'"",' * 2 * MAX_VALUES + b'""]}', False),
+        (b'{"p": "' + b"\\\\" * 65536 + b'", "q": [' + b"[]," * MAX_CONTAINERS + b"1]}", False),
+        (b'{"p": "x' + b"\\\\" * 65536 + b'\\"' + b"[," * MAX_VALUES + b'"}', True),
     ],
-    ids=["ids", "too many ids", "lists", "code", "escapes", "backslash before", "empty strings"],
+    ids=[
+        "ids",
+        "too many ids",
+        "lists",
+        "code",
+        "escapes",
+        "backslash before",
+        "empty strings",
+        "backslashes over the edge of a piece",
+        "a quote after them",
+    ],
 )
 def test_values_are_counted_where_they_are_values(body: bytes, is_sound: bool) -> None:
     json.loads(body)
