@@ -42,7 +42,9 @@ def write(verdicts: Sequence[Verdict]) -> None:
         "torch": torch.__version__.split("+")[0],
         "verdicts": [verdict.to_map() for verdict in verdicts],
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    # A line for each verdict, so that a change of the file shows what became of which type.
+    text = json.dumps(results).replace('{"model_type"', '\n{"model_type"')
+    RESULTS.write_text(text + "\n")
     DOCUMENT.write_text(render(results))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -126,6 +126,8 @@ def make_step(
 def slow_truth(q: Tensor, K: Tensor, V: Tensor, start: int, options: AttentionOptions) -> Tensor:
     """One sequence whose first query is at position `start`. q: [Q, Hq, D_k], K: [Hkv, L, D_k], V: [Hkv, L,
     D_v]; returns [Q, Hq, D_v] in float32."""
+    if options.sinks is not None:
+        options = replace(options, sinks=options.sinks.to(q.device))
     count, num_heads, dim = q.shape
     heads, length, _ = K.shape
     positions = start + torch.arange(count)[:, None]
