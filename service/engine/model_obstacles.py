@@ -18,6 +18,10 @@ _RECURRENT = (
     "it keeps a recurrent state (Mamba's, a convolution's, linear attention's), which cannot be cut into "
     "blocks of tokens; Tessera serves models whose only state is a KV cache"
 )
+_DECODER = (
+    "it is the decoder of an encoder-decoder model, made to read what an encoder has read; Tessera serves "
+    "models that are a decoder alone"
+)
 _NO_CACHE = "it keeps no KV cache of earlier tokens that later ones could read"
 _INDEXED = (
     "its sparse attention chooses tokens by an index that has a cache of its own; Tessera serves models "
@@ -50,6 +54,8 @@ def find_obstacle(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     if model.config.model_type in _TYPE_REASONS:
         return _TYPE_REASONS[model.config.model_type]
+    if hasattr(model.config, "encoder_layers") or hasattr(model.config, "num_encoder_layers"):
+        return _DECODER
     types = set(getattr(config, "layer_types", None) or ())
     for name, reason in _REASONS.items():
         if name in types:

@@ -53,6 +53,7 @@ def test_the_page_says_what_the_last_whole_sweep_found() -> None:
     assert DOCUMENT.read_text() == render(results)
     if results["transformers"] == transformers.__version__:
         assert [row["model_type"] for row in results["verdicts"]] == model_types()
+    assert not {row["outcome"] for row in results["verdicts"]} & {"wrong", "crash"}
 
 
 def test_the_page_names_paths_targets_and_reasons() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     OpenAIGPTConfig,
@@ -214,6 +216,12 @@ def test_a_recurrent_model_is_refused() -> None:
     config = RwkvConfig(vocab_size=17, hidden_size=8, num_hidden_layers=2)
     with pytest.raises(UnsupportedModel, match=r"RwkvForCausalLM .* keeps a recurrent state"):
         Engine(BaseModel("rwkv", "rwkv", RwkvForCausalLM(config).eval()), EngineConfig(num_blocks=4))
+
+
+def test_half_of_an_encoder_decoder_model_is_refused() -> None:
+    config = BartConfig(vocab_size=17, d_model=8, decoder_layers=1, decoder_attention_heads=2)
+    with pytest.raises(UnsupportedModel, match="decoder of an encoder-decoder model"):
+        Engine(BaseModel("bart", "bart", BartForCausalLM(config).eval()), EngineConfig(num_blocks=4))
 
 
 def test_a_model_without_a_cache_is_refused() -> None:
