@@ -16,7 +16,7 @@ ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "name", "weight")
 
 #: Keys that say nothing of the text.
-_IGNORED = ("annotations", "cache_control", "id", "object", "created_at", "timestamp")
+_IGNORED = ("annotations", "cache_control", "id", "object", "created_at", "parsed", "timestamp")
 _NO_TOOLS = "tool calls cannot be trained; write calls and results as text"
 _THOUGHTS = "write the thoughts into content, as the model is to write them"
 #: Keys that may be empty, and what to do where they are not.

@@ -182,6 +182,7 @@ STREAM_NEUTRAL: Mapping[str, Neutral] = {
 MESSAGE_IGNORED: Mapping[str, str] = {
     "annotations": "they stand beside a text, and no template shows them",
     "cache_control": "the prefix cache finds equal prefixes by itself",
+    "parsed": "OpenAI's clients read it out of the content and send it along",
 }
 
 MESSAGE_NEUTRAL: Mapping[str, Neutral] = {
