@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from service.engine.attention import NotPageable
+from service.engine.attention import NotPageable, implementation_of
 
 _NAME = "tessera_asks_for_masks"
 
@@ -52,7 +52,7 @@ def read_windows(model: PreTrainedModel) -> dict[int, int | None]:
 
     Raises `AttendsToLaterTokens`, and `NotPageable` for a layer that attends in another pattern.
     """
-    before = model.config._attn_implementation
+    before = implementation_of(model)
     windows: dict[int, int | None] = {}
     token = _windows.set(windows)
     try:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from service.engine.kv_cache import KVShape, PagedKV
 
@@ -105,6 +105,12 @@ def paged_attention(
 
 
 AttentionInterface.register(NAME, paged_attention)
+
+
+def implementation_of(model: PreTrainedModel) -> str:
+    """The attention implementation of the layers that text goes through. A model of several parts may keep
+    another name at its top, because not all of its parts can change theirs (GOT-OCR2's vision tower)."""
+    return model.config.get_text_config()._attn_implementation or "eager"
 
 
 class AttentionTile:

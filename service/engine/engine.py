@@ -16,6 +16,7 @@ from adapter_core.basis import Basis
 from adapter_core.errors import InvalidInput, TesseraError
 from adapter_core.rope import pin_rotations
 from service.engine.adapter_cache import AdapterCache
+from service.engine.attention import implementation_of
 from service.engine.blocks import BlockPool
 from service.engine.config import EngineConfig
 from service.engine.in_flight import InFlight
@@ -53,7 +54,7 @@ class Engine:
         config = config or EngineConfig()
         self._base = base
         self._config = config
-        self._attention_before = base.model.config._attn_implementation
+        self._attention_before = implementation_of(base.model)
         longest = min(config.max_model_len or base.max_position, base.max_position)
         self._rotations_before = pin_rotations(base.model, longest)
         facts, unfit = adopt_and_try(base)

@@ -70,7 +70,7 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
     obstacle = find_obstacle(model)
     if obstacle:
         raise _unsupported(model, obstacle)
-    own_implementation = model.config._attn_implementation
+    own_implementation = attention.implementation_of(model)
     try:
         return _adopt_attention(model)
     except AttendsToLaterTokens:
@@ -83,7 +83,7 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
         raise
     except Exception as error:  # a keyword argument that the model does not know, a mask that it expects
         logger.info("%s does not attend through us: %s", type(model).__name__, error)
-    model.set_attn_implementation(own_implementation or "eager")
+    model.set_attn_implementation(own_implementation)
     return adopt_cache(model)
 
 

@@ -6,8 +6,9 @@ alone, whole, by its own eager attention. So whatever mixes the rows of a batch 
 that are counted instead of read, state outside the KV cache, routing by the sequence) shows before it reaches
 a user. What fails is refused by name: the model, or the layers that cannot carry adapters.
 
-When all is well the trial takes eight forward passes of at most 26 tokens, and the factors of every linear
-layer at rank 4 in memory (25 MB for an 8B model in bfloat16). Only a failure costs more, to find its reason.
+When all is well the trial takes eight forward passes of at most 26 tokens and the memory of rank-4 factors
+of every linear layer: 0.5 s and 56 MB for an 8B model in bfloat16 on an H200. Only a failure costs more, to
+find its reason.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from adapter_core.base_model import BaseModel, linear_layers
 from adapter_core.errors import UnsupportedModel
+from service.engine.attention import implementation_of
 from service.engine.linear import rows_per_token
 from service.engine.model_obstacles import DEVICE_ERRORS
 from service.engine.model_path import ModelFacts, adopt, adopt_cache
@@ -29,9 +32,12 @@ from service.engine.trial_passes import AdaptedModel, TrialAdapter, Way
 
 logger = logging.getLogger(__name__)
 
-#: Difference of the logits as a share of their spread. Rounding gives 1e-6 in float32; in half precision,
-#: where products of other shapes round otherwise, 2 % at a few layers, and more with the depth.
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+#: Difference of the logits as a share of their spread. Rounding gives 1e-6 in float32, 0.3 % in float16 and
+#: 2.4 % in bfloat16 (gpt_oss on CPU and an H200; nothing at all for most others, an 8B Llama among them,
+#: because products of so few rows round alike). Another's adapter on one layer of 21 gives 20 %.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+#: In half precision this share of the rows must be near: rounding may send single tokens to other experts.
+_NEAR_SHARE = 0.75
 #: Tokens of the sequences: two with adapters, and one without, whose length is a prime number, so that no
 #: shape of another meaning has as many rows.
 LENGTHS = (8, 5, 13)
@@ -60,7 +66,8 @@ def adopt_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
 
     Raises `UnsupportedModel` for a model that the engine would not serve exactly.
     """
-    before = base.model.config._attn_implementation
+    before, verbosity = implementation_of(base.model), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # each change of attention would be a warning per vision tower
     try:
         facts = adopt(base.model)
         try:
@@ -78,6 +85,8 @@ def adopt_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
     except BaseException:
         base.model.set_attn_implementation(before)
         raise
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 class _Trial:
@@ -215,13 +224,12 @@ class _Trial:
 
 def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
     """How far logits [n, V] are from others as a share of their spread: in the worst row for a model in
-    float32, in the median row in half precision, where rounding may send one token to another expert.
-    Infinite if one is not finite."""
+    float32, in the worst of the nearest three quarters in half precision. Infinite if one is not finite."""
     logits, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, expected))
     rows = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     if not rows.isfinite().all():
         return float("inf")
-    return float(rows.max() if dtype == torch.float32 else rows.median())
+    return float(rows.quantile(1.0 if dtype == torch.float32 else _NEAR_SHARE, interpolation="lower"))
 
 
 def _by_kind(names: Sequence[str]) -> list[list[str]]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from adapter_core.adapter import AdapterRef
 from adapter_core.base_model import BaseModel
 from adapter_core.basis import Basis, BasisManifest, ModuleShape
+from service.engine.attention import implementation_of
 from service.engine.attention_layout import TiledLayout
 from service.engine.batch import build_batch
 from service.engine.config import EngineConfig
@@ -88,7 +89,7 @@ class AdaptedModel:
 
     def own_logits(self, token_ids: list[int], adapter: TrialAdapter | None = None) -> Tensor:
         """Logits [n, V] of one sequence by the model itself, by its eager attention."""
-        model, before = self._base.model, self._base.model.config._attn_implementation
+        model, before = self._base.model, implementation_of(self._base.model)
         model.set_attn_implementation("eager")
         try:
             with ExitStack() as hooks:
