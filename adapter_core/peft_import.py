@@ -48,16 +48,25 @@ _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 #: Left over from training: what has no say in what a trained LoRA computes.
 _TRAINING_ONLY = (".lora_velora_", ".lora_monteclora_sampler.")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WHOLE = (
+    "whole embeddings and output heads cannot be replaced; if they are the base model's own, write the files "
+    "with PEFT's save_pretrained(..., save_embedding_layers=False)"
+)
 #: What other names in such a file mean, by a part of the name.
 _OTHER_TENSORS = {
     "lora_magnitude_vector": "DoRA rescales the columns of W + BA",
     "lora_embedding_": "embeddings cannot carry adapters",
     "modules_to_save": "whole modules cannot be replaced",
-    "base_layer": "weights of the base model cannot be replaced",
+    "base_layer": (
+        "PEFT adds it where the embeddings or the output head have a LoRA, and neither can carry an adapter; "
+        "train without them in target_modules"
+    ),
     ".bias": "a bias cannot be changed",
     ".lora_a": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
     ".lora_b": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
     "lora_diag": "KaSA's diagonal stands between the factors",
+    "embed": _WHOLE,
+    "lm_head": _WHOLE,
 }
 #: A core is taken for that of a shared basis if its product gives B back within the rounding of its dtype.
 _SPAN_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

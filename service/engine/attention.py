@@ -12,7 +12,7 @@ checks faster kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -116,15 +116,17 @@ def implementation_of(model: PreTrainedModel) -> str:
 class AttentionTile:
     """Some rows of the batch that attend together: n sequences with Q queries each.
 
-    start: their first row. table: int64 [n, blocks], padded with block 0. positions: int64 [n, Q]. length: of
-    the longest context in tokens, if it is known on the host.
+    start: their first row. table: int64 [n, blocks], padded with block 0. positions: int64 [n, Q]. lengths:
+    tokens of the contexts, if they are known on the host.
     """
 
-    def __init__(self, start: int, table: Tensor, positions: Tensor, *, length: int | None = None) -> None:
+    def __init__(
+        self, start: int, table: Tensor, positions: Tensor, *, lengths: Sequence[int] | None = None
+    ) -> None:
         self.start = start
         self.table = table
         self.positions = positions
-        self.length = length
+        self.lengths = lengths
         self._masks: dict[int | None, Tensor] = {}
         self._pages: dict[int, Tensor] = {}
 

@@ -56,7 +56,7 @@ class TiledLayout:
         def make(kv: PagedKV, rows: TokenRows, pieces: list[Tensor]) -> AttentionStep:
             pairs = zip(pieces[::2], pieces[1::2], strict=True)
             made = [
-                AttentionTile(start, table, positions, length=int(known.max()) + 1)
+                AttentionTile(start, table, positions, lengths=(known[:, -1] + 1).tolist())
                 for (start, _, known), (table, positions) in zip(tiles, pairs, strict=True)
             ]
             return PagedAttention(kv, rows.blocks, rows.offsets, made)

@@ -7,12 +7,16 @@ prompt by itself. Each pass gets a cache whose layers write to the paged KV and 
 
 Slower than attention over pages: K and V are gathered in every layer, sequences of different lengths are
 padded to the longest of their tile, and a step takes as many passes as it has tiles.
+
+Some layers count the tokens of the cache to know where they are (Llama 4 scales its queries by the position).
+Padding would count, so such a model gets only sequences of one length in a pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +35,26 @@ class NotCacheable(Exception):
     """A model keeps something else than one K and V per layer and token."""
 
 
-def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], Tensor]:
-    """What each layer keeps per token, and the logits [1, V] of one token. Raises `NotCacheable`."""
-    cache = DynamicCache()
+class _ProbeCache(DynamicCache):  # type: ignore[misc]
+    """has_counting_layers: whether a layer has asked how many of its tokens there are.
+
+    The model asks before its first layer, for the mask, and MPT's layers ask without their number, for
+    distances, which padding leaves as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_counting_layers = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        self.has_counting_layers |= layer_idx > 0 and bool(self.layers)
+        return int(super().get_seq_length(layer_idx))
+
+
+def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], bool, Tensor]:
+    """What each layer keeps per token, whether layers count the tokens of the cache, and the logits [1, V] of
+    one token. Raises `NotCacheable`."""
+    cache = _ProbeCache()
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     logits = _run(model, zero, zero, torch.ones_like(zero), cache)
     shapes = []
@@ -44,14 +65,16 @@ def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], Tensor]:
         shapes.append(KVShape(K.shape[1], K.shape[3], V.shape[3]))
     if not shapes:
         raise NotCacheable("keeps no KV cache: it computes the whole text again for every token")
-    return tuple(shapes), logits[0]
+    return tuple(shapes), cache.has_counting_layers, logits[0]
 
 
 class CachedModel:
-    """Runs the steps of `model`. tables: the slots of every basis that is resident at the time."""
+    """Runs the steps of `model`. has_counting_layers: see `probe`. tables: the slots of every basis that is
+    resident at the time."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, has_counting_layers: bool = False) -> None:
         self._model = model
+        self._has_counting_layers = has_counting_layers
 
     def forward(
         self,
@@ -67,7 +90,7 @@ class CachedModel:
         staged = [(table, table.active) for table in tables if table.active is not None]
         logits: Tensor | None = None
         try:
-            for tile in step.tiles:
+            for tile in _of_one_length(step.tiles) if self._has_counting_layers else step.tiles:
                 own = slice(tile.start, tile.start + tile.positions.numel())
                 for table, slots in staged:
                     table.active = slots[own]
@@ -95,6 +118,23 @@ class CachedModel:
         return logits if kept is not None else logits.index_select(0, wanted)
 
 
+def _of_one_length(tiles: Sequence[AttentionTile]) -> Iterator[AttentionTile]:
+    """The same rows in tiles whose sequences have equally many tokens. A tile of several has one row of each,
+    the longest first."""
+    for tile in tiles:
+        assert tile.lengths is not None, "steps from plans know their lengths"
+        first = 0
+        for length, same in itertools.groupby(tile.lengths):
+            last = first + len(list(same))
+            yield AttentionTile(
+                tile.start + first * tile.positions.shape[1],
+                tile.table[first:last],
+                tile.positions[first:last],
+                lengths=[length] * (last - first),
+            )
+            first = last
+
+
 class _TileKV:
     """K and V of the sequences of one tile. blocks, offsets: int64 [n * Q], where those of its tokens belong.
 
@@ -106,7 +146,7 @@ class _TileKV:
         self._blocks, self._offsets = blocks, offsets
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_sequences, self.num_queries = tile.positions.shape
-        self.length = tile.length or tile.table.shape[1] * kv.block_size
+        self.length = max(tile.lengths) if tile.lengths else tile.table.shape[1] * kv.block_size
         columns = torch.arange(self.length, device=tile.positions.device)
         positions = columns - (self.length - 1 - tile.positions[:, -1:])  # [n, L]
         is_padding = positions < 0

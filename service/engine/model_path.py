@@ -54,6 +54,8 @@ class ModelFacts:
     vocab_size: int
     #: Of layers that ask for another window, or none, than their own mask has, which is in `options`.
     windows: Mapping[int, int | None] = field(default_factory=dict)
+    #: Of a model that computes attention itself: whether its layers count the tokens of the cache.
+    has_counting_layers: bool = False
 
     @property
     def attends_itself(self) -> bool:
@@ -91,7 +93,7 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
 def adopt_cache(model: PreTrainedModel) -> ModelFacts:
     """Let `model` attend by itself, and try one token. Raises `UnsupportedModel`."""
     try:
-        shapes, logits = cached_model.probe(model)
+        shapes, has_counting_layers, logits = cached_model.probe(model)
     except cached_model.NotCacheable as error:
         raise _unsupported(model, f"it {error}") from error
     except DEVICE_ERRORS:
@@ -99,14 +101,18 @@ def adopt_cache(model: PreTrainedModel) -> ModelFacts:
     except Exception as error:
         reason = f"transformers cannot run it on one token: {type(error).__name__}: {error}"
         raise _unsupported(model, reason) from error
-    return ModelFacts(shapes, (), 1, _vocab_size(model, logits))
+    return ModelFacts(shapes, (), 1, _vocab_size(model, logits), has_counting_layers=has_counting_layers)
 
 
 def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
     """Raises `NotPageable`, and whatever a model raises that does not know attention like ours."""
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    config = model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
     if types - PAGEABLE_LAYERS:
         raise NotPageable(f"layers of type {', '.join(sorted(types - PAGEABLE_LAYERS))}")
+    # Llama 4 counts from the start of the batch where it has no cache, far beyond what a trial shows.
+    if getattr(config, "attn_temperature_tuning", False):
+        raise NotPageable("queries scaled by positions that its layers count in a cache")
     masks = read_windows(model)
     model.set_attn_implementation(attention.NAME)
     probe = AttentionProbe()
@@ -155,7 +161,9 @@ class ModelPath:
         self._facts = facts
         self._bases = bases
         self._num_positions = num_positions
-        self._cached = CachedModel(model) if facts.attends_itself else None
+        self._cached: CachedModel | None = None
+        if facts.attends_itself:
+            self._cached = CachedModel(model, has_counting_layers=facts.has_counting_layers)
         self._spec: ModelSpec | None = None
         self.fused: FusedModel | None = None
         self._prepared_for: str | None = None

@@ -170,9 +170,27 @@ class _Trial:
 
     def _check_base_model(self) -> None:
         """Raise `UnsupportedModel` if not even the base model is served exactly, with what is seen of why."""
+        if self._numbers_otherwise():
+            raise self._unsupported(
+                "does not number the positions of a text from 0, as the engine does (RoBERTa and its kin "
+                "begin behind the number of their padding token)"
+            )
         for way, meaning in _MEANINGS.items():
             if fault := self._fault([], way):
                 raise self._unsupported(f"{meaning} ({fault})")
+
+    def _numbers_otherwise(self) -> bool:
+        """Whether the positions that the model takes by itself are others than 0, 1, 2 and so on."""
+        model, token_ids = self._adapted([], 0), self._token_ids(0)[-1]
+        positions = torch.arange(len(token_ids), device=self._base.device)[None]
+        try:
+            logits = model.own_logits(token_ids, position_ids=positions)
+        except DEVICE_ERRORS:
+            raise
+        except Exception:  # it takes no positions
+            return False
+        dtype = self._base.model.dtype
+        return difference(logits, self._own_logits(model, 0, len(LENGTHS) - 1), dtype) > TOLERANCES[dtype]
 
     def _fault(self, names: Sequence[str], way: Way = _AS_SERVED) -> str:
         """What is wrong with adapters on these layers, "" if nothing is in one of the draws."""

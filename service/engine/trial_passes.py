@@ -87,8 +87,10 @@ class AdaptedModel:
                 }
                 self.adapters.append(TrialAdapter(index + 1, hooks))
 
-    def own_logits(self, token_ids: list[int], adapter: TrialAdapter | None = None) -> Tensor:
-        """Logits [n, V] of one sequence by the model itself, by its eager attention."""
+    def own_logits(
+        self, token_ids: list[int], adapter: TrialAdapter | None = None, **inputs: Tensor
+    ) -> Tensor:
+        """Logits [n, V] of one sequence by the model itself, by its eager attention. inputs: more of them."""
         model, before = self._base.model, implementation_of(self._base.model)
         model.set_attn_implementation("eager")
         try:
@@ -96,7 +98,7 @@ class AdaptedModel:
                 for name, add in adapter.hooks.items() if adapter is not None else ():
                     hooks.callback(model.get_submodule(name).register_forward_hook(add).remove)
                 ids = torch.tensor([token_ids], device=model.device)
-                logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+                logits: Tensor = model(input_ids=ids, use_cache=False, **inputs).logits[0]
                 return logits
         finally:
             model.set_attn_implementation(before)

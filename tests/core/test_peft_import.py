@@ -326,6 +326,15 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "embedding": (pair() | {"base_model.model.model.embed.lora_embedding_A": torch.ones(4, 9)}, "embeddings"),
     "bias": (pair() | {f"{Q}.lora_B.bias": torch.ones(256)}, "bias cannot"),
     "whole": ({"base_model.model.lm_head.modules_to_save.weight": torch.ones(2)}, "whole modules"),
+    "embeddings beside it": (
+        pair() | {"base_model.model.model.embed_tokens.weight": torch.ones(2, 2)},
+        "save_embedding_layers=False",
+    ),
+    "head beside it": (pair() | {"base_model.model.lm_head.weight": torch.ones(2)}, "output heads cannot"),
+    "head with a LoRA": (
+        {**pair("base_model.model.lm_head"), "base_model.model.lm_head.base_layer.weight": torch.ones(2)},
+        "lm_head.*train without them in target_modules|lm_head, which is no linear layer",
+    ),
     "strange": ({"weights": torch.ones(2)}, "weights: only lora_A"),
     "head": (pair("base_model.model.lm_head", d_out=8192), "lm_head"),
     "unknown": (pair(Q.replace("layers.0", "layers.6")), "layers.6.self_attn.q_proj"),

@@ -44,9 +44,15 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "local layers": ("gpt_neo", {}, "out_proj"),
     "two softmaxes a layer": ("diffllama", {}, "q_proj"),
     "chunks of the context": ("llama4_text", {}, "q_proj"),
+    "queries scaled by the place in the cache": (
+        "llama4_text", {"floor_scale": 16, "attn_scale": 0.5, "no_rope_layers": [1, 0, 1, 0]}, "q_proj"
+    ),
+    "the same in every layer": (
+        "llama4_text", {"floor_scale": 16, "attn_scale": 0.5, "no_rope_layers": [0] * 4}, "q_proj"
+    ),
     "sinusoids": ("xglm", {}, "fc1"),
     "latent keys": ("deepseek_v3", {}, "kv_b_proj"),
-}
+}  # fmt: skip
 ITSELF = EngineConfig(num_blocks=64, block_size=8, max_batch_seqs=8, max_batch_tokens=24)
 
 

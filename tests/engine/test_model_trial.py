@@ -159,6 +159,12 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
         try_out(model)
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "data2vec-text"])
+def test_a_model_that_numbers_positions_from_elsewhere_is_refused_with_that_reason(model_type: str) -> None:
+    with pytest.raises(UnsupportedModel, match="does not number the positions of a text from 0"):
+        try_out(tiny(model_type, is_decoder=True))
+
+
 def test_a_layer_that_sees_some_tokens_only_is_refused_as_a_target_by_name() -> None:
     model = in_first_mlp(
         llama(), "up_proj", lambda linear: Rows(linear, lambda x: (x[:, 0] > 0).nonzero()[:, 0])
