@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from adapter_core.chat_format import ChatFormat
@@ -42,7 +43,7 @@ class UploadCheck:
     twin: from `fork_twin`; None: files are checked in threads of this process.
     """
 
-    def __init__(self, chat: ChatFormat, twin: socket.socket | None = None) -> None:
+    def __init__(self, chat: ChatFormat, twin: Twin | None = None) -> None:
         self._chat = chat
         self._twin = twin
         self._gate = FairGate(capacity=2, share=1)
@@ -62,7 +63,7 @@ class UploadCheck:
         own, others = socket.socketpair()
         own.setblocking(False)
         with others:
-            socket.send_fds(self._twin, [b"u" if with_users else b"-"], [others.fileno()])
+            socket.send_fds(self._twin.requests, [b"u" if with_users else b"-"], [others.fileno()])
         reader, writer = await asyncio.open_unix_connection(sock=own)
         try:
             writer.write(content)
@@ -94,15 +95,30 @@ def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, An
     return {"num_examples": len(examples)}
 
 
-def fork_twin(chat: ChatFormat, *, close_fds: Sequence[int] = ()) -> socket.socket:
-    """Make the twin; returns the socket for `UploadCheck`. Call it before this process has any threads.
+@dataclass(frozen=True)
+class Twin:
+    """The process that is forked for each file. It ends with this process, or with `close`."""
 
-    close_fds: what the twin must not keep open. It ends with this process.
+    process_id: int
+    requests: socket.socket
+
+    def close(self) -> None:
+        """End the process, and with it the checks of files that are under way, and wait for it."""
+        self.requests.close()
+        os.kill(self.process_id, signal.SIGKILL)  # a later twin may hold a copy of the socket
+        os.waitpid(self.process_id, 0)
+
+
+def fork_twin(chat: ChatFormat, *, close_fds: Sequence[int] = ()) -> Twin:
+    """Make the twin for `UploadCheck`. Call it before this process has any threads.
+
+    close_fds: what the twin must not keep open.
     """
     own, others = socket.socketpair()
-    if os.fork():
+    process_id = os.fork()
+    if process_id:
         others.close()
-        return own
+        return Twin(process_id, own)
     try:
         end_with_parent()
         own.close()

@@ -98,7 +98,8 @@ def test_requests_in_flight_keep_what_was_unloaded_and_later_ones_do_not_get_it(
 
 @dataclass
 class Asked:
-    """A request in flight or answered. content: what its name meant; num_changes: of the store till then."""
+    """A request in flight or answered. content: what its name meant; num_changes: of the store till then, or
+    till the read of its adapter that was under way already, whose failure it shares."""
 
     answer: Answer
     content: int
@@ -116,7 +117,7 @@ class World:
         self.active: dict[str, int] = {}
         self.asked: list[Asked] = []
         self.num_changes = 0
-        self._on_the_way: list[tuple[AdapterRef, PackedAdapter | TesseraError]] = []
+        self._on_the_way: list[tuple[AdapterRef, PackedAdapter | TesseraError, int]] = []
         self._saved: tuple[dict[bytes, bytes], dict[str, dict[int, int]], dict[str, int]] | None = None
 
     async def act(self, action: str, name: str, number: int) -> None:
@@ -179,17 +180,19 @@ class World:
         assert content is not None
         prompt = number % len(PROMPTS)
         answer = self.driver.submit(PROMPTS[prompt], replace(GREEDY, max_tokens=NUM_TOKENS), ref)
-        self.asked.append(Asked(answer, content, prompt, self.num_changes))
+        reads = [num_changes for on_the_way, _, num_changes in self._on_the_way if on_the_way == ref]
+        self.asked.append(Asked(answer, content, prompt, min(reads, default=self.num_changes)))
 
     async def _read(self) -> None:
         refs = self.engine.missing_adapters()
         found = zip(refs, await self.store.fetch(refs), strict=True)
         self._on_the_way += [
-            (ref, parse_adapter(ref, blob, SlotFormat(torch.float32))) for ref, blob in found
+            (ref, parse_adapter(ref, blob, SlotFormat(torch.float32)), self.num_changes)
+            for ref, blob in found
         ]
 
     def _provide(self) -> None:
-        for ref, adapter in self._on_the_way:
+        for ref, adapter, _ in self._on_the_way:
             self.engine.provide_adapter(ref, adapter)
         self._on_the_way.clear()
 

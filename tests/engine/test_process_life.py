@@ -163,4 +163,5 @@ def test_every_setting_reaches_the_core() -> None:
 
     assert engine_config(EngineSettings(**chosen)) == EngineConfig(**chosen)
     assert engine_config(EngineSettings()) == EngineConfig()
-    assert vars(engine_config(EngineSettings())).keys() <= EngineSettings.model_fields.keys()
+    # The longest text belongs to all processes, and comes with the base model.
+    assert vars(EngineConfig()).keys() - EngineSettings.model_fields.keys() == {"max_model_len"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 from collections.abc import Awaitable, Iterator
 
@@ -89,20 +88,19 @@ async def test_a_client_that_is_gone_costs_the_others_nothing(
     twin = checks[0]._twin
     assert twin is not None
     own, others = socket.socketpair()
-    socket.send_fds(twin, [b"-"], [others.fileno()])
+    socket.send_fds(twin.requests, [b"-"], [others.fileno()])
     others.close()
     own.close()  # it finds nobody to answer
     several = [checks[0].count_examples(f"t{i}", content, with_users=False) for i in range(4)]
     assert await asyncio.gather(*several) == [2000] * 4
 
 
-async def test_the_twin_ends_with_its_socket(codec: TextCodec) -> None:
-    before = set(psutil.Process().children())
+async def test_the_twin_ends_with_its_socket_and_is_waited_for(codec: TextCodec) -> None:
     twin = upload_check.fork_twin(codec.chat)
-    [process] = set(psutil.Process().children()) - before
+    twin.requests.close()
+    await wait_until(lambda: has_ended(twin.process_id))
     twin.close()
-    await wait_until(lambda: has_ended(process.pid))
-    await asyncio.to_thread(os.waitpid, process.pid, 0)
+    assert not psutil.pid_exists(twin.process_id)
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])
