@@ -17,13 +17,14 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from adapter_core import quantised_models
 from adapter_core.errors import InvalidInput, UnsupportedModel
+from adapter_core.pretrained import load_weights
 from adapter_core.rope import pin_rotations
 
 #: The seven linear kinds of a Llama-like decoder layer: LoRA-XS, LoRA-SB and their peers adapt all of them.
@@ -100,14 +101,7 @@ def load_base_model(
     transformers_logging.disable_progress_bar()  # a log is no place for a moving bar
     with ThreadPoolExecutor(1) as beside:  # hashing 16 GB in one file takes 12 s
         digest = beside.submit(model_digest, folder)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise UnsupportedModel(
-                f"cannot load the base model {source}: {_reason(folder, error)}", param="base_model"
-            ) from error
+        model = load_weights(source, folder, torch_dtype)
         quantised_models.check_loaded(source, folder, model)
         if model.dtype != torch_dtype:  # transformers dequantises into a dtype of its own
             model.to(torch_dtype)
@@ -117,15 +111,6 @@ def load_base_model(
         base = BaseModel(model_name(source), digest.result(), model, max_model_len)
         pin_rotations(model, base.max_position)
         return base
-
-
-def _reason(folder: Path, error: Exception) -> str:
-    """Why a model does not load: `error`, unless there are files that this process may not read.
-
-    safetensors writes files that only their owner can read, and says "no such file" of those it cannot open.
-    """
-    closed = sorted(path.name for path in folder.iterdir() if not os.access(path, os.R_OK))
-    return f"no permission to read {', '.join(closed)} (user id {os.getuid()})" if closed else str(error)
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:

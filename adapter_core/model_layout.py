@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapter_core.base_model import linear_layers, make_linear, model_folder
 from adapter_core.basis import ModuleShape
-from adapter_core.errors import UnsupportedModel
+from adapter_core.pretrained import cannot_load
 
 
 def linear_shapes(source: str | Path, *, revision: str | None = None) -> dict[str, ModuleShape]:
@@ -28,8 +28,8 @@ def linear_shapes(source: str | Path, *, revision: str | None = None) -> dict[st
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot read the base model {source}: {error}", param="base_model") from error
+    except Exception as error:  # whatever a configuration or a missing package raises
+        raise cannot_load(source, folder, error) from error
     make_linear(model)
     return {
         name: ModuleShape(name, module.in_features, module.out_features)

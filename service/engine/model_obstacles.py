@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from adapter_core.pretrained import IS_A_DECODER
+
 #: What a trial run raises for other reasons than the model.
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
 
@@ -17,10 +19,6 @@ PAGEABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _RECURRENT = (
     "it keeps a recurrent state (Mamba's, a convolution's, linear attention's), which cannot be cut into "
     "blocks of tokens; Tessera serves models whose only state is a KV cache"
-)
-_DECODER = (
-    "it is the decoder of an encoder-decoder model, made to read what an encoder has read; Tessera serves "
-    "models that are a decoder alone"
 )
 _NO_CACHE = "it keeps no KV cache of earlier tokens that later ones could read"
 _INDEXED = (
@@ -55,7 +53,7 @@ def find_obstacle(model: PreTrainedModel) -> str:
     if model.config.model_type in _TYPE_REASONS:
         return _TYPE_REASONS[model.config.model_type]
     if hasattr(model.config, "encoder_layers") or hasattr(model.config, "num_encoder_layers"):
-        return _DECODER
+        return IS_A_DECODER
     types = set(getattr(config, "layer_types", None) or ())
     for name, reason in _REASONS.items():
         if name in types:

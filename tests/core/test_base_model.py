@@ -103,6 +103,36 @@ def test_an_unreadable_config_is_refused(model_copy: Path) -> None:
         load_base_model(model_copy)
 
 
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "layers that the files do not have": ({"num_hidden_layers": 9}, "not in its files, .*model.layers.[4-9]"),
+    "biases that the files do not have": (
+        {"attention_bias": True},
+        "not in its files, .*_proj.bias",
+    ),
+    "a head that the files do not have": ({"tie_word_embeddings": False}, "incomplete.*: lm_head.weight$"),
+    "another vocabulary": ({"vocab_size": 300}, "of its weights have other shapes.*embed_tokens"),
+    "a rotation that nobody knows": (
+        {"rope_parameters": {"rope_type": "nope"}},
+        "transformers fails on it: .*nope",
+    ),
+    "no number": ({"hidden_size": "many"}, "hidden_size"),
+    "a quantisation that is no object": ({"quantization_config": "gptq"}, "cannot load the base model"),
+    "no language model": ({"model_type": "t5"}, "no causal language model of type t5$"),
+    "an encoder beside it": ({"is_encoder_decoder": True}, "decoder of an encoder-decoder model"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_the_files_do_not_fit_is_refused_in_words(model_copy: Path, case: str) -> None:
+    """transformers would fill in random weights, or raise whatever comes."""
+    fields, words = CONFIGS[case]
+    config = json.loads((model_copy / "config.json").read_bytes())
+    (model_copy / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(UnsupportedModel, match=words) as refused:
+        load_base_model(model_copy, device="cpu", dtype="float32")
+    assert refused.value.param == "base_model"
+
+
 def test_names_of_dtypes_and_devices() -> None:
     assert resolve_dtype("auto", "cpu") == torch.float32
     assert resolve_dtype("auto", "cuda:1") == torch.bfloat16
