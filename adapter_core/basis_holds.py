@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapter_core import keys
-from adapter_core.errors import Conflict, QuotaExceeded
+from adapter_core.basis import BasisManifest
+from adapter_core.errors import BasisDeleted, Conflict, QuotaExceeded
 from adapter_core.job_records import OWN_DATA, JobStatus
-from adapter_core.own_bases import OwnBases, basis_not_found
+from adapter_core.own_bases import OwnBases, Ownership, basis_not_found
 from adapter_core.redis_client import Client, translate_errors
 
 _JOB, _PIN = "job:", "pin:"
@@ -59,18 +60,47 @@ class BasisHolds:
             return None
         return str(found.decode())
 
-    async def remember(self, tenant: str, recipe_keys: Sequence[str], basis_id: str) -> None:
-        """Name the basis of a recipe, and forget the recipes of bases that are gone."""
-        owned = await self._own.of_tenant(tenant)
-        with translate_errors():
-            known: Any = await self._redis.hgetall(keys.tenant_recipes(tenant))
-            gone = [name for name, found in known.items() if found.decode() not in owned]
-            if gone:
-                await self._redis.hdel(keys.tenant_recipes(tenant), *gone)
-            await self._redis.hset(keys.tenant_recipes(tenant), mapping=dict.fromkeys(recipe_keys, basis_id))
+    async def hold_found(self, tenant: str, recipe_key: str, job_id: str) -> str | None:
+        """Hold the tenant's own basis of this recipe for a job, and give its id.
+
+        None if there is none, or if its deletion came first. A basis that is held is not deleted, so it is to
+        be held before it is read.
+        """
+        basis_id = await self.find(tenant, recipe_key)
+        if basis_id is None:
+            return None
+        try:
+            await self.hold(tenant, basis_id, job_id)
+        except BasisDeleted:
+            return None
+        return basis_id
+
+    async def reserve(
+        self,
+        tenant: str,
+        manifest: BasisManifest,
+        job_id: str,
+        *,
+        room_id: str = "",
+        recipe_keys: Sequence[str] = (),
+    ) -> Ownership | None:
+        """`OwnBases.reserve`, and hold the basis for the job in the same step: equal bytes may belong to
+        another job's basis, which ends with that job unless this one holds it."""
+        return await self._own.reserve(
+            tenant, manifest, room_id=room_id, user=_JOB + job_id, generation=_HELD, recipe_keys=recipe_keys
+        )
+
+    async def keep_room(self, tenant: str, room_id: str, num_bytes: int, job_id: str) -> None:
+        """Keep room for the job's result until the job has ended. Raises `QuotaExceeded`."""
+        user = _JOB + job_id
+        try:
+            await self._own.keep_room(tenant, room_id, num_bytes, user=user, generation=_HELD)
+        except QuotaExceeded:
+            await self.drop_stale(tenant)
+            await self._own.keep_room(tenant, room_id, num_bytes, user=user, generation=_HELD)
 
     async def hold(self, tenant: str, basis_id: str, job_id: str) -> None:
-        """Keep the basis for a job. One that is everybody's needs none. Raises `Conflict` if it is gone."""
+        """Keep the basis for a job. One that is everybody's needs none. Raises `BasisDeleted`."""
         await self._own.use(tenant, basis_id, _JOB + job_id, generation=_HELD)
 
     async def let_go(self, tenant: str, job_id: str) -> None:
@@ -78,7 +108,7 @@ class BasisHolds:
         await self._own.release(tenant, _JOB + job_id, generation=_ENDED)
 
     async def pin(self, tenant: str, basis_id: str) -> None:
-        """Keep the basis until `delete`. Raises `Conflict` if it is gone."""
+        """Keep the basis until `delete`. Raises `BasisDeleted`."""
         await self._own.use(tenant, basis_id, _PIN + basis_id, generation=_HELD)
 
     async def delete(self, tenant: str, basis_id: str) -> None:
@@ -86,13 +116,13 @@ class BasisHolds:
         if basis_id not in await self._own.of_tenant(tenant):
             raise basis_not_found(basis_id)
         await self.drop_stale(tenant)
-        users = {name for name in await self._own.users(tenant, basis_id) if not name.startswith(_PIN)}
-        if users:
-            shown = ", ".join(sorted(name.removeprefix(_JOB) for name in users)[:5])
-            message = f"basis {basis_id} is needed by {len(users)} adapter(s) or job(s): {shown}"
-            raise Conflict(message, code="basis_in_use", param="basis_id")
-        await self._own.release(tenant, _PIN + basis_id, generation=_ENDED)
-        await self._own.discard(tenant, basis_id)  # one that nothing had kept
+        pin = _PIN + basis_id
+        while not await self._own.discard(tenant, basis_id, pin=pin):
+            users = await self._own.users(tenant, basis_id) - {pin}
+            if users:
+                shown = ", ".join(sorted(name.removeprefix(_JOB) for name in users)[:5])
+                message = f"basis {basis_id} is needed by {len(users)} adapter(s) or job(s): {shown}"
+                raise Conflict(message, code="basis_in_use", param="basis_id")
 
     async def check_room(self, tenant: str, num_bytes: int) -> None:
         """Raises `QuotaExceeded` if the tenant may not own a basis of this size beside its others."""

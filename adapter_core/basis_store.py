@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from adapter_core import keys
+from adapter_core import keys, own_basis_scripts
 from adapter_core.base_model import BaseModel
 from adapter_core.bases import CalibrationSet, build_basis
 from adapter_core.bases.loram import regenerate
 from adapter_core.basis import DTYPES, Basis, BasisManifest, raw_bytes, storage_dtype
-from adapter_core.errors import CorruptRecord, NotFound
-from adapter_core.own_bases import EVERYBODY, basis_not_found
+from adapter_core.errors import BasisDeleted, CorruptRecord, NotFound
+from adapter_core.own_bases import EVERYBODY, Ownership, basis_not_found
 from adapter_core.redis_client import Client, translate_errors
 
 log = logging.getLogger(__name__)
@@ -115,25 +115,31 @@ class BasisStore:
         """Store a basis for all; returns the one that the recipe names, an earlier one if there is one."""
         basis_id = basis.basis_id
         name = f"id:{basis_id}" if recipe_key is None else recipe_key
-        with translate_errors():
-            if await self._redis.exists(keys.basis_owners(basis_id)):  # before the factors: they must stay
-                await self._redis.hset(keys.basis_owners(basis_id), EVERYBODY, "")
+        await self._share(basis_id)  # before the factors: they must stay
         await self._write(basis)
+        await self._share(basis_id)  # a tenant may have become the first owner before the manifest was there
         with translate_errors():
             await self._redis.hsetnx(keys.basis_index(), name, basis_id)
             winner: Any = await self._redis.hget(keys.basis_index(), name)
         return str(winner.decode())
 
-    async def put_own(self, basis: Basis, *, step: Tensor | None = None) -> None:
-        """Store a basis that `OwnBases.reserve` was called for. No list shows it, no disk keeps it.
+    async def _share(self, basis_id: str) -> None:
+        """Let a basis that tenants own be everybody's too."""
+        with translate_errors():
+            if await self._redis.exists(keys.basis_owners(basis_id)):
+                await self._redis.hset(keys.basis_owners(basis_id), EVERYBODY, "")
 
-        step: [M, r, r], what `build_basis_and_step` found with it.
+    async def put_own(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
+        """Store a basis that `OwnBases.reserve` gave this ownership of. No list shows it, no disk keeps it.
+
+        step: [M, r, r], what `build_basis_and_step` found with it. Raises `BasisDeleted` if that ownership
+        has ended; nothing of this call is left then.
         """
         manifest = replace(basis.manifest, recipe={**basis.manifest.recipe, "is_own": True})
         if step is not None:
-            with translate_errors():
-                await self._redis.set(keys.basis_step(basis.basis_id), raw_bytes(step.float()))
-        await self._write(replace(basis, manifest=manifest))
+            content = {keys.basis_step(basis.basis_id): raw_bytes(step.float())}
+            await self._set(basis.basis_id, content, ownership)
+        await self._write(replace(basis, manifest=manifest), ownership)
 
     async def step(self, basis: Basis) -> Tensor | None:
         """The step that was stored with an own basis, [M, r, r] float32; None if there is none."""
@@ -149,21 +155,28 @@ class BasisStore:
         if not basis.manifest.is_regenerated and (await self.manifest(basis.basis_id)).is_regenerated:
             await self._write(basis)
 
-    async def _write(self, basis: Basis) -> None:
-        basis_id = basis.basis_id
-        if basis.manifest.is_regenerated:
-            with translate_errors():
-                await self._redis.set(keys.basis_manifest(basis_id), basis.manifest.to_json())
-            return
-        modules = ((keys.basis_module(basis_id, i), blob) for i, blob in enumerate(basis.module_bytes()))
-        with translate_errors():
+    async def _write(self, basis: Basis, ownership: Ownership | None = None) -> None:
+        basis_id, manifest = basis.basis_id, basis.manifest.to_json().encode()
+        if not basis.manifest.is_regenerated:
+            modules = ((keys.basis_module(basis_id, i), blob) for i, blob in enumerate(basis.module_bytes()))
             for batch in _batches(modules, basis.manifest):
-                pipeline = self._redis.pipeline(transaction=False)
-                for key, blob in batch:
-                    pipeline.set(key, blob)
-                await pipeline.execute()
-            await self._redis.set(keys.basis_preconditioner(basis_id), basis.preconditioner_bytes())
-            await self._redis.set(keys.basis_manifest(basis_id), basis.manifest.to_json())
+                await self._set(basis_id, dict(batch), ownership)
+            preconditioner = {keys.basis_preconditioner(basis_id): basis.preconditioner_bytes()}
+            await self._set(basis_id, preconditioner, ownership)
+        await self._set(basis_id, {keys.basis_manifest(basis_id): manifest}, ownership)
+
+    async def _set(self, basis_id: str, content: dict[str, bytes], ownership: Ownership | None) -> None:
+        """Raises `BasisDeleted` if the ownership has ended."""
+        if ownership is not None:
+            names, args = [keys.basis_owners(basis_id), *content], [ownership.tenant, ownership.token]
+            if not await own_basis_scripts.WRITE(self._redis, keys=names, args=[*args, *content.values()]):
+                raise BasisDeleted(f"basis {basis_id} has been deleted", param="basis_id")
+            return
+        with translate_errors():
+            pipeline = self._redis.pipeline(transaction=False)
+            for key, value in content.items():
+                pipeline.set(key, value)
+            await pipeline.execute()
 
     async def find(self, recipe_key: str) -> str | None:
         """The id of the basis that this recipe gave."""
@@ -209,6 +222,7 @@ class BasisStore:
         if preconditioner is None:
             missing.append("preconditioner")
         if missing:
+            await self.manifest(basis_id)  # not found if it was deleted between the two reads
             raise CorruptRecord(f"basis {basis_id} has lost {', '.join(missing[:5])}")
         return modules, preconditioner
 

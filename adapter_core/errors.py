@@ -8,6 +8,7 @@
       Conflict                   the request and the stored state disagree
         BasisMismatch            the adapter belongs to another basis than the one named
         AdapterDeleted           the adapter was deleted after the work on it began
+        BasisDeleted             a basis of the tenant's own was deleted while something was made in it
         StaleLease               another worker holds the job now
         QuotaExceeded            the tenant may not store so much
       CorruptRecord              stored bytes that fail their checksum or their shape
@@ -111,6 +112,12 @@ class AdapterDeleted(Conflict):
     """The adapter was deleted after the work on it began; a late writer must not resurrect it."""
 
     code = "adapter_deleted"
+
+
+class BasisDeleted(Conflict):
+    """A tenant's own basis was deleted while something was made in it."""
+
+    code = "basis_deleted"
 
 
 class StaleLease(Conflict):

@@ -10,112 +10,25 @@ an adapter, which its owner sees and can delete. Knows no factors and no adapter
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from adapter_core import keys
+from adapter_core import keys, own_basis_scripts
 from adapter_core.basis import BasisManifest
-from adapter_core.errors import Conflict, NotFound, QuotaExceeded
-from adapter_core.redis_client import Client, Script, translate_errors
+from adapter_core.errors import BasisDeleted, Conflict, NotFound, QuotaExceeded
+from adapter_core.redis_client import Client, translate_errors
 
 #: The owner of a basis that everybody may use although tenants have stored the same bytes.
 EVERYBODY = "*"
 
-# A tenant's hash: basis id → "<bytes>:<token>". The token names one life of this ownership, so that the end
-# of an earlier life, delayed, does not end the next one. Bytes 0: the factors are about to be deleted.
 
-# KEYS: the tenant's bases. ARGV: basis id, bytes, limit, new token, id of the room that is kept for it or "".
-# Reply: the token in force, or the bytes owned already as a number if the limit forbids it.
-_RESERVE = Script("""
-local owned, limit = redis.call('HGETALL', KEYS[1]), tonumber(ARGV[3])
-local total = 0
-for i = 1, #owned, 2 do
-  local bytes, token = string.match(owned[i + 1], '^(%d+):(.*)$')
-  if owned[i] == ARGV[1] and bytes ~= '0' then
-    return token
-  end
-  if owned[i] ~= ARGV[5] then
-    total = total + tonumber(bytes)
-  end
-end
-if total + tonumber(ARGV[2]) > limit then
-  return total
-end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ':' .. ARGV[4])
-return ARGV[4]
-""")
+@dataclass(frozen=True)
+class Ownership:
+    """One life of a basis as a tenant's own. Writes of its factors name it, and are refused after its end."""
 
-# KEYS: the tenant's bases, the adapters in this one. ARGV: basis id, adapter id, generation. Reply: 1, 0 if
-# the tenant does not own it.
-_USE = Script("""
-local owned = redis.call('HGET', KEYS[1], ARGV[1])
-if not owned or string.sub(owned, 1, 2) == '0:' then
-  return 0
-end
-local known = tonumber(redis.call('HGET', KEYS[2], ARGV[2]) or -1)
-if known < tonumber(ARGV[3]) then
-  redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
-end
-return 1
-""")
-
-# KEYS: the tenant's bases, the adapters in this one. ARGV: basis id, adapter id or "", generation. Reply: the
-# token of the life that ends, false if it goes on or there is none. An adapter that was published again since
-# has another generation, and keeps the basis.
-_RELEASE = Script("""
-local owned = redis.call('HGET', KEYS[1], ARGV[1])
-if not owned then
-  return false
-end
-if ARGV[2] ~= '' then
-  local known = redis.call('HGET', KEYS[2], ARGV[2])
-  if not known and string.sub(owned, 1, 2) ~= '0:' then
-    return false
-  end
-  if known and tonumber(known) < tonumber(ARGV[3]) then
-    redis.call('HDEL', KEYS[2], ARGV[2])
-  end
-end
-if redis.call('HLEN', KEYS[2]) > 0 then
-  return false
-end
-local token = string.match(owned, '^%d+:(.*)$')
-redis.call('HSET', KEYS[1], ARGV[1], '0:' .. token)
-return token
-""")
-
-# KEYS: the tenant's bases. ARGV: basis id, token.
-_FORGET = Script("""
-if redis.call('HGET', KEYS[1], ARGV[1]) == '0:' .. ARGV[2] then
-  redis.call('HDEL', KEYS[1], ARGV[1])
-end
-return 1
-""")
-
-# KEYS: the basis' owners, its manifest. ARGV: tenant, token. Reply: 1, 0 if it is everybody's.
-_OWN = Script("""
-if redis.call('EXISTS', KEYS[1]) == 0 and redis.call('EXISTS', KEYS[2]) == 1 then
-  return 0
-end
-if redis.call('HEXISTS', KEYS[1], '*') == 1 then
-  return 0
-end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-return 1
-""")
-
-# KEYS: the basis' owners, manifest, preconditioner, step, every module. ARGV: tenant, token.
-_DISOWN = Script("""
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
-  return 0
-end
-redis.call('HDEL', KEYS[1], ARGV[1])
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  for i = 2, #KEYS do
-    redis.call('UNLINK', KEYS[i])
-  end
-end
-return 1
-""")
+    tenant: str
+    token: str
 
 
 class OwnBases:
@@ -128,40 +41,60 @@ class OwnBases:
         self._redis = redis
         self.max_bytes = max_bytes
 
-    async def reserve(self, tenant: str, manifest: BasisManifest, *, room_id: str = "") -> bool:
-        """Make the tenant an owner, before the factors are written. False: it is stored and everybody's.
+    async def reserve(
+        self,
+        tenant: str,
+        manifest: BasisManifest,
+        *,
+        room_id: str = "",
+        user: str = "",
+        generation: int = 0,
+        recipe_keys: Sequence[str] = (),
+    ) -> Ownership | None:
+        """Make the tenant an owner, before the factors are written. None: it is stored and everybody's.
 
-        room_id: of `keep_room`; the basis takes that room. Repeating it changes nothing. Raises
-        `QuotaExceeded`; nothing has changed then.
+        room_id: of `keep_room`; the basis takes that room. user: a name that uses the basis (as with `use`)
+        from the same moment on, so that no release of another user's deletes it in between. recipe_keys:
+        names under which `BasisHolds.find` finds it. Repeating it changes nothing. Raises `QuotaExceeded`;
+        nothing has changed then.
         """
         basis_id = manifest.basis_id
         if await self._is_everybodys(basis_id):
-            return False
-        reply = await self._claim(tenant, basis_id, manifest.stored_bytes, room_id)
+            return None
+        # The number of modules goes with the token, so that a deletion finds those of a half-written basis.
+        token = await self._claim(
+            tenant, basis_id, manifest.stored_bytes, f"{secrets.token_hex(8)}.{len(manifest.modules)}",
+            room_id, user, generation, *recipe_keys,
+        )  # fmt: skip
         names = [keys.basis_owners(basis_id), keys.basis_manifest(basis_id)]
-        if await _OWN(self._redis, keys=names, args=[tenant, reply]):
-            return True
-        await self._forget(tenant, basis_id, reply.decode())
-        return False
+        if await own_basis_scripts.OWN(self._redis, keys=names, args=[tenant, token]):
+            return Ownership(tenant, token)
+        if user:
+            await self._release(tenant, basis_id, user, generation + 1)
+        else:
+            await self.discard(tenant, basis_id)
+        return None
 
-    async def keep_room(self, tenant: str, room_id: str, num_bytes: int) -> None:
+    async def keep_room(
+        self, tenant: str, room_id: str, num_bytes: int, *, user: str = "", generation: int = 0
+    ) -> None:
         """Count a basis that is yet to be made, under an id that no basis has, until that is released.
 
         It is used and released like a basis. Repeating it changes nothing. Raises `QuotaExceeded`.
         """
-        await self._claim(tenant, room_id, num_bytes, "")
+        await self._claim(tenant, room_id, num_bytes, f"{secrets.token_hex(8)}.0", "", user, generation)
 
     async def use(self, tenant: str, basis_id: str, adapter_id: str, *, generation: int) -> None:
         """Note, before it is published, that a version of the adapter is in this basis.
 
         generation: what the publish will be fenced by. A basis that is everybody's needs no note. Raises
-        `Conflict` if the basis has been deleted since.
+        `BasisDeleted`.
         """
         if await self._is_everybodys(basis_id):
             return
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
-        if not await _USE(self._redis, keys=names, args=[basis_id, adapter_id, generation]):
-            raise Conflict(f"basis {basis_id} has been deleted", code="basis_deleted", param="basis_id")
+        if not await own_basis_scripts.USE(self._redis, keys=names, args=[basis_id, adapter_id, generation]):
+            raise BasisDeleted(f"basis {basis_id} has been deleted", param="basis_id")
 
     async def release(self, tenant: str, adapter_id: str, *, generation: int) -> list[str]:
         """After an adapter was deleted, giving `generation`: delete the bases that no adapter needs any more.
@@ -170,7 +103,7 @@ class OwnBases:
         """
         deleted = []
         for basis_id in await self.of_tenant(tenant, dying=True):
-            if await self._drop(tenant, basis_id, adapter_id, generation):
+            if await self._release(tenant, basis_id, adapter_id, generation):
                 deleted.append(basis_id)
         return deleted
 
@@ -178,7 +111,7 @@ class OwnBases:
         """Raises `NotFound` if the tenant does not own it, `Conflict` while adapters are in it."""
         if basis_id not in await self.of_tenant(tenant):
             raise basis_not_found(basis_id)
-        if not await self._drop(tenant, basis_id, "", 0):
+        if not await self.discard(tenant, basis_id):
             users = await self.users(tenant, basis_id)
             named = ", ".join(sorted(users)[:5])
             raise Conflict(
@@ -187,9 +120,13 @@ class OwnBases:
                 param="basis_id",
             )
 
-    async def discard(self, tenant: str, basis_id: str) -> None:
-        """Delete a basis of the tenant's that no adapter is in; else do nothing."""
-        await self._drop(tenant, basis_id, "", 0)
+    async def discard(self, tenant: str, basis_id: str, *, pin: str = "") -> bool:
+        """Delete a basis of the tenant's that nothing uses, or only `pin`. False: something else does."""
+        names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
+        token: Any = await own_basis_scripts.END(self._redis, keys=names, args=[basis_id, pin])
+        if token:
+            await self._delete_stored(tenant, basis_id, token.decode())
+        return token is not None
 
     async def of_tenant(self, tenant: str, *, dying: bool = False) -> dict[str, int]:
         """The tenant's bases with their bytes; with `dying` also those whose deletion was cut off."""
@@ -221,42 +158,50 @@ class OwnBases:
             is_stored, owners = await pipeline.execute()
         return bool(is_stored) and (not owners or EVERYBODY.encode() in owners)
 
-    async def _claim(self, tenant: str, basis_id: str, size: int, room_id: str) -> bytes:
-        """The token in force."""
-        reply: bytes | int = await _RESERVE(
+    async def _claim(self, tenant: str, basis_id: str, num_bytes: int, token: str, *more: str | int) -> str:
+        """The token in force: `token`, or that of the life that goes on. more: the rest for `RESERVE`."""
+        reply: bytes | int = await own_basis_scripts.RESERVE(
             self._redis,
-            keys=[keys.tenant_bases(tenant)],
-            args=[basis_id, size, self.max_bytes, secrets.token_hex(8), room_id],
+            keys=[keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id), keys.tenant_recipes(tenant)],
+            args=[basis_id, num_bytes, self.max_bytes, token, *more],
         )
         if isinstance(reply, int):
             raise QuotaExceeded(
-                f"a basis of {size} bytes and the {reply} bytes of your other bases exceed "
+                f"a basis of {num_bytes} bytes and the {reply} bytes of your other bases exceed "
                 f"{self.max_bytes} bytes; delete bases, or adapters that have bases of their own"
             )
-        return reply
+        return reply.decode()
 
-    async def _drop(self, tenant: str, basis_id: str, adapter_id: str, generation: int) -> bool:
-        """Take the adapter out of the basis, and the basis out of the store if it was the last."""
+    async def _release(self, tenant: str, basis_id: str, user: str, generation: int) -> bool:
+        """Take the user out of the basis, and the basis out of the store if it was the last."""
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
-        token: Any = await _RELEASE(self._redis, keys=names, args=[basis_id, adapter_id, generation])
+        token: Any = await own_basis_scripts.RELEASE(
+            self._redis, keys=names, args=[basis_id, user, generation]
+        )
         if token is None:
             return False
-        with translate_errors():
-            text: Any = await self._redis.get(keys.basis_manifest(basis_id))
-        count = 0 if text is None else len(BasisManifest.from_json(text).modules)
+        await self._delete_stored(tenant, basis_id, token.decode())
+        return True
+
+    async def _delete_stored(self, tenant: str, basis_id: str, token: str) -> None:
+        """After the end of a life was noted: delete the factors unless others own them, then the note."""
         stored = [
             keys.basis_owners(basis_id),
             keys.basis_manifest(basis_id),
             keys.basis_preconditioner(basis_id),
             keys.basis_step(basis_id),
-            *(keys.basis_module(basis_id, index) for index in range(count)),
+            *(keys.basis_module(basis_id, i) for i in range(await self._num_modules(basis_id, token))),
         ]
-        await _DISOWN(self._redis, keys=stored, args=[tenant, token])
-        await self._forget(tenant, basis_id, token.decode())
-        return True
+        await own_basis_scripts.DISOWN(self._redis, keys=stored, args=[tenant, token])
+        await own_basis_scripts.FORGET(self._redis, keys=[keys.tenant_bases(tenant)], args=[basis_id, token])
 
-    async def _forget(self, tenant: str, basis_id: str, token: str) -> None:
-        await _FORGET(self._redis, keys=[keys.tenant_bases(tenant)], args=[basis_id, token])
+    async def _num_modules(self, basis_id: str, token: str) -> int:
+        _, _, noted = token.partition(".")
+        if noted:
+            return int(noted)
+        with translate_errors():  # the token is of an earlier release
+            text: Any = await self._redis.get(keys.basis_manifest(basis_id))
+        return 0 if text is None else len(BasisManifest.from_json(text).modules)
 
 
 def basis_not_found(basis_id: str) -> NotFound:

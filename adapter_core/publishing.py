@@ -27,10 +27,13 @@ async def publish(
 ) -> AdapterVersion:
     """`AdapterStore.publish`, with a note in the basis before it. Repeating it changes nothing.
 
-    Raises what that raises, and `Conflict` if the basis has been deleted. If it fails for good, the note is
+    Raises what that raises, and `BasisDeleted`. If it fails for good, the note is
     taken back, and the basis goes if nobody else needs it.
     """
     basis_id = adapter.basis_id
+    # What cannot be stored fails before the note: taking that back could take back the note of another job
+    # that is just publishing an adapter of the same name.
+    adapter.to_bytes(version=1, dtype=dtype)
     await own.use(tenant, basis_id, adapter_id, generation=generation)
     try:
         return await adapters.publish(

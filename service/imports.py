@@ -6,6 +6,7 @@ One of our own exports becomes a version in the basis that it came from. Knows n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,17 @@ from adapter_core.adapter import Adapter
 from adapter_core.base_model import model_name
 from adapter_core.basis import ModuleShape
 from adapter_core.basis_store import BasisStore
-from adapter_core.errors import NotFound, TesseraError, Unavailable
+from adapter_core.dedicated import Dedicated
+from adapter_core.errors import BasisDeleted, NotFound, TesseraError, Unavailable
 from adapter_core.model_layout import linear_shapes
 from adapter_core.own_bases import OwnBases
 from adapter_core.peft_export import PeftFiles
 from adapter_core.peft_import import PeftLora, core_in, read_peft, to_dedicated
 from adapter_core.publishing import publish
 from adapter_core.store import AdapterStore, AdapterVersion
+
+#: How often a basis may be deleted under an import before that fails. Each time takes an unlucky moment.
+MAX_DELETIONS = 8
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,13 @@ class Imports:
             lora = await asyncio.to_thread(read_peft, files.adapter_config, files.adapter_model, self._shapes)
             adapter = await self._in_labelled_basis(target, lora)
             if adapter is not None:
-                return await self._publish(target, adapter, self._dtype, generation)
-            return await self._in_own_basis(target, lora, generation)
+                with contextlib.suppress(BasisDeleted):  # since it was read: the LoRA gets one of its own
+                    return await self._publish(target, adapter, self._dtype, generation)
+            stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
+            for _ in range(MAX_DELETIONS):
+                with contextlib.suppress(BasisDeleted):
+                    return await self._in_own_basis(target, stored, generation)
+            return await self._in_own_basis(target, stored, generation)
 
     async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
         """The LoRA in the basis that it says it came from, if that is so and the tenant may use it."""
@@ -84,14 +94,16 @@ class Imports:
         metadata = {"source": "peft", "base_model": model_name(self._base_model)}
         return None if R is None else Adapter(basis.basis_id, R, metadata)
 
-    async def _in_own_basis(self, target: ImportTarget, lora: PeftLora, generation: int) -> AdapterVersion:
-        stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
-        is_own = await self._own.reserve(target.tenant, stored.basis.manifest)
+    async def _in_own_basis(self, target: ImportTarget, stored: Dedicated, generation: int) -> AdapterVersion:
+        """Raises `BasisDeleted` if the basis went before the adapter was in it: its owner deleted it, or the
+        import of the same LoRA by another process failed. Nothing is left then, and it can be tried again.
+        """
+        ownership = await self._own.reserve(target.tenant, stored.basis.manifest)
         try:
-            if is_own:
-                await self._bases.put_own(stored.basis)
+            if ownership is not None:
+                await self._bases.put_own(stored.basis, ownership)
             return await self._publish(target, stored.adapter, torch.float32, generation)
-        except Unavailable:
+        except (Unavailable, BasisDeleted):
             raise  # the caller tries again, and finds what is there
         except TesseraError:
             await self._own.discard(target.tenant, stored.basis.basis_id)

@@ -115,7 +115,7 @@ def make_worker(
         files=FileStore(redis),
         adapters=adapters,
         bases=bases,
-        lora=LoraPreparation(base, use, own=own, holds=holds, target_modules=settings.target_modules),
+        lora=LoraPreparation(base, use, holds=holds, target_modules=settings.target_modules),
         use=use,
         max_tokens=worker_settings.max_tokens,
     )
@@ -124,7 +124,7 @@ def make_worker(
     tools = Tools(
         leases=JobLeases(redis),
         publisher=publisher,
-        dedicated=DedicatedPublisher(base, publisher, adapters=adapters, bases=store, own=own, holds=holds),
+        dedicated=DedicatedPublisher(base, publisher, adapters=adapters, bases=store, holds=holds),
         holds=holds,
         preparation=preparation,
         loop=loop,

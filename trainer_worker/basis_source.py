@@ -22,7 +22,7 @@ from adapter_core.bases.method import fill_options
 from adapter_core.basis import DTYPES, Basis, storage_dtype
 from adapter_core.basis_holds import BasisHolds, source_key
 from adapter_core.basis_store import BasisStore, read_if_sound, recipe_key
-from adapter_core.errors import Unavailable
+from adapter_core.errors import QuotaExceeded, Unavailable
 from adapter_core.job_records import Job, JobSpec
 from adapter_core.own_bases import OwnBases
 from trainer_worker.orders import until_available
@@ -80,12 +80,14 @@ class BasisSource:
     async def of(self, attempt: Attempt, calibration: Calibration | None) -> JobBasis:
         """The basis that the job's specification asks for; an own one is held for the job.
 
-        Raises `InvalidInput`, `UnsupportedModel`, `NotFound`, `QuotaExceeded`, `Conflict` if it is gone.
+        Raises `InvalidInput`, `UnsupportedModel`, `NotFound`, `QuotaExceeded`, and `BasisDeleted` if a basis
+        that the job names was deleted while it was read.
         """
         job = attempt.job
         if job.spec.basis_id is not None:
             basis = await self.get(job.tenant, job.spec.basis_id)
             await self._holds.hold(job.tenant, basis.basis_id, job.job_id)
+            await self._bases.manifest(basis.basis_id)  # what another job is building again is not there yet
             return JobBasis(basis, "stored")
         recipe = self._recipe(job.spec)
         if is_everybodys(job.spec, self._target_modules):
@@ -129,30 +131,46 @@ class BasisSource:
     async def _tenants(
         self, attempt: Attempt, recipe: dict[str, Any], calibration: Calibration | None
     ) -> JobBasis:
-        tenant, job_id = attempt.job.tenant, attempt.job.job_id
+        job = attempt.job
         examples = None if calibration is None else calibration.examples
         digest = None if examples is None else await asyncio.to_thread(lambda: examples.digest)
         name = recipe_key(self._base.model_id, calibration_digest=digest, **recipe)
-        found = await read_if_sound(self._bases, await self._holds.find(tenant, name))
-        if found is not None:
-            await self._holds.hold(tenant, found.basis_id, job_id)
-            return JobBasis(found, "found", await self._bases.step(found))
-        if find_method(attempt.job.spec.method).stores_factors(attempt.job.spec.basis_options):
-            await self._holds.check_room(tenant, self._size(attempt.job.spec))
+        for is_last_look in (False, True):
+            held_id = await self._holds.hold_found(job.tenant, name, job.job_id)
+            found = await self._read_own(held_id)
+            if found is not None:
+                return found
+            if held_id is not None:
+                break  # not readable, perhaps not yet; it is counted already
+            try:
+                await self._check_room(job)
+                break
+            except QuotaExceeded:  # another job may have reserved this very basis since the look
+                if is_last_look:
+                    raise
         built = await self._build(attempt, recipe, examples)
-        names = [name, _source_key(attempt.job.spec, calibration)]
-        await until_available(lambda: self._store_own(attempt.job, names, built), attempt.note_outage)
-        return JobBasis(built.basis, "built", built.step)
+        names = [name, _source_key(job.spec, calibration)]
+        return await until_available(lambda: self._store_own(job, names, built), attempt.note_outage)
 
-    async def _store_own(self, job: Job, names: list[str], built: BuiltBasis) -> None:
-        """Repeating it changes nothing. Raises `QuotaExceeded`."""
+    async def _read_own(self, held_id: str | None) -> JobBasis | None:
+        """A basis that the job holds; None if it holds none, or the basis has to be built again."""
+        found = await read_if_sound(self._bases, held_id)
+        return None if found is None else JobBasis(found, "found", await self._bases.step(found))
+
+    async def _store_own(self, job: Job, names: list[str], built: BuiltBasis) -> JobBasis:
+        """The basis that was built, or the one that another job has stored meanwhile, which may differ in its
+        rounding. Repeating it changes nothing. Raises `QuotaExceeded`."""
         basis_id = built.basis.basis_id
-        if await self._own.reserve(job.tenant, built.basis.manifest):
-            await self._holds.hold(job.tenant, basis_id, job.job_id)
-            await self._bases.put_own(built.basis, step=built.step)
-            await self._holds.remember(job.tenant, names, basis_id)
-        else:
+        held_id = await self._holds.hold_found(job.tenant, names[0], job.job_id)
+        found = None if held_id == basis_id else await self._read_own(held_id)
+        if found is not None:
+            return found
+        ownership = await self._holds.reserve(job.tenant, built.basis.manifest, job.job_id, recipe_keys=names)
+        if ownership is None:
             await self._bases.keep_factors(built.basis)
+        else:
+            await self._bases.put_own(built.basis, ownership, step=built.step)
+        return JobBasis(built.basis, "built", built.step)
 
     async def _build(
         self, attempt: Attempt, recipe: dict[str, Any], calibration: CalibrationSet | None
@@ -165,6 +183,11 @@ class BasisSource:
             )
 
         return await self._use.run(work, modules=modules, on_progress=attempt.on_progress)
+
+    async def _check_room(self, job: Job) -> None:
+        """Raises `QuotaExceeded`."""
+        if find_method(job.spec.method).stores_factors(job.spec.basis_options):
+            await self._holds.check_room(job.tenant, self._size(job.spec))
 
     def _size(self, spec: JobSpec) -> int:
         modules = iter_target_modules(self._base.model, spec.target_modules or self._target_modules)

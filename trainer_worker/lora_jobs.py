@@ -18,10 +18,9 @@ from adapter_core.basis import DTYPES
 from adapter_core.basis_holds import BasisHolds
 from adapter_core.basis_store import BasisStore
 from adapter_core.dedicated import Dedicated
-from adapter_core.errors import Conflict, CorruptRecord, NotFound, QuotaExceeded
+from adapter_core.errors import Conflict, CorruptRecord, NotFound
 from adapter_core.job_records import Job, JobSpec
 from adapter_core.lora_presets import find_preset
-from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
 from trainer_worker import checkpoint, reports
 from trainer_worker.basis_source import Attempt
@@ -50,11 +49,10 @@ class LoraPreparation:
         base: BaseModel,
         use: SoleUse,
         *,
-        own: OwnBases,
         holds: BasisHolds,
         target_modules: tuple[str, ...],
     ) -> None:
-        self._base, self._use, self._own, self._holds = base, use, own, holds
+        self._base, self._use, self._holds = base, use, holds
         self._target_modules = target_modules
 
     async def prepare(
@@ -67,7 +65,9 @@ class LoraPreparation:
         """
         spec = attempt.job.spec
         blank = self._blank_factors(spec)
-        await self._keep_room(attempt.job, self._stored_bytes(blank))
+        job, num_bytes = attempt.job, self._stored_bytes(blank)
+        # Now, so that publishing cannot fail for lack of room.
+        await self._holds.keep_room(job.tenant, room_of(job), num_bytes, job.job_id)
         plan = make_plan(
             spec.hyperparameters,
             spec.early_stopping,
@@ -85,16 +85,6 @@ class LoraPreparation:
                 warnings.append(("checkpoint_unusable", f"training starts afresh: {error.message}"))
         factors = await self._initial(attempt, CalibrationSet.from_encoded(data.train))
         return LoraRun(attempt.job.job_id, data, plan, factors), warnings
-
-    async def _keep_room(self, job: Job, num_bytes: int) -> None:
-        """For the result, until the job has ended: it must not turn out at the end that there is none."""
-        room_id = room_of(job)
-        try:
-            await self._own.keep_room(job.tenant, room_id, num_bytes)
-        except QuotaExceeded:
-            await self._holds.drop_stale(job.tenant)
-            await self._own.keep_room(job.tenant, room_id, num_bytes)
-        await self._holds.hold(job.tenant, room_id, job.job_id)
 
     def _blank_factors(self, spec: JobSpec) -> LoraFactors:
         """Of the right shapes, to be filled from a checkpoint."""
@@ -156,11 +146,10 @@ class DedicatedPublisher:
         *,
         adapters: AdapterStore,
         bases: BasisStore,
-        own: OwnBases,
         holds: BasisHolds,
     ) -> None:
         self._base, self._publisher = base, publisher
-        self._adapters, self._bases, self._own, self._holds = adapters, bases, own, holds
+        self._adapters, self._bases, self._holds = adapters, bases, holds
 
     def make(self, run: LoraRun, job: Job) -> Dedicated:
         """The best state of a run, with its provenance. Takes a QR of every module's factors."""
@@ -177,11 +166,11 @@ class DedicatedPublisher:
         published = await self._published(job)
         if published is not None:
             return published
-        basis_id = made.basis.basis_id
-        is_own = await self._own.reserve(job.tenant, made.basis.manifest, room_id=room_of(job))
-        await self._holds.hold(job.tenant, basis_id, job.job_id)  # what fails now is dropped with the hold
-        if is_own:
-            await self._bases.put_own(made.basis)
+        ownership = await self._holds.reserve(
+            job.tenant, made.basis.manifest, job.job_id, room_id=room_of(job)
+        )  # what fails from here on is dropped with the hold
+        if ownership is not None:
+            await self._bases.put_own(made.basis, ownership)
         return await self._publisher.publish(job, made.adapter, dtype=torch.float32)
 
     async def _published(self, job: Job) -> AdapterVersion | None:

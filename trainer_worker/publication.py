@@ -26,7 +26,7 @@ class Publisher:
     ) -> AdapterVersion:
         """The job's one version. dtype: if not the usual one.
 
-        Raises `AdapterDeleted`, `Conflict` if the basis is gone, `InvalidInput`.
+        Raises `AdapterDeleted`, `BasisDeleted`, `InvalidInput`.
         """
         return await publishing.publish(
             self._adapters,

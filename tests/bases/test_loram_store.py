@@ -80,8 +80,9 @@ async def test_a_quota_counts_what_is_stored(redis: Redis, small: BaseModel) -> 
     assert size == len(basis.manifest.to_json())
     own, store = OwnBases(redis, max_bytes=size), BasisStore(redis)
 
-    assert await own.reserve("anna", basis.manifest)
-    await store.put_own(basis)
+    ownership = await own.reserve("anna", basis.manifest)
+    assert ownership is not None
+    await store.put_own(basis, ownership)
 
     assert await own.of_tenant("anna") == {basis.basis_id: size}
     assert await stored_parts(redis, basis.basis_id) == {"manifest", "owners"}

@@ -27,10 +27,9 @@ class World:
 
     async def put(self, seed: int = 0, *recipes: str, tenant: str = TENANT) -> Basis:
         basis = small_basis(seed)
-        assert await self.own.reserve(tenant, basis.manifest)
-        await self.store.put_own(basis, step=basis.P_in)
-        if recipes:
-            await self.holds.remember(tenant, recipes, basis.basis_id)
+        ownership = await self.own.reserve(tenant, basis.manifest, recipe_keys=recipes)
+        assert ownership is not None
+        await self.store.put_own(basis, ownership, step=basis.P_in)
         return basis
 
     async def submit(self) -> str:

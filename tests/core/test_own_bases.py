@@ -13,8 +13,8 @@ from adapter_core import keys
 from adapter_core.adapter import Adapter
 from adapter_core.basis import Basis, ModuleShape, make_basis
 from adapter_core.basis_store import BasisStore
-from adapter_core.errors import Conflict, NotFound, QuotaExceeded
-from adapter_core.own_bases import OwnBases
+from adapter_core.errors import BasisDeleted, Conflict, NotFound, QuotaExceeded
+from adapter_core.own_bases import OwnBases, Ownership
 from adapter_core.redis_client import Client
 from adapter_core.store import AdapterStore
 
@@ -36,8 +36,9 @@ SIZE = small_basis().manifest.factor_bytes
 
 
 async def store_own(client: Client, own: OwnBases, basis: Basis, tenant: str = "t1") -> None:
-    assert await own.reserve(tenant, basis.manifest)
-    await BasisStore(client).put_own(basis)
+    ownership = await own.reserve(tenant, basis.manifest)
+    assert ownership is not None
+    await BasisStore(client).put_own(basis, ownership)
 
 
 async def publish(redis: Redis, own: OwnBases, basis: Basis, name: str, tenant: str = "t1") -> None:
@@ -101,7 +102,7 @@ async def test_racers_do_not_exceed_the_quota(redis: Redis, own: OwnBases) -> No
     outcomes = await asyncio.gather(
         *(own.reserve("t1", manifest) for manifest in manifests), return_exceptions=True
     )
-    assert outcomes.count(True) == 2
+    assert sum(isinstance(outcome, Ownership) for outcome in outcomes) == 2
     assert sum(isinstance(outcome, QuotaExceeded) for outcome in outcomes) == 4
 
 
@@ -179,6 +180,78 @@ async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(redis: Redis,
         await own.use("t1", basis.basis_id, "a", generation=0)
     assert await own.release("t1", "whoever", generation=1) == [basis.basis_id]
     assert await keys_of(redis, basis) == []
+
+
+async def test_a_basis_that_was_written_in_part_leaves_nothing(redis: Redis, own: OwnBases) -> None:
+    """Its writer died before the manifest, which is written last."""
+    basis = small_basis()
+    assert await own.reserve("t1", basis.manifest, user="job:a")
+    for i, blob in enumerate(basis.module_bytes()):
+        await redis.set(keys.basis_module(basis.basis_id, i), blob)
+    assert await own.release("t1", "job:a", generation=1) == [basis.basis_id]
+    assert await keys_of(redis, basis) == []
+
+
+async def test_a_basis_of_an_earlier_release_is_deleted_whole(redis: Redis, own: OwnBases) -> None:
+    """Whose tokens did not say how many modules there are."""
+    basis = small_basis()
+    await store_own(redis, own, basis)
+    await redis.hset(keys.tenant_bases("t1"), basis.basis_id, f"{SIZE}:0123456789abcdef")
+    await redis.hset(keys.basis_owners(basis.basis_id), "t1", "0123456789abcdef")
+    await own.delete("t1", basis.basis_id)
+    assert await keys_of(redis, basis) == []
+
+
+async def test_a_late_writer_writes_nothing(redis: Redis, own: OwnBases) -> None:
+    """What it wrote would belong to nobody, and so to everybody. Nor does it write into the next life."""
+    bases, basis = BasisStore(redis), small_basis()
+    late = await own.reserve("t1", basis.manifest)
+    assert late is not None
+    await own.discard("t1", basis.basis_id)
+    with pytest.raises(BasisDeleted):
+        await bases.put_own(basis, late, step=basis.P_in)
+    assert await keys_of(redis, basis) == []
+    assert await own.reserve("t1", basis.manifest)
+    with pytest.raises(BasisDeleted):
+        await bases.put_own(basis, late, step=basis.P_in)
+    with pytest.raises(NotFound):
+        await bases.manifest(basis.basis_id)
+
+
+class JustTooEarly(OwnBases):
+    """Looks whether a basis is everybody's just before it becomes so."""
+
+    async def _is_everybodys(self, basis_id: str) -> bool:
+        is_so = await super()._is_everybodys(basis_id)
+        await BasisStore(self._redis).put(small_basis())
+        return is_so
+
+
+@pytest.mark.parametrize("user", ["", "job:a"])
+async def test_what_becomes_everybodys_while_it_is_reserved_costs_nothing(redis: Redis, user: str) -> None:
+    own, basis = JustTooEarly(redis, max_bytes=SIZE), small_basis()
+    assert await own.reserve("t1", basis.manifest, user=user) is None
+    assert await redis.hgetall(keys.tenant_bases("t1")) == {}
+    assert await own.users("t1", basis.basis_id) == set()
+
+
+class Overtaken(BasisStore):
+    """A tenant becomes the first owner of a basis that is just being written for everybody."""
+
+    async def _write(self, basis: Basis, ownership: Ownership | None = None) -> None:
+        if ownership is None:
+            await store_own(self._redis, OwnBases(self._redis, max_bytes=SIZE), basis)
+        await super()._write(basis, ownership)
+
+
+async def test_everybodys_basis_outlives_a_tenant_that_stored_it_at_the_same_time(
+    redis: Redis, own: OwnBases
+) -> None:
+    basis = small_basis()
+    await Overtaken(redis).put(basis)
+    await own.delete("t1", basis.basis_id)
+    assert (await BasisStore(redis).get(basis.basis_id)).basis_id == basis.basis_id
+    await own.check_access("t3", basis.basis_id)
 
 
 async def test_a_basis_in_the_making_outlives_the_deletion_of_other_adapters(

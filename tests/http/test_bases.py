@@ -41,8 +41,9 @@ class Owned:
 
     async def put(self, tenant: str = DEFAULT_TENANT, *, job_id: str = "") -> Basis:
         basis = small_basis()
-        assert await self.own.reserve(tenant, basis.manifest)
-        await self.bases.put_own(basis)
+        ownership = await self.own.reserve(tenant, basis.manifest)
+        assert ownership is not None
+        await self.bases.put_own(basis, ownership)
         if job_id:
             await self.holds.hold(tenant, basis.basis_id, job_id)
         return basis

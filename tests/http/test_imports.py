@@ -8,6 +8,7 @@ import json
 import struct
 import zipfile
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from adapter_core.adapter import Adapter
 from adapter_core.base_model import BUNDLED_MODEL
 from adapter_core.basis import Basis, ModuleShape, make_basis
 from adapter_core.basis_store import BasisStore
+from adapter_core.dedicated import Dedicated
 from adapter_core.errors import AdapterDeleted, NotFound, QuotaExceeded
-from adapter_core.own_bases import OwnBases
+from adapter_core.model_layout import linear_shapes
+from adapter_core.own_bases import OwnBases, Ownership
 from adapter_core.peft_export import PeftFiles, to_peft
+from adapter_core.peft_import import read_peft, to_dedicated
 from adapter_core.store import AdapterStore
 from service.imports import Imports, ImportTarget
 from service.middleware import MAX_IMPORTS
 from tests.fakes import FakeEngine
 from tests.http.answers import check_error
 from tests.http.conftest import MakeApp, client_of
+from tests.stepping import Gate, Stepped, SteppedRedis
 from tests.waiting import wait_until
 
 URL = "/v1/adapters/anna/peft"
@@ -284,8 +289,8 @@ async def test_what_exceeds_the_quota_leaves_nothing_behind(redis: Redis) -> Non
 class DeletingBases(BasisStore):
     """The adapter of that name is deleted while the factors are being written."""
 
-    async def put_own(self, basis: Basis) -> None:
-        await super().put_own(basis)
+    async def put_own(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
+        await super().put_own(basis, ownership, step=step)
         await AdapterStore(self._redis).delete("t1", "a")
 
 
@@ -299,6 +304,32 @@ async def test_an_adapter_deleted_while_it_was_imported_stays_deleted(redis: Red
         await imports.from_peft(ImportTarget("t1", "a", MODEL_ID), foreign_files())
     assert await own.of_tenant("t1") == {}
     assert not [key async for key in redis.scan_iter(match="*{basis:*")]
+
+
+async def test_an_import_outlives_the_end_of_another_one_of_the_same_lora(redis: Redis) -> None:
+    """That one has failed, at any moment, and takes back the basis that both of them store."""
+    for num_commands in count():
+        await redis.flushall()
+        gate = Gate()
+        imports, _ = imports_over(SteppedRedis(redis, gate))
+        work = Stepped(gate, imports.from_peft(ImportTarget("t1", "a", MODEL_ID), foreign_files()))
+        has_more = await work.advance(num_commands)
+        own, failing = OwnBases(redis, max_bytes=2**20), stored_lora().basis
+        if await own.reserve("t1", failing.manifest):
+            await own.discard("t1", failing.basis_id)
+        version = await work.finish()
+        assert version.basis_id == failing.basis_id
+        await BasisStore(redis).get(version.basis_id)
+        assert await own.users("t1", version.basis_id) == {"a"}
+        if not has_more:
+            assert num_commands > 10
+            return
+
+
+def stored_lora() -> Dedicated:
+    files = foreign_files()
+    shapes = linear_shapes(str(BUNDLED_MODEL), revision=None)
+    return to_dedicated(read_peft(files.adapter_config, files.adapter_model, shapes), model_id=MODEL_ID)
 
 
 async def test_a_label_of_another_base_model_is_not_believed(redis: Redis, tmp_path: Path) -> None:

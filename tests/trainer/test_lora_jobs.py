@@ -256,9 +256,7 @@ async def test_a_second_attempt_that_trained_otherwise_publishes_nothing(
 ) -> None:
     bases, holds = BasisStore(redis), BasisHolds(redis, own)
     publisher = Publisher(world.adapters, own, dtype=torch.float16, base_model_id=small.model_id)
-    dedicated = DedicatedPublisher(
-        small, publisher, adapters=world.adapters, bases=bases, own=own, holds=holds
-    )
+    dedicated = DedicatedPublisher(small, publisher, adapters=world.adapters, bases=bases, holds=holds)
     job = await submitted(world)
     first = dedicated.make(trained(small, "lora"), job)
     version = await dedicated.publish(job, first)
