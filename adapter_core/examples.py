@@ -63,6 +63,12 @@ _OTHER_FORMATS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"contents"}), f"{_TO_MESSAGES}: role model is assistant, the text of parts is content"),
     (frozenset({"system", "messages"}), 'put the system text into messages, first: {"role": "system", …}'),
     (frozenset({"prompt", "response"}), "call response completion"),
+    (frozenset({"prompt", "output"}), "call output completion"),
+    (frozenset({"prompt", "answer"}), "call answer completion"),
+    (frozenset({"instruction", "response"}), f"{_TO_MESSAGES}: user is instruction, assistant response"),
+    (frozenset({"question", "response"}), _TO_MESSAGES),
+    (frozenset({"user", "assistant"}), _TO_MESSAGES),
+    (frozenset({"custom_id", "body"}), "a line of a batch; write its messages and the answer to them"),
     (frozenset({"question", "answer"}), _TO_MESSAGES),
     (frozenset({"query", "response"}), _TO_MESSAGES),
     (frozenset({"input", "output"}), _TO_MESSAGES),
@@ -220,7 +226,7 @@ def _asked_and_answered(value: dict[str, Any], problems: Problems) -> tuple[dict
             message = f"{other} is a list of messages, so {key} must be one too; it is {given}"
             problems.add("wrong_type", message)
             return None
-    prompt = _messages(value["prompt"], "prompt", problems)
+    prompt = _messages(value["prompt"], "prompt", problems, is_context=True)
     completion = _messages(value["completion"], "completion", problems)
     if prompt is None or completion is None:
         return None
@@ -236,7 +242,10 @@ def _conversation(value: Any, problems: Problems) -> tuple[dict[str, Any], ...] 
     return messages
 
 
-def _messages(value: Any, where: str, problems: Problems) -> tuple[dict[str, Any], ...] | None:
+def _messages(
+    value: Any, where: str, problems: Problems, *, is_context: bool = False
+) -> tuple[dict[str, Any], ...] | None:
+    """The messages of a list; is_context: none of them is learned."""
     if not isinstance(value, list):
         problems.add("wrong_type", f"{where} must be a list, not {kind(value)}")
         return None
@@ -248,7 +257,10 @@ def _messages(value: Any, where: str, problems: Problems) -> tuple[dict[str, Any
         problems.add("too_many_messages", message)
         return None
     before = problems.total
-    messages = [read_message(item, problems, f"{where}[{index}]") for index, item in enumerate(value)]
+    messages = [
+        read_message(item, problems, f"{where}[{index}]", is_context=is_context)
+        for index, item in enumerate(value)
+    ]
     return tuple(messages) if problems.total == before else None
 
 

@@ -30,6 +30,14 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "reasoning_content": ("unsupported_content", _THOUGHTS),
     "thinking": ("unsupported_content", _THOUGHTS),
 }
+#: What other tools call our keys.
+_RENAMED: Mapping[str, str] = {
+    "from": "call it role, human user and gpt assistant",
+    "value": "call it content",
+    "text": "call it content",
+    "parts": "join their texts as content",
+    **dict.fromkeys(("train", "training"), "write weight 1 for true and weight 0 for false"),
+}
 #: A message says what it is in some exports.
 _TYPES = ("text", "message")
 _MAX_NAME_CHARS = 256
@@ -40,10 +48,10 @@ def template_role(role: str) -> str:
     return "system" if role == "developer" else role
 
 
-def read_message(item: Any, problems: Problems, where: str) -> dict[str, Any]:
+def read_message(item: Any, problems: Problems, where: str, *, is_context: bool = False) -> dict[str, Any]:
     """role, content and, if given, name and weight; whatever is wrong is added to `problems`.
 
-    where: the path of the message in its line.
+    where: the path of the message in its line. is_context: it is not learned, whatever its weight.
     """
     if not isinstance(item, dict):
         problems.add("wrong_type", f"{where} must be an object with role and content, not {kind(item)}")
@@ -59,13 +67,15 @@ def read_message(item: Any, problems: Problems, where: str) -> dict[str, Any]:
     content = None if is_refused and "content" not in item else _content(item, problems, where)
     if role is not None and role not in ROLES:
         problems.add("unknown_role", f"{where}role must be {', '.join(ROLES)}; got {shown(role)}")
-    if role == "assistant" and content is not None and not content.strip():
-        problems.add("empty_assistant", f"{where}content is empty; give what the assistant should say")
     message: dict[str, Any] = {"role": role and template_role(role), "content": content}
     if "name" in item:
         message["name"] = _name(item, problems, where)
     if "weight" in item:
         message["weight"] = _weight(item["weight"], role, problems, where)
+    is_learned = role == "assistant" and not is_context and message.get("weight", 1)
+    if is_learned and content is not None and not content.strip():
+        advice = "give what the assistant should say, or weight 0 if it is not to be learned"
+        problems.add("empty_assistant", f"{where}content is empty; {advice}")
     return message
 
 
@@ -79,7 +89,8 @@ def _check_keys(item: Mapping[str, Any], problems: Problems, where: str) -> None
             continue
         elif key not in MESSAGE_KEYS and key not in _IGNORED:
             hint = f"known here: {', '.join(MESSAGE_KEYS)}"
-            problems.add("unknown_key", f"{where}unknown key {shown(key)}; remove it ({hint})")
+            advice = _RENAMED.get(key, "remove it")
+            problems.add("unknown_key", f"{where[:-1]}: unknown key {shown(key)}; {advice} ({hint})")
 
 
 def _content(item: Mapping[str, Any], problems: Problems, where: str) -> str | None:
@@ -106,7 +117,7 @@ def _part(part: Any, problems: Problems, where: str) -> str | None:
     for key in part:
         if key not in ("type", "text", "annotations", "cache_control"):
             problems.add(
-                "unknown_key", f"{where}.unknown key {shown(key)}; remove it (known here: type, text)"
+                "unknown_key", f"{where}: unknown key {shown(key)}; remove it (known here: type, text)"
             )
     return read_text(part, "text", problems, f"{where}.")
 

@@ -99,6 +99,14 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 
+#: What pydantic says less plainly.
+_SENTENCES = {
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+    "union_tag_not_found": "Input should be a string, a number, true, false or null",
+}
+
 _NAMES = {
     400: "the request is wrong",
     401: "no valid API key",
@@ -204,7 +212,7 @@ def _sentence(problem: Mapping[str, Any]) -> str:
     if _CODES.get(problem["type"]) == "unknown_parameter":
         known = problem.get("ctx", {}).get("known", ())
         return f"{param}: {unknown_field(str(problem['loc'][-1]), known)}"
-    return f"{param}: {problem['msg']}"
+    return f"{param}: {_SENTENCES.get(problem['type'], problem['msg']).removeprefix('Value error, ')}"
 
 
 def _param(problem: Mapping[str, Any]) -> str | None:

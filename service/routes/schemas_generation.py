@@ -100,8 +100,8 @@ class GenerationFields(ModelRequest):
     @classmethod
     def _check_keys(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
         for key in biases or {}:
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError("the keys must be token ids")
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and str(int(key)) == key):
+                raise ValueError("the keys must be token ids, as 42")
         return biases
 
     @model_validator(mode="after")

@@ -216,6 +216,39 @@ def test_a_prompt_and_a_completion_of_messages_learn_the_completion() -> None:
     assert [message.get("weight") for message in example.messages] == [None, 0, None, None, None, 0]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        chat(QUESTION, {"role": "assistant", "content": "", "weight": 0}, QUESTION, ANSWER),
+        json.dumps(
+            {"prompt": [QUESTION, {"role": "assistant", "content": " "}, QUESTION], "completion": [ANSWER]}
+        ),
+    ],
+)
+def test_an_answer_that_is_not_learned_may_be_empty_as_in_the_chat_endpoint(line: str) -> None:
+    [example] = parse_examples(line.encode())
+    assert example.messages is not None
+    assert not example.messages[1]["content"].strip()
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ({"messages": [{"from": "human", "value": "a"}]}, "call it role"),
+        ({"messages": [QUESTION, {**ANSWER, "train": True}]}, "write weight 1 for true"),
+        ({"prompt": "a", "output": "b"}, "call output completion"),
+        ({"instruction": "a", "context": "", "response": "b"}, "user is instruction, assistant response"),
+        (
+            {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {}},
+            "a line of a batch",
+        ),
+    ],
+)
+def test_what_other_tools_write_gets_a_hint(line: dict[str, object], advice: str) -> None:
+    with pytest.raises(InvalidTrainingData, match=advice):
+        parse_examples(json.dumps(line).encode())
+
+
 def test_all_problems_are_listed_at_once() -> None:
     bad_message = chat({"role": "bot", "content": 3, "x": 1}, {"role": "assistant", "content": ""})
     content = "\n".join(["{", GOOD, bad_message, '{"prompt": 1, "completion": 2, "y": 3}'])

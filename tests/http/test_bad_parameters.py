@@ -34,6 +34,7 @@ INVALID: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"stop": "x" * 257}, "invalid_value", "stop"),
     (TEXT, {"stop": 7}, "invalid_value", "stop"),
     (TEXT, {"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+    (TEXT, {"logit_bias": {"5": 1, "05": -1}}, "invalid_value", "logit_bias"),
     (TEXT, {"logit_bias": {"8192": 1}}, "invalid_value", "logit_bias"),
     (TEXT, {"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5"),
     (TEXT, {"stop_token_ids": [8192]}, "invalid_value", "stop_token_ids"),
@@ -107,6 +108,25 @@ async def test_a_wrong_parameter_is_named(
     assert (error["code"], error["param"]) == (code, param), error
     assert error["type"] == "invalid_request_error"
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"messages": ["hi"]}, "messages.0: Input should be an object"),
+        ({"stream_options": []}, "stream_options: Input should be an object"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: the keys must be token ids, as 42"),
+        (
+            {"chat_template_kwargs": {"tools": [1]}},
+            "chat_template_kwargs.tools: Input should be a string, a number, true, false or null",
+        ),
+    ],
+)
+async def test_what_is_wrong_is_said_in_plain_words(
+    client: httpx.AsyncClient, wrong: dict[str, Any], message: str
+) -> None:
+    reply = await client.post(CHAT, json={**SOUND[CHAT], **wrong})
+    assert reply.json()["error"]["message"] == message
 
 
 async def test_all_problems_are_told_at_once(client: httpx.AsyncClient) -> None:
