@@ -136,13 +136,19 @@ class ChatFormat:
     def check(self, example: Example) -> None:
         """Raise `InvalidInput` for what `encode_rows` would refuse.
 
-        Of a conversation the first and the last learned answer are tried: a template that takes a
-        conversation takes what comes before it.
+        Of a conversation the first learned answer after every role is tried, and the last one: a template
+        that takes these takes what comes between. Only what is typed as a control token may fail to encode.
         """
-        if example.messages is not None:
-            learned = self._learned(example.messages)
-            for index in {learned[0], learned[-1]}:
-                self._render(example.messages[:index], None)
+        if (messages := example.messages) is not None:
+            learned = self._learned(messages)
+            after = {messages[index - 1]["role"]: index for index in reversed(learned)}
+            for index in {*after.values(), learned[-1]}:
+                text, encode = self._render(messages[:index], None)
+                if encode != self._ids:
+                    encode(text)
+            for text in (messages[index]["content"] for index in learned):
+                if self._control and self._control.mark_answer(text):
+                    self._answer(text)
         elif self.text_end is None or len(example.completion or example.text or "") <= MAX_CHARS_OF_A_TOKEN:
             self.encode_rows(example, max_tokens=8)
 
@@ -248,12 +254,10 @@ class ChatFormat:
 
     def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            ids: list[int] = self.tokenizer(text, verbose=False, add_special_tokens=add_special_tokens)[
-                "input_ids"
-            ]
+            encoded = self.tokenizer(text, verbose=False, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidInput(f"the text cannot be tokenised: {error}") from error
-        return ids
+        return list(encoded["input_ids"])
 
     def _tokens_put_first(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text by itself."""
@@ -266,14 +270,23 @@ class ChatFormat:
     def _find_turn_end(self, special: set[int]) -> int | None:
         """The token that the template writes after an answer, or else the one that ends a text.
 
-        A special token goes before another added one: `</answer>` may stand before `<|im_end|>`.
+        A special token goes before another added one: `</answer>` may stand before `<|im_end|>`. Some
+        templates leave the end of the last turn open (Qwen1.5's). Then it is what stands between an answer
+        and the next question, if that is no token with which a turn begins.
         """
-        added = self.tokenizer.added_tokens_decoder
-        tail = self._ids(self._template.shape.tail)
-        for token in (*(i for i in tail if i in special), *(i for i in tail if i in added)):
-            if token not in added or not added[token].content.isspace():
-                return token
-        return self.text_end
+        shape = self._template.shape
+        if ends := self._added_in(shape.tail, special):
+            return ends[0]
+        bos = self.tokenizer.bos_token_id
+        begun = [i for i in self._added_in(shape.first, special) if i != bos]
+        ends = self._added_in(shape.between, special)
+        return ends[0] if ends and ends[0] not in (bos, *begun[:1], *begun[-1:]) else self.text_end
+
+    def _added_in(self, text: str, special: set[int]) -> list[int]:
+        """The added tokens in a text that are not white space, the special ones first."""
+        added = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
+        ids = [i for i in self._ids(text) if (i in special or i in added) and not added.get(i, "x").isspace()]
+        return sorted(ids, key=lambda token_id: token_id not in special)
 
 
 def load_chat_format(

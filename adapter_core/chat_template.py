@@ -15,11 +15,12 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from adapter_core.errors import InvalidInput
+from adapter_core.template_names import names_read
 
 #: What a jinja template does with messages that it was not written for.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
@@ -32,11 +33,14 @@ _QUESTION, _ANSWER = "Quince?", "Zucchini!"
 class TurnShape:
     """What a template writes round an answer, seen in small conversations.
 
-    tail: after the answer that is the last message. opened: the tag that the answer's prompt ends with, and
+    tail: after the answer that is the last message. between: after an answer and before the next question.
+    first: before everything that a conversation says. opened: the tag that the answer's prompt ends with, and
     the white space after it. asked: what is written round questions. written: all that it may write.
     """
 
     tail: str = ""
+    between: str = ""
+    first: str = ""
     opened: tuple[str, str] = ("", "")
     asked: str = ""
     written: str = ""
@@ -112,10 +116,10 @@ class ChatTemplate:
         """The names that the template reads and a caller may give it: neither what every conversation has,
         nor the tokenizer's tokens, nor an argument of the rendering itself."""
         environment = _compile_jinja_template(self._source).environment
-        read = meta.find_undeclared_variables(environment.parse(self._source))
+        read = names_read(environment.parse(self._source))
         arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters
         tokens = (*self._tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *self._tokenizer.special_tokens_map)
-        return frozenset(read) - {"messages", "strftime_now", *environment.globals, *arguments, *tokens}
+        return read - {"messages", "strftime_now", *environment.globals, *arguments, *tokens}
 
     @cached_property
     def shape(self) -> TurnShape:
@@ -131,9 +135,12 @@ class ChatTemplate:
             _, found, tail = whole.rpartition(_ANSWER)
             opened = _OPENED.search(prompt.rpartition(_QUESTION)[2])
             longer = ([*before, answer, *before[-1:]], [{**before[0], "role": "system"}, *before[-1:]])
-            written = "".join([self._source, prompt, whole, *map(self._try_render, longer)])
+            longer_texts = list(map(self._try_render, longer))
+            written = "".join([self._source, prompt, whole, *longer_texts])
             return TurnShape(
                 tail if found else "",
+                longer_texts[0].rpartition(_ANSWER)[2].partition(_QUESTION)[0],
+                prompt.partition(_QUESTION)[0],
                 (opened[1], opened[2]) if opened else ("", ""),
                 self._try_render(before),
                 written,

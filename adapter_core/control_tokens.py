@@ -91,12 +91,18 @@ class ControlTokens:
         own = {token for token in own if token not in shape.asked}
         own -= {token.content for token in added.values() if token.special}
         self._typed_by_assistant = re.compile(any_of(set(self._tokens) - own))
-        self._every_added = re.compile("|".join(map(_pattern, _longest_first(added.values()))) or "(?!)")
+        self._every_added = re.compile(
+            "|".join(map(_pattern, sorted(added.values(), key=lambda token: -len(token.content)))) or "(?!)"
+        )
         self._longest = max(map(len, self._tokens), default=0)
         cuts = [(token[:i], token[i:]) for token in self._tokens for i in range(1, len(token))]
         self._beginnings = {head for head, _ in cuts if not head.isspace()}
         self._endings = {tail for _, tail in cuts if not tail.isspace()}
-        self._normalizer = _normalizer(tokenizer, [added[i] for i in control.values()])
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._readable = _readable(backend.model, control, tokenizer.unk_token_id) if backend else set()
+        self._typed_readable = re.compile(any_of(self._readable))
+        is_normalized = self._readable or any(added[i].normalized for i in control.values())
+        self._normalizer = backend.normalizer if backend and is_normalized else None
         self._encoder: _RenamedEncoder | None = None
         self._making = threading.Lock()
 
@@ -107,13 +113,15 @@ class ControlTokens:
 
         All three as they came if no text needs a mark.
         """
-        texts = list(_strings([messages, variables]))
+        shown = [text for message in messages for key, text in message.items() if key != "role"]
+        texts = list(_strings([shown, list(variables.values())]))
         short = [text for message in messages for key, text in message.items() if key not in _LONG_FIELDS]
         if not any(map(self._is_suspicious, texts)) and not any(map(self._is_inside, _strings(short))):
             return messages, variables, encode
         marks = self._marks(texts)
         marked = [self._marked(message, marks) for message in messages]
-        return marked, self._replaced(variables, marks), partial(self.encode, marks)
+        named = {name: self._replaced(value, marks) for name, value in variables.items()}
+        return marked, named, partial(self.encode, marks)
 
     def mark_answer(self, text: str) -> tuple[str, Encode] | None:
         """An assistant's text with marks, and what encodes it; None if no control token is typed in it."""
@@ -121,18 +129,17 @@ class ControlTokens:
         if not typed.search(text) and not typed.search(self._normal(text)):
             return None
         marks = self._marks([text])
-        return typed.sub(lambda m: marks.of(m[0]), text), partial(self.encode, marks)
+        return self._with_marks(text, typed, marks), partial(self.encode, marks)
 
     def encode(self, marks: Marks, marked: str) -> list[int]:
         """Token ids of a rendering with marks. Raises `InvalidInput` if a typed token cannot be plain."""
         encoder = self._get_encoder()
         own = self._every_added.sub(lambda m: encoder.names.get(m[0], m[0]), marked)
         meanings = marks.meanings()
-        typed = {self._ids[token] for at, token in meanings.items() if token and chr(at) in marked}
-        ids = encoder.encode(own.translate(meanings), typed)
-        if ids is None:  # the model itself knows the token as a word: cut the word
-            cut = {at: encoder.cut(text) for at, text in meanings.items()}
-            ids = encoder.encode(own.translate(cut), typed)
+        plain = {at: encoder.cut(text) if text in self._readable else text for at, text in meanings.items()}
+        ids = encoder.encode(own.translate(plain))
+        if ids is None:
+            ids = encoder.encode(own.translate({at: encoder.cut(text) for at, text in meanings.items()}))
         if ids is None:
             raise InvalidInput(
                 "a message holds a control token that this tokenizer cannot encode as plain text; remove it",
@@ -175,18 +182,28 @@ class ControlTokens:
         for key, value in message.items():
             if not isinstance(value, str) or key == "role":
                 continue
-            text = pattern.sub(lambda m: marks.of(m[0]), value)
+            text = self._with_marks(value, pattern, marks)
             is_inside = key not in _LONG_FIELDS and self._is_inside(value)
             before = marks.border if is_inside or self._begins_inside(value) else ""
             after = marks.border if is_inside or self._ends_inside(value) else ""
             marked[key] = before + text + after
         return marked
 
+    def _with_marks(self, text: str, typed: re.Pattern[str], marks: Marks) -> str:
+        """The text with a mark for each match of `typed`.
+
+        Where normalising makes tokens that the model reads as such (`＜s＞`), it is done here already.
+        """
+        normal = self._normal(text) if self._readable else text
+        if len(self._typed_readable.findall(normal)) > len(self._typed_readable.findall(text)):
+            text = normal
+        return typed.sub(lambda m: marks.of(m[0]), text)
+
     def _replaced(self, value: Any, marks: Marks) -> Any:
         if isinstance(value, str):
-            return self._typed.sub(lambda m: marks.of(m[0]), value)
+            return self._with_marks(value, self._typed, marks)
         if isinstance(value, Mapping):
-            return {key: self._replaced(item, marks) for key, item in value.items()}
+            return {self._replaced(k, marks): self._replaced(v, marks) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._replaced(item, marks) for item in value]
         return value
@@ -222,12 +239,13 @@ class _RenamedEncoder:
             self._ids[own] = token_id
         self._backend.add_tokens([AddedToken(self._cut, special=True, normalized=False)])
         self._cut_id = self._backend.token_to_id(self._cut)
-        self._unknown = tokenizer.unk_token_id
+        unknown = self._backend.encode(chr(_PRIVATE_USE.stop - 1), add_special_tokens=False).ids
+        self._control_ids = {*control.values()} - {tokenizer.unk_token_id, *unknown}
 
-    def encode(self, text: str, typed: set[int]) -> list[int] | None:
-        """Token ids; None if the model made one of the `typed` control tokens out of plain text."""
+    def encode(self, text: str) -> list[int] | None:
+        """Token ids; None if the model made a control token out of plain text."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if not (typed - {self._unknown}).isdisjoint(i for i in ids if i not in self._ids):
+        if not self._control_ids.isdisjoint(i for i in ids if i not in self._ids):
             return None
         return [self._ids.get(i, i) for i in ids if i != self._cut_id]
 
@@ -236,21 +254,16 @@ class _RenamedEncoder:
         return text[:1] + self._cut + text[1:] if text else ""
 
 
-def _normalizer(tokenizer: Tokenizer, tokens: list[AddedToken]) -> Any:
-    """What a text goes through before some of `tokens` are looked for in it; None: nothing."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return getattr(backend, "normalizer", None) if any(token.normalized for token in tokens) else None
+def _readable(model: Any, control: Mapping[str, int], unknown: int | None) -> set[str]:
+    """The control tokens that the model itself reads out of their text, because they are words to it."""
+    ids = {*control.values()} - {unknown}
+    known = [token for token in control if model.token_to_id(token) is not None]
+    return {token for token in known if not ids.isdisjoint(t.id for t in model.tokenize(token))}
 
 
 def _renamed(token: AddedToken, name: str) -> AddedToken:
-    return AddedToken(
-        name,
-        special=token.special,
-        normalized=token.normalized,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        single_word=token.single_word,
-    )
+    flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
+    return AddedToken(name, **{flag: getattr(token, flag) for flag in flags})
 
 
 def _secret_name() -> str:
@@ -267,10 +280,6 @@ def any_of(tokens: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)"
 
 
-def _longest_first(tokens: Iterable[AddedToken]) -> list[AddedToken]:
-    return sorted(tokens, key=lambda token: -len(token.content))
-
-
 def _pattern(token: AddedToken) -> str:
     """Where a tokenizer finds the token: anywhere, or only apart from words."""
     text = re.escape(token.content)
@@ -281,9 +290,7 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "role":
-                yield from _strings(item)
+        yield from _strings([*value.keys(), *value.values()])
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)

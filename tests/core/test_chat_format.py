@@ -20,7 +20,7 @@ from adapter_core.chat_format import ChatFormat, EncodedExample
 from adapter_core.end_tokens import named_end_tokens
 from adapter_core.errors import InvalidInput
 from adapter_core.examples import Example
-from tests.core.tokenizer_kinds import tokenizer_of
+from tests.core.tokenizer_kinds import TEMPLATES, tokenizer_of
 
 #: Renders what the bundled template renders, without marks.
 UNMARKED = (
@@ -268,6 +268,27 @@ def test_the_end_of_a_turn_is_what_the_template_writes_and_where_generation_stop
 
 
 @pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TEMPLATES["opens_last_turn"], "<|end|>"),
+        # Every turn begins with a token and none ends one: what ends a text ends a turn.
+        ("{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.content }}{% endfor %}", "<|return|>"),
+        ("{% for m in messages %}{{ '<|message|>' ~ m.role ~ m.content }}{% endfor %}", "<|return|>"),
+        (
+            "<|system|>x{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.content }}{% endfor %}",
+            "<|return|>",
+        ),
+    ],
+)
+def test_a_last_turn_that_the_template_leaves_open_ends_like_the_others(template: str, end: str) -> None:
+    tokenizer = tokenizer_of("byte_level")
+    tokenizer.chat_template, tokenizer.eos_token = template, "<|return|>"
+    chat = ChatFormat(tokenizer)
+    assert chat.turn_end == tokenizer.convert_tokens_to_ids(end)
+    assert chat.turn_end in chat.end_ids
+
+
+@pytest.mark.parametrize(
     ("files", "named"),
     [
         ({}, ()),
@@ -305,3 +326,31 @@ def test_template_variables_reach_the_template() -> None:
     thinking = chat.tokenizer.decode(chat.prompt_ids(asked, variables={"enable_thinking": True}))
     plain = chat.tokenizer.decode(chat.prompt_ids(asked, variables={"enable_thinking": False}))
     assert plain == f"{thinking}<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("{{ a }}{% set a = 1 %}{{ a }}", {"a"}),
+        ("{% set a = 1 %}{{ a }}", set()),
+        ("{% if x %}{% set a = 1 %}{% else %}{% set a = 2 %}{% endif %}{{ a }}", {"x"}),
+        ("{% if x %}{% set a = 1 %}{% elif y %}{% set a = 2 %}{% endif %}{{ a }}", {"a", "x", "y"}),
+        ("{% if a is not defined %}{% set a = 1 %}{% endif %}{{ a }}", {"a"}),
+        ("{% for m in messages %}{% set a = m %}{{ a }}{% endfor %}", set()),
+        ("{% for m in messages %}{% set a = m %}{% endfor %}{{ a }}{{ loop }}", {"a", "loop"}),
+        ("{% for k, v in a.items() if v %}{{ k ~ v ~ loop.index }}{% else %}{{ k }}{% endfor %}", {"a", "k"}),
+        ("{% macro f(p, q=d) %}{{ p ~ q ~ r }}{% endmacro %}{{ f(1) }}", {"d", "r"}),
+        ("{% set ns = namespace(a=b) %}{% set ns.c = ns.a %}{{ ns.c }}", {"b"}),
+        ("{% set a %}{{ b }}{% endset %}{{ a }}", {"b"}),
+        ("{% set a, b = c %}{{ a ~ b }}", {"c"}),
+        ("{% generation %}{{ a }}{% endgeneration %}", {"a"}),
+        ("{% filter upper %}{{ a }}{% endfilter %}", {"a"}),
+        ("{{ x if y else z }}", {"x", "y", "z"}),
+    ],
+)
+def test_variables_are_the_names_that_a_template_reads_before_it_sets_them(
+    source: str, names: set[str]
+) -> None:
+    tokenizer = tokenizer_of("byte_level")
+    tokenizer.chat_template = source
+    assert ChatFormat(tokenizer).template_variables == names

@@ -181,6 +181,22 @@ def test_what_no_prompt_leads_to_is_refused_with_the_reason(
             judge(example)
 
 
+def test_a_refusal_in_the_middle_of_a_conversation_is_known_at_upload() -> None:
+    """Of a template that only answers users, as those of newer Mistral models."""
+    tokenizer = tokenizer_of("byte_level", "lines")
+    tokenizer.chat_template = (
+        "{% set last = messages[-1].role %}"
+        "{% if last != 'user' %}{{ raise_exception('not after ' ~ last) }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    chat = ChatFormat(tokenizer)
+    turn = [user("a"), assistant("b")]
+    example = Example(messages=(*turn, assistant("c"), *turn))
+    for judge in (chat.check, lambda example: chat.encode_rows(example, max_tokens=64)):
+        with pytest.raises(InvalidInput, match="not after assistant"):
+            judge(example)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])
 def test_a_completion_goes_on_where_the_prompt_ended(kind: str) -> None:
     chat = chat_of(kind, "lines")

@@ -81,6 +81,24 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def folding() -> Tokenizer:
+    """A unigram model that has its control tokens among its pieces, after a normalizer that can make them:
+    `\uff1c|end|\uff1e` becomes `<|end|>`."""
+    tokenizer = unigram()
+    tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+def lower_words() -> Tokenizer:
+    """Whole words in lower case, control tokens among them."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", *SPECIAL])
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return tokenizer
+
+
 def _reflagged(tokenizer: Tokenizer, **flags: bool) -> Tokenizer:
     """With other flags for all of its added tokens."""
     content = json.loads(tokenizer.to_str())
@@ -117,7 +135,7 @@ def with_bos_and_eos() -> Tokenizer:
 
 #: Tokenizers that read control tokens in a way of their own.
 ODD_KINDS: dict[str, Callable[[], Tokenizer]] = {
-    make.__name__: make for make in (normalized_tokens, greedy_tokens, standing_tokens)
+    make.__name__: make for make in (normalized_tokens, greedy_tokens, standing_tokens, folding, lower_words)
 }
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     make.__name__: make
