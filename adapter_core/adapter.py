@@ -39,7 +39,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from adapter_core.errors import BasisMismatch, CorruptRecord, InvalidInput
+from adapter_core.errors import AdapterReplaced, BasisMismatch, CorruptRecord, InvalidInput, NotFound
 
 MAGIC = b"TSRA"
 FORMAT = 1
@@ -172,6 +172,25 @@ class Adapter:
             return cls(header.basis_id, R, metadata)
         except InvalidInput as error:  # its shape is the header's
             raise CorruptRecord(f"adapter record: {error.message}") from error
+
+    @classmethod
+    def of_version(cls, ref: AdapterRef, blob: bytes | None) -> Adapter:
+        """Read what was fetched for `ref`. Raises `NotFound` if it is gone, `AdapterReplaced` if the store
+        holds other weights under this version by now, `CorruptRecord`, `BasisMismatch`."""
+        name = f"version {ref.version} of adapter {ref.adapter_id}"
+        if blob is None:
+            raise NotFound(f"{name} is no longer stored", code="model_not_found", param="model")
+        header = read_header(blob)
+        if header.version != ref.version:
+            raise CorruptRecord(f"the record of {name} says that it is version {header.version}")
+        adapter = cls.from_bytes(blob)
+        if ref.checksum not in ("", header.checksum.hex()):
+            raise AdapterReplaced(
+                f"{name} was replaced in the store while this request waited for it; send the request again"
+            )
+        if adapter.basis_id != ref.basis_id:
+            raise BasisMismatch(f"the adapter belongs to basis {adapter.basis_id}, not to {ref.basis_id}")
+        return adapter
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import zipfile
 from adapter_core.adapter import Adapter
 from adapter_core.basis import Basis
 from adapter_core.basis_store import BasisStore
-from adapter_core.errors import NotFound
 from adapter_core.peft_export import to_peft
 from adapter_core.store import AdapterStore
 
@@ -23,17 +22,16 @@ async def peft_zip(
     version: int | None,
     base_model: str,
 ) -> bytes:
-    """The zip of one version, the active one by default. Raises `NotFound`, `CorruptRecord`."""
+    """The zip of one version, the active one by default. Raises `NotFound`, `AdapterReplaced`,
+    `CorruptRecord`, `BasisMismatch`."""
     ref = await adapters.resolve(tenant, adapter_id, version)
     [blob] = await adapters.fetch([ref])
-    if blob is None:
-        raise NotFound(f"adapter {adapter_id!r} is gone", param="model", code="model_not_found")
+    adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)
     basis = await bases.get(ref.basis_id)
-    return await asyncio.to_thread(_make_zip, blob, basis, base_model)
+    return await asyncio.to_thread(_make_zip, adapter, basis, base_model)
 
 
-def _make_zip(blob: bytes, basis: Basis, base_model: str) -> bytes:
-    adapter = Adapter.from_bytes(blob, basis_id=basis.basis_id)
+def _make_zip(adapter: Adapter, basis: Basis, base_model: str) -> bytes:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:  # floats do not shrink
         for name, content in to_peft(basis, adapter, base_model=base_model).items():

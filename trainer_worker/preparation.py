@@ -190,10 +190,10 @@ class Preparation:
             raise InvalidInput(f"{version!r} is no version of an adapter", param="model")
         ref = await self._adapters.resolve(tenant, adapter_id, int(version) if version else None)
         [blob] = await self._adapters.fetch([ref])
-        if blob is None:
-            raise NotFound(f"adapter {spec.warm_start_from!r} is gone", param="model", code="model_not_found")
+        # If the version was replaced since it was resolved, the caller asks again (`AdapterReplaced`).
+        adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)
         other = None if ref.basis_id == basis.basis_id else await self._bases.get(tenant, ref.basis_id)
-        return Adapter.from_bytes(blob, basis_id=ref.basis_id), other
+        return adapter, other
 
 
 def chat_of(chat: ChatFormat, job: Job) -> ChatFormat:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from adapter_core.adapter import Adapter, AdapterRef, read_header
+from adapter_core.adapter import Adapter, AdapterRef
 from adapter_core.basis import Basis
 from adapter_core.basis_store import BasisStore
 from adapter_core.errors import (
@@ -74,25 +74,10 @@ def parse_adapter(
     ref: AdapterRef, blob: bytes | None, slot_format: SlotFormat
 ) -> PackedAdapter | TesseraError:
     """The adapter in `blob`, packed, if it is the one that `ref` names, else what is wrong with it."""
-    if blob is None:
-        return NotFound(
-            f"version {ref.version} of adapter {ref.adapter_id} is no longer stored",
-            code="model_not_found",
-            param="model",
-        )
     try:
-        header = read_header(blob)
-        if header.version != ref.version:
-            raise CorruptRecord(f"the record says that it is version {header.version}")
-        adapter = Adapter.from_bytes(blob)
-        if ref.checksum not in ("", header.checksum.hex()):
-            return AdapterReplaced(
-                f"adapter {ref.adapter_id}, version {ref.version}, was replaced in the store while this "
-                "request waited for it; send the request again"
-            )
-        if adapter.basis_id != ref.basis_id:
-            raise BasisMismatch(f"the adapter belongs to basis {adapter.basis_id}, not to {ref.basis_id}")
-        return slot_format.pack(adapter)
+        return slot_format.pack(Adapter.of_version(ref, blob))
+    except (NotFound, AdapterReplaced) as error:
+        return error
     except (CorruptRecord, BasisMismatch) as error:
         return type(error)(f"adapter {ref.adapter_id}, version {ref.version}: {error.message}")
     except Exception as error:  # whatever the bytes of one record do, they do it to that record's requests

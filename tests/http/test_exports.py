@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 
 import httpx
+import pytest
 import torch
 from redis.asyncio import Redis
 from safetensors.torch import load
 
-from adapter_core.adapter import Adapter
+from adapter_core import keys
+from adapter_core.adapter import Adapter, AdapterRef
 from adapter_core.basis_store import BasisStore
+from adapter_core.errors import AdapterReplaced
 from adapter_core.store import AdapterStore
+from service.exports import peft_zip
 from tests.http.conftest import publish, small_basis
 
 
@@ -38,6 +43,33 @@ async def test_the_zip_holds_a_lora_with_the_same_delta(
         prefix = f"base_model.model.{name}"
         delta = tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
         torch.testing.assert_close(delta, basis.B[index] @ R[index] @ basis.A[index], atol=1e-5, rtol=1e-5)
+
+
+class Replacing(AdapterStore):
+    """The adapter is deleted, forgotten, and published again with other weights, before it is fetched."""
+
+    async def fetch(self, refs: Sequence[AdapterRef]) -> list[bytes | None]:
+        basis = small_basis()
+        await self.delete("default", "anna")
+        await self._redis.delete(keys.adapter_tombstone("default", "anna"))
+        adapter = Adapter(basis.basis_id, torch.ones(2, 4, 4))
+        assert (await self.publish("default", "anna", adapter, dtype=torch.float32)).version == refs[
+            0
+        ].version
+        return await super().fetch(refs)
+
+
+async def test_the_zip_is_of_the_version_that_was_resolved_or_none(
+    redis: Redis, adapters: AdapterStore
+) -> None:
+    basis = small_basis()
+    await BasisStore(redis).put(basis)
+    await publish(adapters, "anna", basis_id=basis.basis_id)
+    with pytest.raises(AdapterReplaced):
+        await peft_zip(
+            Replacing(redis), BasisStore(redis), tenant="default", adapter_id="anna", version=None,
+            base_model="tiny",
+        )  # fmt: skip
 
 
 async def test_what_is_not_there_is_404(client: httpx.AsyncClient, adapters: AdapterStore) -> None:
