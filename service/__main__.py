@@ -15,11 +15,11 @@ from service.app import create_app, load_text, stores_over
 from service.engine.client import EngineClient
 from service.engine.settings import EngineSettings
 from service.http_server import serve_app
-from service.process_memory import return_freed_memory
+from service.process_memory import favour_event_loop, return_freed_memory
 from service.settings import ServiceSettings, refuse_open_door
 from service.tasks import new_event_loop
 from service.text import TextCodec
-from service.upload_check import UploadCheck
+from service.twin import Twin
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _serve_with_store(common: CommonSettings, settings: ServiceSettings) -> int:
 
 
 async def serve(
-    common: CommonSettings, settings: ServiceSettings, url: str, codec: TextCodec, upload_check: UploadCheck
+    common: CommonSettings, settings: ServiceSettings, url: str, codec: TextCodec, twin: Twin
 ) -> int:
     """Serve until SIGTERM or SIGINT; requests in flight may finish. Raises what cannot be started."""
     redis = connect(url, timeout_s=common.store_timeout_s)
@@ -71,8 +71,9 @@ async def serve(
             codec=codec,
             settings=settings,
             common=common,
-            upload_check=upload_check,
+            twin=twin,
         )
+        favour_event_loop()
         return 0 if await serve_app(app, settings) else 1
     finally:
         await redis.aclose()

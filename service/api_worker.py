@@ -21,11 +21,11 @@ from service.app import create_app, load_text, stores_over
 from service.engine.attachment import AttachedEngine
 from service.engine.settings import EngineSettings
 from service.http_server import serve_app
-from service.process_memory import return_freed_memory
+from service.process_memory import favour_event_loop, return_freed_memory
 from service.settings import ServiceSettings
 from service.tasks import new_event_loop
 from service.text import TextCodec
-from service.upload_check import UploadCheck
+from service.twin import Twin
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def main() -> int:
     try:
         common = CommonSettings()
         logging.getLogger().setLevel(common.log_level)
-        codec, upload_check = load_text(common, close_fds=[arguments.listen_fd])
+        codec, twin = load_text(common, close_fds=[arguments.listen_fd])
         place = (arguments.listen_fd, arguments.engine_socket)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(serve(common, *place, codec, upload_check))
+            return runner.run(serve(common, *place, codec, twin))
     except (TesseraError, ValueError) as error:
         logger.error("%s", error)
         return 1
@@ -55,7 +55,7 @@ async def serve(
     listen_fd: int,
     engine_socket: Path,
     codec: TextCodec,
-    upload_check: UploadCheck,
+    twin: Twin,
 ) -> int:
     settings = ServiceSettings()
     url = common.store_url_with_password()
@@ -69,9 +69,10 @@ async def serve(
             codec=codec,
             settings=settings,
             common=common,
-            upload_check=upload_check,
+            twin=twin,
         )
         logger.info("API process %d serves", os.getpid())
+        favour_event_loop()
         return 0 if await serve_app(app, settings, listener=socket.socket(fileno=listen_fd)) else 1
     finally:
         await redis.aclose()

@@ -24,12 +24,14 @@ from adapter_core.job_queue import JobQueue
 from adapter_core.own_bases import OwnBases
 from adapter_core.settings import CommonSettings
 from adapter_core.store import AdapterStore
+from service import json_bodies, upload_check
 from service.auth import ApiKeys
 from service.basis_choices import BasisChoices
 from service.basis_jobs import BasisJobs
 from service.generation import Generator, heavy_gate
 from service.idempotency import Idempotency
 from service.imports import Imports
+from service.json_bodies import JsonBodies
 from service.metrics import Metrics, service_version
 from service.metrics_collector import ServiceCollector, StoreSampler
 from service.middleware import Authentication, BodyLimit, BodyLimits, RequestContext, RequestLimit
@@ -54,7 +56,8 @@ from service.tasks import end_tasks
 from service.text import TextCodec, load_text_codec
 from service.token_engine import TokenEngine
 from service.training_jobs import TrainingJobs
-from service.upload_check import UploadCheck, fork_twin
+from service.twin import Twin, fork_twin
+from service.upload_check import UploadCheck
 
 TITLE = "Tessera"
 DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."
@@ -76,10 +79,10 @@ def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
     )
 
 
-def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple[TextCodec, UploadCheck]:
-    """The base model's text codec, and the check of uploads with it, which has a process of its own.
+def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple[TextCodec, Twin]:
+    """The base model's text codec, and a twin of this process that works on large inputs with it.
 
-    Call it before this process has threads. close_fds: what that process must not keep open. Raises
+    Call it before this process has threads. close_fds: what the twin must not keep open. Raises
     `UnsupportedModel`.
     """
     codec = load_text_codec(
@@ -87,7 +90,8 @@ def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple
         revision=common.base_model_revision,
         allow_control_tokens=common.allow_control_tokens,
     )
-    return codec, UploadCheck(codec.chat, fork_twin(codec.chat, close_fds=close_fds))
+    works = upload_check.works(codec.chat) | json_bodies.works()
+    return codec, fork_twin(works, close_fds=close_fds)
 
 
 def create_app(
@@ -97,15 +101,15 @@ def create_app(
     codec: TextCodec,
     settings: ServiceSettings,
     common: CommonSettings,
-    upload_check: UploadCheck | None = None,
+    twin: Twin | None = None,
 ) -> FastAPI:
     """The application. It starts and closes the engine with itself; the Redis client is the caller's.
 
-    upload_check: None: files are checked in threads of this process.
+    twin: None: large inputs are worked on in threads of this process.
 
     Raises `InvalidInput` for a key file or a setting that cannot be used.
     """
-    services = _services(engine, stores, codec, settings, common, upload_check or UploadCheck(codec.chat))
+    services = _services(engine, stores, codec, settings, common, twin)
     sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
     services.metrics.registry.register(ServiceCollector(engine, sampler))
     app = FastAPI(
@@ -132,7 +136,7 @@ def _services(
     codec: TextCodec,
     settings: ServiceSettings,
     common: CommonSettings,
-    upload_check: UploadCheck,
+    twin: Twin | None,
 ) -> Services:
     metrics, queue, gate = Metrics(), JobQueue(stores.redis), heavy_gate()
     names = Models(common.base_model, stores.adapters, stores.own_bases, engine)
@@ -163,8 +167,8 @@ def _services(
         imports=imports,
         idempotency=Idempotency(stores.redis),
         metrics=metrics,
-        gate=gate,
-        upload_check=upload_check,
+        json_bodies=JsonBodies(gate, twin),
+        upload_check=UploadCheck(codec.chat, twin),
     )
 
 

@@ -23,10 +23,10 @@ from adapter_core.own_bases import OwnBases
 from adapter_core.store import AdapterStore
 from service.basis_jobs import BasisJobs
 from service.event_stream import EventStream, event
-from service.fair_gate import FairGate
 from service.generation import Generator
 from service.idempotency import Idempotency
 from service.imports import Imports
+from service.json_bodies import JsonBodies
 from service.metrics import Metrics
 from service.model_names import Models
 from service.routes.errors import body_of, response_of
@@ -64,7 +64,7 @@ class Services:
     imports: Imports
     idempotency: Idempotency
     metrics: Metrics
-    gate: FairGate  # for large bodies and prompts, which threads read
+    json_bodies: JsonBodies
     upload_check: UploadCheck
 
     async def stream(self, events: AsyncGenerator[str, None]) -> EventStream:

@@ -6,7 +6,6 @@ and it passes over query parameters, form fields and bodies that a route did not
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Set
 from typing import Any
@@ -14,29 +13,16 @@ from typing import Any
 from fastapi import Request, Response, params
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 
 from adapter_core.errors import InvalidInput
 from service.event_stream import until_disconnect
-from service.fair_gate import FairGate
+from service.json_bodies import JsonBodies
 from service.routes.errors import shown_path
 from service.routes.fields import unknown_field
 
 #: Query parameters whose parts the caller names: `metadata[project]=x`.
 DEEP_PARAMETERS = frozenset({"metadata"})
 
-#: Larger bodies are parsed in a thread, in their tenant's turn: 64 KB take about 2 ms.
-MAX_INLINE_BYTES = 64 * 1024
-#: Of a body, outside its strings: 256 thousand token ids, or as many of anything else. The reader holds
-#: Python's lock: for 4 MB of numbers that would be 0.1 s, for 4 MB of `[],` a second.
-MAX_VALUES = 256 * 1024
-MAX_CONTAINERS = 16 * 1024
-#: Of one object. Each that is unknown or wrong is an error of its own, which takes 50 µs to tell.
-MAX_FIELDS = 2048
-#: Smaller bodies have fewer.
-_FEW_FIELDS_BYTES = 8 * 1024
-#: Looked through at a time: 0.1 ms.
-_PIECE_BYTES = 64 * 1024
 #: Never sent: the client is gone. The number is nginx's.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -53,15 +39,9 @@ class JsonRequest(Request):
         return self._json
 
     async def _read(self) -> Any:
-        body = await self.body()
+        reader: JsonBodies = self.app.state.services.json_bodies
         try:
-            if len(body) <= _FEW_FIELDS_BYTES:
-                return from_json(body, allow_inf_nan=False)
-            if len(body) <= MAX_INLINE_BYTES:
-                return _read_large(body)
-            gate: FairGate = self.app.state.services.gate
-            async with gate.room(self.state.tenant):
-                return await asyncio.to_thread(_read_large, body)
+            return await reader.read(self.state.tenant, await self.body())
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
 
@@ -69,59 +49,6 @@ class JsonRequest(Request):
         """Let go of the body: a stream keeps its request for as long as it runs."""
         self._body = b""
         self._json = None
-
-
-def _read_large(body: bytes) -> Any:
-    """Raises `ValueError`."""
-    _check_structure(body)
-    value = from_json(body, allow_inf_nan=False)
-    _check_objects(value)
-    return value
-
-
-def _check_structure(body: bytes) -> None:
-    """Count what the reader would make objects of, outside of strings. Raises `ValueError`.
-
-    Piece by piece, so that Python's lock is free in between, and no further than the limits: 1 ms per MB.
-    """
-    num_values = num_containers = start = 0
-    is_in_string = False
-    while start < len(body):
-        end = _piece_end(body, start)
-        # Without escapes a string is what stands between two quotes.
-        plain = body[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
-        parts = plain.split(b'"')
-        outside = b"".join(parts[is_in_string::2])
-        is_in_string ^= len(parts) % 2 == 0
-        containers = outside.count(b"[") + outside.count(b"{")
-        num_containers += containers
-        num_values += containers + outside.count(b",")
-        if num_containers > MAX_CONTAINERS or num_values > MAX_VALUES:
-            raise ValueError(
-                f"a body may have up to {MAX_VALUES} values, and {MAX_CONTAINERS} lists and objects; "
-                "send several smaller ones"
-            )
-        start = end
-
-
-def _piece_end(body: bytes, start: int) -> int:
-    """Where the piece that begins at `start` ends: not within an escape."""
-    end = min(start + _PIECE_BYTES, len(body))
-    piece = body[start:end]
-    num_backslashes = len(piece) - len(piece.rstrip(b"\\"))
-    return end + num_backslashes % 2
-
-
-def _check_objects(value: Any) -> None:
-    """Raises `ValueError` for an object of too many fields, wherever it stands."""
-    open_values = [value] if isinstance(value, dict | list) else []
-    while open_values:
-        value = open_values.pop()
-        if isinstance(value, dict):
-            if len(value) > MAX_FIELDS:
-                raise ValueError(f"an object may have up to {MAX_FIELDS} fields")
-            value = value.values()
-        open_values += [item for item in value if isinstance(item, dict | list)]
 
 
 def _strict(request: Request) -> JsonRequest:

@@ -88,7 +88,7 @@ def test_processes_are_started_in_one_way_alone() -> None:
     allowed = {
         "adapter_core/child_process.py",  # start_child itself
         # What they start calls `end_with_parent`.
-        "service/upload_check.py",
+        "service/twin.py",
         "tests/core/test_embedded_store.py",
         "tests/core/test_job_recovery.py",
         "tests/engine/engine_parent.py",

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-from collections.abc import Awaitable, Iterator
 
 import httpx
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,91 +13,19 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from adapter_core.errors import InvalidTrainingData
 from adapter_core.file_store import CHUNK_BYTES
-from service import upload_check
 from service.generation import MAX_INLINE_CHARACTERS
+from service.json_bodies import MAX_CONTAINERS, MAX_VALUES, check_objects, check_structure
 from service.middleware import BODY_COPIES, BodyLimit, BodyLimits
 from service.prompt_bound import PromptBound, prompt_bound
-from service.routes.json_routes import MAX_CONTAINERS, MAX_VALUES, _check_objects, _check_structure
 from service.routes.schemas_generation import ChatCompletionRequest, CompletionRequest
 from service.routes.schemas_score import ScoreRequest
 from service.text import TextCodec
-from service.upload_check import UploadCheck
 from tests.fakes import FakeEngine
 from tests.http.answers import CHAT, TEXT, check_error
-from tests.waiting import has_ended, wait_until
+from tests.waiting import wait_until
 
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def checks(codec: TextCodec) -> Iterator[tuple[UploadCheck, UploadCheck]]:
-    """One that has a twin, and one that has not."""
-    twin = upload_check.fork_twin(codec.chat)
-    yield UploadCheck(codec.chat, twin), UploadCheck(codec.chat)
-    twin.close()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\n" * MIB,
-        b" \r\n" * 200_000,
-        b'{"prompt": "a", "completion": "b"}\n\n \r\n' * 2000,
-        b'{"prompt": 3}\n' * 5000,
-        b"[" * MIB,
-        b'{"text": "' + b"a" * 2 * MIB + b'"}',
-        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 1000,
-        b'{"messages": [{"role": "assistant", "content": "b"}]}\n' * 1000,
-    ],
-    ids=["blank", "white", "sound", "wrong", "array", "long line", "conversations", "without a question"],
-)
-async def test_a_file_is_judged_alike_in_a_process_of_its_own(
-    checks: tuple[UploadCheck, UploadCheck], content: bytes
-) -> None:
-    assert len(content) > upload_check.MAX_INLINE_BYTES
-
-    apart, here = checks
-    expected = await judged(here.count_examples("t", content, with_users=False))
-    assert await judged(apart.count_examples("t", content, with_users=False)) == expected
-
-
-async def judged(count: Awaitable[int]) -> object:
-    """The number of examples, or all that an error says of them."""
-    try:
-        return await count
-    except InvalidTrainingData as error:
-        return error.errors, error.code, error.num_problems, str(error)
-
-
-async def test_a_calibration_file_is_judged_as_one(checks: tuple[UploadCheck, UploadCheck]) -> None:
-    content = b'{"text": "a", "user": "u"}\n' * 2000
-    assert await checks[0].count_examples("t", content, with_users=True) == 2000
-    with pytest.raises(InvalidTrainingData):
-        await checks[0].count_examples("t", content, with_users=False)
-
-
-async def test_a_client_that_is_gone_costs_the_others_nothing(
-    checks: tuple[UploadCheck, UploadCheck],
-) -> None:
-    content = b'{"text": "a"}\n' * 2000
-    twin = checks[0]._twin
-    assert twin is not None
-    own, others = socket.socketpair()
-    socket.send_fds(twin.requests, [b"-"], [others.fileno()])
-    others.close()
-    own.close()  # it finds nobody to answer
-    several = [checks[0].count_examples(f"t{i}", content, with_users=False) for i in range(4)]
-    assert await asyncio.gather(*several) == [2000] * 4
-
-
-async def test_the_twin_ends_with_its_socket_and_is_waited_for(codec: TextCodec) -> None:
-    twin = upload_check.fork_twin(codec.chat)
-    twin.requests.close()
-    await wait_until(lambda: has_ended(twin.process_id))
-    twin.close()
-    assert not psutil.pid_exists(twin.process_id)
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])
@@ -182,10 +107,10 @@ def test_a_tokenizer_that_drops_or_fuses_characters_has_no_bound() -> None:
 def test_values_are_counted_where_they_are_values(body: bytes, is_sound: bool) -> None:
     json.loads(body)
     if is_sound:
-        _check_structure(body)
+        check_structure(body)
     else:
         with pytest.raises(ValueError, match="values"):
-            _check_structure(body)
+            check_structure(body)
 
 
 FLOODS = {
@@ -218,7 +143,7 @@ async def test_a_flood_of_mistakes_is_told_in_a_few_words(
     assert len(error["message"]) < 2000
     assert engine.requests == []
     try:
-        _check_objects(flood)
+        check_objects(flood)
     except ValueError:
         return  # it is not judged any further
     with pytest.raises(ValidationError) as caught:
@@ -237,7 +162,7 @@ async def test_a_large_prompt_waits_for_its_tenants_turn_and_nobody_elses(
     client: httpx.AsyncClient, engine: FakeEngine, app
 ) -> None:
     """While another tenant's large input is read, a small request is answered."""
-    gate = app.state.services.gate
+    gate = app.state.services.json_bodies._gate
     taken = await gate.take("default", 1)
     large = "word " * MAX_INLINE_CHARACTERS
     waiting = asyncio.create_task(client.post("/v1/score", json={"model": "tiny", "input": [large]}))
