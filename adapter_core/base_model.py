@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,8 +193,8 @@ def iter_target_modules(
 ) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers to adapt, in model order, as (dotted name, module); see `choose_targets`.
 
-    Raises `UnsupportedModel` naming the candidates if nothing matches, and for a matching layer whose weight
-    is quantised or not two-dimensional.
+    Raises `UnsupportedModel` naming the candidates if a pattern matches nothing, and for a matching layer
+    whose weight is quantised or not two-dimensional.
     """
     linears = linear_layers(model)
     chosen = set(choose_targets(list(linears), patterns))
@@ -210,8 +210,7 @@ def iter_target_modules(
                 param="target_modules",
             )
         yield name, module
-    if not chosen:
-        raise no_match(patterns, linears)
+    check_patterns(list(linears), patterns)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -249,10 +248,19 @@ def choose_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if _is_named(name, patterns)]
 
 
-def no_match(patterns: Sequence[str], names: Iterable[str]) -> UnsupportedModel:
-    """What to raise if `choose_targets` finds nothing."""
+def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raises `UnsupportedModel` for patterns that match no layer in `choose_targets`.
+
+    A misspelt name would train less than was asked for. The default names may be absent, see there.
+    """
+    if choose_targets(names, patterns):
+        if set(patterns) == set(LLAMA_LINEARS):
+            return
+        patterns = [p for p in patterns if p != "all-linear" and not any(_is_named(n, [p]) for n in names)]
+        if not patterns:
+            return
     kinds = sorted({name.split(".")[-1] for name in names})
-    return UnsupportedModel(
+    raise UnsupportedModel(
         f"no linear layer matches {list(patterns)}; the model has {kinds}", param="target_modules"
     )
 

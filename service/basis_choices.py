@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapter_core.base_model import choose_targets, no_match
+from adapter_core.base_model import check_patterns, choose_targets
 from adapter_core.bases import find_method
 from adapter_core.bases.targets import check_rank
 from adapter_core.basis import ModuleShape
@@ -123,11 +123,11 @@ class BasisChoices:
             source, revision = self._settings.base_model, self._settings.base_model_revision
             self._layers = await asyncio.to_thread(linear_shapes, source, revision=revision)
         patterns = recipe.target_modules or self._settings.target_modules
+        try:
+            check_patterns(list(self._layers), patterns)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(error.message, param=recipe.names.target_modules) from error
         found = [self._layers[name] for name in choose_targets(list(self._layers), patterns)]
-        if not found:
-            raise UnsupportedModel(
-                no_match(patterns, self._layers).message, param=recipe.names.target_modules
-            )
         try:
             for shape in found:
                 check_rank(rank, shape)

@@ -70,6 +70,24 @@ def test_layers_of_other_towers_are_no_targets() -> None:
         list(iter_target_modules(model, ["*.vision_tower.*.q_proj"]))
 
 
+@pytest.mark.parametrize(
+    ("patterns", "unmatched"),
+    [
+        (["q_proj", "v_porj"], "['v_porj']"),
+        (["all-linear", "c_attn", "q_proj"], "['c_attn']"),
+        (["q_proj", "lm_head"], "['lm_head']"),
+        (["q_proj", "layers.0.mlp.up_proj", "[kv_proj"], "['layers.0.mlp.up_proj', '[kv_proj']"),
+        (["x", "y"], "['x', 'y']"),
+        ([], "[]"),
+    ],
+)
+def test_every_pattern_must_match_a_layer(patterns: list[str], unmatched: str) -> None:
+    model = build(make_config("llama"))
+    with pytest.raises(UnsupportedModel) as refused:
+        list(iter_target_modules(model, patterns))
+    assert f"no linear layer matches {unmatched}; the model has ['down_proj'" in refused.value.message
+
+
 def test_heads_are_no_targets_whatever_they_are_called() -> None:
     for model_type in ("biogpt", "gpt_neox", "modernbert-decoder", "bert", "xlm", "rwkv", "xlnet"):
         model = meta_model(model_type)
