@@ -108,7 +108,7 @@ class CompletionReply(Reply):
         text = self._echo(piece.index) + piece.text if first else piece.text
         chosen = []
         logprobs = self._logprobs(piece.index, piece.tokens, piece.prompt_logprobs or (), first)
-        if text or piece.tokens or not piece.finish_reason:
+        if text or (logprobs and logprobs.tokens) or not piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, text, logprobs))
         if piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, "", None, piece.finish_reason))

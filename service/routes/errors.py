@@ -99,12 +99,14 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 
-#: What pydantic says less plainly.
+#: What pydantic and Starlette say less plainly, by type or by message.
 _SENTENCES = {
     "model_type": "Input should be an object",
     "model_attributes_type": "Input should be an object",
     "dict_type": "Input should be an object",
     "union_tag_not_found": "Input should be a string, a number, true, false or null",
+    "Input should be 'auto'": "Input should be a number or 'auto'",
+    "Expected UploadFile, received: <class 'str'>": "Input should be a file with a name",
 }
 
 _NAMES = {
@@ -212,7 +214,8 @@ def _sentence(problem: Mapping[str, Any]) -> str:
     if _CODES.get(problem["type"]) == "unknown_parameter":
         known = problem.get("ctx", {}).get("known", ())
         return f"{param}: {unknown_field(str(problem['loc'][-1]), known)}"
-    return f"{param}: {_SENTENCES.get(problem['type'], problem['msg']).removeprefix('Value error, ')}"
+    said = str(_SENTENCES.get(problem["type"], problem["msg"])).removeprefix("Value error, ")
+    return f"{param}: {_SENTENCES.get(said, said)}"
 
 
 def _param(problem: Mapping[str, Any]) -> str | None:

@@ -129,6 +129,25 @@ async def test_what_is_wrong_is_said_in_plain_words(
     assert reply.json()["error"]["message"] == message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_epochs", "3", "Input should be a number or 'auto'"),
+        (
+            "lr_scheduler_type",
+            "x",
+            "Input should be 'auto', 'cosine_with_min_lr', 'cosine', 'linear' or 'constant'",
+        ),
+    ],
+)
+async def test_what_may_be_auto_is_said_with_what_else_it_may_be(
+    client: httpx.AsyncClient, name: str, value: str, message: str
+) -> None:
+    job = {"model": "tiny", "training_file": "file-x", "hyperparameters": {name: value}}
+    reply = await client.post("/v1/fine_tuning/jobs", json=job)
+    assert reply.json()["error"]["message"] == f"hyperparameters.{name}: {message}"
+
+
 async def test_all_problems_are_told_at_once(client: httpx.AsyncClient) -> None:
     wrong = {"temperature": 9, "n": 0, "top_p": 2}
 

@@ -56,6 +56,11 @@ async def test_a_file_without_examples_is_refused(client: httpx.AsyncClient, con
     assert reply.json()["error"]["code"] == "empty_file"
 
 
+async def test_a_file_without_a_name_is_refused_in_plain_words(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("", GOOD)})
+    assert reply.json()["error"]["message"] == "file: Input should be a file with a name"
+
+
 async def test_a_file_that_is_no_text_is_refused(client: httpx.AsyncClient) -> None:
     reply = await upload(client, b"\x80\x04\x95pickle")
 

@@ -54,6 +54,21 @@ async def test_every_token_that_usage_counts_has_an_entry(
     assert choice["finish_reason"] == ("stop" if END in generated else "length")
 
 
+@pytest.mark.parametrize("prompt", [[END], [END, END, END], [400], [END, 400]])
+@pytest.mark.parametrize("script", [[], [END], [300, END]])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_streamed_echo_has_the_entries_of_a_whole_one_also_without_text(
+    client: httpx.AsyncClient, engine: FakeEngine, prompt: list[int], script: list[int], n: int
+) -> None:
+    engine.script = lambda request: script
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": len(script), "n": n}
+    whole = [choice["logprobs"] for choice in (await complete(client, **body))["choices"]]
+    chunks = [chunk for chunk in await streamed(client, temperature=0, **body) if chunk["logprobs"]]
+    for index, expected in enumerate(whole):
+        own = [chunk["logprobs"] for chunk in chunks if chunk["index"] == index]
+        assert {name: [x for part in own for x in part[name]] for name in expected} == expected
+
+
 async def test_the_end_token_has_a_name_and_no_text(
     client: httpx.AsyncClient, engine: FakeEngine, codec: TextCodec
 ) -> None:
