@@ -193,8 +193,9 @@ def iter_target_modules(
 ) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers to adapt, in model order, as (dotted name, module); see `choose_targets`.
 
-    Raises `UnsupportedModel` naming the candidates if a pattern matches nothing, and for a matching layer
-    whose weight is quantised or not two-dimensional.
+    Raises `UnsupportedModel` naming the candidates if nothing matches, and for a matching layer whose weight
+    is quantised or not two-dimensional. One list may serve several architectures, so single patterns may
+    match nothing; what a user asks for is checked by `check_patterns`.
     """
     linears = linear_layers(model)
     chosen = set(choose_targets(list(linears), patterns))
@@ -210,7 +211,8 @@ def iter_target_modules(
                 param="target_modules",
             )
         yield name, module
-    check_patterns(list(linears), patterns)
+    if not chosen:
+        check_patterns(list(linears), patterns)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -123,11 +123,12 @@ class BasisChoices:
             source, revision = self._settings.base_model, self._settings.base_model_revision
             self._layers = await asyncio.to_thread(linear_shapes, source, revision=revision)
         patterns = recipe.target_modules or self._settings.target_modules
-        try:
-            check_patterns(list(self._layers), patterns)
-        except UnsupportedModel as error:
-            raise UnsupportedModel(error.message, param=recipe.names.target_modules) from error
         found = [self._layers[name] for name in choose_targets(list(self._layers), patterns)]
+        if recipe.target_modules or not found:
+            try:
+                check_patterns(list(self._layers), patterns)
+            except UnsupportedModel as error:
+                raise UnsupportedModel(error.message, param=recipe.names.target_modules) from error
         try:
             for shape in found:
                 check_rank(rank, shape)

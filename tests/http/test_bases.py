@@ -126,6 +126,12 @@ async def test_a_preset_gives_its_basis_half(client: httpx.AsyncClient, redis: R
         ({"method": "lora_xs", "rank": 0}, 400, "invalid_value", "rank"),
         ({"method": "loram", "rank": 1}, 400, "invalid_value", "rank"),
         ({"method": "lora_xs", "target_modules": ["nothing"]}, 400, "unsupported_model", "target_modules"),
+        (
+            {"method": "lora_xs", "target_modules": ["q_proj", "v_porj"]},
+            400,
+            "unsupported_model",
+            "target_modules",
+        ),
         ({"method": "lora_xs", "target_modules": []}, 400, "invalid_value", "target_modules"),
         ({"method": "lora_sb"}, 400, "missing_required_parameter", "calibration_file"),
         ({"method": "lora_sb", "calibration_file": NO_FILE}, 404, "file_not_found", "calibration_file"),
