@@ -177,7 +177,8 @@ class CompletionRequest(GenerationFields):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
-    cache_control: Any = Field(None, description="ignored: the prefix cache finds equal prefixes by itself")
+    cache_control: Any = Field(None, description=f"ignored: {fields.MESSAGE_IGNORED['cache_control']}")
+    annotations: Any = Field(None, description=f"ignored: {fields.MESSAGE_IGNORED['annotations']}")
 
 
 Content = Annotated[

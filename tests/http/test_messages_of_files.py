@@ -18,7 +18,10 @@ PLAIN = {"role": "user", "content": "hello"}
 def accepted_messages() -> Iterator[dict[str, Any]]:
     for role in ("system", "developer", "user", "assistant"):
         yield {**PLAIN, "role": role}
-    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo", "cache_control": {"type": "x"}}]
+    parts = [
+        {"type": "text", "text": "hel", "annotations": []},
+        {"type": "text", "text": "lo", "cache_control": {"type": "x"}},
+    ]
     yield {**PLAIN, "content": parts}
     yield {**PLAIN, "name": "ann"}
     yield {**PLAIN, "name": None, "nothing_known": None}
