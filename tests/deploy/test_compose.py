@@ -160,3 +160,4 @@ def test_the_override_adds_gpus_to_services_that_exist(compose):
         assert device["driver"] == "nvidia"
         assert device["capabilities"] == ["gpu"]
         assert service["image"] != compose["services"][name]["image"], "the two must not be mixed up"
+        assert service["build"]["args"]["TORCH_INDEX_URL"] == "", "an index of CPU builds must not be kept"

@@ -57,6 +57,12 @@ def test_the_base_image_is_pinned_to_a_python_that_the_constraints_were_tested_w
     assert all(a.startswith(("${PYTHON_IMAGE}", "runtime")) for k, a in instructions if k == "FROM")
 
 
+def test_whoever_builds_chooses_the_package_index(instructions):
+    (default,) = {a for k, a in instructions if k == "ARG" and a.startswith("TORCH_INDEX_URL=")}
+    assert default == 'TORCH_INDEX_URL=""'
+    assert "://" not in DOCKERFILE.read_text()
+
+
 def test_both_images_run_without_root_and_without_a_shell(instructions):
     for name, module in (("service", "service"), ("trainer", "trainer_worker")):
         stage = dict(stages(instructions)[name])  # the last of each keyword wins, as in Docker
