@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from adapter_core.basis_store import BasisStore
-from adapter_core.redis_client import connect
 from benchmarks.load.adapters import adapter_name, store_adapters
 from benchmarks.load.client import Outcome, Prompt, complete
 from benchmarks.load.figures import errors, hit_rates, latencies
@@ -28,6 +26,8 @@ from benchmarks.load.options import add_stack_options, stack_environment
 from benchmarks.load.stack import ServiceStack, running_stack
 from benchmarks.report import print_table, save
 from benchmarks.server import default_basis_id
+from tessera.redis.client import connect
+from tessera.store.bases import BasisStore
 
 WORKING_SETS = (0.5, 1.0, 2.0, 4.0)
 BURSTS = 3

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from adapter_core.adapter import AdapterRef
-from adapter_core.base_model import BaseModel
 from benchmarks.decode.random_models import random_adapter, random_basis
 from benchmarks.decode.steps import start_batch
 from benchmarks.device_time import time_on_device
 from benchmarks.report import print_table, save
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from tessera.formats.adapter import AdapterRef
+from tessera.model.base_model import BaseModel
 
 Row = dict[str, Any]
 _WARM_UP = 5

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from adapter_core.base_model import BUNDLED_MODEL
 from benchmarks.report import print_table
-from service.text import TextCodec, load_text_codec
+from service.generation.text import TextCodec, load_text_codec
+from tessera.model.base_model import BUNDLED_MODEL
 
 #: Both add up float32 numbers, in a different order.
 TOLERANCE = 1e-3

@@ -22,9 +22,9 @@ from typing import Any
 
 import psutil
 
-from adapter_core.child_process import start_child
 from benchmarks.report import print_table, save
 from service.local import is_ready
+from tessera.processes.child_process import start_child
 
 START_TIMEOUT_S = 600.0
 #: After SIGCONT: as long as it takes to notice a silence that is none.

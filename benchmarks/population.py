@@ -26,15 +26,15 @@ from pathlib import Path
 
 import torch
 
-from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
-from adapter_core.chat_format import ChatFormat
-from adapter_core.child_process import start_child
 from benchmarks.population_presets import PRESETS, Preset
 from benchmarks.population_report import report
 from benchmarks.population_tasks import Setting, Task, perform
 from benchmarks.population_users import Cast, make_cast, read_files
 from benchmarks.quality.records import RecordFile, read_records
 from benchmarks.report import hardware
+from tessera.chat.chat_format import ChatFormat
+from tessera.model.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
+from tessera.processes.child_process import start_child
 
 RUN_FILE, RECORDS_FILE, MARKDOWN_FILE = "run.json", "records-0.jsonl", "population.md"
 #: Kept back at the end of the budget for the report, and for a process to end.

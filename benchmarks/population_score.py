@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from adapter_core.base_model import BaseModel
-from adapter_core.basis import Basis
 from benchmarks.population_users import Newcomer
-from trainer_worker.data import TrainingData
-from trainer_worker.lora_factors import LoraFactors
-from trainer_worker.lora_form import LoraRun, LoraTrainer
-from trainer_worker.plan import TrainingPlan, auto_batch_size, auto_epochs
-from trainer_worker.run import TrainRun
-from trainer_worker.train import Trainer
+from tessera.formats.basis import Basis
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.data import TrainingData
+from trainer_worker.training.lora.factors import LoraFactors
+from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.plan import TrainingPlan, auto_batch_size, auto_epochs
+from trainer_worker.training.run import TrainRun
+from trainer_worker.training.train import Trainer
 
 WARMUP_SHARE = 0.05
 #: LoRA's trained numbers at once, about 20 bytes each.

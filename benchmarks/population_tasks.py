@@ -14,18 +14,18 @@ from typing import Any
 
 from torch import Tensor
 
-from adapter_core.base_model import BaseModel
-from adapter_core.bases import CalibrationSet, Population, build_basis
-from adapter_core.basis import Basis
-from adapter_core.chat_format import EncodedExample
-from adapter_core.starts import make_start
 from benchmarks.population_score import Job, base_losses, drive, matmul_precision, train_cores, train_lora
 from benchmarks.population_users import Cast
 from benchmarks.quality.settings import BuildMeter
-from trainer_worker.data import TrainingData
-from trainer_worker.lora_factors import LoraFactors, initial_factors
-from trainer_worker.lora_form import LoraRun, LoraTrainer
-from trainer_worker.plan import BasisKind, TrainingPlan
+from tessera.chat.chat_format import EncodedExample
+from tessera.formats.basis import Basis
+from tessera.methods.bases import CalibrationSet, Population, build_basis
+from tessera.methods.init import make_start
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.data import TrainingData
+from trainer_worker.training.lora.factors import LoraFactors, initial_factors
+from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.plan import BasisKind, TrainingPlan
 
 #: The LoRA for a head start: passes over the population, batch, rate.
 POOLED_EPOCHS, POOLED_BATCH, POOLED_RATE = 3, 32, 1e-3

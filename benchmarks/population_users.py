@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from adapter_core.bases import CalibrationSet, Population
-from adapter_core.bases.population_users import cluster
-from adapter_core.chat_format import ChatFormat, EncodedExample
-from adapter_core.examples import parse_examples
+from tessera.chat.chat_format import ChatFormat, EncodedExample
+from tessera.data.examples import parse_examples
+from tessera.methods.bases import CalibrationSet, Population
+from tessera.methods.population.users import cluster
 
 MAX_TOKENS = 128
 

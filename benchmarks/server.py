@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from adapter_core.basis_store import BasisStore
-from adapter_core.redis_client import connect
 from benchmarks.load.adapters import adapter_name, store_adapters
 from benchmarks.load.arrivals import Zipf, gamma_arrivals
 from benchmarks.load.client import Outcome, Prompt, complete
@@ -27,7 +25,9 @@ from benchmarks.load.figures import errors, hit_rates, latencies
 from benchmarks.load.options import add_stack_options, stack_environment
 from benchmarks.load.stack import ServiceStack, running_stack
 from benchmarks.report import print_table, save
-from service.engine.attachment import AttachedEngine
+from service.engine.client.attachment import AttachedEngine
+from tessera.redis.client import connect
+from tessera.store.bases import BasisStore
 
 WARM_UP_REQUESTS = 8
 PERCENTILES = (50, 95, 99)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_core.adapter import Adapter
 from benchmarks.report import print_table, save
-from service.engine.packed_adapter import SlotFormat
-from service.engine.slot_loads import SlotLoads
+from service.engine.adapters.packed_adapter import SlotFormat
+from service.engine.adapters.slot_loads import SlotLoads
+from tessera.formats.adapter import Adapter
 
 WARM_UP = 3
 

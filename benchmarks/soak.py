@@ -21,9 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from adapter_core.basis_store import BasisStore
-from adapter_core.errors import EngineUnavailable, RequestFailed
-from adapter_core.redis_client import connect
 from benchmarks.load.churn import Churn
 from benchmarks.load.client import Outcome, Prompt, complete
 from benchmarks.load.figures import latencies, slope_per_minute
@@ -31,8 +28,11 @@ from benchmarks.load.options import add_stack_options, stack_environment
 from benchmarks.load.stack import ServiceStack, running_stack
 from benchmarks.report import print_table, save
 from benchmarks.server import default_basis_id
-from service.engine.attachment import AttachedEngine
-from service.engine.messages import EngineStats
+from service.engine.client.attachment import AttachedEngine
+from service.engine.wire.messages import EngineStats
+from tessera.errors import EngineUnavailable, RequestFailed
+from tessera.redis.client import connect
+from tessera.store.bases import BasisStore
 
 TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 60.0

@@ -28,9 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_core.base_model import BUNDLED_MODEL
-from adapter_core.errors import InvalidInput, TesseraError, Unavailable, UnsupportedModel
-from adapter_core.settings import CommonSettings
+from tessera.errors import InvalidInput, TesseraError, Unavailable, UnsupportedModel
+from tessera.model.base_model import BUNDLED_MODEL
+from tessera.settings import CommonSettings
 
 #: Raise it when `convert` writes different files: directories with another number are made anew.
 FORMAT = 1

@@ -283,7 +283,7 @@ def running_service(base_url: str | None, model: str | None) -> Iterator[str]:
         log_path = Path(folder) / "demo.log"
         with log_path.open("wb") as log:
             command = [sys.executable, "-m", "service.local"]
-            from adapter_core.child_process import start_child
+            from tessera.processes.child_process import start_child
 
             process = start_child(command, environment=environment, output=log)
         try:

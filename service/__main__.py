@@ -6,20 +6,20 @@ import asyncio
 import logging
 import sys
 
-from adapter_core.embedded_store import store_url
-from adapter_core.errors import TesseraError
-from adapter_core.redis_client import connect
-from adapter_core.settings import CommonSettings, refuse_unknown_variables
-from service.api_workers import serve_with_workers
 from service.app import create_app, load_text, stores_over
-from service.engine.client import EngineClient
+from service.engine.client.engine_client import EngineClient
 from service.engine.settings import EngineSettings
-from service.http_server import serve_app
-from service.process_memory import favour_event_loop, return_freed_memory
+from service.generation.text import TextCodec
+from service.processes.api_workers import serve_with_workers
+from service.processes.http_server import serve_app
+from service.processes.memory import favour_event_loop, return_freed_memory
+from service.processes.twin import Twin
 from service.settings import ServiceSettings, refuse_open_door
-from service.tasks import new_event_loop
-from service.text import TextCodec
-from service.twin import Twin
+from tessera.errors import TesseraError
+from tessera.processes.tasks import new_event_loop
+from tessera.redis.client import connect
+from tessera.redis.embedded import store_url
+from tessera.settings import CommonSettings, refuse_unknown_variables
 
 logger = logging.getLogger(__name__)
 

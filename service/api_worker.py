@@ -14,18 +14,18 @@ import socket
 import sys
 from pathlib import Path
 
-from adapter_core.errors import TesseraError
-from adapter_core.redis_client import connect
-from adapter_core.settings import CommonSettings
 from service.app import create_app, load_text, stores_over
-from service.engine.attachment import AttachedEngine
+from service.engine.client.attachment import AttachedEngine
 from service.engine.settings import EngineSettings
-from service.http_server import serve_app
-from service.process_memory import favour_event_loop, return_freed_memory
+from service.generation.text import TextCodec
+from service.processes.http_server import serve_app
+from service.processes.memory import favour_event_loop, return_freed_memory
+from service.processes.twin import Twin
 from service.settings import ServiceSettings
-from service.tasks import new_event_loop
-from service.text import TextCodec
-from service.twin import Twin
+from tessera.errors import TesseraError
+from tessera.processes.tasks import new_event_loop
+from tessera.redis.client import connect
+from tessera.settings import CommonSettings
 
 logger = logging.getLogger(__name__)
 

@@ -15,34 +15,21 @@ import torch
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
-from adapter_core.adapter import DTYPE_NAMES
-from adapter_core.basis_holds import BasisHolds
-from adapter_core.basis_store import BasisStore
-from adapter_core.errors import InvalidInput
-from adapter_core.file_store import FileStore
-from adapter_core.job_queue import JobQueue
-from adapter_core.own_bases import OwnBases
-from adapter_core.settings import CommonSettings
-from adapter_core.store import AdapterStore
-from service import json_bodies, upload_check
-from service.auth import ApiKeys
-from service.basis_choices import BasisChoices
-from service.basis_jobs import BasisJobs
-from service.generation import Generator, heavy_gate
-from service.idempotency import Idempotency
-from service.imports import Imports
-from service.json_bodies import JsonBodies
-from service.metrics import Metrics, service_version
-from service.metrics_collector import ServiceCollector, StoreSampler
-from service.middleware import Authentication, BodyLimit, BodyLimits, RequestContext, RequestLimit
-from service.model_names import Models
-from service.routes import (
+from service.engine.client.token_engine import TokenEngine
+from service.generation.generator import Generator, heavy_gate
+from service.generation.model_resolver import Models
+from service.generation.text import TextCodec, load_text_codec
+from service.http import errors, json_bodies
+from service.http.auth import ApiKeys
+from service.http.idempotency import Idempotency
+from service.http.json_bodies import JsonBodies
+from service.http.middleware import Authentication, BodyLimit, BodyLimits, RequestContext, RequestLimit
+from service.http.routes import (
     adapters,
     bases,
     basis_jobs,
     chat,
     completions,
-    errors,
     files,
     fine_tuning,
     imports,
@@ -50,14 +37,27 @@ from service.routes import (
     ops,
     score,
 )
-from service.routes.deps import Services, Stores
+from service.http.routes.deps import Services, Stores
+from service.jobs import upload_check
+from service.jobs.basis_choices import BasisChoices
+from service.jobs.basis_jobs import BasisJobs
+from service.jobs.imports import Imports
+from service.jobs.training_jobs import TrainingJobs
+from service.jobs.upload_check import UploadCheck
+from service.metrics.collector import ServiceCollector, StoreSampler
+from service.metrics.service_metrics import Metrics, service_version
+from service.processes.twin import Twin, fork_twin
 from service.settings import ServiceSettings
-from service.tasks import end_tasks
-from service.text import TextCodec, load_text_codec
-from service.token_engine import TokenEngine
-from service.training_jobs import TrainingJobs
-from service.twin import Twin, fork_twin
-from service.upload_check import UploadCheck
+from tessera.errors import InvalidInput
+from tessera.formats.adapter import DTYPE_NAMES
+from tessera.processes.tasks import end_tasks
+from tessera.queue.client import JobQueue
+from tessera.settings import CommonSettings
+from tessera.store.adapters import AdapterStore
+from tessera.store.bases import BasisStore
+from tessera.store.files import FileStore
+from tessera.store.holds import BasisHolds
+from tessera.store.ownership import OwnBases
 
 TITLE = "Tessera"
 DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."

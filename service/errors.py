@@ -1,4 +1,4 @@
-"""The errors that only the HTTP side knows; the tree of all others stands in `adapter_core/errors.py`.
+"""The errors that only the HTTP side knows; the tree of all others stands in `tessera/errors.py`.
 
 TesseraError
   Unauthenticated      no API key, or one that is not known
@@ -13,7 +13,7 @@ TesseraError
 
 from __future__ import annotations
 
-from adapter_core.errors import RequestFailed, TesseraError, Unavailable
+from tessera.errors import RequestFailed, TesseraError, Unavailable
 
 
 class Unauthenticated(TesseraError):

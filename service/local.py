@@ -16,10 +16,10 @@ import urllib.error
 import urllib.request
 from types import FrameType
 
-from adapter_core.embedded_store import store_url
-from adapter_core.errors import TesseraError
-from adapter_core.settings import CommonSettings
-from service.tended_child import TendedChild
+from service.processes.supervised_process import TendedChild
+from tessera.errors import TesseraError
+from tessera.redis.embedded import store_url
+from tessera.settings import CommonSettings
 
 logger = logging.getLogger(__name__)
 

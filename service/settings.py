@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from adapter_core.errors import InvalidInput
+from tessera.errors import InvalidInput
 
 KIB, MIB = 1024, 1024 * 1024
 

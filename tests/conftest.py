@@ -32,13 +32,13 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import RedisError
 
-from adapter_core.redis_client import connect
+from tessera.redis.client import connect
 from tests.servers import run_server
 from tests.waiting import HANG_S, wait_until
 
 if TYPE_CHECKING:
-    from adapter_core.base_model import BaseModel
-    from adapter_core.basis import Basis
+    from tessera.formats.basis import Basis
+    from tessera.model.base_model import BaseModel
 
 settings.register_profile(
     "tessera",
@@ -120,7 +120,7 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="session")
 def tiny() -> BaseModel:
     """The bundled model, loaded once, float32 on the CPU. Do not modify it: deepcopy `tiny.model`."""
-    from adapter_core.base_model import BUNDLED_MODEL, load_base_model
+    from tessera.model.base_model import BUNDLED_MODEL, load_base_model
 
     return load_base_model(BUNDLED_MODEL, device="cpu", dtype="float32")
 
@@ -141,6 +141,6 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny_basis(tiny: BaseModel) -> Basis:
     """The LoRA-XS basis of rank 8 of the bundled model."""
-    from adapter_core.bases import build_basis
+    from tessera.methods.bases import build_basis
 
     return build_basis(tiny, rank=8)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from adapter_core.errors import EngineUnavailable, TesseraError
-from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenLogprobs, TokenOutput
+from service.engine.wire.messages import (
+    EngineInfo,
+    EngineStats,
+    GenerationRequest,
+    TokenLogprobs,
+    TokenOutput,
+)
+from tessera.errors import EngineUnavailable, TesseraError
 
 Script = Callable[[GenerationRequest], list[int]]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from adapter_core import keys
-from adapter_core.job_leases import JobLeases, Lease
-from adapter_core.job_queue import JobQueue, JobSpec
+from tessera.queue.client import JobQueue, JobSpec
+from tessera.queue.leases import JobLeases, Lease
+from tessera.redis import keys
 
 FINAL = {b"succeeded", b"failed", b"cancelled"}
 PLACES = {b"queued": ["waiting", "delayed"], b"running": ["leases"], b"paused": ["paused"]}

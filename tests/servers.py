@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
-from adapter_core.child_process import start_child
-from adapter_core.store_binary import find_binary
+from tessera.processes.child_process import start_child
+from tessera.redis.binary import find_binary
 
 
 @contextmanager

@@ -9,28 +9,29 @@ import sys
 
 import torch
 
-from adapter_core.adapter import DTYPE_NAMES
-from adapter_core.base_model import BaseModel, load_base_model
-from adapter_core.basis_holds import BasisHolds
-from adapter_core.basis_store import BasisStore
-from adapter_core.chat_format import ChatFormat, load_chat_format
-from adapter_core.embedded_store import store_url
-from adapter_core.errors import InvalidInput, TesseraError
-from adapter_core.file_store import FileStore
-from adapter_core.job_leases import JobLeases
-from adapter_core.own_bases import OwnBases
-from adapter_core.redis_client import Client, connect
-from adapter_core.settings import CommonSettings
-from adapter_core.store import AdapterStore
-from trainer_worker.basis_source import BasisSource
-from trainer_worker.health import HealthServer, Heartbeat
-from trainer_worker.lora_jobs import DedicatedPublisher, LoraPreparation
-from trainer_worker.metrics import TrainerMetrics
-from trainer_worker.preparation import Preparation
-from trainer_worker.publication import Publisher
+from tessera.chat.chat_format import ChatFormat, load_chat_format
+from tessera.errors import InvalidInput, TesseraError
+from tessera.formats.adapter import DTYPE_NAMES
+from tessera.model.base_model import BaseModel, load_base_model
+from tessera.queue.leases import JobLeases
+from tessera.redis.client import Client, connect
+from tessera.redis.embedded import store_url
+from tessera.settings import CommonSettings
+from tessera.store.adapters import AdapterStore
+from tessera.store.bases import BasisStore
+from tessera.store.files import FileStore
+from tessera.store.holds import BasisHolds
+from tessera.store.ownership import OwnBases
+from trainer_worker.common.health import HealthServer, Heartbeat
+from trainer_worker.common.metrics import TrainerMetrics
+from trainer_worker.common.model_lock import SoleUse
+from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
+from trainer_worker.outcome.publication import Publisher
+from trainer_worker.preparing.basis_source import BasisSource
+from trainer_worker.preparing.lora_jobs import LoraPreparation
+from trainer_worker.preparing.preparation import Preparation
 from trainer_worker.session import Tools
 from trainer_worker.settings import WorkerSettings, read_settings
-from trainer_worker.sole_use import SoleUse
 from trainer_worker.train_loop import TrainLoop
 from trainer_worker.trainer_pool import TrainerPool
 from trainer_worker.worker import EXIT_FAILED, Worker

@@ -13,22 +13,24 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from adapter_core.basis import Basis
-from adapter_core.basis_holds import BasisHolds
-from adapter_core.errors import StaleLease, TesseraError, Unavailable
-from adapter_core.job_leases import JobLeases, Lease, LeaseState
-from trainer_worker import checkpoint, reports, starting
-from trainer_worker.basis_source import Attempt
-from trainer_worker.job_checkpoints import JobCheckpoints
-from trainer_worker.job_reporter import JobReporter
-from trainer_worker.lora_form import LoraRun
-from trainer_worker.lora_jobs import DedicatedPublisher, start_message
-from trainer_worker.metrics import TrainerMetrics
-from trainer_worker.orders import Command, Orders, Stopped, until_available
-from trainer_worker.preparation import Preparation, Prepared
-from trainer_worker.publication import Publisher
-from trainer_worker.run import RunUpdate, TrainRun
+from tessera.errors import StaleLease, TesseraError, Unavailable
+from tessera.formats.basis import Basis
+from tessera.queue.leases import JobLeases, Lease, LeaseState
+from tessera.store.holds import BasisHolds
+from trainer_worker.checkpoints import JobCheckpoints
+from trainer_worker.common.commands import Command, Orders, Stopped, until_available
+from trainer_worker.common.metrics import TrainerMetrics
+from trainer_worker.outcome import reports
+from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
+from trainer_worker.outcome.publication import Publisher
+from trainer_worker.preparing import starting
+from trainer_worker.preparing.basis_source import Attempt
+from trainer_worker.preparing.preparation import Preparation, Prepared
+from trainer_worker.reporter import JobReporter
 from trainer_worker.train_loop import TrainLoop
+from trainer_worker.training import checkpoint
+from trainer_worker.training.lora.form import LoraRun
+from trainer_worker.training.run import RunUpdate, TrainRun
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ class JobSession:
         return "lost"
 
     async def _let_go(self) -> None:
-        """Of the bases that were held for the job. What fails here is found later (`basis_holds.py`)."""
+        """Of the bases that were held for the job. What fails here is found later (`holds.py`)."""
         job = self.lease.job
         try:
             await self._tools.holds.let_go(job.tenant, job.job_id)
@@ -184,7 +186,7 @@ class JobSession:
             self.basis_id = prepared.basis.basis.basis_id
             await self._reporter.tell(reports.basis_message(prepared.basis))
         if isinstance(prepared.run, LoraRun):
-            await self._reporter.tell(start_message(prepared.run))
+            await self._reporter.tell(reports.lora_begin_message(prepared.run))
         if prepared.start is not None:
             await self._reporter.tell(starting.told(prepared.start), data=prepared.start.notes)
         if prepared.is_start_costly:  # another attempt must not look for it again

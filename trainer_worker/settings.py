@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from adapter_core.settings import CommonSettings, refuse_unknown_variables
+from tessera.settings import CommonSettings, refuse_unknown_variables
 
 PREFIX = "TESSERA_WORKER_"
 DEFAULT_METRICS_PORT = 9100

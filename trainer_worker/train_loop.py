@@ -12,11 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from adapter_core.basis import Basis
-from trainer_worker.health import Heartbeat
-from trainer_worker.metrics import TrainerMetrics
-from trainer_worker.run import RunUpdate, TrainRun
+from tessera.formats.basis import Basis
+from trainer_worker.common.health import Heartbeat
+from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.trainer_pool import Tick, TrainerPool
+from trainer_worker.training.run import RunUpdate, TrainRun
 
 T = TypeVar("T")
 

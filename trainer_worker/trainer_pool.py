@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapter_core.base_model import BaseModel
-from adapter_core.basis import Basis
-from trainer_worker import checkpoint
-from trainer_worker.data import GPU_MIN_TOKENS
-from trainer_worker.lora_form import LoraRun, LoraTrainer
-from trainer_worker.run import RunUpdate, TrainRun
-from trainer_worker.train import TokenCounts, Trainer
+from tessera.formats.basis import Basis
+from tessera.model.base_model import BaseModel
+from trainer_worker.training import checkpoint
+from trainer_worker.training.data import GPU_MIN_TOKENS
+from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.run import RunUpdate, TrainRun
+from trainer_worker.training.train import TokenCounts, Trainer
 
 #: Trainers kept although nobody trains in their basis: building one again costs copies of A and B.
 MAX_IDLE_TRAINERS = 1

@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
-from adapter_core.errors import Unavailable
-from adapter_core.job_leases import JobLeases, Lease
-from trainer_worker.health import Heartbeat
-from trainer_worker.orders import Command
+from tessera.errors import Unavailable
+from tessera.queue.leases import JobLeases, Lease
+from trainer_worker.common.commands import Command
+from trainer_worker.common.health import Heartbeat
 from trainer_worker.session import JobSession, Tools
 from trainer_worker.settings import WorkerSettings
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from adapter_core.adapter import Adapter, AdapterRef
-from adapter_core.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
-from adapter_core.basis import Basis
-from adapter_core.errors import TesseraError, UnsupportedModel
 from benchmarks.architectures import tiny_models
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from tests.engine.driver import GREEDY, Answer, Driver
-from tests.engine.models import svd_basis
+from tessera.errors import TesseraError, UnsupportedModel
+from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.basis import Basis
+from tessera.model.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
+from tests.service.engine.driver import GREEDY, Answer, Driver
+from tests.service.engine.models import svd_basis
 
 OUTCOMES = ("exact", "refused", "wrong", "crash", "not_built")
 TOLERANCE = 2e-3

@@ -18,7 +18,7 @@ from benchmarks.attention.tune import tune
 from benchmarks.attention.workload import Heads, Layers, Workload
 from benchmarks.device_time import copy_bandwidth, time_on_device
 from benchmarks.report import percentiles, print_table, save
-from service.engine.paged_attention import TritonPagedAttention, queries_per_tile
+from service.engine.attention.paged import TritonPagedAttention, queries_per_tile
 
 #: (batch, context) of decode, and (batch, context, queries) of prefill: whole prompts, a chunk of a long one,
 #: and the short follow-ups of a conversation.

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.attention.workload import Layers, Workload
 from benchmarks.device_time import time_on_device
-from service.engine.paged_attention import device_limits
-from service.engine.paged_configs import KernelConfig, Phase, padded
+from service.engine.attention.paged import device_limits
+from service.engine.kernels.paged_configs import KernelConfig, Phase, padded
 
 MakeWorkload = Callable[[int, int, int], Workload]
 

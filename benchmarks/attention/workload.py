@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.engine.attention import AttentionOptions, AttentionStep, AttentionTile, PagedAttention
-from service.engine.kv_cache import KVShape, PagedKV
-from service.engine.paged_attention import PagedInputs, TritonPagedAttention
-from service.engine.paged_configs import KernelConfig, Phase
-from service.engine.paged_work import query_tiles
+from service.engine.attention.paged import PagedInputs, TritonPagedAttention
+from service.engine.attention.query_tiles import query_tiles
+from service.engine.attention.reference import AttentionOptions, AttentionStep, AttentionTile, PagedAttention
+from service.engine.kernels.paged_configs import KernelConfig, Phase
+from service.engine.kv.cache import KVShape, PagedKV
 
 #: Bytes of K and V, all layers together: several times the L2 of a Hopper GPU (50 MB).
 _ENOUGH_BYTES = 1024**3

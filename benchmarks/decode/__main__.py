@@ -21,9 +21,6 @@ from typing import Any
 
 import torch
 
-from adapter_core.adapter import AdapterRef
-from adapter_core.base_model import DTYPES, BaseModel
-from adapter_core.basis import Basis
 from benchmarks.decode.kernels import kernel_times
 from benchmarks.decode.peers import time_continuous_batching, time_forward
 from benchmarks.decode.random_models import GEOMETRIES, random_adapter, random_basis, random_model
@@ -32,7 +29,10 @@ from benchmarks.device_time import copy_bandwidth
 from benchmarks.report import percentiles, print_table, save
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.messages import GenerationRequest, SamplingParams
+from service.engine.wire.messages import GenerationRequest, SamplingParams
+from tessera.formats.adapter import AdapterRef
+from tessera.formats.basis import Basis
+from tessera.model.base_model import DTYPES, BaseModel
 
 Row = dict[str, Any]
 #: Tokens that a sequence may grow by while it is measured.

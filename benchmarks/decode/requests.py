@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from adapter_core.adapter import Adapter, AdapterRef
-from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_base_model
-from adapter_core.bases import build_basis
-from adapter_core.basis import Basis
 from benchmarks.report import measure, percentiles, print_table, save
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.messages import GenerationRequest, SamplingParams
+from service.engine.wire.messages import GenerationRequest, SamplingParams
+from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.basis import Basis
+from tessera.methods.bases import build_basis
+from tessera.model.base_model import BUNDLED_MODEL, BaseModel, load_base_model
 
 PROMPT_TOKENS = 64
 #: Adapters of a size that training gives: the outputs differ, the model does not break.

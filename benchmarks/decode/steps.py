@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from adapter_core.adapter import AdapterRef
 from benchmarks.device_time import time_on_device
 from service.engine.engine import Engine
-from service.engine.messages import GenerationRequest, SamplingParams
+from service.engine.wire.messages import GenerationRequest, SamplingParams
+from tessera.formats.adapter import AdapterRef
 
 #: Steps thrown away first: kernels are compiled and the graph is captured.
 _WARM_UP = 5

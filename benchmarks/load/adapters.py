@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from redis.asyncio import Redis
 
-from adapter_core import keys
-from adapter_core.adapter import Adapter
-from adapter_core.basis import BasisManifest
-from adapter_core.store import AdapterVersion
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import BasisManifest
+from tessera.redis import keys
+from tessera.store.adapters import AdapterVersion
 
 TENANT = "default"
 #: Adapters of a size that training gives: the outputs differ, the model does not break.

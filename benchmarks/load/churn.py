@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from redis.asyncio import Redis
 
-from adapter_core import keys
-from adapter_core.basis import BasisManifest
-from adapter_core.store import AdapterStore
 from benchmarks.load.adapters import TENANT, make_adapter
+from tessera.formats.basis import BasisManifest
+from tessera.redis import keys
+from tessera.store.adapters import AdapterStore
 
 
 class Churn:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapter_core.base_model import BUNDLED_MODEL
-from service.text import load_text_codec
+from service.generation.text import load_text_codec
+from tessera.model.base_model import BUNDLED_MODEL
 
 #: Of the bundled model's directory, what is not the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")

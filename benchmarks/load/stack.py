@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from adapter_core.child_process import start_child
-from adapter_core.embedded_store import socket_path
+from tessera.processes.child_process import start_child
+from tessera.redis.embedded import socket_path
 
 START_TIMEOUT_S = 600.0  # a large model is read from disk
 STOP_TIMEOUT_S = 600.0  # for a fault: 35 s are what the service gives its parts

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adapter_core.kernels import adapter_delta, add_residual, glu, qkv_rope, rms_norm
 from benchmarks.operators.stack import NUM_MODULES, Adapters, Step, Weights
+from service.engine.kernels import adapter_delta, add_residual, glu, qkv_rope, rms_norm
 
 #: Adds one group's delta to y: layer, group, x, y.
 AddDelta = Callable[[int, str, Tensor, Tensor], None]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from adapter_core.kernels import GroupDelta, add_residual, add_rms_norm, glu, qkv_rope
 from benchmarks.device_time import time_on_device
 from benchmarks.operators.stack import Adapters, Step
+from service.engine.kernels import GroupDelta, add_residual, add_rms_norm, glu, qkv_rope
 
 #: Layers that take turns in one measured run, so that B and R come from where they come from in a model.
 _MAX_LAYERS = 16

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_core.kernels import (
+from service.engine.forward.layers import allocate_together
+from service.engine.kernels import (
     GroupDelta,
     GroupFactors,
     Norm,
@@ -29,7 +30,6 @@ from adapter_core.kernels import (
     rms_norm,
     stack_factors,
 )
-from service.engine.fused.layers import allocate_together
 from tests.popularity import make_token_slots
 
 #: Target modules of a layer: q, k, v, o, gate, up, down.

@@ -10,11 +10,11 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from adapter_core.kernels.gpu import tiling
-from adapter_core.kernels.gpu.tiling import Tile
 from benchmarks.device_time import time_on_device
 from benchmarks.operators.single import single_ops
 from benchmarks.operators.stack import Adapters, Step
+from service.engine.kernels import tiling
+from service.engine.kernels.tiling import Tile
 
 #: Columns and warps; a head's columns are given.
 CANDIDATES = {

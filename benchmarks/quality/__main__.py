@@ -28,10 +28,6 @@ from typing import Any
 
 import torch
 
-from adapter_core.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
-from adapter_core.chat_format import ChatFormat
-from adapter_core.child_process import start_child
-from adapter_core.errors import TesseraError
 from benchmarks.quality.costs import estimate_s, finished_after_s
 from benchmarks.quality.data import DataSet, load_data, personal_name
 from benchmarks.quality.markdown import report
@@ -43,6 +39,10 @@ from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import CLAIMS, Worker, waiting_tasks
 from benchmarks.quality.work import Task
 from benchmarks.report import hardware
+from tessera.chat.chat_format import ChatFormat
+from tessera.errors import TesseraError
+from tessera.model.base_model import BUNDLED_MODEL, load_base_model, load_tokenizer, model_name
+from tessera.processes.child_process import start_child
 
 #: Kept back at the end of the budget for what is running, and for the report.
 REPORT_S = 15.0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.claims import TOLERANCE
 from benchmarks.quality.data import PERSONAL_EXAMPLES, is_personal
 from benchmarks.quality.results import Results
-from trainer_worker.learning_rates import BasisKind, LoraKind, variant
+from tessera.methods.forms import LORA_PRESETS
+from trainer_worker.training.learning_rates import BasisKind, LoraKind, variant
 
 #: Of a whole data set: as many as make no difference.
 MANY_EXAMPLES = 1000

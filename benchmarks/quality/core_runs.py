@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_core.base_model import BaseModel
-from adapter_core.bases import METHODS, BuiltBasis, build_basis_and_step
-from adapter_core.bases.decomposition import orthonormal_columns
-from adapter_core.basis import Basis, make_basis
-from adapter_core.starts import make_start
 from benchmarks.quality.cases import Case
 from benchmarks.quality.data import DataSet
 from benchmarks.quality.records import BuildRecord, RunRecord, shortened
 from benchmarks.quality.settings import BuildMeter, Settings
-from trainer_worker.learning_rates import BasisKind
-from trainer_worker.run import RunUpdate, TrainRun
-from trainer_worker.train import Trainer
+from tessera.formats.basis import Basis, make_basis
+from tessera.methods.bases import METHODS, BuiltBasis, build_basis_and_step
+from tessera.methods.building.decomposition import orthonormal_columns
+from tessera.methods.init import make_start
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.learning_rates import BasisKind
+from trainer_worker.training.run import RunUpdate, TrainRun
+from trainer_worker.training.train import Trainer
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.data import is_personal
 from benchmarks.quality.lora_runs import RATES as LORA_RATES
 from benchmarks.quality.lora_runs import rates_of
 from benchmarks.quality.work import Task
+from tessera.methods.forms import LORA_PRESETS
 
 #: Of one trainer: what it takes whatever is in it, and each run.
 TRAINER_S, CORE_RUN_S, LORA_RUN_S = 22.0, 1.75, 2.2

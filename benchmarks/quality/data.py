@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from adapter_core.base_model import BaseModel
-from adapter_core.bases import CalibrationSet
-from adapter_core.chat_format import ChatFormat, EncodedExample
-from adapter_core.examples import parse_examples
-from trainer_worker.data import VALIDATION_SHARE, TrainingData, encode_data, micro_batches
-from trainer_worker.loss import token_losses
+from tessera.chat.chat_format import ChatFormat, EncodedExample
+from tessera.data.examples import parse_examples
+from tessera.methods.bases import CalibrationSet
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.data import VALIDATION_SHARE, TrainingData, encode_data, micro_batches
+from trainer_worker.training.loss import token_losses
 
 #: How far an example may stand from its place by length: batches of about equal lengths, and different ones
 #: for every seed.

@@ -16,7 +16,7 @@ from benchmarks.quality.work import Task
 SEEDS = (0, 1, 2)
 #: What the earlier list has measured with two seeds gets its third later.
 FIRST, THIRD = SEEDS[:2], SEEDS[2:]
-#: Around what was best for each group (`trainer_worker/learning_rates.py`), to spare time where the rate is
+#: Around what was best for each group (`learning_rates.py`), to spare time where the rate is
 #: no longer the question: LoRA-DA at rank 4, PEFT's peers, local rules.
 NEAR_RATES = (3e-3, 3e-2, 1e-1, 3e-1)
 PEER_RATES = (3e-4, 1e-3, 3e-3)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from adapter_core.base_model import BaseModel
-from adapter_core.bases import METHODS
-from adapter_core.lora_presets import LORA_PRESETS, LoraPreset
 from benchmarks.quality.core_runs import drive, make_record
 from benchmarks.quality.data import DataSet
 from benchmarks.quality.records import BuildRecord, RunRecord
 from benchmarks.quality.settings import BuildMeter, Settings
-from trainer_worker.lora_factors import LoraFactors, initial_factors
-from trainer_worker.lora_form import LoraRun, LoraTrainer
+from tessera.methods.bases import METHODS
+from tessera.methods.forms import LORA_PRESETS, LoraPreset
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.lora.factors import LoraFactors, initial_factors
+from trainer_worker.training.lora.form import LoraRun, LoraTrainer
 
 #: The rate at which LoRA forms are compared untuned.
 SMALL_RATE = 1e-4

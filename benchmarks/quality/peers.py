@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapter_core.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
-from adapter_core.bases import CalibrationSet
-from adapter_core.chat_format import EncodedExample
 from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.records import BuildRecord, RunRecord, shortened
 from benchmarks.quality.settings import BuildMeter, Settings
-from trainer_worker.data import micro_batches
-from trainer_worker.loss import token_losses
-from trainer_worker.plan import TrainingPlan
+from tessera.chat.chat_format import EncodedExample
+from tessera.methods.bases import CalibrationSet
+from tessera.model.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
+from trainer_worker.training.data import micro_batches
+from trainer_worker.training.loss import token_losses
+from trainer_worker.training.plan import TrainingPlan
 
 #: PEFT's names of initialisations; all with r = alpha.
 PEERS = ("lora", "pissa", "olora", "eva", "corda", "lora_ga")

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from adapter_core.errors import InvalidInput
-from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.data import personal_name
 from benchmarks.quality.full_list import PERSONAL, full_list
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.work import Task
+from tessera.errors import InvalidInput
+from tessera.methods.forms import LORA_PRESETS
 
 #: What `--methods` is, unless given.
 DEFAULT_METHODS = (

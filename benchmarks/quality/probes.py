@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_core.base_model import BaseModel
-from adapter_core.bases import CalibrationSet
-from adapter_core.bases.targets import Target, find_targets
-from adapter_core.lora_presets import LORA_PRESETS
-from adapter_core.starts import make_start
 from benchmarks.quality.cases import CASES, SB_COUNTS, Case
 from benchmarks.quality.core_runs import Sweep, build_case, train_case
 from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.settings import Settings
-from trainer_worker.lora_factors import initial_factors
-from trainer_worker.lora_form import LoraRun, LoraTrainer
+from tessera.methods.bases import CalibrationSet
+from tessera.methods.building.targets import Target, find_targets
+from tessera.methods.forms import LORA_PRESETS
+from tessera.methods.init import make_start
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.lora.factors import initial_factors
+from trainer_worker.training.lora.form import LoraRun, LoraTrainer
 
 #: Of LoRA-XS, tables 6 to 8.
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "ffn_in": ("gate_proj", "up_proj")}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapter_core.errors import InvalidInput
+from tessera.errors import InvalidInput
 
 #: Points of a stored training curve, each the mean over its part of the steps.
 CURVE_POINTS = 40

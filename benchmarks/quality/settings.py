@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from adapter_core.bases.method import Method
 from benchmarks.quality.data import DataSet
-from trainer_worker.plan import TrainingPlan
+from tessera.methods.building.method import Method
+from trainer_worker.training.plan import TrainingPlan
 
 #: Evaluations of a run beside the first: the validation curve.
 NUM_EVALUATIONS = 5

@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 
-from adapter_core.base_model import BaseModel
-from adapter_core.errors import TesseraError
-from adapter_core.lora_presets import LORA_PRESETS
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.core_runs import Sweep, build_case, train_case
 from benchmarks.quality.costs import estimate_s
@@ -32,6 +29,9 @@ from benchmarks.quality.probes import precision, recall, retention, samples
 from benchmarks.quality.records import RecordFile, RunRecord, read_records
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.work import Task, remaining
+from tessera.errors import TesseraError
+from tessera.methods.forms import LORA_PRESETS
+from tessera.model.base_model import BaseModel
 
 #: A piece of work of a kind that was never done yet is begun with at least so much time left.
 UNKNOWN_S = 45.0

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from service.tasks import new_event_loop
+from tessera.processes.tasks import new_event_loop
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
 
 async def run(socket: Path, parent: int, restarts: int) -> None:
     # Only now, because it takes seconds: torch and transformers.
-    from adapter_core.settings import CommonSettings, refuse_unknown_variables
-    from service.engine.process import EngineProcess
+    from service.engine.process.engine_process import EngineProcess
     from service.engine.settings import PREFIX, EngineSettings
+    from tessera.settings import CommonSettings, refuse_unknown_variables
 
     refuse_unknown_variables(CommonSettings, EngineSettings, sections=(PREFIX,))
     settings = CommonSettings()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from adapter_core.errors import InvalidInput
+from tessera.errors import InvalidInput
 
 #: Words that a field may be.
 CHOICES = {
@@ -23,7 +23,7 @@ class EngineConfig:
     kv_cache_bytes. max_model_len: prompt and output of one sequence in tokens. max_waiting: requests that may
     wait, of all tenants and of one. tenant_weights: shares of the tokens by tenant, 1 for those not named.
     host_cache_bytes: adapters kept in host memory beside those that a waiting request needs. enable_fused:
-    run the layers of known architectures by our own ops. attention: see `paged_choice.py`. decode_graphs:
+    run the layers of known architectures by our own ops. attention: see `backend.py`. decode_graphs:
     steps by the fused path run over static tensors, "auto": on CUDA, as CUDA graphs; "static": on any
     device, not captured (what the graphs are tested by); "off": never. lookahead: start a step before the
     last one's tokens are read, "on", "off", or "auto": on CUDA, where the device would wait meanwhile.

@@ -10,30 +10,30 @@ import itertools
 import logging
 import os
 
-from adapter_core.adapter import Adapter, AdapterRef
-from adapter_core.base_model import BaseModel
-from adapter_core.basis import Basis
-from adapter_core.errors import InvalidInput, TesseraError
-from adapter_core.rope import pin_rotations
-from service.engine.adapter_cache import AdapterCache
-from service.engine.attention import implementation_of
-from service.engine.blocks import BlockPool
+from service.engine.adapters.host_cache import AdapterCache
+from service.engine.adapters.packed_adapter import PackedAdapter
+from service.engine.adapters.residency import Residency
+from service.engine.adapters.resident_bases import ResidentBases
+from service.engine.attention.reference import implementation_of
 from service.engine.config import EngineConfig
 from service.engine.in_flight import InFlight
-from service.engine.kv_cache import PagedKV
-from service.engine.limits import RequestLimits
-from service.engine.memory import add_remainder, module_bytes, num_kv_blocks
-from service.engine.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
-from service.engine.model_trial import adopt_and_try
-from service.engine.packed_adapter import PackedAdapter
-from service.engine.prefix_keys import root_key
-from service.engine.residency import Residency
-from service.engine.resident_bases import ResidentBases
-from service.engine.runner import ModelRunner
-from service.engine.sampling import make_generator
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import Sequence
+from service.engine.kv.blocks import BlockPool
+from service.engine.kv.cache import PagedKV
+from service.engine.kv.memory import add_remainder, module_bytes, num_kv_blocks
+from service.engine.sampling.sampler import make_generator
+from service.engine.scheduling.limits import RequestLimits
+from service.engine.scheduling.prefix_keys import root_key
+from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.scheduler import Scheduler
 from service.engine.step_loop import StepLoop
+from service.engine.steps.runner import ModelRunner
+from service.engine.trial.model_trial import adopt_and_try
+from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
+from tessera.errors import InvalidInput, TesseraError
+from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.basis import Basis
+from tessera.model.base_model import BaseModel
+from tessera.model.rope import pin_rotations
 
 __all__ = ["Engine", "EngineConfig"]
 

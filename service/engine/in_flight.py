@@ -8,11 +8,11 @@ from __future__ import annotations
 import heapq
 import time
 
-from service.engine.messages import TokenOutput
-from service.engine.plan import StepPlan
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import Sequence
-from service.engine.step_results import StepOutcome
+from service.engine.scheduling.plan import StepPlan
+from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.scheduler import Scheduler
+from service.engine.steps.results import StepOutcome
+from service.engine.wire.messages import TokenOutput
 
 #: Deadlines of requests that have ended are kept up to here, so that they are dropped many at a time.
 MAX_PAST_DEADLINES = 256

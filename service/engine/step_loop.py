@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 
 from service.engine.in_flight import InFlight
-from service.engine.logit_rules import has_rules
-from service.engine.plan import Chunk, StepPlan
-from service.engine.runner import ModelRunner, StepNotComputed
-from service.engine.scheduler import Scheduler
-from service.engine.step_results import PendingResults, StepOutcome
+from service.engine.sampling.logit_rules import has_rules
+from service.engine.scheduling.plan import Chunk, StepPlan
+from service.engine.scheduling.scheduler import Scheduler
+from service.engine.steps.results import PendingResults, StepOutcome
+from service.engine.steps.runner import ModelRunner, StepNotComputed
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from redis.asyncio import Redis
 
-from adapter_core.adapter import Adapter
-from adapter_core.basis import Basis
-from adapter_core.store import AdapterStore
 from benchmarks.load.adapters import TENANT, make_adapter, store_adapters
 from benchmarks.load.arrivals import Zipf, gamma_arrivals
 from benchmarks.load.client import Outcome
 from benchmarks.load.figures import errors, hit_rates, latencies, slope_per_minute
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import Basis
+from tessera.store.adapters import AdapterStore
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 4.0])

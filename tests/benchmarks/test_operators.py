@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_core.kernels.gpu.tiling import tile_of
 from benchmarks.operators.__main__ import main
 from benchmarks.operators.peers import Loras, lora, torch_ops
 from benchmarks.operators.stack import NUM_MODULES, Adapters, Geometry, Step, Weights
 from benchmarks.operators.tune import CANDIDATES, candidates
+from service.engine.kernels.tiling import tile_of
 from tests.popularity import POPULARITIES
 
 GEOMETRY = Geometry(hidden=24, ff=40, heads=2, kv_heads=1, head_dim=8, layers=2)

@@ -11,8 +11,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_base_model, load_tokenizer
-from adapter_core.chat_format import ChatFormat
 from benchmarks import population as command
 from benchmarks.population_presets import PRESETS
 from benchmarks.population_report import tables
@@ -20,6 +18,8 @@ from benchmarks.population_score import Job, matmul_precision
 from benchmarks.population_tasks import Setting, Task, perform
 from benchmarks.population_users import Sizes, make_cast, read_files
 from benchmarks.quality.records import read_records
+from tessera.chat.chat_format import ChatFormat
+from tessera.model.base_model import BUNDLED_MODEL, BaseModel, load_base_model, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = [DATA / "jargon.jsonl", DATA / "devil.jsonl"]

@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_core.base_model import BUNDLED_MODEL, BaseModel, load_base_model, load_tokenizer
-from adapter_core.chat_format import ChatFormat, EncodedExample
-from adapter_core.errors import InvalidInput
 from benchmarks.quality import __main__ as command
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.claims import Claim, Finding
@@ -28,6 +25,9 @@ from benchmarks.quality.results import Results
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import Worker
 from benchmarks.quality.work import Task
+from tessera.chat.chat_format import ChatFormat, EncodedExample
+from tessera.errors import InvalidInput
+from tessera.model.base_model import BUNDLED_MODEL, BaseModel, load_base_model, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 SETTINGS = Settings(

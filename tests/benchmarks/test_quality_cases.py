@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_core.base_model import BaseModel
-from adapter_core.chat_format import EncodedExample
-from adapter_core.errors import InvalidInput
 from benchmarks.quality.automatic import automatic_rate, rates_lines
 from benchmarks.quality.cases import CASES, SB_COUNTS
 from benchmarks.quality.claims import Finding, reason
@@ -28,8 +25,11 @@ from benchmarks.quality.results import Results
 from benchmarks.quality.settings import PERSONAL_BATCH_SIZE, PERSONAL_EPOCHS, Settings
 from benchmarks.quality.tasks import perform, waiting_tasks
 from benchmarks.quality.work import PREFIXES, Task, remaining
-from tests.bases.matrices import VOCABULARY, small_model
-from trainer_worker.data import TrainingData
+from tessera.chat.chat_format import EncodedExample
+from tessera.errors import InvalidInput
+from tessera.model.base_model import BaseModel
+from tests.tessera.methods.matrices import VOCABULARY, small_model
+from trainer_worker.training.data import TrainingData
 
 EARLIER = Path(__file__).parents[2] / "benchmarks/results/quality-h100-small"
 MAIN, OTHERS = "jargon", ["foldoc", "devil"]

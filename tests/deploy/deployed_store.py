@@ -11,9 +11,9 @@ from pathlib import Path
 
 import redis
 
-from adapter_core.child_process import start_child
-from adapter_core.store_binary import find_binary
 from deploy.make_secrets import STORE_USER, make_secrets
+from tessera.processes.child_process import start_child
+from tessera.redis.binary import find_binary
 from tests.waiting import HANG_S, wait_until_sync
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,14 +7,14 @@ from functools import cache
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from adapter_core.job_queue import JobQueue, JobStatus, QueueStats
-from adapter_core.redis_client import connect
-from adapter_core.store import AdapterStore
-from service.engine.messages import EngineStats
-from service.metrics import Metrics
-from service.metrics_collector import STORE_MEMORY, ServiceCollector, StoreFigures, StoreSampler
+from service.engine.wire.messages import EngineStats
+from service.metrics.collector import STORE_MEMORY, ServiceCollector, StoreFigures, StoreSampler
+from service.metrics.service_metrics import Metrics
+from tessera.queue.client import JobQueue, JobStatus, QueueStats
+from tessera.redis.client import connect
+from tessera.store.adapters import AdapterStore
 from tests.fakes import FakeEngine
-from trainer_worker.metrics import TrainerMetrics
+from trainer_worker.common.metrics import TrainerMetrics
 
 #: Prometheus adds them to what it scrapes.
 SCRAPE_LABELS = {"job", "instance"}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from adapter_core.settings import CommonSettings
 from service.engine.settings import EngineSettings
 from service.settings import ServiceSettings
+from tessera.settings import CommonSettings
 from tests.waiting import HANG_S
 from trainer_worker.settings import WorkerSettings
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from adapter_core.embedded_store import store_url
-from adapter_core.errors import InvalidInput
-from adapter_core.redis_client import connect
-from adapter_core.settings import CommonSettings
 from deploy.make_secrets import main as make_secrets_main
 from deploy.make_secrets import make_secrets, sha256
-from service.auth import ApiKeys
+from service.http.auth import ApiKeys
+from tessera.errors import InvalidInput
+from tessera.redis.client import connect
+from tessera.redis.embedded import store_url
+from tessera.settings import CommonSettings
 from tests.deploy.deployed_store import DeployedStore, deployed_store
 
 

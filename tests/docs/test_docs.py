@@ -16,14 +16,14 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from pydantic_settings import BaseSettings
 
-from adapter_core import keys
-from adapter_core.base_model import BUNDLED_MODEL, LLAMA_LINEARS
-from adapter_core.redis_client import connect
-from adapter_core.settings import CommonSettings
 from service.app import create_app, stores_over
 from service.engine.settings import EngineSettings
+from service.generation.text import load_text_codec
 from service.settings import ServiceSettings
-from service.text import load_text_codec
+from tessera.model.base_model import BUNDLED_MODEL, LLAMA_LINEARS
+from tessera.redis import keys
+from tessera.redis.client import connect
+from tessera.settings import CommonSettings
 from tests.deploy.exposed_metrics import service_registry, worker_registry
 from tests.fakes import FakeEngine
 from trainer_worker.settings import WorkerSettings

@@ -1,4 +1,4 @@
-"""`docs/api.md` shows what `service/routes/fields.py` lets pass: ignored fields, neutral values."""
+"""`docs/api.md` shows what `service/http/schemas/fields.py` lets pass: ignored fields, neutral values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from service.routes import fields
+from service.http.schemas import fields
 
 API = Path(__file__).parents[2] / "docs" / "api.md"
 

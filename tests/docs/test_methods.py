@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from adapter_core.bases import METHODS
-from adapter_core.lora_presets import LORA_PRESETS
-from adapter_core.starts import PRESETS, START_METHODS
-from trainer_worker.learning_rates import (
+from tessera.methods.bases import METHODS
+from tessera.methods.forms import LORA_PRESETS
+from tessera.methods.init import PRESETS, START_METHODS
+from trainer_worker.training.learning_rates import (
     DEFAULT_PEAK_STEP,
     LARGE_STEP,
     PEAK_STEPS,

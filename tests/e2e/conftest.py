@@ -14,9 +14,9 @@ import psutil
 import pytest
 import redis
 
-from adapter_core.child_process import start_child
-from adapter_core.embedded_store import socket_path
 from service.local import is_ready
+from tessera.processes.child_process import start_child
+from tessera.redis.embedded import socket_path
 from tests.waiting import HANG_S, wait_until_sync
 
 DATA = Path(__file__).parents[2] / "examples" / "data"

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from adapter_core import keys
+from tessera.redis import keys
 from tests.e2e.conftest import Stack
 from tests.e2e.test_openai_client import training_file
 from tests.waiting import HANG_S, wait_until_sync

@@ -21,9 +21,9 @@ import openai
 import pytest
 import yaml
 
-from adapter_core.child_process import start_child
 from deploy.replay_dashboard import DASHBOARD, Outcome, Prometheus, main, panels, replay
 from service.local import is_ready
+from tessera.processes.child_process import start_child
 from tests.deploy.deployed_store import DeployedStore, deployed_store, free_port
 from tests.waiting import HANG_S, wait_until_sync
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapter_core.base_model import BUNDLED_MODEL
 from benchmarks.lm_eval_sums import NUM_ANSWERED, TOLERANCE, Item, make_items
-from service.text import load_text_codec
+from service.generation.text import load_text_codec
+from tessera.model.base_model import BUNDLED_MODEL
 from tests.e2e.conftest import Stack
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapter_core.base_model import BUNDLED_MODEL
-from service.text import load_text_codec
+from service.generation.text import load_text_codec
+from tessera.model.base_model import BUNDLED_MODEL
 from tests.e2e.conftest import DATA, Stack
 from tests.waiting import HANG_S, wait_until_sync
 

@@ -15,9 +15,9 @@ from typing import Any
 import openai
 import pytest
 
-from adapter_core.base_model import BUNDLED_MODEL, load_tokenizer
-from tests.core.tokenizer_kinds import TEMPLATES
+from tessera.model.base_model import BUNDLED_MODEL, load_tokenizer
 from tests.e2e.conftest import Stack
+from tests.tessera.chat.tokenizer_kinds import TEMPLATES
 from tests.waiting import wait_until_sync
 
 pytestmark = pytest.mark.xdist_group("e2e")

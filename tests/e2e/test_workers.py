@@ -13,12 +13,12 @@ import psutil
 import pytest
 import torch
 
-from adapter_core.basis_store import BasisStore
-from adapter_core.redis_client import connect
-from adapter_core.store import AdapterStore
 from benchmarks.load.adapters import TENANT, make_adapter, store_adapters
 from benchmarks.load.client import Outcome, Prompt, complete
 from benchmarks.load.stack import ServiceStack
+from tessera.redis.client import connect
+from tessera.store.adapters import AdapterStore
+from tessera.store.bases import BasisStore
 from tests.waiting import HANG_S, wait_until_sync
 
 pytestmark = pytest.mark.xdist_group("workers")

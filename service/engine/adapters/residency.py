@@ -1,0 +1,151 @@
+"""Which adapters and bases are where, from a sequence's point of view: wanted, cached, resident, pinned.
+
+    enlist (a sequence waits) → is_ready → pin (it runs) → dismiss (it has ended)
+
+What is not there is listed once as missing; the owner of the engine fetches it from the store and provides
+it. Knows no sequence and no queue, only how many of them refer to an adapter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from service.engine.adapters.host_cache import AdapterCache
+from service.engine.adapters.packed_adapter import PackedAdapter
+from service.engine.adapters.resident_bases import ResidentBases
+from tessera.errors import BasisMismatch, TesseraError
+from tessera.formats.adapter import Adapter, AdapterRef
+
+
+class Residency:
+    """The tiers of adapters above the store: host cache and slots."""
+
+    def __init__(self, bases: ResidentBases, cache: AdapterCache) -> None:
+        self.bases = bases
+        self.cache = cache
+        self.num_load_failures = 0
+        self._users: Counter[AdapterRef] = Counter()
+        self._missing: dict[AdapterRef, None] = {}
+        self._requested: set[AdapterRef] = set()
+        self._unloaded: set[AdapterRef] = set()  # to be dropped once unused
+
+    @property
+    def has_missing(self) -> bool:
+        return bool(self._missing) or self.bases.can_request
+
+    def enlist(self, ref: AdapterRef) -> None:
+        """A sequence that needs `ref` begins to wait."""
+        self._users[ref] += 1
+        self.bases.enlist(ref.basis_id)
+        self.cache.hold(ref)
+        self.want(ref)
+
+    def dismiss(self, ref: AdapterRef, *, pinned_slot: int | None) -> None:
+        """A sequence that needed `ref` has ended, waiting (None) or with the slot that it had pinned."""
+        if pinned_slot is None:
+            self.cache.release(ref)
+        else:
+            self.bases.use(ref.basis_id).unpin(pinned_slot)
+        self.bases.dismiss(ref.basis_id)
+        self._users[ref] -= 1
+        if self._users[ref] == 0:
+            del self._users[ref]
+            if ref in self._unloaded:
+                self._drop(ref)
+
+    def want(self, ref: AdapterRef) -> None:
+        """Have `ref` and its basis fetched, unless they are there or on their way."""
+        self.bases.want(ref.basis_id)
+        if ref not in self._requested and not self.holds(ref):
+            self._requested.add(ref)
+            self._missing[ref] = None
+
+    def holds(self, ref: AdapterRef) -> bool:
+        """Whether `ref` need not be fetched. Any thread may ask: each look-up is one operation on a dict; the
+        answer may be true no more when it arrives."""
+        return ref in self.cache or self.is_resident(ref)
+
+    def is_resident(self, ref: AdapterRef) -> bool:
+        """Whether `ref` has a slot, so that `pin` succeeds whatever the others do."""
+        resident = self.bases.find(ref.basis_id)
+        return resident is not None and ref in resident.slots
+
+    def is_ready(self, ref: AdapterRef) -> bool:
+        """Whether `pin` can succeed as soon as a slot is free. Raises `BasisMismatch` if it never can."""
+        resident = self.bases.find(ref.basis_id)
+        if resident is None:
+            return False
+        if ref in resident.slots:
+            return True
+        adapter = self.cache.get(ref)
+        expected = (len(resident.manifest.modules), resident.manifest.rank)
+        if adapter is not None and (adapter.num_modules, adapter.rank) != expected:
+            self.cache.drop(ref)
+            self.num_load_failures += 1
+            raise BasisMismatch(
+                f"adapter {ref.adapter_id} has {adapter.num_modules} modules of rank {adapter.rank}, "
+                f"its basis has {expected[0]} of rank {expected[1]}"
+            )
+        return adapter is not None
+
+    def pin(self, ref: AdapterRef) -> int | None:
+        """The slot of an adapter that is ready, pinned; None while every slot of its basis is pinned."""
+        slot = self.bases.use(ref.basis_id).pin(ref, self.cache.get(ref))
+        if slot is not None:
+            self.cache.release(ref)
+        return slot
+
+    def load(self) -> None:
+        """Start the loads of everything that was pinned since the last call."""
+        for table in self.bases.tables.values():
+            table.load()
+
+    def take_missing(self) -> list[AdapterRef]:
+        """Adapters to be fetched, each returned once until it is provided."""
+        missing = list(self._missing)
+        self._missing.clear()
+        return missing
+
+    def provide(self, ref: AdapterRef, adapter: Adapter | PackedAdapter | TesseraError) -> None:
+        """Take what was fetched into the cache. Raises the error that came instead, or `BasisMismatch`."""
+        self._requested.discard(ref)
+        self._missing.pop(ref, None)
+        is_unwanted = ref in self._unloaded and ref not in self._users
+        if is_unwanted:
+            self._unloaded.discard(ref)
+        if not isinstance(adapter, TesseraError) and adapter.basis_id != ref.basis_id:
+            adapter = BasisMismatch(f"adapter {ref.adapter_id} belongs to basis {adapter.basis_id}")
+        if isinstance(adapter, TesseraError):
+            self.num_load_failures += 1
+            raise adapter
+        if isinstance(adapter, Adapter):
+            adapter = self.bases.slot_format.pack(adapter)
+        if not is_unwanted:
+            self.cache.put(ref, adapter)
+
+    def unload(self, tenant: str, adapter_id: str) -> None:
+        """Drop every version of an adapter: from the cache and the slots now, though requests in flight keep
+        theirs; what is on its way when it has arrived and nobody needs it."""
+        known = {*self.cache.refs, *self._requested, *self._users}
+        for table in self.bases.tables.values():
+            known.update(table.refs)
+        for ref in known:
+            if (ref.tenant, ref.adapter_id) == (tenant, adapter_id):
+                self._drop(ref)
+                if ref in self._users or ref in self._requested:
+                    self._unloaded.add(ref)
+
+    def check_integrity(self) -> None:
+        self.cache.check_integrity()
+        self.bases.check_integrity()
+        assert all(count > 0 for count in self._users.values())
+        assert self._missing.keys() <= self._requested
+        assert all(ref in self._users or ref in self._requested for ref in self._unloaded)
+
+    def _drop(self, ref: AdapterRef) -> None:
+        self.cache.drop(ref)
+        resident = self.bases.find(ref.basis_id)
+        if resident is not None:
+            resident.slots.drop(ref)
+        if ref not in self._requested:
+            self._unloaded.discard(ref)

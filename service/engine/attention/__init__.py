@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache: a reference implementation, Triton kernels, and the choice."""

@@ -1,0 +1,251 @@
+"""Attention of one step over the paged KV cache by Triton kernels: split contexts in decode, chunked prefill.
+
+Computes what `attention.PagedAttention` computes, and is tested against it. Decode rows go through one
+launch, all prefill tiles through another; both are grids of items that a kernel cuts from the lengths on the
+device (`paged_attention.py`), once a step. Triton is imported at the first launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.engine.attention.query_tiles import few_programs, split_target
+from service.engine.attention.reference import AttentionOptions
+from service.engine.kernels.paged_configs import MIN_BLOCK_M, KernelConfig, Phase, find_config, padded
+from service.engine.kv.cache import KVShape, PagedKV
+
+#: No window: farther back than any context reaches.
+_NO_WINDOW = 1 << 30
+#: Tiles that the cutting kernel is compiled for, at least: few sizes, few compilations while serving.
+_MIN_TILES = 256
+#: Parts added up at a time.
+_BLOCK_P = 16
+#: Multiprocessors that a device without any is taken to have: the interpreter's work is split, too.
+_CPU_MULTIPROCESSORS = 8
+
+
+@dataclass(frozen=True)
+class PagedInputs:
+    """What the kernels read of a step: integer tensors of one dtype each, int32 or int64, on the KV's device.
+
+    tables: [N, blocks], the blocks of each sequence; entries past its length are never read. lengths: [N],
+    tokens of the context after the step. The first num_single sequences have one query each, and row n of the
+    batch belongs to sequence n; of these a length of 0 is a padded row, whose output is zeros. tiles: [P, 4],
+    the queries of the others, from `paged_work.query_tiles` with queries_per_tile. can_split: whether long
+    contexts may be split over several programs, see `paged_work.wants_split`; None: decided by how many there
+    are. singles: [S, 4], tiles of one query each, where lengths and num_single are not read. Of tiles and
+    singles those without a query are padding; rows of the batch that are in none of them are left as they
+    were allocated.
+    """
+
+    tables: Tensor
+    lengths: Tensor
+    num_single: int
+    tiles: Tensor | None = None
+    queries_per_tile: int = 1
+    can_split: bool | None = None
+    singles: Tensor | None = None
+
+    def of_phase(self, phase: Phase) -> Tensor:
+        """What `paged_kernels.cut_work` cuts: lengths [n], or tiles [n, 4]."""
+        if phase == Phase.DECODE:
+            return self.lengths[: self.num_single] if self.singles is None else self.singles
+        return self.tables[:0] if self.tiles is None else self.tiles
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """shared_bytes: shared memory that one program may have, None if there is no limit."""
+
+    num_multiprocessors: int
+    shared_bytes: int | None
+
+
+@cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    if device.type != "cuda":
+        return DeviceLimits(_CPU_MULTIPROCESSORS, None)
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", None)
+    return DeviceLimits(properties.multi_processor_count, shared_bytes)
+
+
+@cache
+def launch_config(phase: Phase, shape: KVShape, dtype: torch.dtype, device: torch.device) -> KernelConfig:
+    """The launch shape for heads of `shape` on `device`."""
+    shared_bytes = device_limits(device).shared_bytes
+    return find_config(phase, shape.key_dim, shape.value_dim, dtype.itemsize, shared_bytes=shared_bytes)
+
+
+def queries_per_tile(kv: PagedKV, num_heads: int) -> int:
+    """Queries of one sequence that a prefill program takes, for a model with `num_heads` query heads."""
+    K, _ = kv.pages_of(0)
+    config = launch_config(Phase.PREFILL, kv.shapes[0], K.dtype, K.device)
+    return max(1, config.block_m // (num_heads // kv.shapes[0].num_kv_heads))
+
+
+def decode_split_target(kv: PagedKV) -> int:
+    """How many items fill the device in decode: what `paged_work.wants_split` asks for."""
+    return _split_limits(kv, Phase.DECODE)[0]
+
+
+def prefill_split_limits(kv: PagedKV) -> tuple[int, int]:
+    """The same in prefill, and the smallest part in tokens."""
+    return _split_limits(kv, Phase.PREFILL)
+
+
+def _split_limits(kv: PagedKV, phase: Phase) -> tuple[int, int]:
+    K, _ = kv.pages_of(0)
+    config = launch_config(phase, kv.shapes[0], K.dtype, K.device)
+    num_multiprocessors = device_limits(K.device).num_multiprocessors
+    target = split_target(kv.shapes[0].num_kv_heads, num_multiprocessors, config.programs_per_sm)
+    return target, config.part_tokens
+
+
+@dataclass(frozen=True)
+class _Work:
+    """items: int32 [num_items, 8]; parts: int32 [num_tiles, 4]; both as `paged_kernels` has them."""
+
+    items: Tensor
+    parts: Tensor
+    can_split: bool
+
+
+class TritonPagedAttention:
+    """The attention of one step. blocks, offsets: integers [T], where each token's KV belongs; not needed by
+    callers that write K and V themselves.
+
+    For a CUDA graph, make one over static tensors and call `begin` at the top of the captured step.
+    """
+
+    def __init__(
+        self,
+        kv: PagedKV,
+        inputs: PagedInputs,
+        blocks: Tensor | None = None,
+        offsets: Tensor | None = None,
+        *,
+        configs: Mapping[Phase, KernelConfig] | None = None,
+    ) -> None:
+        self._kv = kv
+        self._inputs = inputs
+        self._blocks = blocks
+        self._offsets = offsets
+        self._configs = configs or {}
+        self._phases = [phase for phase in Phase if len(inputs.of_phase(phase))]
+        self._work: dict[tuple[Phase, int, int, int], _Work] = {}
+        self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """A new step over the same tensors, whose lengths are others: work is cut anew."""
+        self._work.clear()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """Keep the tokens' K and V, and attend. q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v]; returns
+        [T, Hq, D_v]."""
+        assert self._blocks is not None
+        assert self._offsets is not None
+        shape = self._kv.shapes[layer]
+        k, v = _with_dense_heads(k), _with_dense_heads(v)
+        K, V = self._kv.pages_of(layer)
+        _kernels().keep_kv[(k.shape[1],)](
+            K, V, k, v, self._blocks, self._offsets, k.stride(1), k.stride(0), v.stride(1), v.stride(0),
+            shape.num_kv_heads, shape.key_dim, shape.value_dim, self._kv.block_size,
+            _power_of_two(shape.num_kv_heads), padded(shape.key_dim), padded(shape.value_dim),
+        )  # fmt: skip
+        return self.attend_cached(layer, q.transpose(0, 1), options)
+
+    def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend where the tokens' K and V are in the cache already. q: [T, Hq, D_k]; returns
+        [T, Hq, D_v]."""
+        q = _with_dense_heads(q)
+        out = q.new_empty(q.shape[0], q.shape[1], self._kv.shapes[layer].value_dim)
+        for phase in self._phases:
+            self._launch(phase, layer, q, out, options)
+        return out
+
+    def _launch(self, phase: Phase, layer: int, q: Tensor, out: Tensor, options: AttentionOptions) -> None:
+        shape = self._kv.shapes[layer]
+        K, V = self._kv.pages_of(layer)
+        group = q.shape[1] // shape.num_kv_heads
+        rows = group * (1 if phase == Phase.DECODE else self._inputs.queries_per_tile)
+        config = self._configs.get(phase) or launch_config(phase, shape, q.dtype, q.device)
+        work = self._cut(phase, config, shape.num_kv_heads, options.sliding_window)
+        num_items = len(work.items)
+        part_out, part_stats = out, out  # not touched
+        if work.can_split:
+            part_out, part_stats = self._part_buffers(num_items, shape.num_kv_heads, rows, shape.value_dim)
+        table = self._inputs.tables
+        sinks = q if options.sinks is None else options.sinks  # q is not read there
+        _kernels().attend_items[(shape.num_kv_heads, num_items)](
+            q, K, V, out, part_out, part_stats, table, work.items, sinks,
+            options.scaling, options.softcap or 0.0, options.sliding_window or _NO_WINDOW,
+            q.stride(0), q.stride(1), table.stride(0),
+            shape.num_kv_heads, group, shape.key_dim, shape.value_dim,
+            self._kv.block_size, rows, max(MIN_BLOCK_M, _power_of_two(rows)), config.block_n,
+            padded(shape.key_dim), padded(shape.value_dim),
+            phase == Phase.DECODE, options.sliding_window is not None, options.softcap is not None,
+            work.can_split, options.sinks is not None,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if work.can_split:
+            _kernels().add_parts[(shape.num_kv_heads * rows, len(work.parts))](
+                out, part_out, part_stats, work.parts, sinks, shape.num_kv_heads, group, shape.value_dim,
+                rows, _BLOCK_P, padded(shape.value_dim), options.sinks is not None, num_warps=1,
+            )  # fmt: skip
+
+    def _cut(self, phase: Phase, config: KernelConfig, num_kv_heads: int, window: int | None) -> _Work:
+        """The items of all layers with this window, cut at the first of them."""
+        device = self._inputs.tables.device
+        target = split_target(num_kv_heads, device_limits(device).num_multiprocessors, config.programs_per_sm)
+        key = (phase, window or _NO_WINDOW, target, config.part_tokens)
+        if key not in self._work:
+            self._work[key] = self._cut_now(*key)
+        return self._work[key]
+
+    def _cut_now(self, phase: Phase, window: int, target: int, part_tokens: int) -> _Work:
+        inputs = self._inputs
+        tiles = inputs.of_phase(phase)
+        num_tiles = len(tiles)
+        can_split = few_programs(num_tiles, target) if inputs.can_split is None else inputs.can_split
+        num_items = num_tiles + (target if can_split else 0)
+        work = _Work(
+            torch.empty(num_items, 8, dtype=torch.int32, device=tiles.device),
+            torch.empty(num_tiles, 4, dtype=torch.int32, device=tiles.device),
+            can_split,
+        )
+        _kernels().cut_work[(1,)](
+            tiles, work.items, work.parts, num_tiles, num_items, target, window,
+            part_tokens, max(_MIN_TILES, _power_of_two(num_tiles)), tiles.ndim == 1, can_split,
+        )  # fmt: skip
+        return work
+
+    def _part_buffers(self, *size: int) -> tuple[Tensor, Tensor]:
+        """What parts leave, float32 [items, Hkv, rows, D_v] and [items, Hkv, rows, 2]: one for all layers."""
+        if size not in self._parts:
+            device = self._inputs.tables.device
+            self._parts[size] = (
+                torch.empty(size, dtype=torch.float32, device=device),
+                torch.empty(*size[:-1], 2, dtype=torch.float32, device=device),
+            )
+        return self._parts[size]
+
+
+def _with_dense_heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _kernels() -> Any:
+    from service.engine.kernels import paged_attention
+
+    return paged_attention

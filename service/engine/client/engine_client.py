@@ -1,0 +1,147 @@
+"""The engine for the process that owns it: a connection, and an engine process kept alive behind it.
+
+The process is started, watched and started again when it dies, hangs or speaks nonsense. Its death costs the
+requests in flight (`EngineUnavailable`), never the API. Knows nothing of HTTP, text or the store's content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from service.engine.client.connection import EngineConnection
+from service.engine.client.supervisor import (
+    COMMAND,
+    FIRST_RESTART_DELAY_S,
+    MAX_RESTART_DELAY_S,
+    STABLE_S,
+    EngineChild,
+    Heartbeat,
+    child_environment,
+    socket_path,
+)
+from service.engine.settings import EngineSettings
+from service.engine.wire import ipc
+from service.engine.wire.messages import EngineInfo
+from tessera.errors import EngineUnavailable
+from tessera.processes.restarts import RestartDelay
+from tessera.settings import CommonSettings
+
+logger = logging.getLogger(__name__)
+
+#: Silence allowed before the engine is ready: importing torch on a busy machine takes tens of seconds. It
+#: speaks once a second from then on, also while it loads a model or waits for the store.
+START_TIMEOUT_S = 180.0
+
+
+class EngineClient(EngineConnection):
+    """The engine, for the routes and for supervision. `start` and `close` frame its life, in one event loop.
+
+    restarts_total: processes started after the first. command: what is started. socket: where all of them
+    listen, one after the other, so that other API processes find them; None: a new place for each.
+    """
+
+    def __init__(
+        self,
+        settings: CommonSettings,
+        store_url: str,
+        *,
+        engine_settings: EngineSettings | None = None,
+        command: Sequence[str] = COMMAND,
+        socket: Path | None = None,
+    ) -> None:
+        engine_settings = engine_settings or EngineSettings()
+        super().__init__(Heartbeat(START_TIMEOUT_S), heartbeat_timeout_s=engine_settings.heartbeat_timeout_s)
+        self.restarts_total = 0
+        self._socket = socket
+        self._data_dir = settings.data_dir
+        self._command = command
+        self._environment = child_environment(settings, engine_settings, store_url)
+        self._restart_delay = RestartDelay(
+            first_s=FIRST_RESTART_DELAY_S, max_s=MAX_RESTART_DELAY_S, stable_s=STABLE_S
+        )
+        self._ready_at: float | None = None
+        self._supervision: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to keep an engine process alive. Returns at once; see `wait_ready`."""
+        assert self._supervision is None, "started twice"
+        self.starting_error = "the engine process is being started"
+        self._supervision = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        """End the engine process; requests in flight raise `EngineUnavailable`. Leaves no process behind."""
+        if self._supervision is not None:
+            self._supervision.cancel()
+            await asyncio.gather(self._supervision, return_exceptions=True)
+            self._supervision = None
+
+    async def _supervise(self) -> None:
+        while True:
+            self._ready_at = None
+            reason = await self._run_child()
+            served_s = 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+            delay_s = self._restart_delay.after(served_s)
+            logger.error("%s; the next engine process starts in %.1f s", reason, delay_s)
+            await asyncio.sleep(delay_s)
+            self.restarts_total += 1
+
+    async def _run_child(self) -> str:
+        """Start one engine process and attend to it until it is gone; returns why it is."""
+        try:
+            socket = self._socket or socket_path(self._data_dir)
+            child = EngineChild(self._command, self._environment, socket)
+            child.start(restarts=self.restarts_total)
+        except (OSError, EngineUnavailable) as error:
+            self.starting_error = f"the engine process cannot be started: {error}"
+            return self.starting_error
+        logger.info("engine process %d started", child.pid)
+        reason, kill = "the engine is being closed", False
+        try:
+            reason, kill = await self._attend(child)
+        except (ipc.FrameError, EngineUnavailable) as error:
+            reason, kill = str(error), True
+        except Exception as error:  # whatever it is, it must not end the supervision
+            logger.exception("attending to engine process %d failed", child.pid)
+            reason, kill = f"attending to the engine process failed: {error!r}", True
+        finally:
+            self.disconnect(reason)
+            await child.end(kill=kill)
+        return reason
+
+    async def _attend(self, child: EngineChild) -> tuple[str, bool]:
+        """Talk to the process until it ends or has to be ended: why, and whether it must be killed."""
+        self.failure = None
+        self._heartbeat.timeout_s = START_TIMEOUT_S
+        exited = asyncio.create_task(child.exited())
+        silent = asyncio.create_task(self.silent(lambda: child.pid))
+        talk = asyncio.create_task(self.talk(child.socket))
+        tasks = (exited, silent, talk)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not exited.cancelled():
+            ending = f"the engine process ended with status {exited.result()}"
+            return f"{ending}: {self.failure}" if self.failure else ending, False
+        if not talk.cancelled():
+            talk.result()  # raises: the process speaks nonsense or is stuck
+        return f"the engine process has been silent for {self._heartbeat.timeout_s:g} s", True
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        """Raises `EngineUnavailable` if the engine says that it is stuck in a step."""
+        super()._on_message(message)
+        if self.stats is not None and self.stalled_s > self._heartbeat_timeout_s:
+            raise EngineUnavailable(
+                f"the engine has not come to the end of a step for {self.stalled_s:.0f} s"
+            )
+
+    def _on_ready(self, info: EngineInfo) -> None:
+        super()._on_ready(info)
+        self._ready_at = self._ready_at or time.monotonic()

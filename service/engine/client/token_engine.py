@@ -1,0 +1,41 @@
+"""What the HTTP side asks of an engine: the seam at which the tests put a fake one.
+
+`service/engine/client/engine_client.py` fills it with the engine process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
+
+
+class TokenEngine(Protocol):
+    """Token ids in, token ids out."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is. Raises `EngineUnavailable` until it is ready."""
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The newest figures, None before the first."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def restarts_total(self) -> int: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        """The outputs of one request; the last one has a finish_reason. Closing it cancels the request.
+
+        Raises `EngineUnavailable` if the engine is not there, or dies meanwhile.
+        """
+
+    async def unload(self, tenant: str, adapter_id: str) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...

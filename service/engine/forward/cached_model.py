@@ -1,0 +1,222 @@
+"""Models that compute attention themselves, run over the paged KV cache as `generate` would run them.
+
+Falcon, Bloom, GPT-J, MPT and others never call an attention function that we register, but they read K and V
+through the `Cache` interface of transformers. So a step becomes one forward pass per tile of the batch
+(`attention.AttentionTile`): the sequences that decode side by side, padded at the left, then every piece of a
+prompt by itself. Each pass gets a cache whose layers write to the paged KV and gather from it.
+
+Slower than attention over pages: K and V are gathered in every layer, sequences of different lengths are
+padded to the longest of their tile, and a step takes as many passes as it has tiles.
+
+Some layers count the tokens of the cache to know where they are (Llama 4 scales its queries by the position).
+Padding would count, so such a model gets only sequences of one length in a pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from service.engine.adapters.slots import SlotTable
+from service.engine.attention.reference import AttentionTile, PagedAttention, TokenRows
+from service.engine.kv.blocks import NULL_BLOCK
+from service.engine.kv.cache import KVShape, PagedKV
+
+
+class NotCacheable(Exception):
+    """A model keeps something else than one K and V per layer and token."""
+
+
+class _ProbeCache(DynamicCache):  # type: ignore[misc]
+    """has_counting_layers: whether a layer has asked how many of its tokens there are.
+
+    The model asks before its first layer, for the mask, and MPT's layers ask without their number, for
+    distances, which padding leaves as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_counting_layers = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        self.has_counting_layers |= layer_idx > 0 and bool(self.layers)
+        return int(super().get_seq_length(layer_idx))
+
+
+def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], bool, Tensor]:
+    """What each layer keeps per token, whether layers count the tokens of the cache, and the logits [1, V] of
+    one token. Raises `NotCacheable`."""
+    cache = _ProbeCache()
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    logits = _run(model, zero, zero, torch.ones_like(zero), cache)
+    shapes = []
+    for layer in cache.layers:
+        K, V = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if K is None or V is None or K.ndim != 4 or V.ndim != 4 or K.shape[2] != 1 or V.shape[2] != 1:
+            raise NotCacheable("does not keep one key and one value per layer and token")
+        shapes.append(KVShape(K.shape[1], K.shape[3], V.shape[3]))
+    if not shapes:
+        raise NotCacheable("keeps no KV cache: it computes the whole text again for every token")
+    return tuple(shapes), cache.has_counting_layers, logits[0]
+
+
+class CachedModel:
+    """Runs the steps of `model`. has_counting_layers: see `probe`. tables: the slots of every basis that is
+    resident at the time."""
+
+    def __init__(self, model: PreTrainedModel, *, has_counting_layers: bool = False) -> None:
+        self._model = model
+        self._has_counting_layers = has_counting_layers
+
+    def forward(
+        self,
+        rows: TokenRows,
+        kv: PagedKV,
+        step: PagedAttention,
+        logit_rows: Tensor | None,
+        tables: Sequence[SlotTable],
+    ) -> Tensor:
+        """Logits [n, V] of the chosen rows of the batch, int64 [n], or of all of them."""
+        if logit_rows is None:
+            logit_rows = torch.arange(len(rows.input_ids), device=rows.input_ids.device)
+        staged = [(table, table.active) for table in tables if table.active is not None]
+        logits: Tensor | None = None
+        try:
+            for tile in _of_one_length(step.tiles) if self._has_counting_layers else step.tiles:
+                own = slice(tile.start, tile.start + tile.positions.numel())
+                for table, slots in staged:
+                    table.active = slots[own]
+                wanted = logit_rows - tile.start
+                found = self._tile_logits(tile, rows, own, kv, wanted.clamp(0, own.stop - own.start - 1))
+                is_own = (wanted >= 0) & (wanted < own.stop - own.start)
+                logits = found if logits is None else torch.where(is_own[:, None], found, logits)
+        finally:
+            for table, slots in staged:
+                table.active = slots
+        assert logits is not None
+        return logits
+
+    def _tile_logits(
+        self, tile: AttentionTile, rows: TokenRows, own: slice, kv: PagedKV, wanted: Tensor
+    ) -> Tensor:
+        """Logits [n, V] of the `wanted` rows of a tile, int64 [n]."""
+        num_sequences, num_queries = tile.positions.shape
+        tile_kv = _TileKV(kv, tile, rows.blocks[own], rows.offsets[own])
+        layers: list[Any] = [_PagedLayer(tile_kv, index) for index in range(len(kv.shapes))]
+        input_ids = rows.input_ids[own].view(num_sequences, num_queries)
+        kept = wanted if num_sequences == 1 else None
+        logits = _run(self._model, input_ids, tile.positions, tile_kv.mask, Cache(layers=layers), kept)
+        logits = logits.flatten(0, 1)
+        return logits if kept is not None else logits.index_select(0, wanted)
+
+
+def _of_one_length(tiles: Sequence[AttentionTile]) -> Iterator[AttentionTile]:
+    """The same rows in tiles whose sequences have equally many tokens. A tile of several has one row of each,
+    the longest first."""
+    for tile in tiles:
+        assert tile.lengths is not None, "steps from plans know their lengths"
+        first = 0
+        for length, same in itertools.groupby(tile.lengths):
+            last = first + len(list(same))
+            yield AttentionTile(
+                tile.start + first * tile.positions.shape[1],
+                tile.table[first:last],
+                tile.positions[first:last],
+                lengths=[length] * (last - first),
+            )
+            first = last
+
+
+class _TileKV:
+    """K and V of the sequences of one tile. blocks, offsets: int64 [n * Q], where those of its tokens belong.
+
+    mask: int64 [n, L], 0 where a sequence is padded at the left. L: length of the longest context.
+    """
+
+    def __init__(self, kv: PagedKV, tile: AttentionTile, blocks: Tensor, offsets: Tensor) -> None:
+        self._kv = kv
+        self._blocks, self._offsets = blocks, offsets
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.num_sequences, self.num_queries = tile.positions.shape
+        self.length = max(tile.lengths) if tile.lengths else tile.table.shape[1] * kv.block_size
+        columns = torch.arange(self.length, device=tile.positions.device)
+        positions = columns - (self.length - 1 - tile.positions[:, -1:])  # [n, L]
+        is_padding = positions < 0
+        held = tile.table.gather(1, positions.clamp(min=0) // kv.block_size)
+        self._held = torch.where(is_padding, NULL_BLOCK, held)
+        self._at = torch.where(is_padding, 0, positions % kv.block_size)
+        self.mask = (~is_padding).long()
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k [n, Hkv, Q, D_k] and v [n, Hkv, Q, D_v]; returns K and V [n, Hkv, L, D] of the contexts."""
+        num_heads = k.shape[1]
+        if num_heads not in self._rows:
+            new = self._kv.rows(num_heads, self._blocks, self._offsets)
+            self._rows[num_heads] = new, self._kv.rows(num_heads, self._held, self._at)
+        new, whole = self._rows[num_heads]
+        k, v = (x.transpose(0, 1).flatten(1, 2).to(self._kv.dtype) for x in (k, v))
+        self._kv.write(layer, k, v, new)
+        K, V = self._kv.read_rows(layer, whole)
+        size = (self.num_sequences, num_heads, self.length, -1)
+        return K.view(size), V.view(size)
+
+
+class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a `Cache` over a tile."""
+
+    is_sliding = False
+
+    def __init__(self, tile: _TileKV, index: int) -> None:
+        super().__init__()
+        self._tile, self._index = tile, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to allocate."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._tile.update(self._index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` returns."""
+        return self._tile.length, 0
+
+    def get_seq_length(self) -> int:
+        return self._tile.length - self._tile.num_queries
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    cache: Cache,
+    logit_rows: Tensor | None = None,
+) -> Tensor:
+    """Logits [n, Q, V], of one sequence only those of `logit_rows` if given. input_ids, positions: int64
+    [n, Q]; mask: int64 [n, L]."""
+    known = inspect.signature(model.forward).parameters
+    if "past_key_values" not in known:
+        raise NotCacheable("keeps no KV cache: it computes the whole text again for every token")
+    options: dict[str, Any] = {}
+    if "position_ids" in known:
+        options["position_ids"] = positions
+    if "logits_to_keep" in known and logit_rows is not None:
+        options["logits_to_keep"] = logit_rows
+    output = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+    logits: Tensor = output.logits
+    if logit_rows is not None and "logits_to_keep" not in known:
+        logits = logits.index_select(1, logit_rows)
+    return logits

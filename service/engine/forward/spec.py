@@ -1,0 +1,195 @@
+"""One model, resolved: which modules its layers are made of, and what is done between them.
+
+Recognises a model by its class, its configuration and its modules. Whatever is not exactly as expected is
+refused with the reason, and the generic path serves it: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from service.engine.attention.reference import AttentionOptions
+from service.engine.forward.architectures import ACTIVATIONS, ARCHITECTURES, Architecture
+from service.engine.kernels import Norm
+from tessera.model.rope import depends_on_batch
+
+
+class NotFusable(Exception):
+    """The model cannot be run by the fused path; the text says why."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer. qkv, gate_up: dotted names of the linear layers that share an input, one for all
+    outputs or one for each; o, down: of one. q_norm, k_norm: of every head, or of all heads at once
+    (`ModelSpec.has_wide_qk_norms`). next_norm: what reads the residual after the layer: the next layer's
+    first norm or the model's last. A norm is None where the block reads the residual as it is, or adds to it
+    as it is. rotary: which rotation, None for none."""
+
+    qkv: tuple[str, ...]
+    o: str
+    gate_up: tuple[str, ...]
+    down: str
+    q_norm: Norm | None
+    k_norm: Norm | None
+    post_attention_norm: Norm | None
+    pre_mlp_norm: Norm | None
+    post_mlp_norm: Norm | None
+    next_norm: Norm | None
+    rotary: str | None
+    attention: AttentionOptions
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The whole model. embedding_scale: of the embedding; residual_scale: of what a block adds to the
+    residual. rotaries: names of the rotations in use."""
+
+    layers: tuple[LayerSpec, ...]
+    first_norm: Norm | None
+    head_dim: int
+    activation: str
+    has_wide_qk_norms: bool
+    embedding_scale: float
+    residual_scale: float
+    logit_divisor: float | None
+    logit_softcap: float | None
+
+    @property
+    def rotaries(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(layer.rotary for layer in self.layers if layer.rotary is not None))
+
+
+def recognise(model: PreTrainedModel, options: Sequence[AttentionOptions]) -> ModelSpec:
+    """The spec of `model`. options: what each layer asks of attention, as seen in a trial run.
+
+    Raises `NotFusable`.
+    """
+    name = type(model).__name__
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None or not type(model).__module__.startswith("transformers.models."):
+        raise NotFusable(f"{name} is not among the fused architectures")
+    try:
+        return _Reader(model, architecture).read(options)
+    except (AttributeError, KeyError) as error:
+        raise NotFusable(f"{name} is not laid out as expected: {error}") from error
+
+
+class _Reader:
+    """Reads one model's configuration and modules."""
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self._model = model
+        self._config = model.config
+        self._architecture = architecture
+
+    def read(self, options: Sequence[AttentionOptions]) -> ModelSpec:
+        decoder, config = self._model.get_submodule("model"), self._config
+        _require(decoder.training is False, "it is in training mode")
+        _require(isinstance(decoder.embed_tokens, nn.Embedding), "its embedding is not torch's")
+        head = self._model.get_submodule("lm_head")
+        _require(type(head) is nn.Linear and head.bias is None, "its head is no plain linear layer")
+        activation = ACTIVATIONS.get(str(getattr(config, self._architecture.activation)))
+        _require(activation is not None, "its activation is unknown")
+        assert activation is not None
+        wanted = self._architecture
+        first_norms = [
+            self._optional_norm(f"model.layers.{i}", wanted.pre_attention_norm) for i in range(len(options))
+        ]
+        layers = [
+            self._layer(index, next_norm, options[index])
+            for index, next_norm in enumerate([*first_norms[1:], self._norm("model.norm")])
+        ]
+        return ModelSpec(
+            layers=tuple(layers),
+            first_norm=first_norms[0],
+            head_dim=self._head_dim(),
+            activation=activation,
+            has_wide_qk_norms=wanted.has_wide_qk_norms,
+            embedding_scale=self._number(wanted.embedding_scale) or 1.0,
+            residual_scale=self._number(wanted.residual_scale) or 1.0,
+            logit_divisor=self._number(wanted.logit_divisor),
+            logit_softcap=self._number(wanted.logit_softcap),
+        )
+
+    def _layer(self, index: int, next_norm: Norm | None, attention: AttentionOptions) -> LayerSpec:
+        wanted, prefix = self._architecture, f"model.layers.{index}"
+        _require(attention.sinks is None, "it has attention sinks")
+        has_qk_norms = hasattr(self._model.get_submodule(f"{prefix}.self_attn"), "q_norm")
+        _require(has_qk_norms is wanted.has_qk_norms, "it normalises queries and keys otherwise")
+        return LayerSpec(
+            qkv=tuple(self._linear(f"{prefix}.self_attn.{name}") for name in wanted.qkv),
+            o=self._linear(f"{prefix}.self_attn.o_proj"),
+            gate_up=tuple(self._linear(f"{prefix}.mlp.{name}") for name in wanted.gate_up),
+            down=self._linear(f"{prefix}.mlp.down_proj"),
+            q_norm=self._norm(f"{prefix}.self_attn.q_norm") if wanted.has_qk_norms else None,
+            k_norm=self._norm(f"{prefix}.self_attn.k_norm") if wanted.has_qk_norms else None,
+            post_attention_norm=self._optional_norm(prefix, wanted.post_attention_norm),
+            pre_mlp_norm=self._optional_norm(prefix, wanted.pre_mlp_norm),
+            post_mlp_norm=self._optional_norm(prefix, wanted.post_mlp_norm),
+            next_norm=next_norm,
+            rotary=self._rotary(index),
+            attention=attention,
+        )
+
+    def _rotary(self, index: int) -> str | None:
+        """The rotation of a layer: its layer type where rotations differ by it (Gemma-3), else ""."""
+        field = self._architecture.rope_layers
+        if field is not None and not getattr(self._config, field)[index]:
+            return None
+        rotary = self._model.get_submodule("model.rotary_emb")
+        _require(not depends_on_batch(rotary), "its positions are rotated in a way that depends on the batch")
+        return str(self._config.layer_types[index]) if isinstance(rotary.rope_type, dict) else ""
+
+    def _linear(self, name: str) -> str:
+        linear = self._model.get_submodule(name)
+        _require(isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}")
+        return name
+
+    def _optional_norm(self, prefix: str, name: str | None) -> Norm | None:
+        return None if name is None else self._norm(f"{prefix}.{name}")
+
+    def _norm(self, name: str) -> Norm:
+        module = self._model.get_submodule(name)
+        _require(type(module).__name__.endswith("RMSNorm"), f"{name} is a {type(module).__name__}")
+        eps: Any = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+        _require(eps is not None, f"{name} has no eps")
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return Norm(weight.detach(), float(eps), self._architecture.has_offset_norms)
+
+    def _head_dim(self) -> int:
+        config = self._config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def _number(self, field: str | None) -> float | None:
+        value = None if field is None else getattr(self._config, field)
+        return None if value is None else float(value)
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise NotFusable(reason)
+
+
+def rotary_tables(
+    model: PreTrainedModel, names: tuple[str, ...], num_positions: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """cos and sin [num_positions, rotated dims] of each rotation, as the model's own module computes them.
+
+    In the model's dtype, to which the model rounds them too: 67 MB at 128 Ki positions, head size 128.
+    """
+    rotary = model.get_submodule("model.rotary_emb")
+    like = torch.empty(0, device=model.device, dtype=model.dtype)
+    positions = torch.arange(num_positions, device=model.device)[None]
+    tables = {}
+    for name in names:
+        cos, sin = rotary(like, positions, name) if name else rotary(like, positions)
+        tables[name] = (cos[0].contiguous(), sin[0].contiguous())
+    return tables

@@ -1,0 +1,1 @@
+"""Which requests run, and which of their tokens the next step computes."""

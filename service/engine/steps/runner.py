@@ -1,0 +1,185 @@
+"""The model, run for one step: plan in, a token and log-probabilities for every chunk out.
+
+    launch    upload the step's integers, run the model, sample; nothing waits for the device
+    collect   wait, and read what it brought (`PendingResults`)
+
+Chooses nothing about requests: the plan says what is computed, the parameters of its sequences what is
+reported.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from service.engine.adapters.resident_bases import ResidentBases
+from service.engine.adapters.slots import SlotTable
+from service.engine.attention.backend import AttentionKind
+from service.engine.config import EngineConfig
+from service.engine.forward import self_check
+from service.engine.forward.model_path import ModelFacts, ModelPath
+from service.engine.kv.cache import PagedKV
+from service.engine.scheduling.plan import StepPlan
+from service.engine.steps.batch import StepBatch, build_batch
+from service.engine.steps.results import PendingResults, StepLogits
+from service.engine.steps.static_steps import StaticSteps
+from service.engine.steps.step_attention import StepAttention
+from service.engine.steps.token_sources import SampledTokens, TokenSources, find_sources
+
+
+class StepNotComputed(Exception):
+    """The model failed to compute a step, of which nothing has been sampled. The text says why."""
+
+
+class ModelRunner:
+    """Runs plans. The KV goes to `kv`, the adapters come from `bases`. max_model_len: in tokens.
+    static_steps: what runs steps over static tensors, None where all are launched op by op."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        facts: ModelFacts,
+        kv: PagedKV,
+        bases: ResidentBases,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+    ) -> None:
+        self._config = config
+        self._device = torch.device(model.device)
+        self._kv = kv
+        self._bases = bases
+        self._vocab_size = facts.vocab_size
+        num_positions = max(max_model_len, self_check.NUM_POSITIONS)
+        self._attention = StepAttention(kv, facts, config, num_positions=num_positions)
+        self._path = ModelPath(
+            model, facts, bases, num_positions=num_positions, enable_fused=config.enable_fused
+        )
+        self.static_steps: StaticSteps | None = None
+        self._no_targets = torch.empty(0, dtype=torch.int64, device=self._device)
+        self._sampled: SampledTokens | None = None
+
+    @property
+    def path_name(self) -> str:
+        """How the model is run, and why so."""
+        return self._path.name
+
+    def prepare(self) -> None:
+        """Settle how the model is run, now that the default basis is known; else the first step does it."""
+        if self._path.prepare(self._trial_error):
+            self.static_steps = self._make_static_steps()
+
+    def warm_up(self) -> None:
+        """Compile and capture what steps over static tensors will need, so that no request waits for it. When
+        the default basis is there and nothing is under way; on CUDA only."""
+        self.prepare()
+        if self.static_steps is not None and self._device.type == "cuda":
+            with torch.inference_mode():
+                self.static_steps.warm_up(self._own_slots())
+
+    def launch(self, plan: StepPlan, *, op_by_op: bool = False) -> PendingResults:
+        """Start a step. Pending tokens in it are those of the step that was launched before.
+
+        op_by_op: not over static tensors. Raises `StepNotComputed`, and an accelerator's own errors.
+        """
+        self.prepare()
+        self._path.follow_bases()
+        sources = find_sources(plan.chunks, self._sampled)
+        with torch.inference_mode():
+            try:
+                logits, prompt_targets = self._compute(plan, sources, op_by_op=op_by_op)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # whatever a model's code or a kernel may raise
+                raise StepNotComputed(str(error)) from error
+            results = PendingResults(plan, logits, prompt_targets)
+        sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        self._sampled = SampledTokens(results.tokens, sequences)
+        return results
+
+    def clear(self, blocks: list[int]) -> None:
+        """Clear KV blocks that were another's before, as a step does with its `fresh_blocks`."""
+        with torch.inference_mode():
+            self._kv.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
+
+    def close(self) -> None:
+        """Give the model's layers back as they were."""
+        self.static_steps = None
+        self._path.close()
+
+    def _compute(
+        self, plan: StepPlan, sources: TokenSources | None, *, op_by_op: bool
+    ) -> tuple[StepLogits, Tensor]:
+        """The logits, and the targets of the rows that are scored."""
+        steps = self.static_steps
+        if steps is not None and not op_by_op and steps.can_run(plan, self._bases.default_id):
+            return steps.launch(plan, self._own_slots(), sources), self._no_targets
+        batch = self._stage(plan, self._kv, sources)
+        self._kv.clear(batch.fresh_blocks)
+        logits = self._path.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
+        return StepLogits(logits), batch.prompt_targets
+
+    def _own_slots(self) -> SlotTable | None:
+        """Those of the fused basis. A step over static tensors has no rows of another."""
+        for basis_id, table in self._bases.tables.items():
+            if basis_id != self._bases.default_id:
+                table.stage(None)
+        return self._bases.tables.get(self._bases.default_id)
+
+    def _stage(self, plan: StepPlan, kv: PagedKV, sources: TokenSources | None = None) -> StepBatch:
+        batch = build_batch(plan, kv, self._attention.layout, self._device, sources)
+        for basis_id, table in self._bases.tables.items():
+            table.stage(batch.slots.get(basis_id))
+        return batch
+
+    def _make_static_steps(self) -> StaticSteps | None:
+        wanted, model = self._config.decode_graphs, self._path.fused
+        # Over static tables the slow truth would gather every sequence at the full length of the model.
+        can_capture = self._device.type == "cuda" and self._attention.kind == AttentionKind.TRITON
+        is_wanted = wanted == "static" or (wanted == "auto" and can_capture)
+        if model is None or not is_wanted:
+            return None
+        return StaticSteps(
+            model,
+            self._kv,
+            self._attention,
+            max_sequences=self._config.max_running,
+            max_tokens=self._config.max_batch_tokens,
+        )
+
+    @torch.inference_mode()
+    def _trial_error(self) -> float:
+        """How far the two ways through the model are apart, see `fused/self_check.py`."""
+        basis_id = self._bases.default_id
+        table = self._bases.tables.get(basis_id)
+        if table is None:
+            return self_check.disagreement(*self._trial_logits(basis_id, 0))
+        slot = table.begin_trial(self_check.trial_core(table.R_slots.shape[1:]))
+        try:
+            return self_check.disagreement(*self._trial_logits(basis_id, slot))
+        finally:
+            table.end_trial()
+
+    def _trial_logits(self, basis_id: str, slot: int) -> list[Tensor]:
+        """Logits [rows, V] of all rows of the trial, by the fused way and by the generic one."""
+        plans = self_check.trial_plans(
+            self._vocab_size,
+            self._kv.block_size,
+            basis_id,
+            slot=slot,
+            max_tokens=self._config.max_batch_tokens,
+        )
+        logits = []
+        for forward in (self._path.forward_fused, self._path.forward_generic):
+            kv = PagedKV(
+                self._kv.shapes,
+                num_blocks=self_check.num_trial_blocks(self._kv.block_size),
+                block_size=self._kv.block_size,
+                device=self._device,
+                dtype=self._kv.dtype,
+            )
+            batches = (self._stage(plan, kv) for plan in plans)
+            outputs = [forward(batch.rows, kv, batch.attention) for batch in batches]
+            logits.append(torch.cat(outputs))
+        return logits

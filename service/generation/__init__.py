@@ -1,0 +1,1 @@
+"""From a prompt to text: which model is meant, tokens in, text out, and scoring."""

@@ -1,0 +1,141 @@
+"""What the `model` of a request means: the base model, or one of the caller's adapters at some version.
+
+    <base>              the base model alone
+    <adapter>           the active version of the caller's adapter; also `<base>:<adapter>`
+    <adapter>@<version> that version
+
+Another tenant's adapter looks exactly like one that does not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from service.engine.client.token_engine import TokenEngine
+from tessera.errors import EngineUnavailable, InvalidInput, NotFound
+from tessera.formats.adapter import AdapterRef
+from tessera.model.base_model import model_name, public_source
+from tessera.redis.keys import ADAPTER_ID
+from tessera.store.adapters import AdapterRecord, AdapterStore
+from tessera.store.ownership import OwnBases
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+#: `GET /v1/models` has no pages in OpenAI's clients; all of a tenant's adapters are at `GET /v1/adapters`.
+MAX_LISTED_ADAPTERS = 100
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who asks for what: `name` as the caller wrote it; adapter None means the base model alone."""
+
+    tenant: str
+    name: str
+    adapter: AdapterRef | None
+
+
+class Models:
+    """The base model and the adapters, by the names that callers use."""
+
+    def __init__(
+        self, base_model: str, adapters: AdapterStore, own_bases: OwnBases, engine: TokenEngine
+    ) -> None:
+        """base_model: its directory or hub id."""
+        self.base_name = model_name(base_model)
+        self.base_source = public_source(base_model)
+        self._adapters = adapters
+        self._own_bases = own_bases
+        self._engine = engine
+
+    async def resolve(
+        self, tenant: str, name: str, aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> Target:
+        """What `name` means. aliases: the name that other fields give, by field; it counts where `name` is
+        the base model's, and must be the same elsewhere.
+
+        Raises `NotFound` with the field that counted as param, `InvalidInput` for an alias that contradicts.
+        """
+        param = "model"
+        for field, alias in aliases.items():
+            if name == self.base_name:
+                name, param = alias, field
+            elif self._plain(alias) != self._plain(name):
+                message = f"{field} says {alias!r} and model {name!r}; name one, or the base model as model"
+                raise InvalidInput(message, param=field)
+        if name == self.base_name:
+            return Target(tenant, name, None)
+        try:
+            adapter_id, version = self.parse(name)
+            return Target(tenant, name, await self._adapters.resolve(tenant, adapter_id, version))
+        except NotFound as error:
+            raise NotFound(error.message, param=param, code=error.code) from error
+
+    def _plain(self, name: str) -> str:
+        return name.removeprefix(f"{self.base_name}:")
+
+    def parse(self, name: str) -> tuple[str, int | None]:
+        """Adapter id and version in a name. Raises `NotFound` for what can be no adapter's name."""
+        adapter_id, at, version = name.removeprefix(f"{self.base_name}:").partition("@")
+        if not ADAPTER_ID.fullmatch(adapter_id) or (at and not _VERSION.fullmatch(version)):
+            raise unknown_model(name)
+        return adapter_id, int(version) if at else None
+
+    def check_new_id(self, adapter_id: str, *, param: str = "adapter.id") -> str:
+        """`adapter_id`, if an adapter may have this name. Raises `InvalidInput`."""
+        if not ADAPTER_ID.fullmatch(adapter_id):
+            raise InvalidInput(
+                f"an adapter id is 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit; "
+                f"got {adapter_id!r}",
+                param=param,
+            )
+        if adapter_id == self.base_name:
+            raise InvalidInput(f"{adapter_id!r} is the name of the base model", param=param)
+        return adapter_id
+
+    async def get(self, tenant: str, name: str) -> AdapterRecord | None:
+        """The adapter that `name` means; None if it is the base model. Raises `NotFound`."""
+        if name == self.base_name:
+            return None
+        adapter_id, version = self.parse(name)
+        record = await self._adapters.get(tenant, adapter_id)
+        if version is not None and all(v.version != version for v in record.versions):
+            raise unknown_model(name)
+        return record
+
+    async def delete(self, tenant: str, name: str) -> str:
+        """Delete an adapter with all its versions, here and in the engine, and with the bases that only it
+        needed; returns its id.
+
+        Raises `NotFound`, and `InvalidInput` for the base model and for a single version.
+        """
+        if name == self.base_name:
+            raise InvalidInput("the base model cannot be deleted", param="model")
+        adapter_id, version = self.parse(name)
+        if version is not None:
+            raise InvalidInput("a single version cannot be deleted, only the adapter", param="model")
+        is_deleted = await self._adapters.delete(tenant, adapter_id)
+        # Also if it was deleted before: that deletion may have been cut off here.
+        generation = await self._adapters.generation(tenant, adapter_id)
+        await self._own_bases.release(tenant, adapter_id, generation=generation)
+        if not is_deleted:
+            raise unknown_model(name)
+        await self.forget(tenant, adapter_id)
+        return adapter_id
+
+    async def forget(self, tenant: str, adapter_id: str) -> None:
+        """Make the engine drop its copies. One that is down has none, and the store is the truth."""
+        try:
+            await self._engine.unload(tenant, adapter_id)
+        except EngineUnavailable:
+            return
+
+
+def unknown_model(name: str) -> NotFound:
+    return NotFound(
+        f"the model {name[:200]!r} does not exist, or you have no access to it",
+        param="model",
+        code="model_not_found",
+    )

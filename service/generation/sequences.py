@@ -1,0 +1,270 @@
+"""Sequences in flight: the engine's tokens become pieces of text, and several sequences one stream.
+
+Knows the engine's messages and the text codec; no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from service.engine.client.token_engine import TokenEngine
+from service.engine.wire.messages import GenerationRequest, TokenLogprobs, TokenOutput
+from service.errors import DeadlineExceeded
+from service.generation.text import TextStream
+from service.metrics.service_metrics import Metrics
+from tessera.errors import Conflict, CorruptRecord, InvalidTrainingData, NotFound, RequestFailed, TesseraError
+from tessera.processes.tasks import end_tasks
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token with its log-probability."""
+
+    logprobs: TokenLogprobs
+    #: Where its text begins in the sequence's text.
+    offset: int
+    #: Whether no text is before it, so that it may lose its space.
+    is_first: bool = False
+    #: Whether it ended the sequence and is no part of the text.
+    is_end: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became certain of one sequence: text, and the tokens whose text began to show."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    #: All tokens that came since the piece before, whether they show or not.
+    token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class Finished:
+    """A whole sequence, put together from its pieces."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of one API request. A prompt that is continued n times counts once."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class LiveSequence:
+    """One sequence that the engine continues. `pieces` ends it, however it is left."""
+
+    def __init__(self, index: int, request: GenerationRequest, text: TextStream, metrics: Metrics) -> None:
+        self.index = index
+        self.request = request
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.max_distinct = 0
+        self.ttft_s: float | None = None
+        self._text = text
+        self._metrics = metrics
+        self._newest_at = time.monotonic()
+        self._shown = 0
+        self._waiting: deque[Token] = deque()
+        self._unsent_ids: list[int] = []
+
+    async def pieces(self, engine: TokenEngine) -> AsyncGenerator[Piece, None]:
+        """Pieces up to the one with a finish_reason. Raises what the engine gave up with."""
+        async with aclosing(engine.generate(self.request)) as outputs:
+            async for output in outputs:
+                piece = self._read(output)
+                if piece.text or piece.finish_reason or piece.prompt_logprobs:
+                    yield piece
+                if piece.finish_reason:
+                    return
+        raise RequestFailed("the engine ended a sequence without saying why")
+
+    def _read(self, output: TokenOutput) -> Piece:
+        if output.error is not None or output.finish_reason in ("error", "cancelled"):
+            raise error_of(output)
+        self._time(len(output.token_ids))
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.max_distinct = max(self.max_distinct, output.num_distinct)
+        prompt = None if output.prompt_logprobs is None else tuple(output.prompt_logprobs)
+        finish_reason = output.finish_reason
+        text = ""
+        for position, token_id in enumerate(output.token_ids):
+            self.num_tokens += 1
+            self._unsent_ids.append(token_id)
+            logprobs = output.logprobs[position] if output.logprobs else None
+            ends = finish_reason == "stop" and position == len(output.token_ids) - 1
+            if ends and not self._text.includes_stop and token_id in self.request.sampling.stop_token_ids:
+                text += self._end(logprobs)
+                break
+            if logprobs is not None:
+                self._waiting.append(Token(logprobs, self._text.length, self._text.is_at_start))
+            text += self._text.push(token_id)
+            if self._text.is_stopped:
+                finish_reason = "stop"
+                break
+        if finish_reason is not None:
+            text += self._text.flush()
+        token_ids: tuple[int, ...] = ()
+        if text or finish_reason or prompt:  # it will be sent
+            token_ids = tuple(self._unsent_ids)
+            self._unsent_ids.clear()
+        shown = self._shown_tokens(text, finish_reason)
+        return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
+
+    def _end(self, logprobs: TokenLogprobs | None) -> str:
+        """The rest of the text, before a stop token that is no part of it."""
+        text = self._text.flush()
+        if logprobs is not None:
+            self._waiting.append(Token(logprobs, self._text.length, is_end=True))
+        return text
+
+    def _time(self, num_tokens: int) -> None:
+        now = time.monotonic()
+        waited_s, self._newest_at = now - self._newest_at, now
+        if self.ttft_s is None:
+            self.ttft_s = waited_s
+            self._metrics.time_to_first_token.observe(waited_s)
+        elif num_tokens:
+            self._metrics.inter_token_latency.observe(waited_s / num_tokens)
+
+    def _shown_tokens(self, text: str, finish_reason: str | None) -> tuple[Token, ...]:
+        """The waiting tokens whose text has begun to show; at the end all but those after a stop string."""
+        self._shown += len(text)
+        is_cut = finish_reason is None or self._text.is_stopped
+        shown = []
+        while self._waiting and (not is_cut or self._waiting[0].offset < self._shown):
+            shown.append(self._waiting.popleft())
+        return tuple(shown)
+
+
+@dataclass
+class Generation:
+    """All sequences of one API request: n for each prompt, prompts outermost."""
+
+    sequences: list[LiveSequence]
+    engine: TokenEngine
+    metrics: Metrics
+    n: int = 1
+    skip_special_tokens: bool = True
+    started_at: float = field(default_factory=time.monotonic)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The pieces of all sequences as they come. Leaving it cancels what still runs."""
+        outcome = "cancelled"
+        try:
+            async with aclosing(merge([s.pieces(self.engine) for s in self.sequences])) as merged:
+                async for piece in merged:
+                    yield piece
+            outcome = "finished"
+        except TesseraError:
+            outcome = "failed"
+            raise
+        finally:
+            duration_s = time.monotonic() - self.started_at
+            self.metrics.generation_ended(outcome, duration_s, self.max_distinct)
+
+    async def collect(self) -> list[Finished]:
+        """All sequences, whole, in order."""
+        finished = [Finished() for _ in self.sequences]
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                whole = finished[piece.index]
+                whole.text += piece.text
+                whole.tokens += piece.tokens
+                whole.token_ids += piece.token_ids
+                whole.prompt_logprobs += piece.prompt_logprobs or ()
+                whole.finish_reason = piece.finish_reason
+        return finished
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Until the first token of any sequence, in milliseconds."""
+        times = [1000 * s.ttft_s for s in self.sequences if s.ttft_s is not None]
+        return min(times, default=None)
+
+    @property
+    def max_distinct(self) -> int:
+        return max((s.max_distinct for s in self.sequences), default=0)
+
+    @property
+    def usage(self) -> Usage:
+        first_of_prompt = self.sequences[:: self.n]
+        return Usage(
+            prompt_tokens=sum(len(s.request.token_ids) for s in first_of_prompt),
+            completion_tokens=sum(s.num_tokens for s in self.sequences),
+            cached_tokens=sum(s.num_cached_tokens for s in first_of_prompt),
+        )
+
+
+async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """The items of all sources as they come; the first error of any ends all. Closing it closes them."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as only:
+            async for piece in only:
+                yield piece
+        return
+    # Bounded: what a slow reader does not fetch waits in one place, where it is counted (`output_stream.py`).
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(len(sources))
+    tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        await end_tasks(*tasks)
+
+
+async def _pump(source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | Exception | None]) -> None:
+    async with aclosing(source):
+        try:
+            async for item in source:
+                await queue.put(item)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+
+def error_of(output: TokenOutput) -> TesseraError:
+    """The exception that an engine's error output stands for: the class whose `code` it carries."""
+    if output.error is None:
+        return RequestFailed("the request was cancelled", code="cancelled")
+    code, message = output.error
+    cls = _BY_CODE.get(code, NotFound if code.endswith("_not_found") else RequestFailed)
+    is_adapters = issubclass(cls, NotFound | Conflict | CorruptRecord)
+    return cls(message, code=code, param="model" if is_adapters else None)
+
+
+def _error_classes(root: type[TesseraError]) -> list[type[TesseraError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _error_classes(child))]
+
+
+#: A class without a code of its own shares its parent's, and the parent comes first. `InvalidTrainingData` is
+#: never the engine's, and is made of a list of problems.
+_BY_CODE: dict[str, type[TesseraError]] = {
+    cls.code: cls
+    for cls in reversed(_error_classes(TesseraError))
+    if not issubclass(cls, InvalidTrainingData)
+}
+_BY_CODE[DeadlineExceeded.code] = DeadlineExceeded

@@ -1,0 +1,232 @@
+"""From an exception to an HTTP answer: the one table of status codes, and the one error body.
+
+    {"error": {"message", "type", "param", "code"}}
+
+What is ours alone to know (which host does not answer, what a bug said) goes to the log, never to the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    DeadlineExceeded,
+    ServiceOverloaded,
+    ShuttingDown,
+    Unauthenticated,
+)
+from service.http.schemas.common import UNION_TAG, ErrorBody
+from service.http.schemas.fields import MAX_NAME_SHOWN, unknown_field
+from tessera.errors import (
+    AdapterReplaced,
+    Conflict,
+    CorruptRecord,
+    EngineOverloaded,
+    EngineUnavailable,
+    InvalidInput,
+    InvalidTrainingData,
+    NotFound,
+    RequestFailed,
+    StoreFull,
+    StoreUnavailable,
+    TenantOverloaded,
+    TesseraError,
+    Unavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How an error is told. message: instead of the error's own. retry_after_s: when to come again."""
+
+    status: int
+    type: str
+    message: str | None = None
+    retry_after_s: int | None = None
+
+
+#: By class; a subclass that is not listed is told like its nearest parent.
+TABLE: dict[type[Exception], Row] = {
+    InvalidInput: Row(400, "invalid_request_error"),
+    Unauthenticated: Row(401, "authentication_error"),
+    NotFound: Row(404, "invalid_request_error"),
+    BodyTimeout: Row(408, "invalid_request_error"),
+    Conflict: Row(409, "conflict_error"),
+    CorruptRecord: Row(409, "conflict_error"),
+    BodyTooLarge: Row(413, "invalid_request_error"),
+    RequestFailed: Row(500, "server_error", "the engine gave up on this request"),
+    DeadlineExceeded: Row(504, "timeout_error"),
+    AdapterReplaced: Row(503, "unavailable_error", None, 1),
+    StoreUnavailable: Row(503, "unavailable_error", "the store does not answer; try again", 1),
+    StoreFull: Row(503, "unavailable_error", "the store is full", 30),
+    EngineUnavailable: Row(503, "unavailable_error", "the engine is starting or restarting; try again", 2),
+    EngineOverloaded: Row(503, "unavailable_error", "the engine's queue is full; try again", 1),
+    TenantOverloaded: Row(429, "rate_limit_error", None, 1),
+    ServiceOverloaded: Row(503, "unavailable_error", None, 1),
+    ShuttingDown: Row(503, "unavailable_error", None, 5),
+    Unavailable: Row(503, "unavailable_error", "not available at the moment; try again", 1),
+    Exception: Row(500, "server_error", "internal error"),
+}
+
+#: What the framework raises by itself.
+HTTP_CODES = {400: "invalid_body", 404: "unknown_route", 405: "method_not_allowed", 413: "body_too_large"}
+
+#: A client library must not repeat what will fail again.
+PERMANENT = {409, 429}
+
+#: A part of an object, as forms write it.
+_FORM_FIELD = re.compile(r"^(\w+)\[(\w+)\]$")
+
+MAX_ERRORS_SHOWN = 20
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unknown_parameter": "unknown_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+}
+
+#: What pydantic and Starlette say less plainly, by type or by message.
+_SENTENCES = {
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+    "union_tag_not_found": "Input should be a string, a number, true, false or null",
+    "Input should be 'auto'": "Input should be a number or 'auto'",
+    "Expected UploadFile, received: <class 'str'>": "Input should be a file with a name",
+}
+
+_NAMES = {
+    400: "the request is wrong",
+    401: "no valid API key",
+    404: "no such object, or not yours",
+    408: "the body did not arrive in time",
+    409: "in conflict with the stored state",
+    413: "the body is too large",
+    429: "too many requests of this tenant at once",
+    500: "internal error",
+    503: "try again later",
+    504: "not finished in time",
+}
+
+#: For OpenAPI: what every route may answer.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description} for status, description in _NAMES.items()
+}
+
+
+def error_body(
+    message: str,
+    kind: str,
+    code: str | None,
+    param: str | None = None,
+    problems: Iterable[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    detail: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
+    if problems is not None:
+        detail["errors"] = list(problems)
+    return {"error": detail}
+
+
+def row_of(error: Exception) -> Row:
+    return next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
+
+
+def body_of(error: Exception) -> dict[str, Any]:
+    """The error body of any exception, also for an event in a stream that has begun."""
+    row = row_of(error)
+    if not isinstance(error, TesseraError):
+        return error_body(row.message or "internal error", row.type, "internal_error")
+    problems = None
+    if isinstance(error, InvalidTrainingData):
+        problems = [{"line": p.line, "code": p.code, "message": p.message} for p in error.errors]
+    return error_body(row.message or error.message, row.type, error.code, error.param, problems)
+
+
+def response_of(error: Exception) -> JSONResponse:
+    """The HTTP answer to any exception. What the caller is not told is logged."""
+    row = row_of(error)
+    if row.status >= 500:
+        is_bug = row.status == 500
+        level = logging.ERROR if is_bug else logging.WARNING
+        logger.log(level, "answered %d: %s", row.status, error, exc_info=error if is_bug else None)
+    headers = {} if row.retry_after_s is None else {"retry-after": str(row.retry_after_s)}
+    if row.status in PERMANENT and row.retry_after_s is None:
+        headers["x-should-retry"] = "false"
+    if row.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(body_of(error), row.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every exception with the error body."""
+    app.add_exception_handler(TesseraError, _on_tessera_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+async def _on_tessera_error(request: Request, error: Exception) -> JSONResponse:
+    return response_of(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = {
+        404: f"there is no {request.method} {request.url.path[:200]}",
+        405: f"{request.method} is not allowed here",
+    }.get(error.status_code, str(error.detail))
+    code = HTTP_CODES.get(error.status_code, "invalid_request")
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return JSONResponse(error_body(message, kind, code), error.status_code, dict(error.headers or {}))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """All problems in the message, the first one in param; never what the caller sent."""
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    said = [_sentence(problem) for problem in problems[:MAX_ERRORS_SHOWN]]
+    if len(problems) > MAX_ERRORS_SHOWN:
+        said.append(f"and {len(problems) - MAX_ERRORS_SHOWN} more")
+    code = _CODES.get(problems[0]["type"], "invalid_value")
+    body = error_body("; ".join(said), "invalid_request_error", code, _param(problems[0]))
+    return JSONResponse(body, 400)
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    param = _param(problem)
+    if problem["type"] == "json_invalid":
+        return f"the body is not valid JSON: {problem['ctx']['error']}"
+    if param is None:
+        return "the body must be a JSON object, sent with content-type: application/json"
+    if _CODES.get(problem["type"]) == "unknown_parameter":
+        known = problem.get("ctx", {}).get("known", ())
+        return f"{param}: {unknown_field(str(problem['loc'][-1]), known)}"
+    said = str(_SENTENCES.get(problem["type"], problem["msg"])).removeprefix("Value error, ")
+    return f"{param}: {_SENTENCES.get(said, said)}"
+
+
+def _param(problem: Mapping[str, Any]) -> str | None:
+    """The dotted path to the field; names that the caller chose are cut short."""
+    if problem["type"] == "json_invalid":
+        return None
+    _, *path = problem["loc"]
+    names = [str(part) for part in path if not str(part).startswith(UNION_TAG)]
+    return shown_path(_FORM_FIELD.sub(r"\1.\2", name) for name in names) if names else None
+
+
+def shown_path(parts: Iterable[object]) -> str:
+    """A dotted path in ASCII; names that the caller chose are cut short."""
+    return ".".join(str(part)[:MAX_NAME_SHOWN].encode("ascii", "backslashreplace").decode() for part in parts)

@@ -1,0 +1,108 @@
+"""/v1/adapters: the caller's adapters with all their versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from service.http.json_routes import JsonRoute
+from service.http.routes.deps import AfterDep, LimitDep, ModelsDep, StoresDep, TenantDep
+from service.http.schemas.common import Deleted, Page, page_of
+from service.http.schemas.resources import AdapterObject, AdapterPatchRequest, AdapterVersionObject
+from service.jobs.exports import peft_zip
+from tessera.errors import NotFound
+from tessera.store.adapters import AdapterRecord, AdapterVersion
+
+router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JsonRoute)
+
+
+@router.get("/adapters", operation_id="list_adapters")
+async def list_adapters(
+    tenant: TenantDep, stores: StoresDep, after: AfterDep = None, limit: LimitDep = 20
+) -> Page[AdapterObject]:
+    """The caller's adapters, in a fixed order that is not that of their names."""
+    records, has_more = await stores.adapters.list(tenant, after=after, limit=limit)
+    return page_of([adapter_object(record) for record in records], has_more)
+
+
+@router.get("/adapters/{adapter_id}", operation_id="get_adapter")
+async def get_adapter(adapter_id: str, tenant: TenantDep, stores: StoresDep) -> AdapterObject:
+    """One adapter with all its versions."""
+    with _named_in_the_path():
+        return adapter_object(await stores.adapters.get(tenant, adapter_id))
+
+
+@router.get(
+    "/adapters/{adapter_id}/peft",
+    operation_id="export_adapter_to_peft",
+    response_class=Response,
+    responses={200: {"content": {"application/zip": {}}, "description": "A PEFT adapter directory, zipped"}},
+)
+async def export_adapter_to_peft(
+    adapter_id: str,
+    tenant: TenantDep,
+    stores: StoresDep,
+    models: ModelsDep,
+    version: Annotated[int | None, Query(ge=1, le=2**31, description="the active one by default")] = None,
+) -> Response:
+    """The adapter as an ordinary LoRA: adapter_config.json and adapter_model.safetensors in a zip."""
+    with _named_in_the_path():
+        content = await peft_zip(
+            stores.adapters,
+            stores.bases,
+            tenant=tenant,
+            adapter_id=adapter_id,
+            version=version,
+            base_model=models.base_source,
+        )
+    headers = {"content-disposition": f'attachment; filename="{adapter_id}-peft.zip"'}
+    return Response(content, media_type="application/zip", headers=headers)
+
+
+@router.patch("/adapters/{adapter_id}", operation_id="update_adapter")
+async def update_adapter(
+    adapter_id: str, body: AdapterPatchRequest, tenant: TenantDep, stores: StoresDep
+) -> AdapterObject:
+    """Make another version the active one: requests that name no version get it from now on."""
+    with _named_in_the_path():
+        return adapter_object(await stores.adapters.activate(tenant, adapter_id, body.active_version))
+
+
+@router.delete("/adapters/{adapter_id}", operation_id="delete_adapter")
+async def delete_adapter(adapter_id: str, tenant: TenantDep, models: ModelsDep) -> Deleted:
+    """Delete an adapter with all its versions, in the store and in the engine."""
+    with _named_in_the_path():
+        return Deleted(id=await models.delete(tenant, adapter_id), object="adapter")
+
+
+@contextmanager
+def _named_in_the_path() -> Iterator[None]:
+    """An adapter that is not there is wrong in the path: these requests have no field `model`."""
+    try:
+        yield
+    except NotFound as error:
+        param = "adapter_id" if error.param == "model" else error.param
+        raise NotFound(error.message, param=param, code=error.code) from error
+
+
+def adapter_object(record: AdapterRecord) -> AdapterObject:
+    """An adapter as callers see it."""
+    return AdapterObject(
+        id=record.adapter_id,
+        created_at=int(record.created_at),
+        updated_at=int(record.updated_at),
+        base_model_id=record.base_model_id,
+        active_version=record.active_version,
+        latest_version=record.latest_version,
+        versions=[_version(version) for version in record.versions],
+    )
+
+
+def _version(version: AdapterVersion) -> AdapterVersionObject:
+    fields = asdict(version)
+    fields |= {"created_at": int(version.created_at), "basis": version.basis_id, "job": version.job_id}
+    return AdapterVersionObject(**{name: fields[name] for name in AdapterVersionObject.model_fields})

@@ -1,0 +1,125 @@
+"""Jobs that build a basis: POST /v1/bases, and /v1/bases/jobs to follow them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+
+from service.http import event_stream
+from service.http.json_routes import JsonRoute
+from service.http.routes.deps import AfterDep, FollowDep, LimitDep, ServicesDep, TenantDep, WantedDep
+from service.http.routes.job_events import follow_events
+from service.http.routes.job_shapes import error_of, event_object, seconds
+from service.http.schemas.bases import BasisJob, BasisJobRequest
+from service.http.schemas.common import Page, page_of
+from service.http.schemas.training import JobEventObject
+from service.jobs.basis_jobs import BasisOrder
+from service.jobs.recipes import ParamNames, RecipeOrder
+from tessera.queue.client import Job
+
+router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=JsonRoute)
+
+#: What the parts of a recipe are called in a request to this resource.
+NAMES = ParamNames("method", "options", "rank", "calibration_file", "target_modules")
+
+
+@router.post("", operation_id="create_basis", status_code=202)
+async def create_basis(
+    body: BasisJobRequest,
+    tenant: TenantDep,
+    services: ServicesDep,
+    idempotency_key: Annotated[str | None, Header()] = None,
+    x_stainless_retry_count: Annotated[str, Header()] = "0",
+) -> BasisJob:
+    """Queue the building of a basis. What was built before from the same data is found at once."""
+
+    async def submit(key: str) -> Job:
+        return await services.basis_jobs.submit(tenant, _order(body), dedupe_key=f"basis:{key}")
+
+    said, once = f"basis {body.model_dump_json()}", services.idempotency
+    if idempotency_key is not None:
+        return _object(await once.by_key(tenant, idempotency_key, said, submit, scope="basis "))
+    is_retry = x_stainless_retry_count not in ("", "0")
+    return _object(await once.by_body(tenant, said, submit, is_retry=is_retry))
+
+
+@router.get("/jobs", operation_id="list_basis_jobs")
+async def list_basis_jobs(
+    tenant: TenantDep,
+    services: ServicesDep,
+    is_wanted: WantedDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
+) -> Page[BasisJob]:
+    """The caller's basis jobs, newest first; those with some metadata, if it is named."""
+    jobs, has_more = await services.basis_queue.list(tenant, after, limit, is_wanted=is_wanted)
+    return page_of([_object(job) for job in jobs], has_more)
+
+
+@router.get("/jobs/{job_id}", operation_id="get_basis_job")
+async def get_basis_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> BasisJob:
+    """One basis job as it is now."""
+    return _object(await services.basis_queue.get(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/cancel", operation_id="cancel_basis_job")
+async def cancel_basis_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> BasisJob:
+    """End a job: at once if no worker has it, else after the module or batch at hand."""
+    return _object(await services.basis_queue.cancel(tenant, job_id))
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    operation_id="list_basis_job_events",
+    response_model=Page[JobEventObject],
+    responses=event_stream.IN_OPENAPI,
+)
+async def list_basis_job_events(
+    job_id: str,
+    tenant: TenantDep,
+    services: ServicesDep,
+    stream: FollowDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
+) -> Page[JobEventObject] | Response:
+    """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
+    queue = services.basis_queue
+    if stream:
+        return await services.stream(follow_events(queue, tenant, job_id))
+    events, has_more = await queue.events(tenant, job_id, after, limit)
+    return page_of([event_object(event) for event in events], has_more)
+
+
+def _order(body: BasisJobRequest) -> BasisOrder:
+    recipe = RecipeOrder(
+        body.method,
+        dict(body.options),
+        body.calibration_file,
+        None if body.target_modules is None else sorted(set(body.target_modules)),
+        names=NAMES,
+    )
+    return BasisOrder(recipe, body.rank, body.metadata or {})
+
+
+def _object(job: Job) -> BasisJob:
+    spec = job.spec
+    return BasisJob(
+        id=job.job_id,
+        created_at=int(job.created_at),
+        started_at=seconds(job.started_at),
+        finished_at=seconds(job.finished_at),
+        status=job.status.value,
+        basis=(job.result or {}).get("basis_id"),
+        method=spec.method,
+        rank=spec.rank,
+        target_modules=spec.target_modules,
+        options=spec.basis_options,
+        calibration_file=spec.calibration,
+        progress=job.progress,
+        result=job.result,
+        error=error_of(job.error),
+        metadata=spec.metadata,
+        attempt=job.attempt,
+        queue_position=job.queue_position,
+    )

@@ -1,0 +1,161 @@
+"""What routes ask for, as types: a route's signature says what it uses.
+
+Everything comes from the `Services` that `create_app` put together; nothing is global. All are coroutine
+functions, because FastAPI runs a plain function in a thread, and a completion asks for four of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request, Security
+from fastapi.security import HTTPBearer
+from redis.asyncio import Redis
+
+from service.engine.client.token_engine import TokenEngine
+from service.generation.generator import Generator
+from service.generation.model_resolver import Models
+from service.http.errors import body_of, response_of
+from service.http.event_stream import EventStream, event
+from service.http.idempotency import Idempotency
+from service.http.json_bodies import JsonBodies
+from service.jobs.basis_jobs import BasisJobs
+from service.jobs.imports import Imports
+from service.jobs.training_jobs import TrainingJobs
+from service.jobs.upload_check import UploadCheck
+from service.metrics.service_metrics import Metrics
+from service.settings import ServiceSettings
+from tessera.errors import InvalidInput
+from tessera.queue.client import Job, JobQueue
+from tessera.store.adapters import AdapterStore
+from tessera.store.bases import BasisStore
+from tessera.store.files import FileStore
+from tessera.store.holds import BasisHolds
+from tessera.store.ownership import OwnBases
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What is kept in Redis, one object per kind, over one client."""
+
+    redis: Redis
+    adapters: AdapterStore
+    bases: BasisStore
+    own_bases: OwnBases
+    files: FileStore
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts that answer requests."""
+
+    settings: ServiceSettings
+    engine: TokenEngine
+    stores: Stores
+    queue: JobQueue
+    basis_queue: JobQueue
+    models: Models
+    generator: Generator
+    jobs: TrainingJobs
+    basis_jobs: BasisJobs
+    holds: BasisHolds
+    imports: Imports
+    idempotency: Idempotency
+    metrics: Metrics
+    json_bodies: JsonBodies
+    upload_check: UploadCheck
+
+    async def stream(self, events: AsyncGenerator[str, None]) -> EventStream:
+        """An SSE answer that has begun. Raises what the events raise before the first of them."""
+        answer = EventStream(events, error_event=_error_event, ping_interval_s=self.settings.ping_interval_s)
+        return await answer.begin()
+
+
+def _error_event(error: Exception) -> str:
+    response_of(error)  # logs what the caller is not told
+    return event(body_of(error))
+
+
+async def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+#: For the documentation; `middleware.Authentication` has checked the key before the body was read.
+_bearer = Security(HTTPBearer(auto_error=False, description="API key; none if the service has no keys"))
+
+
+async def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
+    tenant: str = request.state.tenant
+    return tenant
+
+
+TenantDep = Annotated[str, Depends(_tenant)]
+
+
+async def _models(services: ServicesDep) -> Models:
+    return services.models
+
+
+async def _generator(services: ServicesDep) -> Generator:
+    return services.generator
+
+
+async def _stores(services: ServicesDep) -> Stores:
+    return services.stores
+
+
+async def _queue(services: ServicesDep) -> JobQueue:
+    return services.queue
+
+
+ModelsDep = Annotated[Models, Depends(_models)]
+GeneratorDep = Annotated[Generator, Depends(_generator)]
+StoresDep = Annotated[Stores, Depends(_stores)]
+
+
+QueueDep = Annotated[JobQueue, Depends(_queue)]
+
+AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
+_STREAM = Query(description="follow the job until it ends, oldest first; without `after` and `limit`")
+LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]
+
+
+async def _event_page(request: Request, stream: Annotated[bool, _STREAM] = False) -> bool:
+    """Whether events are to be followed, which knows no pages. Raises `InvalidInput`."""
+    for name in ("after", "limit"):
+        if stream and name in request.query_params:
+            raise InvalidInput(f"{name} is for a page of events; stream sends all", param=name)
+    return stream
+
+
+FollowDep = Annotated[bool, Depends(_event_page)]
+
+
+async def _metadata_filter(
+    request: Request,
+    metadata: Annotated[
+        str | None, Query(description="`metadata[key]=value` for jobs with it; `null` for jobs without any")
+    ] = None,
+) -> Callable[[Job], bool] | None:
+    """Which jobs of a list are wanted: those with all the pairs of metadata that the query names."""
+    prefix = "metadata["
+    pairs = {
+        name.removeprefix(prefix)[:-1]: value
+        for name, value in request.query_params.items()
+        if name.startswith(prefix)
+    }
+    if metadata not in (None, "null"):
+        raise InvalidInput("metadata: write metadata[key]=value, or metadata=null", param="metadata")
+    if metadata is not None and pairs:
+        raise InvalidInput("metadata: null and metadata[key] exclude each other", param="metadata")
+    if metadata is not None:
+        return lambda job: not job.spec.metadata
+    return (lambda job: pairs.items() <= job.spec.metadata.items()) if pairs else None
+
+
+WantedDep = Annotated[Callable[[Job], bool] | None, Depends(_metadata_filter)]

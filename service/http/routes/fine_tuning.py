@@ -1,0 +1,119 @@
+"""/v1/fine_tuning/jobs: training jobs, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+
+from service.http import event_stream
+from service.http.json_routes import JsonRoute
+from service.http.routes.deps import (
+    AfterDep,
+    FollowDep,
+    LimitDep,
+    QueueDep,
+    ServicesDep,
+    TenantDep,
+    WantedDep,
+)
+from service.http.routes.job_events import follow_events
+from service.http.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
+from service.http.schemas.common import Page, page_of
+from service.http.schemas.training import Checkpoint, FineTuningJob, FineTuningJobRequest, JobEventObject
+from tessera.errors import NotFound
+from tessera.queue.client import Job
+
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=JsonRoute)
+
+
+@router.post("/jobs", operation_id="create_fine_tuning_job")
+async def create_job(
+    body: FineTuningJobRequest,
+    tenant: TenantDep,
+    services: ServicesDep,
+    idempotency_key: Annotated[str | None, Header()] = None,
+    x_stainless_retry_count: Annotated[str, Header()] = "0",
+) -> FineTuningJob:
+    """Queue the training of an adapter. A repeated `Idempotency-Key`, or a retry, gives the same job."""
+
+    async def submit(key: str) -> Job:
+        return await services.jobs.submit(tenant, order_of(body), dedupe_key=key)
+
+    said, once = body.model_dump_json(), services.idempotency
+    if idempotency_key is not None:
+        return job_object(await once.by_key(tenant, idempotency_key, said, submit))
+    is_retry = x_stainless_retry_count not in ("", "0")
+    return job_object(await once.by_body(tenant, said, submit, is_retry=is_retry))
+
+
+@router.get("/jobs", operation_id="list_fine_tuning_jobs")
+async def list_jobs(
+    tenant: TenantDep,
+    queue: QueueDep,
+    is_wanted: WantedDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
+) -> Page[FineTuningJob]:
+    """The caller's jobs, newest first; those with some metadata, if it is named."""
+    jobs, has_more = await queue.list(tenant, after, limit, is_wanted=is_wanted)
+    return page_of([job_object(job) for job in jobs], has_more)
+
+
+@router.get("/jobs/{job_id}", operation_id="get_fine_tuning_job")
+async def get_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """One job as it is now."""
+    return job_object(await queue.get(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
+async def cancel_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """End a job: at once if no worker has it, else at its next step."""
+    return job_object(await queue.cancel(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/pause", operation_id="pause_fine_tuning_job")
+async def pause_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """Set a job aside; a running one keeps what it has learned."""
+    return job_object(await queue.pause(tenant, job_id))
+
+
+@router.post("/jobs/{job_id}/resume", operation_id="resume_fine_tuning_job")
+async def resume_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """Queue a paused job again."""
+    return job_object(await queue.resume(tenant, job_id))
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    operation_id="list_fine_tuning_events",
+    response_model=Page[JobEventObject],
+    responses=event_stream.IN_OPENAPI,
+)
+async def list_events(
+    job_id: str,
+    tenant: TenantDep,
+    services: ServicesDep,
+    stream: FollowDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
+) -> Page[JobEventObject] | Response:
+    """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
+    if stream:
+        return await services.stream(follow_events(services.queue, tenant, job_id))
+    events, has_more = await services.queue.events(tenant, job_id, after, limit)
+    return page_of([event_object(event) for event in events], has_more)
+
+
+@router.get("/jobs/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")
+async def list_checkpoints(
+    job_id: str, tenant: TenantDep, queue: QueueDep, after: AfterDep = None, limit: LimitDep = 20
+) -> Page[Checkpoint]:
+    """The published state of a job that has succeeded, so one at most; nothing else can be served."""
+    checkpoints = checkpoints_of(await queue.get(tenant, job_id))
+    if after is not None:
+        if all(checkpoint.id != after for checkpoint in checkpoints):
+            message = f"the job has no checkpoint {after!r}"
+            raise NotFound(message, param="after", code="checkpoint_not_found")
+        checkpoints = []
+    return page_of(checkpoints, has_more=False)

@@ -1,0 +1,166 @@
+"""Training jobs between Tessera's words and OpenAI's."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, get_args
+
+from service.http.schemas.training import (
+    BasisRecipe,
+    Checkpoint,
+    CheckpointMetrics,
+    FineTuningJob,
+    FineTuningJobRequest,
+    JobError,
+    JobEventObject,
+    JobHyperparameters,
+    JobMethod,
+    JobSupervised,
+    StartRecipe,
+    TrainedAdapter,
+)
+from service.jobs.recipes import RecipeOrder, StartOrder
+from service.jobs.training_jobs import JobOrder
+from tessera.queue.client import Job, JobEvent, JobSpec, JobStatus
+from tessera.queue.records import HYPERPARAMETERS
+
+_LEVELS = get_args(JobEventObject.model_fields["level"].annotation)
+_TYPES = get_args(JobEventObject.model_fields["type"].annotation)
+
+
+def order_of(body: FineTuningJobRequest) -> JobOrder:
+    return JobOrder(
+        model=body.model,
+        training_file=body.training_file,
+        validation_file=body.validation_file,
+        suffix=body.suffix,
+        seed=body.seed,
+        adapter_id=body.adapter.id,
+        rank=body.adapter.rank,
+        method=body.adapter.method,
+        basis=basis_of(body.adapter.basis),
+        init=start_of(body.adapter.init),
+        form=body.adapter.form,
+        hyperparameters=body.chosen_hyperparameters(),
+        early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
+        metadata=body.metadata or {},
+    )
+
+
+def basis_of(basis: str | BasisRecipe | None) -> str | RecipeOrder | None:
+    if not isinstance(basis, BasisRecipe):
+        return basis
+    return RecipeOrder(basis.method, dict(basis.options), basis.calibration)
+
+
+def start_of(start: str | StartRecipe | None) -> StartOrder | None:
+    if isinstance(start, StartRecipe):
+        return StartOrder(start.method, dict(start.options))
+    return None if start is None else StartOrder(start)
+
+
+def job_object(job: Job) -> FineTuningJob:
+    spec, result = job.spec, job.result or {}
+    has_succeeded = job.status == JobStatus.SUCCEEDED
+    given = {name: spec.hyperparameters.get(name, "auto") for name in HYPERPARAMETERS}
+    hyperparameters = JobHyperparameters(**given)
+    return FineTuningJob(
+        id=job.job_id,
+        created_at=int(job.created_at),
+        finished_at=seconds(job.finished_at),
+        estimated_finish=_estimated_finish(job),
+        fine_tuned_model=spec.adapter_id if has_succeeded else None,
+        hyperparameters=hyperparameters,
+        model=spec.warm_start_from or spec.base_model,
+        organization_id=job.tenant,
+        seed=spec.seed,
+        status=job.status.value,
+        trained_tokens=result.get("trained_tokens"),
+        training_file=spec.training_file,
+        validation_file=spec.validation_file,
+        error=error_of(job.error),
+        metadata=spec.metadata,
+        method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
+        user_provided_suffix=spec.suffix,
+        adapter=_adapter(job, result),
+        progress=job.progress,
+        result=job.result,
+        early_stopping=spec.early_stopping,
+        started_at=seconds(job.started_at),
+        attempt=job.attempt,
+        queue_position=job.queue_position,
+    )
+
+
+def event_object(event: JobEvent) -> JobEventObject:
+    """A level or a type of a newer release is told as the plainest one."""
+    return JobEventObject.model_validate(
+        {
+            "id": event.event_id,
+            "created_at": int(event.created_at),
+            "level": event.level if event.level in _LEVELS else "info",
+            "type": event.type if event.type in _TYPES else "message",
+            "message": event.message,
+            "data": event.data,
+        }
+    )
+
+
+def checkpoints_of(job: Job) -> list[Checkpoint]:
+    """The one that was published, once it is; the id of its adapter with the version names it."""
+    result = job.result or {}
+    if job.status != JobStatus.SUCCEEDED or "version" not in result:
+        return []
+    step, loss = result.get("best_step", 0), result.get("best_valid_loss")
+    checkpoint = Checkpoint(
+        id=f"ftckpt_{job.job_id.removeprefix('ftjob-')}",
+        created_at=int(job.finished_at or job.created_at),
+        fine_tuned_model_checkpoint=f"{job.spec.adapter_id}@{result['version']}",
+        fine_tuning_job_id=job.job_id,
+        step_number=step,
+        metrics=CheckpointMetrics(step=step, valid_loss=loss),
+    )
+    return [checkpoint]
+
+
+def _estimated_finish(job: Job) -> int | None:
+    """By the steps made so far, if a running job has told how many there are."""
+    done, total = job.progress.get("step"), job.progress.get("total_steps")
+    if job.status != JobStatus.RUNNING or job.started_at is None or not done or not total:
+        return None
+    now = time.time()
+    return int(now + (now - job.started_at) * max(0, total - done) / done)
+
+
+def _adapter(job: Job, result: dict[str, Any]) -> TrainedAdapter:
+    spec = job.spec
+    return TrainedAdapter(
+        id=spec.adapter_id,
+        version=result.get("version"),
+        form=spec.form,
+        method=spec.method,
+        rank=spec.rank,
+        basis=result.get("basis_id", spec.basis_id),
+        calibration=spec.calibration,
+        init=_init(spec),
+    )
+
+
+def _init(spec: JobSpec) -> str:
+    """Where the training begins, by name."""
+    if spec.form != "core":
+        return spec.method
+    if spec.start is not None:
+        return str(spec.start["method"])
+    return "zero" if spec.warm_start_from is None else "warm"
+
+
+def error_of(error: dict[str, Any] | None) -> JobError | None:
+    if error is None:
+        return None
+    code, message = str(error.get("code", "internal_error")), str(error.get("message", ""))
+    return JobError(code=code, message=message, param=error.get("param"))
+
+
+def seconds(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)

@@ -1,0 +1,50 @@
+"""/v1/models: the base model and the caller's adapters, as OpenAI's clients list them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from service.generation.model_resolver import MAX_LISTED_ADAPTERS
+from service.http.json_routes import JsonRoute
+from service.http.routes.deps import ModelsDep, StoresDep, TenantDep
+from service.http.schemas.common import Deleted, Page, page_of
+from service.http.schemas.resources import Model
+from tessera.store.adapters import AdapterRecord
+
+router = APIRouter(prefix="/v1", tags=["models"], route_class=JsonRoute)
+
+
+@router.get("/models", operation_id="list_models")
+async def list_models(tenant: TenantDep, models: ModelsDep, stores: StoresDep) -> Page[Model]:
+    """The base model and up to 100 of the caller's adapters; all of them are at /v1/adapters."""
+    records, has_more = await stores.adapters.list(tenant, limit=MAX_LISTED_ADAPTERS)
+    base = _base(models.base_name)
+    return page_of([base, *(_adapter(record, models.base_name) for record in records)], has_more)
+
+
+@router.get("/models/{model:path}", operation_id="get_model")
+async def get_model(model: str, tenant: TenantDep, models: ModelsDep) -> Model:
+    """The base model, or one of the caller's adapters."""
+    record = await models.get(tenant, model)
+    return _base(models.base_name) if record is None else _adapter(record, models.base_name)
+
+
+@router.delete("/models/{model:path}", operation_id="delete_model")
+async def delete_model(model: str, tenant: TenantDep, models: ModelsDep) -> Deleted:
+    """Delete an adapter with all its versions."""
+    return Deleted(id=await models.delete(tenant, model), object="model")
+
+
+def _base(name: str) -> Model:
+    return Model(id=name, created=0, owned_by="tessera", root=name, parent=None, adapter_version=None)
+
+
+def _adapter(record: AdapterRecord, base_name: str) -> Model:
+    return Model(
+        id=record.adapter_id,
+        created=int(record.created_at),
+        owned_by=record.tenant,
+        root=base_name,
+        parent=base_name,
+        adapter_version=record.active_version,
+    )

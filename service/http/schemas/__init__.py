@@ -1,0 +1,1 @@
+"""The requests and answers of every route, as pydantic models."""

@@ -1,0 +1,83 @@
+"""Requests and answers of /v1/bases."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from service.http.schemas.common import Answer, Options, Request
+from service.http.schemas.training import JobError, Metadata
+
+
+class BasisObject(Answer):
+    id: str
+    object: Literal["basis"] = "basis"
+    base_model_id: str
+    method: str
+    rank: int
+    dtype: str
+    num_modules: int
+    bytes: int = Field(description="of all factors")
+    is_default: bool | None = Field(description="None while the engine does not say")
+    is_own: bool = Field(description="the caller's own; the others are everybody's")
+
+
+class ModuleObject(Answer):
+    name: str
+    d_in: int
+    d_out: int
+
+
+class BasisDetail(BasisObject):
+    modules: list[ModuleObject]
+    recipe: dict[str, Any]
+
+
+class BasisJobRequest(Request):
+    """A basis to be built and kept. What there is: `GET /v1/bases/methods`."""
+
+    method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
+    rank: int | None = Field(None, ge=1, le=512)
+    target_modules: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=64)
+        ]
+        | None
+    ) = Field(None, description="name patterns")
+    options: Options = Field(default_factory=dict)
+    calibration_file: str | None = Field(None, max_length=128, description="id of a file of examples")
+    metadata: Metadata | None = None
+
+
+class BasisJob(Answer):
+    """The building of a basis. basis: its id, once the job has succeeded."""
+
+    id: str
+    object: Literal["basis.job"] = "basis.job"
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    basis: str | None
+    method: str
+    rank: int
+    target_modules: list[str] | None
+    options: dict[str, Any]
+    calibration_file: str | None
+    progress: dict[str, Any] = Field(description="modules_done and modules of a running job")
+    result: dict[str, Any] | None
+    error: JobError | None
+    metadata: dict[str, Any]
+    attempt: int
+    queue_position: int | None = Field(description="1-based place among the caller's own waiting jobs")
+
+
+class BasisMethods(Answer):
+    """Everything that a basis and a start can be named by, each with its options."""
+
+    object: Literal["basis.methods"] = "basis.methods"
+    methods: dict[str, dict[str, Any]]
+    starts: dict[str, dict[str, Any]]
+    presets: dict[str, dict[str, Any]]
+    lora_forms: dict[str, dict[str, Any]]

@@ -1,0 +1,248 @@
+"""What all requests and answers have in common: strictness, the error body, lists.
+
+Types are strict: "7" and true are no integers, NaN is no number. A request refuses every field that it does
+not know, but for those that `fields.py` lets pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from functools import cache
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+
+from service.http.schemas.fields import Neutral
+
+Item = TypeVar("Item")
+
+#: What the tags of unions begin with: they turn up in the path of an error, but are no part of a name.
+UNION_TAG = "~"
+#: Of one object; an error does not show more.
+MAX_REFUSED_FIELDS = 20
+
+MAX_MODEL_NAME = 256
+MODEL_FIELD = Field(
+    max_length=MAX_MODEL_NAME, description="the base model, `<adapter>` or `<adapter>@<version>`"
+)
+
+
+def _kind_of_option(value: Any) -> str | None:
+    kinds = {bool: "~flag", int: "~integer", float: "~number", str: "~text", type(None): "~null"}
+    return kinds.get(type(value))
+
+
+OptionValue = Annotated[
+    Annotated[bool, Tag("~flag")]
+    | Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Tag("~integer")]
+    | Annotated[float, Tag("~number")]
+    | Annotated[str, Field(max_length=128), Tag("~text")]
+    | Annotated[None, Tag("~null")],
+    Discriminator(_kind_of_option),
+]
+#: Named values of something that has options of its own: a method, a chat template.
+Options = Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)]
+
+
+class Strict(BaseModel):
+    """A small part of a request, of which there may be many thousands."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Request(Strict):
+    """A request, or an object in it: null means "not given", and what is no field is judged by the tables."""
+
+    #: Name → why it is harmless.
+    ignored: ClassVar[Mapping[str, str]] = {}
+    #: Name → the values that change nothing.
+    neutral: ClassVar[Mapping[str, Neutral]] = {}
+    #: Name → what to use instead.
+    advice: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _judge_names(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Every problem of the object at once: names that it does not know, and wrong values."""
+        known = _fields_of(cls)
+        if not isinstance(body, dict) or (body.keys() <= known.all and None not in body.values()):
+            return handler(body)
+        refused = list(islice(cls._refused(body, known.all), MAX_REFUSED_FIELDS))
+        given = {
+            name: body[name]
+            for name in known.all
+            if name in body and (body[name] is not None or name in known.taking_null)
+        }
+        try:
+            request = handler(given)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(cls.__name__, [*refused, *_details(error)]) from None
+        if refused:
+            raise ValidationError.from_exception_data(cls.__name__, refused)
+        return request
+
+    @classmethod
+    def _refused(cls, body: Mapping[str, Any], known: Set[str]) -> Iterator[InitErrorDetails]:
+        for name, value in body.items():
+            if value is None or name in known or name in cls.ignored:
+                continue
+            neutral = cls.neutral.get(name)
+            if neutral is None or not neutral.allows(value):
+                yield InitErrorDetails(type=cls._objection(name, neutral), loc=(name,), input=None)
+
+    @classmethod
+    def _objection(cls, name: str, neutral: Neutral | None) -> PydanticCustomError:
+        if neutral is not None:
+            advice = f"; {neutral.advice}" if neutral.advice else ""
+            return PydanticCustomError("unsupported_parameter", "{why}", {"why": f"not supported{advice}"})
+        if name in cls.advice:
+            why = f"not supported; {cls.advice[name]}"
+            return PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
+        known = _fields_of(cls).all
+        return PydanticCustomError("unknown_parameter", "unknown field", {"known": known})
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The fields, and what else may be sent."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        for name, neutral in cls.neutral.items():
+            values = [None, *neutral.values]
+            schema["properties"].setdefault(name, {"enum": values, "description": "changes nothing"})
+        for name, why in cls.ignored.items():
+            schema["properties"].setdefault(name, {"description": f"ignored: {why}"})
+        return reference
+
+
+class ModelRequest(Request):
+    """A request to a model. lora_path, adapter_id: other servers' words for an adapter's name."""
+
+    model: str = MODEL_FIELD
+    lora_path: str | None = Field(None, max_length=MAX_MODEL_NAME, description="SGLang's; see `model`")
+    adapter_id: str | None = Field(None, max_length=MAX_MODEL_NAME, description="LoRAX's; see `model`")
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The adapter's name by the other fields that give it."""
+        given = {"lora_path": self.lora_path, "adapter_id": self.adapter_id}
+        return {field: name for field, name in given.items() if name is not None}
+
+
+class _Fields(NamedTuple):
+    """The names of a schema's fields.
+
+    taking_null: those of which null is a value or an error; for the others it stands for the default.
+    """
+
+    all: frozenset[str]
+    taking_null: frozenset[str]
+
+
+@cache
+def _fields_of(schema: type[BaseModel]) -> _Fields:
+    fields = schema.model_fields
+    taking_null = (n for n, f in fields.items() if f.is_required() or type(None) in get_args(f.annotation))
+    return _Fields(frozenset(fields), frozenset(taking_null))
+
+
+def _details(error: ValidationError) -> Iterator[InitErrorDetails]:
+    for problem in error.errors(include_url=False, include_input=False):
+        told = PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx"))
+        yield InitErrorDetails(type=told, loc=problem["loc"], input=None)
+
+
+def wrong_field(request: BaseModel, field: str, message: str) -> ValidationError:
+    """The error of an "after" validator that is about one field of its object."""
+    detail = InitErrorDetails(
+        type=PydanticCustomError("invalid_value", "{why}", {"why": message}), loc=(field,), input=None
+    )
+    return ValidationError.from_exception_data(type(request).__name__, [detail])
+
+
+class Answer(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class LineProblem(Answer):
+    line: int
+    code: str
+    message: str
+
+
+class ErrorDetail(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    errors: list[LineProblem] | None = Field(None, description="problems of a training file, by line")
+
+
+class ErrorBody(Answer):
+    """What every error looks like."""
+
+    error: ErrorDetail
+
+
+class Deleted(Answer):
+    id: str
+    object: str
+    deleted: bool = True
+
+
+class Page(Answer, Generic[Item]):
+    """One page of a list; the next one starts `after` the last id."""
+
+    object: str = "list"
+    data: list[Item]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class AdapterUsed(Answer):
+    """Which adapter answered."""
+
+    id: str
+    version: int
+
+
+class Measured(Answer):
+    """Time to the first token, and the most distinct models that shared a step with the request."""
+
+    ttft_ms: float | None
+    max_distinct_in_batch: int
+
+
+class PromptTokens(Answer):
+    cached_tokens: int
+
+
+class UsageReport(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+
+
+def page_of(items: list[Item], has_more: bool) -> Page[Item]:
+    """A page of items that have an `id`."""
+    ids = [getattr(item, "id", None) for item in items]
+    first, last = (ids[0], ids[-1]) if ids else (None, None)
+    return Page(data=items, has_more=has_more, first_id=first, last_id=last)

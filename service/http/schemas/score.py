@@ -1,0 +1,121 @@
+"""Request and answer of /v1/score: how likely a model finds given texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from service.http.schemas.common import (
+    AdapterUsed,
+    Answer,
+    Measured,
+    ModelRequest,
+    Request,
+    UsageReport,
+    wrong_field,
+)
+from service.http.schemas.generation import MAX_MESSAGES, ChatMessage
+from tessera.data.examples import Example
+
+MAX_ITEMS = 64
+
+
+class ScoredMessage(ChatMessage):
+    """A message as the chat endpoint takes it, and whether it counts."""
+
+    weight: int | None = Field(
+        None, ge=0, le=1, description="of an assistant message, 1 by default; 0: not counted"
+    )
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> ScoredMessage:
+        if self.weight and self.role != "assistant":
+            raise wrong_field(self, "weight", "only assistant messages are counted; remove it here")
+        return self
+
+    def to_template(self) -> dict[str, Any]:
+        weighed = {} if self.weight is None else {"weight": self.weight}
+        return {**super().to_template(), **weighed}
+
+
+class Conversation(Request):
+    """Counted: what the assistant says."""
+
+    messages: list[ScoredMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+
+
+class PromptAndCompletion(Request):
+    """Counted: the completion."""
+
+    prompt: str
+    completion: str = Field(min_length=1)
+
+
+class PlainText(Request):
+    """Counted: all but the first token, which nothing predicts."""
+
+    text: str = Field(min_length=1)
+
+
+def _kind_of_item(value: Any) -> str:
+    given = value if isinstance(value, dict) else {}
+    keys = {key for key in ("messages", "text") if given.get(key) is not None}
+    return "~conversation" if "messages" in keys else "~plain" if "text" in keys else "~pair"
+
+
+Item = Annotated[
+    Annotated[Conversation, Tag("~conversation")]
+    | Annotated[PromptAndCompletion, Tag("~pair")]
+    | Annotated[PlainText, Tag("~plain")],
+    Discriminator(_kind_of_item),
+]
+
+
+class ScoreRequest(ModelRequest):
+    """Texts to be scored, in the three forms of a training file."""
+
+    input: list[Item] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+    return_tokens: bool = Field(False, description="also list every token with its log-probability")
+
+    def examples(self) -> list[Example]:
+        return [_to_example(item, number) for number, item in enumerate(self.input, start=1)]
+
+
+def _to_example(item: Conversation | PromptAndCompletion | PlainText, number: int) -> Example:
+    if isinstance(item, Conversation):
+        return Example(messages=tuple(m.to_template() for m in item.messages), line=number)
+    if isinstance(item, PromptAndCompletion):
+        return Example(prompt=item.prompt, completion=item.completion, line=number)
+    return Example(text=item.text, line=number)
+
+
+class ScoredToken(Answer):
+    """One token after the first; logprob: in nats, given all tokens before it."""
+
+    token: str
+    token_id: int
+    logprob: float
+    is_counted: bool
+
+
+class Score(Answer):
+    """num_tokens: counted ones. loss: their mean negative log-probability in nats."""
+
+    index: int
+    num_tokens: int
+    sum_logprob: float
+    loss: float
+    tokens: list[ScoredToken] | None = None
+
+
+class ScoreReport(Answer):
+    """loss: over the counted tokens of all items together."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Score]
+    loss: float
+    usage: UsageReport
+    adapter: AdapterUsed | None
+    x_tessera: Measured

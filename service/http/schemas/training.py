@@ -1,0 +1,274 @@
+"""Requests and answers of /v1/files and /v1/fine_tuning/jobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from service.http.schemas import fields
+from service.http.schemas.common import MODEL_FIELD, Answer, Options, Request
+from tessera.errors import InvalidInput
+
+MAX_SEED = 2**31 - 1
+
+
+class FileObject(Answer):
+    """An uploaded file of examples. It was checked at the upload, so it is processed at once."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+    status_details: str | None = None
+    num_examples: int | None
+    sha256: str
+
+
+def _kind_of_number(value: Any) -> str:
+    return "~auto" if isinstance(value, str) else "~number"
+
+
+Auto = Annotated[Literal["auto"], Tag("~auto")]
+
+
+Number = TypeVar("Number")
+OrAuto = Annotated[Auto | Annotated[Number, Tag("~number")], Discriminator(_kind_of_number)]
+Length = OrAuto[Annotated[int, Field(ge=8, le=2**20)]]
+
+
+class Hyperparameters(Request):
+    """How to train. What each does: `trainer_worker/training/plan.py`."""
+
+    n_epochs: OrAuto[Annotated[int, Field(ge=1, le=50)]] = "auto"
+    batch_size: OrAuto[Annotated[int, Field(ge=1, le=256)]] = "auto"
+    learning_rate_multiplier: OrAuto[Annotated[float, Field(gt=0, le=1000)]] = "auto"
+    learning_rate: OrAuto[Annotated[float, Field(gt=0, le=100)]] = Field("auto", description="the peak")
+    lr_scheduler_type: Literal["auto", "cosine_with_min_lr", "cosine", "linear", "constant"] = Field(
+        "auto", description="what follows the warm-up"
+    )
+    warmup_ratio: OrAuto[Annotated[float, Field(ge=0, le=1)]] = Field("auto", description="of all steps")
+    weight_decay: OrAuto[Annotated[float, Field(ge=0, le=1)]] = "auto"
+    max_length: Length = Field("auto", description="of an example, in tokens")
+    max_seq_length: Length = Field("auto", description="the older name of `max_length`")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not left to us, by name."""
+        return {name: value for name, value in self.model_dump().items() if value != "auto"}
+
+    neutral = fields.HYPERPARAMETER_NEUTRAL
+    advice = fields.HYPERPARAMETER_ADVICE
+
+
+class Supervised(Request):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Request):
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+
+    neutral = fields.METHOD_NEUTRAL
+
+
+def _kind_of_choice(value: Any) -> str:
+    return "~name" if isinstance(value, str) else "~recipe"
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64), Tag("~name")]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class BasisRecipe(Request):
+    """How the basis of a job is built. What there is: `GET /v1/bases/methods`."""
+
+    method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
+    options: Options = Field(default_factory=dict)
+    calibration: str | None = Field(
+        None, max_length=128, description="`own` (the training data) or a file id"
+    )
+
+
+class StartRecipe(Request):
+    """Where the training of an adapter begins."""
+
+    method: str = Field(min_length=1, max_length=64, description="of a start, or a preset's start half")
+    options: Options = Field(default_factory=dict)
+
+
+class AdapterOptions(Request):
+    """Tessera's own options (`extra_body` of OpenAI's clients)."""
+
+    id: str | None = Field(default=None, max_length=64, description="training it again: its next version")
+    form: Literal["core", "lora"] = Field(
+        default="core", description="lora: A and B are trained, as `init` says, into a basis of one's own"
+    )
+    rank: int | None = Field(default=None, ge=1, le=512)
+    method: str | None = Field(default=None, max_length=64, description="how a basis is built without data")
+    basis: Annotated[Name | Annotated[BasisRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
+        Field(default=None, description="id of a stored basis, name of a preset or method, or a recipe")
+    )
+    init: Annotated[Name | Annotated[StartRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
+        Field(default=None, description="name of a start or preset, or a recipe")
+    )
+
+
+class EarlyStopping(Request):
+    """Training ends when the validation loss has not fallen by `min_delta` for `patience` evaluations."""
+
+    patience: int | None = Field(2, ge=1, le=1000, description="null: never end early")
+    min_delta: float = Field(0.0, ge=0)
+
+
+class FineTuningJobRequest(Request):
+    """A job that trains an adapter. model: the base model, or an adapter to start from."""
+
+    model: str = MODEL_FIELD
+    training_file: str = Field(max_length=128)
+    validation_file: str | None = Field(None, max_length=128)
+    suffix: str | None = Field(None, min_length=1, max_length=64, description="part of the adapter's id")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    metadata: Metadata | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = Field(None, description="the older place of those in `method`")
+    adapter: AdapterOptions = Field(default_factory=AdapterOptions)
+    early_stopping: EarlyStopping | None = None
+
+    neutral = fields.FINE_TUNING_NEUTRAL
+    advice = fields.FINE_TUNING_ADVICE
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> FineTuningJobRequest:
+        self.chosen_hyperparameters()
+        if self.suffix is not None and self.adapter.id is not None:
+            raise InvalidInput(
+                "suffix makes a new name, and adapter.id is one; give one of them", param="suffix"
+            )
+        return self
+
+    def chosen_hyperparameters(self) -> dict[str, Any]:
+        """Those of both places. Raises `InvalidInput` where they contradict each other."""
+        supervised = None if self.method is None else self.method.supervised
+        newer = None if supervised is None else supervised.hyperparameters
+        chosen = {} if newer is None else newer.given
+        for name, value in ({} if self.hyperparameters is None else self.hyperparameters.given).items():
+            _choose(chosen, name, value)
+        if "max_seq_length" in chosen:
+            _choose(chosen, "max_length", chosen.pop("max_seq_length"))
+        if {"learning_rate", "learning_rate_multiplier"} <= chosen.keys():
+            message = "learning_rate says what the multiplier would be applied to; give one of them"
+            raise InvalidInput(message, param="hyperparameters.learning_rate_multiplier")
+        return chosen
+
+
+def _choose(chosen: dict[str, Any], name: str, value: Any) -> None:
+    if chosen.setdefault(name, value) != value:
+        message = f"{name} is given as {chosen[name]} and as {value}; give it once"
+        raise InvalidInput(message, param=f"hyperparameters.{name}")
+
+
+class JobError(Answer):
+    code: str
+    message: str
+    param: str | None
+
+
+class TrainedAdapter(Answer):
+    """version: None until the job has succeeded. init: what training began with: a start, or a LoRA form."""
+
+    id: str
+    version: int | None
+    form: str
+    method: str
+    rank: int
+    basis: str | None
+    calibration: str | None
+    init: str
+
+
+class JobHyperparameters(Answer):
+    n_epochs: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    learning_rate_multiplier: float | Literal["auto"]
+    learning_rate: float | Literal["auto"]
+    lr_scheduler_type: str
+    warmup_ratio: float | Literal["auto"]
+    weight_decay: float | Literal["auto"]
+    max_length: int | Literal["auto"]
+
+
+class JobSupervised(Answer):
+    hyperparameters: JobHyperparameters
+
+
+class JobMethod(Answer):
+    type: Literal["supervised"] = "supervised"
+    supervised: JobSupervised
+
+
+class FineTuningJob(Answer):
+    """A job in OpenAI's shape, then what Tessera adds."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    fine_tuned_model: str | None = Field(description="the adapter's id, once the job has succeeded")
+    hyperparameters: JobHyperparameters
+    model: str
+    organization_id: str
+    result_files: list[str] = Field(default_factory=list)
+    seed: int
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    error: JobError | None
+    integrations: list[str] = Field(default_factory=list)
+    metadata: dict[str, Any]
+    method: JobMethod
+    user_provided_suffix: str | None
+    adapter: TrainedAdapter
+    progress: dict[str, Any] = Field(description="epoch, step, losses … of a running job")
+    result: dict[str, Any] | None
+    early_stopping: dict[str, Any] | None
+    started_at: int | None
+    attempt: int
+    queue_position: int | None = Field(description="1-based place among the caller's own waiting jobs")
+
+
+class JobEventObject(Answer):
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any]
+
+
+class CheckpointMetrics(Answer):
+    step: int
+    valid_loss: float | None
+
+
+class Checkpoint(Answer):
+    """The best state of a job: the one that was published."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics

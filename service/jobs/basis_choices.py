@@ -1,0 +1,165 @@
+"""Which basis a job gets: a stored one that the caller may use, or a recipe that can work on this model.
+
+Everything that can be known without the weights is checked here, before a job is queued: methods, options,
+data, the rank against every target module, the room that the caller has for bases of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from service.jobs.recipes import RecipeOrder, checked_recipe
+from service.jobs.uploads import FINE_TUNE, PURPOSES
+from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
+from tessera.formats.basis import ModuleShape
+from tessera.methods.bases import find_method
+from tessera.methods.building.targets import check_rank
+from tessera.model.base_model import check_patterns, choose_targets
+from tessera.model.layout import linear_shapes
+from tessera.queue.records import OWN_DATA
+from tessera.settings import CommonSettings
+from tessera.store.bases import BasisStore
+from tessera.store.files import FileRecord, FileStore
+from tessera.store.holds import BasisHolds, source_key
+from tessera.store.ownership import OwnBases
+
+#: Of a number in a basis as it is stored (`tessera.formats.basis.storage_dtype`).
+ITEM_BYTES = 2
+
+
+@dataclass(frozen=True)
+class BasisChoice:
+    """The part of a job's specification that is about its basis. calibration_bytes: of the file to read."""
+
+    method: str
+    rank: int
+    basis_id: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    target_modules: list[str] | None = None
+    calibration: str | None = None
+    calibration_bytes: int = 0
+
+    @property
+    def spec_fields(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "rank": self.rank,
+            "basis_id": self.basis_id,
+            "basis_options": self.options,
+            "target_modules": self.target_modules,
+            "calibration": self.calibration,
+        }
+
+
+class BasisChoices:
+    """Checks what callers ask for against the base model's layers and the stores."""
+
+    def __init__(
+        self,
+        *,
+        bases: BasisStore,
+        own: OwnBases,
+        holds: BasisHolds,
+        files: FileStore,
+        settings: CommonSettings,
+    ) -> None:
+        self._bases, self._own, self._holds, self._files = bases, own, holds, files
+        self._settings = settings
+        self._layers: dict[str, ModuleShape] = {}
+
+    async def stored(self, tenant: str, basis_id: str) -> BasisChoice:
+        """Raises `NotFound`, also for a basis that belongs to others."""
+        try:
+            await self._own.check_access(tenant, basis_id)
+            manifest = await self._bases.manifest(basis_id)
+        except NotFound as error:
+            raise NotFound(error.message, param="adapter.basis", code=error.code) from error
+        return BasisChoice(manifest.method, manifest.rank, basis_id)
+
+    async def recipe(
+        self, tenant: str, order: RecipeOrder, *, rank: int | None, training: FileRecord | None = None
+    ) -> BasisChoice:
+        """training: the file of a job that trains. Raises `InvalidInput`, `NotFound`, `QuotaExceeded`."""
+        rank = rank or self._settings.rank
+        recipe = checked_recipe(order, rank)
+        if set(recipe.target_modules or ()) == set(self._settings.target_modules):
+            recipe = replace(recipe, target_modules=None)
+        shapes = await self.targets(recipe, rank)
+        data = training
+        if recipe.calibration is not None and (training is None or recipe.calibration != OWN_DATA):
+            data = await self.file(tenant, recipe.calibration, recipe.names.calibration, purposes=PURPOSES)
+        choice = BasisChoice(
+            recipe.method,
+            rank,
+            options=recipe.options,
+            target_modules=recipe.target_modules,
+            calibration=recipe.calibration,
+            calibration_bytes=0 if recipe.calibration is None or data is None else data.bytes,
+        )
+        if recipe.calibration is not None or recipe.options or recipe.target_modules is not None:
+            sha256 = "" if recipe.calibration is None or data is None else data.sha256
+            await self._check_recipe_room(tenant, choice, recipe, sha256, shapes)
+        return choice
+
+    async def file(
+        self, tenant: str, file_id: str, param: str, *, purposes: Sequence[str] = (FINE_TUNE,)
+    ) -> FileRecord:
+        """A file for one of `purposes`. Raises `NotFound`, `InvalidInput` naming the parameter."""
+        try:
+            record = await self._files.get(tenant, file_id)
+        except NotFound as error:
+            raise NotFound(error.message, param=param, code=error.code) from error
+        if record.purpose not in purposes:
+            wanted = " or ".join(map(repr, purposes))
+            raise InvalidInput(f"file {file_id} is for {record.purpose!r}, not for {wanted}", param=param)
+        return record
+
+    async def targets(self, recipe: RecipeOrder, rank: int) -> list[ModuleShape]:
+        """The layers that a recipe is about. Raises `UnsupportedModel`, `InvalidInput` for the rank."""
+        if not self._layers:
+            source, revision = self._settings.base_model, self._settings.base_model_revision
+            self._layers = await asyncio.to_thread(linear_shapes, source, revision=revision)
+        patterns = recipe.target_modules or self._settings.target_modules
+        found = [self._layers[name] for name in choose_targets(list(self._layers), patterns)]
+        if recipe.target_modules or not found:
+            try:
+                check_patterns(list(self._layers), patterns)
+            except UnsupportedModel as error:
+                raise UnsupportedModel(error.message, param=recipe.names.target_modules) from error
+        try:
+            for shape in found:
+                check_rank(rank, shape)
+        except InvalidInput as error:
+            raise InvalidInput(error.message, param=recipe.names.rank) from error
+        return found
+
+    async def check_room(
+        self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
+    ) -> None:
+        """Raises `QuotaExceeded` if the caller has no room for such a basis."""
+        size = item_bytes * rank * sum(shape.d_in + shape.d_out for shape in shapes)
+        await self._holds.check_room(tenant, size)
+
+    async def _check_recipe_room(
+        self, tenant: str, choice: BasisChoice, recipe: RecipeOrder, sha256: str, shapes: list[ModuleShape]
+    ) -> None:
+        """The basis will be the caller's own; if it was built before from the same data, it needs no room."""
+        key = source_key(
+            choice.method,
+            choice.rank,
+            options=choice.options,
+            target_modules=choice.target_modules,
+            calibration=choice.calibration,
+            sha256=sha256,
+        )
+        if await self._holds.find(tenant, key) is not None:
+            return
+        if not find_method(choice.method).stores_factors(choice.options):
+            return
+        try:
+            await self.check_room(tenant, choice.rank, shapes)
+        except QuotaExceeded as error:
+            raise QuotaExceeded(error.message, param=recipe.names.method, code=error.code) from error

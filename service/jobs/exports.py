@@ -1,0 +1,39 @@
+"""An adapter on its way out: a zip of the two files that PEFT and other LoRA runtimes load."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import zipfile
+
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import Basis
+from tessera.peft.exporting import to_peft
+from tessera.store.adapters import AdapterStore
+from tessera.store.bases import BasisStore
+
+
+async def peft_zip(
+    adapters: AdapterStore,
+    bases: BasisStore,
+    *,
+    tenant: str,
+    adapter_id: str,
+    version: int | None,
+    base_model: str,
+) -> bytes:
+    """The zip of one version, the active one by default. Raises `NotFound`, `AdapterReplaced`,
+    `CorruptRecord`, `BasisMismatch`."""
+    ref = await adapters.resolve(tenant, adapter_id, version)
+    [blob] = await adapters.fetch([ref])
+    adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)
+    basis = await bases.get(ref.basis_id)
+    return await asyncio.to_thread(_make_zip, adapter, basis, base_model)
+
+
+def _make_zip(adapter: Adapter, basis: Basis, base_model: str) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:  # floats do not shrink
+        for name, content in to_peft(basis, adapter, base_model=base_model).items():
+            out.writestr(name, content)
+    return archive.getvalue()

@@ -1,0 +1,118 @@
+"""An adapter on its way in: an ordinary LoRA becomes a version in a basis of its own, owned by the tenant.
+
+One of our own exports becomes a version in the basis that it came from. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.errors import BasisDeleted, NotFound, TesseraError, Unavailable
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import ModuleShape
+from tessera.formats.single_adapter import Dedicated
+from tessera.model.base_model import model_name
+from tessera.model.layout import linear_shapes
+from tessera.peft.exporting import PeftFiles
+from tessera.peft.importing import PeftLora, core_in, read_peft, to_dedicated
+from tessera.store.adapters import AdapterStore, AdapterVersion
+from tessera.store.bases import BasisStore
+from tessera.store.ownership import OwnBases
+from tessera.store.publish import publish
+
+#: How often a basis may be deleted under an import before that fails. Each time takes an unlucky moment.
+MAX_DELETIONS = 8
+
+
+@dataclass(frozen=True)
+class ImportTarget:
+    """Where an import goes: whose adapter, for the base model with this digest."""
+
+    tenant: str
+    adapter_id: str
+    model_id: str
+
+
+class Imports:
+    """Takes in LoRAs for one base model, one at a time: each needs several times its size in memory."""
+
+    def __init__(
+        self,
+        adapters: AdapterStore,
+        bases: BasisStore,
+        own: OwnBases,
+        *,
+        base_model: str,
+        revision: str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """dtype: of adapters in shared bases. In a basis of its own R is float32, small beside factors."""
+        self._adapters, self._bases, self._own = adapters, bases, own
+        self._base_model, self._revision, self._dtype = base_model, revision, dtype
+        self._shapes: dict[str, ModuleShape] = {}
+        self._turn = asyncio.Lock()
+
+    async def from_peft(self, target: ImportTarget, files: PeftFiles) -> AdapterVersion:
+        """Publish the LoRA as the adapter's next version.
+
+        Raises `InvalidInput` for what cannot be represented, `QuotaExceeded`, `AdapterDeleted`.
+        """
+        generation = await self._adapters.generation(target.tenant, target.adapter_id)
+        async with self._turn:
+            if not self._shapes:
+                self._shapes = await asyncio.to_thread(
+                    linear_shapes, self._base_model, revision=self._revision
+                )
+            lora = await asyncio.to_thread(read_peft, files.adapter_config, files.adapter_model, self._shapes)
+            adapter = await self._in_labelled_basis(target, lora)
+            if adapter is not None:
+                with contextlib.suppress(BasisDeleted):  # since it was read: the LoRA gets one of its own
+                    return await self._publish(target, adapter, self._dtype, generation)
+            stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
+            for _ in range(MAX_DELETIONS):
+                with contextlib.suppress(BasisDeleted):
+                    return await self._in_own_basis(target, stored, generation)
+            return await self._in_own_basis(target, stored, generation)
+
+    async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
+        """The LoRA in the basis that it says it came from, if that is so and the tenant may use it."""
+        if lora.label is None:
+            return None
+        try:
+            await self._own.check_access(target.tenant, lora.label)
+            basis = await self._bases.get(lora.label)
+        except NotFound:
+            return None
+        if basis.manifest.model_id != target.model_id:
+            return None
+        R: Tensor | None = await asyncio.to_thread(core_in, lora, basis)
+        metadata = {"source": "peft", "base_model": model_name(self._base_model)}
+        return None if R is None else Adapter(basis.basis_id, R, metadata)
+
+    async def _in_own_basis(self, target: ImportTarget, stored: Dedicated, generation: int) -> AdapterVersion:
+        """Raises `BasisDeleted` if the basis went before the adapter was in it: its owner deleted it, or the
+        import of the same LoRA by another process failed. Nothing is left then, and it can be tried again.
+        """
+        ownership = await self._own.reserve(target.tenant, stored.basis.manifest)
+        try:
+            if ownership is not None:
+                await self._bases.put_own(stored.basis, ownership)
+            return await self._publish(target, stored.adapter, torch.float32, generation)
+        except (Unavailable, BasisDeleted):
+            raise  # the caller tries again, and finds what is there
+        except TesseraError:
+            await self._own.discard(target.tenant, stored.basis.basis_id)
+            raise
+
+    async def _publish(
+        self, target: ImportTarget, adapter: Adapter, dtype: torch.dtype, generation: int
+    ) -> AdapterVersion:
+        return await publish(
+            self._adapters, self._own, target.tenant, target.adapter_id, adapter,
+            dtype=dtype, generation=generation, base_model_id=target.model_id,
+        )  # fmt: skip

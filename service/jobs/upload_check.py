@@ -1,0 +1,75 @@
+"""Checking a file of examples beside the event loop: a large one in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from service.processes.fair_gate import FairGate
+from service.processes.twin import LIMITS, Twin, Work
+from tessera.chat.chat_format import ChatFormat
+from tessera.data.examples import for_each, parse_examples
+from tessera.errors import InvalidInput, InvalidTrainingData, LineError
+
+#: Smaller files are checked in a thread: 10 ms.
+MAX_INLINE_BYTES = 16 * 1024
+#: The twin's names of the work.
+_PLAIN, _WITH_USERS = b"-", b"u"
+
+
+class UploadCheck:
+    """Counts the examples of files and finds what is wrong with them, two files at once, one of each tenant.
+
+    twin: of which `works` are a part; None: files are checked in threads of this process.
+    """
+
+    def __init__(self, chat: ChatFormat, twin: Twin | None = None) -> None:
+        self._chat = chat
+        self._twin = twin
+        self._gate = FairGate(capacity=2, share=1)
+
+    async def count_examples(self, tenant: str, content: bytes, *, with_users: bool) -> int:
+        """How many examples a JSONL file holds. Raises `InvalidTrainingData`, `InvalidInput`."""
+        async with self._gate.room(tenant):
+            found = await self._look(content, with_users)
+        if "errors" in found:
+            errors = [LineError(*error) for error in found["errors"]]
+            raise InvalidTrainingData(errors, code=found["code"], num_problems=found["num_problems"])
+        return int(found["num_examples"])
+
+    async def _look(self, content: bytes, with_users: bool) -> dict[str, Any]:
+        if self._twin is None or len(content) <= MAX_INLINE_BYTES:
+            return await asyncio.to_thread(check, content, self._chat, with_users=with_users)
+        reply = await self._twin.work(_WITH_USERS if with_users else _PLAIN, content)
+        if not reply:
+            raise InvalidInput(
+                f"the file could not be checked within {LIMITS}; split it, or simplify its lines",
+                param="file",
+                code="file_too_complex",
+            )
+        found: dict[str, Any] = json.loads(bytes(reply))
+        return found
+
+
+def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, Any]:
+    """What is to be said of a file: the number of its examples, or its errors."""
+    try:
+        examples = parse_examples(content, with_users=with_users)
+        for_each(examples, chat.check)
+    except InvalidTrainingData as error:
+        errors = [(problem.line, problem.code, problem.message) for problem in error.errors]
+        return {"errors": errors, "code": error.code, "num_problems": error.num_problems}
+    return {"num_examples": len(examples)}
+
+
+def works(chat: ChatFormat) -> dict[bytes, Work]:
+    """The checks, for `fork_twin`."""
+
+    def work(content: bytes, *, with_users: bool) -> bytes:
+        return json.dumps(check(content, chat, with_users=with_users)).encode()
+
+    return {
+        _PLAIN: lambda content: work(content, with_users=False),
+        _WITH_USERS: lambda content: work(content, with_users=True),
+    }

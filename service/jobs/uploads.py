@@ -1,0 +1,49 @@
+"""Files of examples on their way in: checked whole before they are kept."""
+
+from __future__ import annotations
+
+import re
+
+from service.jobs.upload_check import UploadCheck
+from tessera.errors import InvalidInput
+from tessera.store.files import FileRecord, FileStore
+
+#: To train on, or to build a basis of; in a file for nothing but that, lines may say whose they are.
+FINE_TUNE, CALIBRATION = PURPOSES = ("fine-tune", "calibration")
+MAX_FILENAME = 255
+
+
+async def keep_training_file(
+    files: FileStore,
+    check: UploadCheck,
+    tenant: str,
+    *,
+    filename: str | None,
+    purpose: str,
+    content: bytes,
+    lifetime_s: int | None = None,
+) -> FileRecord:
+    """Check a JSONL file, also against the chat template of the base model, and store it.
+
+    It is kept for `lifetime_s`, or until it is deleted.
+
+    Raises `InvalidTrainingData` with every problem by line, `InvalidInput` for another purpose.
+    """
+    if purpose not in PURPOSES:
+        known = " or ".join(map(repr, PURPOSES))
+        raise InvalidInput(f"files are for {known} only, not for {purpose[:64]!r}", param="purpose")
+    num_examples = await check.count_examples(tenant, content, with_users=purpose == CALIBRATION)
+    return await files.put(
+        tenant,
+        filename=plain_name(filename or ""),
+        purpose=purpose,
+        content=content,
+        num_examples=num_examples,
+        lifetime_s=lifetime_s,
+    )
+
+
+def plain_name(filename: str) -> str:
+    """The last part of a path, printable: it comes back in a header when the file is downloaded."""
+    name = re.split(r"[/\\]", filename)[-1]
+    return re.sub(r"[^\w .()+-]", "_", name)[:MAX_FILENAME].strip() or "file.jsonl"

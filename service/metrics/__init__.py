@@ -1,0 +1,1 @@
+"""What the service measures about itself and reads from the engine, the queue and the store."""

@@ -1,0 +1,149 @@
+"""Work on large inputs in processes of their own, forked from a twin of the API process.
+
+Reading JSON and rendering templates is Python, and Python has one lock per process: a thread that does it
+costs every other request some milliseconds at each of its steps. So each large input is worked on by a
+process that lives for that input. It is forked from a twin of the API process, made before that had any
+threads, which has the tokenizer loaded: a fork takes 5 ms, none of them of the API process, and shares the
+twin's memory. Twin and forks yield the processor to the API process and the engine, and the kernel bounds
+the memory and time of each.
+
+    API process ── socket that carries a socket per input ──> twin ── fork per input ──> work, answer, exit
+
+Knows nothing of the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from tessera.processes.child_process import end_with_parent
+
+#: Of a forked process. The slowest upload that we know, of 32 MB, takes 15 s and 0.5 GB.
+MAX_CPU_S = 60
+MAX_MEMORY_BYTES = 2 * 1024**3
+LIMITS = f"{MAX_CPU_S} s of processor time and {MAX_MEMORY_BYTES >> 20} MiB"
+#: A task that wakes has the processor at once beside processes of this niceness, as if they were not there
+#: (two of them on one processor: 0.0 ms at the median, at niceness 0 3.2 ms). SCHED_IDLE is no better, and
+#: would get nothing for as long as the engine computes.
+NICENESS = 10
+#: Sent or received at a time: 0.1 ms.
+_PIECE_BYTES = 128 * 1024
+#: Of the number before an answer: how many bytes it has.
+_SIZE_BYTES = 8
+
+#: From an input to its answer, which is never empty.
+Work = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The process that is forked for each large input. It ends with this process, or with `close`."""
+
+    process_id: int
+    requests: socket.socket
+
+    async def work(self, name: bytes, content: bytes) -> memoryview:
+        """What the work of that name makes of `content`; nothing if it took more than it may."""
+        loop = asyncio.get_running_loop()
+        own, others = socket.socketpair()
+        with own:
+            own.setblocking(False)
+            with others:
+                socket.send_fds(self.requests, [name], [others.fileno()])
+            try:
+                rest = memoryview(content)
+                while rest:  # piece by piece: what a transport cannot send at once, it copies
+                    await loop.sock_sendall(own, rest[:_PIECE_BYTES])
+                    rest = rest[_PIECE_BYTES:]
+                own.shutdown(socket.SHUT_WR)
+                return await _receive(own)
+            except OSError:  # it was ended while it read
+                return memoryview(b"")
+
+    def close(self) -> None:
+        """End the process, and with it the work under way, and wait for it."""
+        self.requests.close()
+        os.kill(self.process_id, signal.SIGKILL)  # a later twin may hold a copy of the socket
+        os.waitpid(self.process_id, 0)
+
+
+def fork_twin(works: Mapping[bytes, Work], *, close_fds: Sequence[int] = ()) -> Twin:
+    """Make the twin. Call it before this process has any threads.
+
+    works: by a name of one byte. close_fds: what the twin must not keep open.
+    """
+    own, others = socket.socketpair()
+    process_id = os.fork()
+    if process_id:
+        others.close()
+        return Twin(process_id, own)
+    try:
+        end_with_parent()
+        own.close()
+        for descriptor in close_fds:
+            os.close(descriptor)
+        _serve(others, works)
+    finally:
+        os._exit(1)
+
+
+async def _receive(connection: socket.socket) -> memoryview:
+    """One answer, whose size comes first, so that it needs no copying together; nothing if it breaks off."""
+    loop = asyncio.get_running_loop()
+    head = await loop.sock_recv(connection, _SIZE_BYTES)  # sent at once, and so small that it comes whole
+    answer = memoryview(bytearray(int.from_bytes(head)))
+    rest = answer
+    while rest:
+        num_bytes = await loop.sock_recv_into(connection, rest[:_PIECE_BYTES])
+        if not num_bytes:
+            return memoryview(b"")
+        rest = rest[num_bytes:]
+    return answer
+
+
+def _serve(requests: socket.socket, works: Mapping[bytes, Work]) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the service, which lets its requests finish
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that work
+    os.nice(NICENESS)
+    gc.disable()  # a fork may make millions of small lists, all of which go with it
+    while True:
+        name, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
+        if not name:
+            os._exit(0)  # the API process is gone
+        with socket.socket(fileno=descriptors[0]) as connection:
+            if os.fork() == 0:
+                try:
+                    end_with_parent()
+                    requests.close()
+                    _answer(connection, works[name])
+                finally:
+                    os._exit(0)
+
+
+def _answer(connection: socket.socket, work: Work) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
+    limit = _data_bytes() + MAX_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    pieces = []
+    while piece := connection.recv(_PIECE_BYTES):
+        pieces.append(piece)
+    answer = work(b"".join(pieces))
+    connection.sendall(len(answer).to_bytes(_SIZE_BYTES))
+    connection.sendall(answer)
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts, before the input is read; 0 where the kernel does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[5]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return 0

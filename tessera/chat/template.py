@@ -1,0 +1,155 @@
+"""A base model's chat template: messages to text, and what it writes round an answer.
+
+Knows no tokens. The rendering is transformers'; only a template that asks for the date is given one that can
+be fixed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from tessera.chat.template_names import names_read
+from tessera.errors import InvalidInput
+
+#: What a jinja template does with messages that it was not written for.
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+#: A tag that a generation prompt ends with: `<think>`, `[THINK]`.
+_OPENED = re.compile(r"(<\w+>|\[\w+\])(\s*)$")
+_QUESTION, _ANSWER = "Quince?", "Zucchini!"
+
+
+@dataclass(frozen=True)
+class TurnShape:
+    """What a template writes round an answer, seen in small conversations.
+
+    tail: after the answer that is the last message. between: after an answer and before the next question.
+    first: before everything that a conversation says. opened: the tag that the answer's prompt ends with, and
+    the white space after it. asked: what is written round questions. written: all that it may write.
+    """
+
+    tail: str = ""
+    between: str = ""
+    first: str = ""
+    opened: tuple[str, str] = ("", "")
+    asked: str = ""
+    written: str = ""
+
+
+class ChatTemplate:
+    """The template of one tokenizer, of which there may be none."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        template = tokenizer.chat_template or ""
+        self._source = template.get("default", "") if isinstance(template, dict) else template
+        self._now: Callable[[], datetime] = datetime.now
+
+    @property
+    def exists(self) -> bool:
+        return bool(self._source)
+
+    def at(self, moment: datetime) -> ChatTemplate:
+        """The same template, for which it is always `moment`."""
+        fixed = copy(self)
+        fixed._now = lambda: moment
+        return fixed
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text. variables: more names for the template. Raises `InvalidInput`."""
+        if not self.exists:
+            raise InvalidInput(
+                "the base model has no chat template; use plain prompts, prompt/completion or text examples",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            if "strftime_now" in self._source:
+                return self._render_dated(messages, add_generation_prompt, variables or {})
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **(variables or {}),
+            )
+        except _TEMPLATE_FAULTS as error:
+            raise InvalidInput(
+                f"the chat template of the base model refuses these messages: {error}",
+                param="messages",
+                code="invalid_messages",
+            ) from error
+        return str(text)
+
+    def _render_dated(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> str:
+        """As transformers renders, with our clock: it lets no function of its callers into a template."""
+        return str(
+            _compile_jinja_template(self._source).render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=lambda form: self._now().strftime(form),
+                **{**self._tokenizer.special_tokens_map, **variables},
+            )
+        )
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and a caller may give it: neither what every conversation has,
+        nor the tokenizer's tokens, nor an argument of the rendering itself."""
+        environment = _compile_jinja_template(self._source).environment
+        read = names_read(environment.parse(self._source))
+        arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        tokens = (*self._tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *self._tokenizer.special_tokens_map)
+        return read - {"messages", "strftime_now", *environment.globals, *arguments, *tokens}
+
+    @cached_property
+    def shape(self) -> TurnShape:
+        """What this template writes round an answer."""
+        user, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+        system = {"role": "system", "content": _QUESTION}
+        for before in ([user], [system, user]):
+            try:
+                prompt = self.render(before, add_generation_prompt=True)
+                whole = self.render([*before, answer])
+            except InvalidInput:
+                continue
+            _, found, tail = whole.rpartition(_ANSWER)
+            opened = _OPENED.search(prompt.rpartition(_QUESTION)[2])
+            longer = ([*before, answer, *before[-1:]], [{**before[0], "role": "system"}, *before[-1:]])
+            longer_texts = list(map(self._try_render, longer))
+            written = "".join([self._source, prompt, whole, *longer_texts])
+            return TurnShape(
+                tail if found else "",
+                longer_texts[0].rpartition(_ANSWER)[2].partition(_QUESTION)[0],
+                prompt.partition(_QUESTION)[0],
+                (opened[1], opened[2]) if opened else ("", ""),
+                self._try_render(before),
+                written,
+            )
+        return TurnShape(written=self._source)
+
+    def _try_render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The rendering, empty where the template refuses the messages."""
+        try:
+            return self.render(messages)
+        except InvalidInput:
+            return ""

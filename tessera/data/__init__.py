@@ -1,0 +1,1 @@
+"""Training files: JSON lines, examples, and the messages in them."""

@@ -1,0 +1,273 @@
+"""Training files: JSON lines to examples, with every problem of the file at once.
+
+Four kinds of line, which a file may mix:
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}
+    {"prompt": [{"role": "user", "content": "…"}], "completion": [{"role": "assistant", "content": "…"}]}
+    {"prompt": "…", "completion": "…"}
+    {"text": "…"}
+
+null under any key means that the key is absent. In a file that builds a basis, every line may also say in
+`user` whose example it is, or none.
+
+Knows no tokenizer and no template; `ChatFormat.check` does. A line that `parse_examples` lets through has at
+least one character to train on. What a message may hold: `data/messages.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from tessera.data.jsonl import Problems, kind, read_objects, shown
+from tessera.data.messages import read_message, read_text
+from tessera.errors import InvalidInput, InvalidTrainingData, LineError
+
+T = TypeVar("T")
+
+FORMATS = '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text": "…"}'
+
+#: 1 MiB is about 200,000 words: no example of that length fits a context, but a file that is no JSONL shows.
+MAX_LINE_BYTES = 1024 * 1024
+#: An adapter of 57,000 numbers holds some thousands of examples at the most.
+MAX_EXAMPLES = 50_000
+#: Problems of one file that are named; the others are counted.
+MAX_LISTED_ERRORS = 100
+#: Of a user's name: an id or an address, no text.
+MAX_USER_CHARS = 256
+#: A user's examples are divided into some to learn from and some to measure with.
+MIN_USER_EXAMPLES = 2
+#: As in a request to the chat endpoint.
+MAX_MESSAGES = 2048
+
+_TO_MESSAGES = 'write {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
+_PREFERENCE = "preference data cannot be trained on here; write the preferred answer as the last message"
+#: What other tools write, by keys that tell it: what to write instead.
+_OTHER_FORMATS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"non_preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"chosen"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"rejected"}), f"{_PREFERENCE} of {FORMATS}"),
+    (frozenset({"prompt", "completion", "label"}), f"rated answers ({_PREFERENCE}); leave bad answers out"),
+    (
+        frozenset({"instruction", "output"}),
+        f"{_TO_MESSAGES}: user is instruction and input, assistant output",
+    ),
+    (
+        frozenset({"conversations"}),
+        f"{_TO_MESSAGES}: from human is role user, gpt is assistant, value is content",
+    ),
+    (frozenset({"conversation"}), f"{_TO_MESSAGES}: one message for every turn"),
+    (frozenset({"contents"}), f"{_TO_MESSAGES}: role model is assistant, the text of parts is content"),
+    (frozenset({"system", "messages"}), 'put the system text into messages, first: {"role": "system", …}'),
+    (frozenset({"prompt", "response"}), "call response completion"),
+    (frozenset({"prompt", "output"}), "call output completion"),
+    (frozenset({"prompt", "answer"}), "call answer completion"),
+    (frozenset({"instruction", "response"}), f"{_TO_MESSAGES}: user is instruction, assistant response"),
+    (frozenset({"question", "response"}), _TO_MESSAGES),
+    (frozenset({"user", "assistant"}), _TO_MESSAGES),
+    (frozenset({"custom_id", "body"}), "a line of a batch; write its messages and the answer to them"),
+    (frozenset({"question", "answer"}), _TO_MESSAGES),
+    (frozenset({"query", "response"}), _TO_MESSAGES),
+    (frozenset({"input", "output"}), _TO_MESSAGES),
+    (frozenset({"input_ids"}), f"token ids are not taken; write their text, as {FORMATS}"),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training item: a conversation, a prompt with its completion, or a text; the others are None.
+
+    user: whose it is, if the file says so. line: where it stands in its file, 1-based.
+    """
+
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    user: str | None = None
+    line: int = 0
+
+
+def parse_examples(
+    content: bytes,
+    *,
+    max_errors: int = MAX_LISTED_ERRORS,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    max_examples: int = MAX_EXAMPLES,
+    with_users: bool = False,
+) -> list[Example]:
+    """The examples of a JSONL file, in order. Blank lines, a UTF-8 byte order mark and CRLF are let pass.
+
+    with_users: lines may say whose they are; else that is a key like any unknown one.
+
+    Raises `InvalidTrainingData` with the problems of all lines; beyond `max_errors` they are only counted, in
+    one last entry with code "more_errors". A file without any example has the error code "empty_file".
+    """
+    problems = Problems(max_errors)
+    examples: list[Example] = []
+    for value in read_objects(content, problems, max_line_bytes=max_line_bytes, max_lines=max_examples):
+        if value is not None:
+            value = {key: item for key, item in value.items() if item is not None}
+            user = _user(value, problems) if with_users else None
+            examples.append(replace(_example(value, problems), user=user))
+    _check_users(examples, problems)
+    problems.raise_if_any()
+    if not examples:
+        problems.line = 1
+        problems.add("empty_file", "the file holds no example; write one JSON object per line")
+        problems.raise_if_any(code="empty_file")
+    return examples
+
+
+def for_each(examples: Iterable[Example], work: Callable[[Example], T], *, param: str = "file") -> list[T]:
+    """What `work` makes of every example.
+
+    Raises `InvalidTrainingData` with the lines of all examples for which it raises `InvalidInput`.
+    """
+    results: list[T] = []
+    errors: list[LineError] = []
+    num_problems = 0
+    for example in examples:
+        try:
+            results.append(work(example))
+        except InvalidInput as error:
+            num_problems += 1
+            if len(errors) < MAX_LISTED_ERRORS:
+                errors.append(LineError(example.line, error.code, error.message))
+    if errors:
+        raise InvalidTrainingData(errors, param=param, num_problems=num_problems)
+    return results
+
+
+def _example(value: dict[str, Any], problems: Problems) -> Example:
+    """The example of one line; whatever is wrong with it is added to `problems`."""
+    line = problems.line
+    for keys, advice in _OTHER_FORMATS:
+        if keys <= value.keys():
+            problems.add("other_format", f"{advice} (the line has {', '.join(map(shown, sorted(keys)))})")
+            return Example(line=line)
+    if "messages" in value:
+        _check_keys(value, ("messages",), problems)
+        return Example(messages=_conversation(value["messages"], problems), line=line)
+    if isinstance(value.get("prompt"), list) or isinstance(value.get("completion"), list):
+        _check_keys(value, ("prompt", "completion"), problems)
+        return Example(messages=_asked_and_answered(value, problems), line=line)
+    if "prompt" in value or "completion" in value:
+        _check_keys(value, ("prompt", "completion"), problems)
+        prompt = read_text(value, "prompt", problems)
+        completion = read_text(value, "completion", problems)
+        if completion is not None and not completion.strip():
+            problems.add("empty_completion", "completion is empty; give the text to be learned")
+        return Example(prompt=prompt, completion=completion, line=line)
+    if "text" in value:
+        _check_keys(value, ("text",), problems)
+        text = read_text(value, "text", problems)
+        if text is not None and not text.strip():
+            problems.add("empty_text", "text is empty; give the text to be learned, or remove the line")
+        return Example(text=text, line=line)
+    given = ", ".join(shown(key) for key in list(value)[:5]) or "none"
+    problems.add("unknown_format", f"a line must be {FORMATS}; the keys of this one: {given}")
+    return Example(line=line)
+
+
+def _user(value: dict[str, Any], problems: Problems) -> str | None:
+    """Whose example it is, taken out of the line; None if it does not say, "" if that cannot be read."""
+    if "user" not in value:
+        return None
+    user = read_text(value, "user", problems)
+    del value["user"]
+    if user is not None and not 0 < len(user) <= MAX_USER_CHARS:
+        problems.add("invalid_user", f"user must have 1 to {MAX_USER_CHARS} characters, not {len(user)}")
+        return ""
+    return user or ""
+
+
+def _check_users(examples: Sequence[Example], problems: Problems) -> None:
+    """Adds lines without a user where others have one, and the users of too few examples.
+
+    Those are not counted in a file with other mistakes: some of their lines may be among them.
+    """
+    first = next((example for example in examples if example.user is not None), None)
+    if first is None:
+        return
+    is_whole = not problems.total
+    counts = Counter(example.user for example in examples)
+    for example in examples:
+        problems.line = example.line
+        if example.user is None:
+            hint = f"line {first.line} has one; give every line a user, or none"
+            problems.add("missing_user", f"the line says no user, but {hint}")
+        elif is_whole and counts[example.user] < MIN_USER_EXAMPLES:
+            message = f"user {shown(example.user)} has only this example; give every user {MIN_USER_EXAMPLES}"
+            problems.add("user_too_small", f"{message} or more")
+
+
+def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problems) -> None:
+    for key, item in value.items():
+        if key in ("tools", "functions", "parallel_tool_calls") and "messages" in known:
+            if item and key != "parallel_tool_calls":
+                message = f"{key}: tool calls cannot be trained; write calls and results as text"
+                problems.add("unsupported_tools", message)
+        elif key not in known:
+            problems.add(
+                "unknown_key", f"unknown key {shown(key)}; remove it (known here: {', '.join(known)})"
+            )
+
+
+def _asked_and_answered(value: dict[str, Any], problems: Problems) -> tuple[dict[str, Any], ...] | None:
+    """The conversation of a prompt and a completion that are messages both: the completion is learned."""
+    for key in ("prompt", "completion"):
+        if not isinstance(value.get(key), list):
+            given = kind(value.get(key)) if key in value else "missing"
+            other = "completion" if key == "prompt" else "prompt"
+            message = f"{other} is a list of messages, so {key} must be one too; it is {given}"
+            problems.add("wrong_type", message)
+            return None
+    prompt = _messages(value["prompt"], "prompt", problems, is_context=True)
+    completion = _messages(value["completion"], "completion", problems)
+    if prompt is None or completion is None:
+        return None
+    context = [message if message["role"] != "assistant" else {**message, "weight": 0} for message in prompt]
+    _check_learned(completion, "completion", problems)
+    return (*context, *completion)
+
+
+def _conversation(value: Any, problems: Problems) -> tuple[dict[str, Any], ...] | None:
+    messages = _messages(value, "messages", problems)
+    if messages is not None:
+        _check_learned(messages, "messages", problems)
+    return messages
+
+
+def _messages(
+    value: Any, where: str, problems: Problems, *, is_context: bool = False
+) -> tuple[dict[str, Any], ...] | None:
+    """The messages of a list; is_context: none of them is learned."""
+    if not isinstance(value, list):
+        problems.add("wrong_type", f"{where} must be a list, not {kind(value)}")
+        return None
+    if not value:
+        problems.add("empty_messages", f"{where} is empty; give at least one assistant message")
+        return None
+    if len(value) > MAX_MESSAGES:
+        message = f"{where} has {len(value)} messages, the limit is {MAX_MESSAGES}; split the conversation"
+        problems.add("too_many_messages", message)
+        return None
+    before = problems.total
+    messages = [
+        read_message(item, problems, f"{where}[{index}]", is_context=is_context)
+        for index, item in enumerate(value)
+    ]
+    return tuple(messages) if problems.total == before else None
+
+
+def _check_learned(messages: tuple[dict[str, Any], ...], where: str, problems: Problems) -> None:
+    assistant = [message for message in messages if message["role"] == "assistant"]
+    if not assistant:
+        message = f"no message of {where} has the role assistant: there is nothing to learn"
+        problems.add("no_assistant_message", message)
+    elif not any(message.get("weight", 1) for message in assistant):
+        problems.add("nothing_trained", "all assistant messages have weight 0: there is nothing to learn")

@@ -1,0 +1,155 @@
+"""One message of a conversation in a file: what the chat endpoint takes, and `weight`.
+
+null means absent under every key, so that what other tools export (`model_dump()` of OpenAI's client) is read
+as it is. A message comes out as templates want it: role, content (one text), and name and weight if given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tessera.data.jsonl import Problems, kind, shown
+
+#: "developer" is OpenAI's newer word for "system", and shown to templates as that.
+ROLES = ("system", "developer", "user", "assistant")
+MESSAGE_KEYS = ("role", "content", "name", "weight")
+
+#: Keys that say nothing of the text.
+_IGNORED = ("annotations", "cache_control", "id", "object", "created_at", "parsed", "timestamp")
+_NO_TOOLS = "tool calls cannot be trained; write calls and results as text"
+_THOUGHTS = "write the thoughts into content, as the model is to write them"
+#: Keys that may be empty, and what to do where they are not.
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    "tool_calls": ("unsupported_tools", _NO_TOOLS),
+    "function_call": ("unsupported_tools", _NO_TOOLS),
+    "tool_call_id": ("unsupported_tools", _NO_TOOLS),
+    "audio": ("unsupported_content", "the model reads and writes text only; remove it"),
+    "refusal": ("unsupported_content", "write the refusal as content"),
+    "reasoning": ("unsupported_content", _THOUGHTS),
+    "reasoning_content": ("unsupported_content", _THOUGHTS),
+    "thinking": ("unsupported_content", _THOUGHTS),
+}
+#: What other tools call our keys.
+_RENAMED: Mapping[str, str] = {
+    "from": "call it role, human user and gpt assistant",
+    "value": "call it content",
+    "text": "call it content",
+    "parts": "join their texts as content",
+    **dict.fromkeys(("train", "training"), "write weight 1 for true and weight 0 for false"),
+}
+#: A message says what it is in some exports.
+_TYPES = ("text", "message")
+_MAX_NAME_CHARS = 256
+
+
+def template_role(role: str) -> str:
+    """The role as chat templates know it."""
+    return "system" if role == "developer" else role
+
+
+def read_message(item: Any, problems: Problems, where: str, *, is_context: bool = False) -> dict[str, Any]:
+    """role, content and, if given, name and weight; whatever is wrong is added to `problems`.
+
+    where: the path of the message in its line. is_context: it is not learned, whatever its weight.
+    """
+    if not isinstance(item, dict):
+        problems.add("wrong_type", f"{where} must be an object with role and content, not {kind(item)}")
+        return {}
+    item = {key: value for key, value in item.items() if value is not None}
+    where += "."
+    _check_keys(item, problems, where)
+    role = read_text(item, "role", problems, where)
+    if role in ("tool", "function", "ipython"):
+        problems.add("unsupported_tools", f"{where}role {role}: {_NO_TOOLS}")
+        return {}
+    is_refused = any(item.get(key) for key in _REFUSED)
+    content = None if is_refused and "content" not in item else _content(item, problems, where)
+    if role is not None and role not in ROLES:
+        problems.add("unknown_role", f"{where}role must be {', '.join(ROLES)}; got {shown(role)}")
+    message: dict[str, Any] = {"role": role and template_role(role), "content": content}
+    if "name" in item:
+        message["name"] = _name(item, problems, where)
+    if "weight" in item:
+        message["weight"] = _weight(item["weight"], role, problems, where)
+    is_learned = role == "assistant" and not is_context and message.get("weight", 1)
+    if is_learned and content is not None and not content.strip():
+        advice = "give what the assistant should say, or weight 0 if it is not to be learned"
+        problems.add("empty_assistant", f"{where}content is empty; {advice}")
+    return message
+
+
+def _check_keys(item: Mapping[str, Any], problems: Problems, where: str) -> None:
+    for key, value in item.items():
+        if key in _REFUSED:
+            code, advice = _REFUSED[key]
+            if value not in ([], {}, "", False):
+                problems.add(code, f"{where}{key}: {advice}")
+        elif key == "type" and value in ("", *_TYPES):
+            continue
+        elif key not in MESSAGE_KEYS and key not in _IGNORED:
+            hint = f"known here: {', '.join(MESSAGE_KEYS)}"
+            advice = _RENAMED.get(key, "remove it")
+            problems.add("unknown_key", f"{where[:-1]}: unknown key {shown(key)}; {advice} ({hint})")
+
+
+def _content(item: Mapping[str, Any], problems: Problems, where: str) -> str | None:
+    """The text of a message, whose parts are joined."""
+    parts = item.get("content")
+    if not isinstance(parts, list):
+        return read_text(item, "content", problems, where)
+    if not parts:
+        problems.add("wrong_type", f"{where}content is a list without a part; give a text")
+        return None
+    texts = [_part(part, problems, f"{where}content[{index}]") for index, part in enumerate(parts)]
+    return None if None in texts else "".join(text for text in texts if text is not None)
+
+
+def _part(part: Any, problems: Problems, where: str) -> str | None:
+    if not isinstance(part, dict):
+        problems.add("wrong_type", f'{where} must be {{"type": "text", "text": "…"}}, not {kind(part)}')
+        return None
+    part = {key: value for key, value in part.items() if value is not None}
+    if part.get("type") != "text":
+        given = shown(part["type"]) if isinstance(part.get("type"), str) else kind(part.get("type"))
+        problems.add("unsupported_content", f'{where}: only parts of type "text" are supported, not {given}')
+        return None
+    for key in part:
+        if key not in ("type", "text", "annotations", "cache_control"):
+            problems.add(
+                "unknown_key", f"{where}: unknown key {shown(key)}; remove it (known here: type, text)"
+            )
+    return read_text(part, "text", problems, f"{where}.")
+
+
+def _name(item: Mapping[str, Any], problems: Problems, where: str) -> str | None:
+    name = read_text(item, "name", problems, where)
+    if name is not None and len(name) > _MAX_NAME_CHARS:
+        problems.add("invalid_name", f"{where}name may have {_MAX_NAME_CHARS} characters, not {len(name)}")
+    return name
+
+
+def _weight(weight: Any, role: str | None, problems: Problems, where: str) -> int:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+        problems.add("invalid_weight", f"{where}weight must be 0 (do not learn) or 1 (learn)")
+        return 0
+    if weight == 1 and role is not None and role != "assistant":
+        problems.add("invalid_weight", f"{where}weight 1 is for assistant messages; remove it here")
+    return int(weight)
+
+
+def read_text(item: Mapping[str, Any], key: str, problems: Problems, where: str = "") -> str | None:
+    """The string at `key`; None, with the problem added, if there is none that can be encoded."""
+    if key not in item:
+        problems.add("missing_key", f"{where}{key} is missing")
+        return None
+    text = item[key]
+    if not isinstance(text, str):
+        problems.add("wrong_type", f"{where}{key} must be a string, not {kind(text)}")
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problems.add("lone_surrogate", f"{where}{key} holds half of a surrogate pair; remove it")
+        return None
+    return text

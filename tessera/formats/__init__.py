@@ -1,0 +1,1 @@
+"""What is stored and exchanged: a basis, an adapter, and a plain LoRA in the form of both."""

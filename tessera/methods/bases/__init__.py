@@ -1,0 +1,116 @@
+"""Ways to build a basis, one file per published method, and the registry that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tessera.errors import InvalidInput
+from tessera.formats.basis import Basis
+from tessera.methods.bases import (
+    corda,
+    eva,
+    lolora,
+    lora_da,
+    lora_ga,
+    lora_one,
+    lora_sb,
+    lora_xs,
+    loram,
+    milora,
+    olora,
+    pissa,
+    random_factors,
+)
+from tessera.methods.building import gradient_svd
+from tessera.methods.building.build import BuildRequest, BuiltBasis, build
+from tessera.methods.building.calibration import CalibrationSet
+from tessera.methods.building.method import Method, Option
+from tessera.methods.building.rebasing import rebase
+from tessera.methods.population import learned_basis
+from tessera.methods.population.users import Population, split_users
+from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+
+__all__ = [
+    "METHODS",
+    "SELF_BUILDING",
+    "BuiltBasis",
+    "CalibrationSet",
+    "Method",
+    "Option",
+    "Population",
+    "build_basis",
+    "build_basis_and_step",
+    "find_method",
+    "rebase",
+    "split_users",
+]
+
+_FILES = (
+    lora_xs,
+    lora_sb,
+    lora_da,
+    loram,
+    lolora,
+    pissa,
+    milora,
+    olora,
+    lora_ga,
+    lora_one,
+    corda,
+    eva,
+    gradient_svd,
+    learned_basis,
+    random_factors,
+)
+METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
+#: Methods whose basis follows from the base model alone, so that naming one is enough to have it built.
+SELF_BUILDING = tuple(name for name, method in METHODS.items() if method.needs_calibration == "none")
+
+
+def find_method(name: str) -> Method:
+    """The method of this name. Raises `InvalidInput` naming the known ones."""
+    if name not in METHODS:
+        raise InvalidInput(f"unknown method {name!r}; known: {', '.join(METHODS)}", param="method")
+    return METHODS[name]
+
+
+def build_basis(
+    base: BaseModel,
+    *,
+    method: str = "lora_xs",
+    rank: int = 16,
+    target_modules: Sequence[str] = LLAMA_LINEARS,
+    calibration: CalibrationSet | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Basis:
+    """Build a basis by one of `METHODS`. progress(done, total) is called after each module, and
+    after each step of a method that learns. calibration: a `Population` says whose the examples are.
+
+    The base model is left as it was; the caller must have it for itself meanwhile. Raises `InvalidInput`
+    (unknown method or option, rank out of range, no or too little calibration data, values that are not
+    finite) or `UnsupportedModel` (no target module, or one with a quantised or tied weight).
+    """
+    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
+    return build(base, find_method(method), request).basis
+
+
+def build_basis_and_step(
+    base: BaseModel,
+    *,
+    method: str,
+    rank: int = 16,
+    target_modules: Sequence[str] = LLAMA_LINEARS,
+    calibration: CalibrationSet | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> BuiltBasis:
+    """As `build_basis`, with the method's own first step, which `starts.make_start` takes instead of data.
+
+    So LoRA-SB, LoRA-DA and LoRA-One, whose start comes from the same gradients as the basis, need one pass.
+    """
+    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
+    return build(base, find_method(method), request)

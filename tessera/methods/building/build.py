@@ -1,0 +1,214 @@
+"""The one way from a method to a basis: check all, pass over the data by groups, factorise, record.
+
+Knows no single method. All that can be refused is refused before the first pass over the data; a basis is
+returned whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tessera.errors import InvalidInput
+from tessera.formats.basis import DTYPES, Basis, ModuleShape
+from tessera.methods.building.calibration import CalibrationSet
+from tessera.methods.building.collected import Counts, Needs, Statistics
+from tessera.methods.building.decomposition import Decomposition, module_seed
+from tessera.methods.building.gradients import collect
+from tessera.methods.building.losses import check_fits
+from tessera.methods.building.memory_bound import MemoryBound
+from tessera.methods.building.method import Method, ModuleData, ModuleFactors, Options, fill_options
+from tessera.methods.building.targets import Target, find_targets, layer_groups, module_groups
+from tessera.model.base_model import BaseModel
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build by some method. options: as given, not checked.
+
+    progress(done, total) counts modules, and the steps of a method that goes on learning after them.
+    """
+
+    rank: int
+    target_modules: Sequence[str]
+    calibration: CalibrationSet | None
+    dtype: str
+    progress: Callable[[int, int], None] | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BuiltBasis:
+    """A basis, and the method's own first step from the same data, if it has one.
+
+    step: [M, r, r] in trained coordinates, for a learning rate of one: `make_start` scales it.
+    """
+
+    basis: Basis
+    step: Tensor | None
+
+
+def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
+    """Build a basis by `method`. Raises `InvalidInput`, `UnsupportedModel`."""
+    if request.dtype not in DTYPES:
+        raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {request.dtype}", param="dtype")
+    options = fill_options(method.name, method.options, request.options)
+    targets = find_targets(base.model, request.target_modules, request.rank)
+    method.check(request.rank, options)
+    needs = method.needs(request.rank, options)
+    usable = usable_calibration(base, method.name, needs, request.calibration)
+    check_size(usable, request.rank)
+    chosen = None if usable is None else method.select(usable, options)
+    check_size(chosen, request.rank)
+    refinement = None
+    if method.refinement is not None:
+        refinement = method.refinement(usable, request.rank, options)
+    total = len(targets) + (0 if refinement is None else refinement.num_steps)
+    report = request.progress or (lambda done, total: None)
+    found: dict[ModuleShape, ModuleFactors] = {}
+    reading = Reading(chosen, usable, request.rank, options.get("statistics_bytes", 0))
+    for target, statistics in passes(base, targets, needs, reading):
+        found[target.shape] = _factorise(method, target, statistics, request.rank, options)
+        report(len(found), total)
+    recipe = _recipe(method, request, options, chosen, found)
+    factors = {shape: (f.A, f.B * options["scale"]) for shape, f in found.items()}
+    basis = method.assemble(
+        model_id=base.model_id,
+        method=method.name,
+        factors=factors,
+        recipe=recipe,
+        dtype=request.dtype if refinement is None else "float32",
+    )
+    if refinement is not None:
+        done = len(targets)
+        refined = refinement.refine(
+            base, basis, dtype=request.dtype, progress=lambda step: report(done + step, total)
+        )
+        return BuiltBasis(refined, None)
+    steps = [f.step / options["scale"] for f in found.values() if f.step is not None]
+    return BuiltBasis(basis, torch.stack(steps).float() if steps else None)
+
+
+def usable_calibration(
+    base: BaseModel, owner: str, needs: Needs, calibration: CalibrationSet | None
+) -> CalibrationSet | None:
+    """The examples that `owner` can use; None if it needs none.
+
+    Raises `InvalidInput` if there is no set although `owner` needs one, or the model cannot read it.
+    """
+    if not needs.any:
+        return None
+    if calibration is None:
+        kind = "labelled examples" if needs.labels else "text"
+        raise InvalidInput(f"{owner} needs a calibration set of {kind}", param="calibration")
+    usable = calibration.labelled() if needs.labels or needs.input_tokens == "label" else calibration
+    check_fits(base, usable)
+    return usable
+
+
+def check_size(chosen: CalibrationSet | None, rank: int) -> None:
+    """Raises `InvalidInput` for fewer tokens than directions: no statistic of them has the rank."""
+    if chosen is not None and chosen.num_tokens <= rank:
+        raise InvalidInput(
+            f"the calibration set holds {chosen.num_tokens} tokens, too few for rank {rank}",
+            param="calibration",
+            code="calibration_too_small",
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, and within which memory. chosen: of the `population`; limit_bytes: 0 is the bound's.
+
+    rank: of the LoRA whose training is the bound.
+    """
+
+    chosen: CalibrationSet | None
+    population: CalibrationSet | None
+    rank: int
+    limit_bytes: int = 0
+
+
+def passes(
+    base: BaseModel, targets: Sequence[Target], needs: Needs, reading: Reading
+) -> Iterator[tuple[Target, Statistics]]:
+    """Each target with its statistics, one pass over `chosen` per group of layers that fits the memory limit.
+
+    A group's statistics are dropped, module by module, before the next pass. Where whole layers are too much
+    for the bound a group is a part of a layer, if it is about gradients: rules that learn from inputs are
+    shared by modules of a layer, and must be.
+    """
+    if reading.chosen is None:
+        for target in targets:
+            yield target, Statistics(Counts())
+        return
+    sizes = [needs.bytes_for(target) for target in targets]
+    bound = MemoryBound(targets, reading.rank, reading.chosen)
+    limit_bytes = reading.limit_bytes or bound.statistics_bytes(sum(sizes))
+    cut = module_groups if needs.gradient and not reading.limit_bytes else layer_groups
+    for group in cut(targets, sizes, limit_bytes):
+        members = [targets[index] for index in group]
+        statistics = collect(base, members, reading.chosen, needs, population=reading.population, bound=bound)
+        for index in group:
+            found = statistics.pop(0)
+            found.working_bytes = bound.working_bytes(sum(sizes[index : group.stop]))
+            yield targets[index], found
+            del found
+
+
+@torch.no_grad()
+def _factorise(
+    method: Method, target: Target, statistics: Statistics, rank: int, options: Options
+) -> ModuleFactors:
+    data = ModuleData(
+        shape=target.shape,
+        weight=target.weight,
+        rank=rank,
+        seed=module_seed(options["seed"], method.name, target.name, rank),
+        statistics=statistics,
+        decomposition=Decomposition(options["svd"], statistics.working_bytes),
+    )
+    factors = method.factorise(data, options)
+    step = None if factors.step is None else factors.step.double().cpu()
+    # Copies: r of a decomposition's vectors would keep the memory of all of them. Of sums in float32 no more
+    # than float32 is known.
+    dtype = factors.A.dtype if statistics.working_bytes is None else torch.float32
+    A, B = (x.to("cpu", dtype, copy=True) for x in (factors.A, factors.B))
+    return ModuleFactors(A, B, step, factors.notes)
+
+
+def _recipe(
+    method: Method,
+    request: BuildRequest,
+    options: Options,
+    chosen: CalibrationSet | None,
+    found: Mapping[ModuleShape, ModuleFactors],
+) -> dict[str, Any]:
+    """How the basis was built. notes: per name one number a module, in the manifest's order."""
+    names = sorted({name for factors in found.values() for name in factors.notes})
+    notes = {name: [factors.notes[name] for factors in found.values()] for name in names}
+    recipe: dict[str, Any] = {
+        "method": method.name,
+        "rank": request.rank,
+        "target_modules": list(request.target_modules),
+        "options": dict(options),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "notes": notes,
+    }
+    if "relative_gap" in notes:
+        recipe["min_relative_gap"] = min(notes["relative_gap"])
+    if chosen is not None and request.calibration is not None:
+        recipe["calibration"] = {
+            "digest": request.calibration.digest,
+            "num_examples": len(chosen),
+            "num_tokens": chosen.num_tokens,
+            "num_label_tokens": chosen.num_label_tokens,
+            "drawn_from_examples": len(request.calibration),
+        }
+    return recipe

@@ -1,0 +1,167 @@
+"""Calibration data: token ids with the mask of the tokens to learn, chosen, digested and cut into batches.
+
+Knows no model. What a method needs of it: text (token ids) or labels (a mask that marks tokens to learn).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tessera.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from tessera.chat.chat_format import EncodedExample
+
+#: Tokens with padding in one pass. Enough to fill the matrix units of an 8B model; at 4096 wide the inputs
+#: that are kept until their gradient comes are then 33 MB a module.
+MAX_BATCH_TOKENS = 2048
+#: An example shorter than this part of its batch's longest goes into the next batch.
+MIN_FILL = 0.5
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Examples as pairs (token ids [T], loss mask [T]). The mask's first entry does not count.
+
+    Raises `InvalidInput` if there is no example, or one whose mask does not fit its tokens or that has none.
+    """
+
+    examples: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise InvalidInput("the calibration set is empty", param="calibration", code="empty_calibration")
+        for index, (token_ids, mask) in enumerate(self.examples):
+            if not token_ids or len(token_ids) != len(mask):
+                raise InvalidInput(
+                    f"calibration example {index} has {len(token_ids)} tokens and a mask of {len(mask)}",
+                    param="calibration",
+                )
+
+    @classmethod
+    def from_encoded(cls, examples: Iterable[EncodedExample]) -> CalibrationSet:
+        """Labelled: the tokens that training would learn."""
+        return cls(tuple((tuple(item.token_ids), tuple(item.loss_mask)) for item in examples))
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[Sequence[int]]) -> CalibrationSet:
+        """Unlabelled token ids, for the methods that look at activations only."""
+        return cls(tuple((tuple(ids), (False,) * len(ids)) for ids in texts))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over tokens and masks, as hex."""
+        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(len(token_ids) for token_ids, _ in self.examples)
+
+    @cached_property
+    def num_label_tokens(self) -> int:
+        return sum(sum(mask[1:]) for _, mask in self.examples)
+
+    @cached_property
+    def max_batch_tokens(self) -> int:
+        """Of the largest batch, padding included."""
+        return max(batch.token_ids.numel() for batch in self.batches())
+
+    def take(self, num_examples: int, *, seed: int, min_label_tokens: int = 0) -> CalibrationSet:
+        """A random part: at least `num_examples` and `min_label_tokens`, or all if there are not as many.
+
+        The papers count examples; what decides the quality of a gradient is tokens, so a floor counts those.
+        """
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen: list[int] = []
+        label_tokens = 0
+        for index in order:
+            if len(chosen) >= num_examples and label_tokens >= min_label_tokens:
+                break
+            chosen.append(index)
+            label_tokens += sum(self.examples[index][1][1:])
+        return (
+            self
+            if len(chosen) == len(self)
+            else CalibrationSet(tuple(self.examples[i] for i in sorted(chosen)))
+        )
+
+    def labelled(self) -> CalibrationSet:
+        """The examples that have a token to learn. Raises `InvalidInput` if none has."""
+        kept = tuple(example for example in self.examples if any(example[1][1:]))
+        if not kept:
+            raise InvalidInput(
+                "no calibration example has a token to learn: this method needs labelled examples",
+                param="calibration",
+                code="unlabelled_calibration",
+            )
+        return self if len(kept) == len(self) else CalibrationSet(kept)
+
+    def batches(
+        self, *, max_tokens: int = MAX_BATCH_TOKENS, min_fill: float = MIN_FILL
+    ) -> Iterator[CalibrationBatch]:
+        """All examples in batches of similar lengths, padded on the right; a longer one goes alone.
+
+        The batches come in a random order, always the same: an online rule must not see the short ones last.
+        """
+        groups: list[list[int]] = []
+        for index in sorted(range(len(self)), key=lambda index: (-len(self.examples[index][0]), index)):
+            length = len(self.examples[index][0])
+            longest = len(self.examples[groups[-1][0]][0]) if groups else 0
+            fits = groups and (len(groups[-1]) + 1) * longest <= max_tokens and length >= min_fill * longest
+            if fits:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+        for position in order:
+            yield self._batch(groups[position])
+
+    def _batch(self, rows: Sequence[int]) -> CalibrationBatch:
+        longest = len(self.examples[rows[0]][0])
+        token_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        labels = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for row, index in enumerate(rows):
+            ids, mask = self.examples[index]
+            token_ids[row, : len(ids)] = torch.tensor(ids)
+            labels[row, 1 : len(ids)] = torch.tensor(mask[1:], dtype=torch.bool)
+        lengths = tuple(len(self.examples[index][0]) for index in rows)
+        return CalibrationBatch(token_ids, labels, lengths, tuple(rows))
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Rows of one forward pass.
+
+    token_ids: int64 [S, L], padded on the right: under causal attention no real token sees it, so no mask is
+    needed. labels: bool [S, L], which tokens are to be learned. indices: of the rows' examples in their set.
+    """
+
+    token_ids: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [S, L]: the tokens that are no padding."""
+        positions = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return positions < torch.tensor(self.lengths, device=self.token_ids.device)[:, None]
+
+    @property
+    def label_counts(self) -> Tensor:
+        """float32 [S]: tokens to learn in each row."""
+        return self.labels.sum(1).float()
+
+    def to(self, device: torch.device) -> CalibrationBatch:
+        return CalibrationBatch(self.token_ids.to(device), self.labels.to(device), self.lengths, self.indices)

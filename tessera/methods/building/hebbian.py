@@ -1,0 +1,142 @@
+"""Local learning rules for A: from the inputs as they pass by, without labels or a gradient.
+
+LoLoRA ("Locally fine-tuned low rank adapters"), algorithm 1. For a batch z [T, d_in], centred by a running
+mean (μ ← 0.98 μ + 0.02 mean z, the first mean at the start), with u = z Aᵀ [T, r] and e = z - u A, what a
+*minimising* Adam gets is
+
+    hpca      g = -(1/T) uᵀ e                              Oja's subspace rule (SNL)
+    ae        g = -(1/T) (uᵀ e + (e Aᵀ)ᵀ z)                 the gradient of ½ E‖z - AᵀA z‖²
+    softhebb  g = -ΔA / max|ΔA|,  ΔA = yᵀ z - diag(Σ_t y∘u) A,  y = softmax(u), of losing units negative
+
+The paper's theory has the *uncentred* second moment (theorem 4.4), its algorithm centres; on inputs with a
+mean the uncentred rule spends one direction on the mean. It leaves SoftHebb's temperature open: 1 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tessera.errors import InvalidInput
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class HebbianConfig:
+    """rule: "hpca", "ae" or "softhebb". svd_first: start from the principal components of the first batch."""
+
+    rule: str = "hpca"
+    lr: float = 1.5e-3
+    momentum: float = 0.98
+    is_centred: bool = True
+    svd_first: bool = False
+    tokens_per_step: int = 512
+
+
+class HebbianRule:
+    """A [r, d_in], learned online. `A` is never part of an autograd graph."""
+
+    def __init__(self, width: int, rank: int, config: HebbianConfig, *, generator: torch.Generator) -> None:
+        self.config = config
+        uniform = 2 * torch.rand(rank, width, generator=generator) - 1
+        self.A = uniform / width**0.5  # Kaiming uniform with a = √5, as lora_A of an untrained adapter
+        self.mean: Tensor | None = None
+        self.num_steps = 0
+        self._moment1 = torch.zeros_like(self.A)
+        self._moment2 = torch.zeros_like(self.A)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is not in `A`, on the CPU, for a checkpoint."""
+        state = {"moment1": self._moment1, "moment2": self._moment2}
+        state["num_steps"] = torch.tensor(self.num_steps)
+        if self.mean is not None:
+            state["mean"] = self.mean
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave. Raises `KeyError`, `ValueError` for another rule's."""
+        if any(state[name].shape != self.A.shape for name in ("moment1", "moment2")):
+            raise ValueError("moments of another shape")
+        self._moment1, self._moment2 = state["moment1"], state["moment2"]
+        self.num_steps, self.mean = int(state["num_steps"]), state.get("mean")
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, lengths: Sequence[int] = ()) -> None:
+        """Learn from x [T, d_in], in about equal steps of about `tokens_per_step`.
+
+        Raises `InvalidInput` if `svd_first` finds fewer tokens than directions in the first step.
+        """
+        num_steps = max(1, round(len(x) / self.config.tokens_per_step))
+        for part in x.detach().tensor_split(num_steps):
+            if len(part):
+                self.step(part)
+
+    @torch.no_grad()
+    def step(self, z: Tensor) -> None:
+        """One update of the running mean and of A from z [T, d_in]."""
+        self.A, self._moment1, self._moment2 = (t.to(z) for t in (self.A, self._moment1, self._moment2))
+        z = self._centre(z)
+        if self.num_steps == 0 and self.config.svd_first:
+            self._start_from(z)
+        self.num_steps += 1
+        self._adam(local_gradient(self.config.rule, self.A, z))
+
+    def _centre(self, z: Tensor) -> Tensor:
+        if not self.config.is_centred:
+            return z
+        mean, keep = z.mean(0), self.config.momentum
+        self.mean = mean if self.mean is None else keep * self.mean.to(z) + (1 - keep) * mean
+        return z - self.mean
+
+    def _start_from(self, z: Tensor) -> None:
+        if len(z) <= len(self.A):
+            raise InvalidInput(
+                f"the first batch holds {len(z)} tokens, too few for {len(self.A)} principal components",
+                param="calibration",
+                code="calibration_too_small",
+            )
+        found = torch.linalg.svd(z, full_matrices=False)[2][: len(self.A)]
+        # Row-major, as one that comes back from a checkpoint: products round by the layout.
+        self.A = found.clone(memory_format=torch.contiguous_format)
+
+    def _adam(self, g: Tensor) -> None:
+        self._moment1 = BETAS[0] * self._moment1 + (1 - BETAS[0]) * g
+        self._moment2 = BETAS[1] * self._moment2 + (1 - BETAS[1]) * g.square()
+        first = self._moment1 / (1 - BETAS[0] ** self.num_steps)
+        second = self._moment2 / (1 - BETAS[1] ** self.num_steps)
+        self.A = self.A - self.config.lr * first / (second.sqrt() + EPSILON)
+
+
+def local_gradient(rule: str, A: Tensor, z: Tensor) -> Tensor:
+    """What the optimiser minimises along, [r, d_in], for A [r, d_in] and z [T, d_in] (see above)."""
+    u = z @ A.mT
+    if rule == "softhebb":
+        y = F.softmax(u, dim=1)
+        winner = F.one_hot(y.argmax(1), len(A)).to(y)
+        y = y * (2 * winner - 1)
+        change = y.mT @ z - (y * u).sum(0)[:, None] * A
+        return -change / change.abs().max().clamp_min(EPSILON)
+    e = z - u @ A
+    g = u.mT @ e
+    if rule == "ae":
+        g = g + (e @ A.mT).mT @ z
+    return -g / len(z)
+
+
+def online_delta(x: Tensor, rule: HebbianRule, B: Tensor) -> Tensor:
+    """y[t] = B A x[t] with the A of before; then A learns from x (algorithm 1, with B trained).
+
+    x: [T, d_in];  B: [d_out, r], trained;  returns [T, d_out]. Autograd keeps u = A x [T, r] and not x; no
+    gradient passes to x through this branch's A unless x needs one.
+    """
+    A = rule.A.to(x)
+    u = x @ A.mT
+    rule.observe(x)
+    y: Tensor = u @ B.mT
+    return y

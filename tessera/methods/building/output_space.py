@@ -1,0 +1,61 @@
+"""B for the methods that only say what A is.
+
+Statistics of the inputs do not determine B: with A = Vᵀ from any input statistic and *any* fixed
+orthonormal B, the part of an unknown target that the pair can express is r / d_out of what a free B could
+(LoLoRA's theorem 4.4 with B frozen; E L = ½σ²(d_out tr Σ - r tr(VᵀΣV)) whatever B is). So B must come from
+the task or the weights:
+
+    grad    left singular vectors of g Aᵀ: the best rank-r output space for this A; needs labels
+    wa      an orthonormal basis of the range of W Aᵀ: what the layer already writes for these inputs
+    y       leading eigenvectors of the second moment of the output gradients; needs labels
+    random  the lower bound
+
+Measured (rank 8, best rate of a sweep, held-out loss, A from EVA): grad 2.836, wa 2.850, random 2.872.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tessera.methods.building.activations import InputRule
+from tessera.methods.building.collected import Needs, Tokens
+from tessera.methods.building.decomposition import (
+    canonical_columns,
+    check_numerical_rank,
+    orthonormal_columns,
+    random_orthonormal,
+    smallest_eigenvectors,
+)
+from tessera.methods.building.method import ModuleData, Option
+
+RULES = ("wa", "grad", "y", "random")
+OUTPUT_RULE_OPTION = Option("wa", "how B is chosen: by W·A, by the gradient, by Y, at random", choices=RULES)
+
+
+def needs_for(rule: str, *, inputs: Callable[[str, int], InputRule], input_tokens: Tokens = "all") -> Needs:
+    """What has to be collected for an input rule together with this output rule."""
+    return Needs(
+        gradient=rule == "grad",
+        inputs=inputs,
+        input_tokens=input_tokens,
+        outputs="full" if rule == "y" else "none",
+    )
+
+
+def output_space(rule: str, A: Tensor, data: ModuleData) -> Tensor:
+    """B [d_out, r] orthonormal, for orthonormal A [r, d_in]. Raises `InvalidInput`: too few directions."""
+    if rule == "grad":
+        U, S, _ = torch.linalg.svd(data.statistics.g().to(A) @ A.mT, full_matrices=False)
+        check_numerical_rank(S, data.rank, f"the gradient of {data.shape.name} on its input space")
+        return canonical_columns(U)
+    if rule == "wa":
+        image = data.weight.to(A) @ A.mT
+        S = torch.linalg.svdvals(image)
+        check_numerical_rank(S, data.rank, f"the weight of {data.shape.name} on its input space")
+        return orthonormal_columns(image)
+    if rule == "y":
+        return smallest_eigenvectors(-data.statistics.Y(), data.rank, generator=data.generator())
+    return random_orthonormal(data.shape.d_out, data.rank, data.generator())

@@ -1,0 +1,94 @@
+"""Starts that need no data: zero, noise, what a population has in common, and another adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.errors import BasisMismatch, InvalidInput
+from tessera.methods.building.method import Option, Options
+from tessera.methods.building.rebasing import rebase
+from tessera.methods.init.method import StartMethod, StartRequest
+
+
+def zero(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 = 0: the base model, bit for bit. It trains: ∂L/∂R = P_outᵀ Bᵀ g Aᵀ P_inᵀ is not zero there."""
+    basis = request.basis
+    return torch.zeros(basis.num_modules, basis.rank, basis.rank), {}
+
+
+def noise(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 ~ N(0, σ²) (LoRA-XS, section 3); ‖ΔW‖ <= about 2 √r σ σ_1. It breaks no symmetry of zero."""
+    basis = request.basis
+    generator = torch.Generator().manual_seed(options["seed"])
+    shape = (basis.num_modules, basis.rank, basis.rank)
+    return options["sigma"] * torch.randn(shape, generator=generator), {}
+
+
+def population(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 = P_out^-1 S P_in^-1 of the start that the basis was learned with."""
+    basis = request.basis
+    if basis.start is None:
+        raise InvalidInput(
+            f"basis {basis.basis_id} ({basis.manifest.method}) has no start of its own", param="init"
+        )
+    return basis.unfold(basis.start.double()), {}
+
+
+def warm(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    """R_0 = P_out^-1 R P_in^-1 of an adapter, moved to this basis first if it belongs to another."""
+    basis, adapter = request.basis, request.adapter
+    if adapter is None:
+        raise InvalidInput("start warm needs an adapter to go on from", param="init")
+    loss = 0.0
+    if adapter.basis_id != basis.basis_id:
+        if request.adapter_basis is None:
+            raise BasisMismatch(
+                f"the adapter belongs to basis {adapter.basis_id}; to move it, give that one too"
+            )
+        adapter, loss = rebase(adapter, request.adapter_basis, basis)
+        if loss > options["max_relative_loss"]:
+            raise InvalidInput(
+                f"moving the adapter to another basis loses {loss:.1%} of it; "
+                f"{options['max_relative_loss']:.1%} is allowed",
+                param="max_relative_loss",
+            )
+    return basis.unfold(adapter.R.double()), {"relative_loss": loss}
+
+
+ZERO = StartMethod(
+    name="zero",
+    description="nothing: the base model",
+    paper="PiSSA's and LoRAM's W - B_0 A_0 come to the same",
+    make=zero,
+)
+NOISE = StartMethod(
+    name="noise",
+    description="Gaussian noise",
+    paper="LoRA-XS, arXiv 2405.17604, section 3",
+    make=noise,
+    options={
+        "sigma": Option(1e-5, "standard deviation, in trained coordinates", minimum=0.0),
+        "seed": Option(0, "of the noise"),
+    },
+)
+POPULATION = StartMethod(
+    name="population",
+    description="what the users have in common that the basis was learned from",
+    paper="Reptile, arXiv 1803.02999",
+    make=population,
+)
+WARM = StartMethod(
+    name="warm",
+    description="another adapter, moved to this basis",
+    paper="",
+    make=warm,
+    needs_adapter=True,
+    options={
+        "max_relative_loss": Option(
+            0.5, "refuse if moving to this basis loses more of ‖ΔW‖² than this", minimum=0.0, maximum=1.0
+        ),
+    },
+)

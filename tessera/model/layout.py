@@ -1,0 +1,38 @@
+"""The linear layers of a base model, by name and widths, without its weights.
+
+For processes that check what refers to a model but never run it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tessera.formats.basis import ModuleShape
+from tessera.model.base_model import linear_layers, make_linear, model_folder
+from tessera.model.pretrained import cannot_load
+
+
+def linear_shapes(source: str | Path, *, revision: str | None = None) -> dict[str, ModuleShape]:
+    """Every linear layer that can carry adapters, in model order. Raises `UnsupportedModel`.
+
+    Without the output head, and without experts: adapters are told apart by the place of a token in the whole
+    batch, and an expert sees only the tokens that are routed to it.
+
+    Takes as long as making the modules, 0.2 s for an 8B model: nothing is allocated or read but the config.
+    """
+    folder = model_folder(source, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration or a missing package raises
+        raise cannot_load(source, folder, error) from error
+    make_linear(model)
+    return {
+        name: ModuleShape(name, module.in_features, module.out_features)
+        for name, module in linear_layers(model).items()
+        if "experts" not in name.split(".")
+    }

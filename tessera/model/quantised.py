@@ -1,0 +1,53 @@
+"""Whether the weights of a base model are quantised: then they are not what adapters need.
+
+A basis is made of singular vectors of the weights, a merged model is a sum with them, and the fused path
+reads them, all as numbers of float32, float16 or bfloat16. transformers keeps quantised weights in layers or
+tensors of its own, some of which look like ordinary ones (torchao, float8). Knows only config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from tessera.errors import UnsupportedModel
+
+_CONFIG_KEYS = ("quantization_config", "compression_config")
+#: Methods whose weights transformers turns into ordinary ones at load, where it has no kernel for them. It
+#: loads a model of an unknown method as if it was not quantised.
+_DEQUANTISED_AT_LOAD = ("fp8", "mxfp4")
+
+
+def check_before_load(source: str | Path, folder: Path) -> None:
+    """Raises `UnsupportedModel` if quantised weights in `folder` would stay so, whatever is installed."""
+    method = _method(folder)
+    if method is not None and method not in _DEQUANTISED_AT_LOAD:
+        raise _refusal(source, method)
+
+
+def check_loaded(source: str | Path, folder: Path, model: nn.Module) -> None:
+    """Raises `UnsupportedModel` if the weights of the model from `folder` have stayed quantised."""
+    method = _method(folder)
+    if method is not None and getattr(model, "is_quantized", True):
+        raise _refusal(source, method)
+
+
+def _method(folder: Path) -> str | None:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        parts = [config, config.get("text_config") or {}]
+        found = [part[key] for part in parts for key in _CONFIG_KEYS if part.get(key)]
+        return str(found[0].get("quant_method", "by a method without a name")) if found else None
+    except (OSError, ValueError, AttributeError):
+        return None  # transformers says what is wrong with the file
+
+
+def _refusal(source: str | Path, method: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the weights of the base model {source} are quantised ({method[:40]}), and adapters need them in "
+        "float32, float16 or bfloat16: name the model that it was made from, or a copy that transformers' "
+        "model.dequantize() and save_pretrained() have written, where its method has that",
+        param="base_model",
+    )

@@ -1,0 +1,1 @@
+"""PEFT's LoRA format, in and out."""

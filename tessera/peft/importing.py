@@ -1,0 +1,234 @@
+"""An ordinary LoRA, as PEFT saves it, on its way in: as an adapter in a basis of its own, or in a shared one.
+
+    adapter_config.json, adapter_model.safetensors   →   delta_W of every module, as PEFT computes it
+
+Whatever A, B and a scale per module cannot represent is refused by name; pickled files are never opened.
+A file that this system wrote itself (`exporting.py`) names the basis that its A's came from: if they are
+that basis' factors, bit for bit, what comes back is the small adapter and not a copy of the basis.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tessera.errors import InvalidInput
+from tessera.formats.basis import Basis, ModuleShape
+from tessera.formats.single_adapter import Dedicated, LowRank, make_dedicated, stored_rank
+from tessera.peft.config import CODE, CONFIG_NAME, MLX_ADVICE, MODEL_NAME, PeftConfig, parse_config, printable
+
+#: What the manifest of an imported basis calls its method.
+METHOD = "peft"
+#: 1,500 modules have a header of 400 KB.
+MAX_HEADER_BYTES = 8 * 1024**2
+_LENGTH = struct.Struct("<Q")
+#: PEFT writes `base_model.model.<module>.lora_A.weight`; a state dict of the model itself also names the
+#: adapter, and its wrappers.
+_FACTOR = re.compile(r"(?P<module>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_PREFIX = "base_model.model."
+#: Parts of a name that torch.compile, FSDP and checkpointing put in. They hold no weights of their own.
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+#: Left over from training: what has no say in what a trained LoRA computes.
+_TRAINING_ONLY = (".lora_velora_", ".lora_monteclora_sampler.")
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WHOLE = (
+    "whole embeddings and output heads cannot be replaced; if they are the base model's own, write the files "
+    "with PEFT's save_pretrained(..., save_embedding_layers=False)"
+)
+#: What other names in such a file mean, by a part of the name.
+_OTHER_TENSORS = {
+    "lora_magnitude_vector": "DoRA rescales the columns of W + BA",
+    "lora_embedding_": "embeddings cannot carry adapters",
+    "modules_to_save": "whole modules cannot be replaced",
+    "base_layer": (
+        "PEFT adds it where the embeddings or the output head have a LoRA, and neither can carry an adapter; "
+        "train without them in target_modules"
+    ),
+    ".bias": "a bias cannot be changed",
+    ".lora_a": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
+    ".lora_b": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
+    "lora_diag": "KaSA's diagonal stands between the factors",
+    "embed": _WHOLE,
+    "lm_head": _WHOLE,
+}
+#: A core is taken for that of a shared basis if its product gives B back within the rounding of its dtype.
+_SPAN_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclass(frozen=True)
+class PeftLora:
+    """The change of each module in model order, and what the files say of themselves.
+
+    label: the basis that the A's are said to come from; anybody can write one.
+    """
+
+    changes: dict[ModuleShape, LowRank]
+    base_model: str | None
+    label: str | None
+
+    @property
+    def rank(self) -> int:
+        """Of a basis of its own."""
+        return stored_rank(self.changes)
+
+    @property
+    def storage_dtype(self) -> str:
+        """Also of that. Orthonormal factors lose less in float16 than a half-precision file has."""
+        is_single = any(X.dtype == torch.float32 for c in self.changes.values() for X in (c.A, c.B))
+        return "float32" if is_single else "float16"
+
+
+def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora:
+    """Parse and check both files. modules: the base model's linear layers by name (`linear_shapes`).
+
+    Raises `InvalidInput` naming the key, tensor or module and its value, before any work is done.
+    """
+    settings = parse_config(config)
+    header = _read_header(model)
+    label = header.pop("__metadata__", {}).get("tessera_basis")
+    names = _find_factors(header, modules)
+    settings.check_effort(len(names))
+    _check_tensors(header, names, settings, modules)
+    try:
+        tensors = safetensors.torch.load(model)
+    except (SafetensorError, ValueError, KeyError) as error:
+        _refuse(f"cannot be read: {error}")
+    for name in (name for sides in names.values() for name in sides.values()):
+        if not bool(torch.isfinite(tensors[name]).all()):
+            _refuse(f"{printable(name)} holds a value that is not finite")
+    changes = {}
+    for shape in modules.values():
+        if shape.name in names:
+            A, B = (tensors[names[shape.name][side]] for side in ("lora_A", "lora_B"))
+            changes[shape] = LowRank(A, B, settings.scale_of(shape.name))
+    stored_rank(changes)  # raises
+    return PeftLora(changes, settings.base_model, label if isinstance(label, str) else None)
+
+
+def to_dedicated(lora: PeftLora, *, model_id: str) -> Dedicated:
+    """The LoRA as a basis of its own with its adapter. Raises `InvalidInput`."""
+    provenance: dict[str, Any] = {"source": "peft", "base_model": lora.base_model, "rank": lora.rank}
+    return make_dedicated(
+        lora.changes, model_id=model_id, method=METHOD, recipe=provenance, metadata=provenance,
+        dtype=lora.storage_dtype,
+    )  # fmt: skip
+
+
+def core_in(lora: PeftLora, basis: Basis) -> Tensor | None:
+    """R [M, r, r] of the LoRA in `basis`, if its A's are the basis' own bytes and its B's lie in the basis.
+
+    Else None: the label was wrong, or the files were changed since.
+    """
+    if tuple(lora.changes) != basis.manifest.modules:
+        return None
+    cores = []
+    for A, B, change in zip(basis.A, basis.B, lora.changes.values(), strict=True):
+        if not torch.equal(A.to(change.A.dtype), change.A):
+            return None
+        # B is orthonormal but for the rounding of its dtype, hence least squares and not Bᵀ alone.
+        wanted = change.scale * change.B.double()
+        core = torch.linalg.lstsq(B.double(), wanted).solution
+        error = torch.linalg.matrix_norm(B.double() @ core - wanted)
+        if error > _SPAN_TOLERANCE[change.B.dtype] * torch.linalg.matrix_norm(wanted):
+            return None
+        cores.append(core)
+    return torch.stack(cores).float().contiguous()
+
+
+def _read_header(model: bytes) -> dict[str, Any]:
+    """The header of a safetensors file: name → {dtype, shape, data_offsets}. Nothing is allocated by it."""
+    if len(model) < _LENGTH.size:
+        _refuse(f"holds {len(model)} bytes and is no safetensors file")
+    (length,) = _LENGTH.unpack_from(model)
+    if length > min(len(model) - _LENGTH.size, MAX_HEADER_BYTES):
+        _refuse("is truncated, or no safetensors file")
+    try:
+        header = json.loads(model[_LENGTH.size : _LENGTH.size + length])
+    except (ValueError, RecursionError) as error:
+        _refuse(f"has an unreadable header: {error}")
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    entries = header.items() if isinstance(header, dict) else ()
+    is_sound = isinstance(metadata, dict) and all(
+        name == "__metadata__" or (isinstance(entry, dict) and isinstance(entry.get("shape"), list))
+        for name, entry in entries
+    )
+    if not is_sound:
+        _refuse("has a header that is not that of a safetensors file")
+    return dict(header)
+
+
+def _find_factors(header: Mapping[str, Any], modules: Mapping[str, ModuleShape]) -> dict[str, dict[str, str]]:
+    """Module → {"lora_A": name, "lora_B": name}, from names as PEFT writes them and from those of a state
+    dict, wherever there is one module and one adapter that they can mean."""
+    found: dict[str, dict[str, str]] = {}
+    adapters: dict[str, str] = {}  # → a name in which it stands
+    for name in header:
+        if any(part in name for part in _TRAINING_ONLY):
+            continue
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            reasons = (why for part, why in _OTHER_TENSORS.items() if part in name)
+            reason = next(reasons, "only lora_A and lora_B weights can be imported")
+            _refuse(f"holds {printable(name)}: {reason}")
+        module, side = _module_of(match["module"], modules), match["side"]
+        adapters.setdefault(match["adapter"] or "", name)
+        other = found.setdefault(module, {}).setdefault(side, name)
+        if other != name:
+            _refuse(
+                f"holds {printable(other)} and {printable(name)}, which are both {side} of {module}; keep "
+                "those of one adapter"
+            )
+    if not found:
+        _refuse("holds no LoRA")
+    if len(adapters) > 1:
+        names = " and ".join(printable(name) for name in list(adapters.values())[:2])
+        _refuse(f"holds factors of several adapters ({names}); keep those of one")
+    return found
+
+
+def _module_of(written: str, modules: Mapping[str, ModuleShape]) -> str:
+    """The module that a name in the file means: with PEFT's prefix, or without it and the model's own."""
+    parts = [part for part in written.split(".") if part not in _WRAPPERS]
+    name = ".".join(parts).removeprefix("module.").removeprefix(_PREFIX)
+    if name in modules:
+        return name
+    meant = [module for module in modules if module.endswith(f".{name}")]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        _refuse(f"changes {printable(written)}, which may mean {meant[0]} or {meant[1]}")
+    _refuse(f"changes {printable(written)}, which is no linear layer that can carry an adapter")
+
+
+def _check_tensors(
+    header: Mapping[str, Any],
+    names: Mapping[str, Mapping[str, str]],
+    settings: PeftConfig,
+    modules: Mapping[str, ModuleShape],
+) -> None:
+    """Whether all factors are there, in dtypes and shapes that fit."""
+    for module, sides in names.items():
+        for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if side not in sides:
+                _refuse(f"holds {other} of {module} without its {side}")
+        rank, shape = settings.rank_of(module), modules[module]
+        for side, expected in (("lora_A", [rank, shape.d_in]), ("lora_B", [shape.d_out, rank])):
+            entry, name = header[sides[side]], printable(sides[side])
+            if str(entry.get("dtype")) not in _FLOATS:
+                _refuse(f"holds {name} as {str(entry.get('dtype'))[:20]}, not as {', '.join(_FLOATS)}")
+            if entry["shape"] != expected:
+                shown = str(entry["shape"])[:40]
+                _refuse(f"has {side} of {module} as {shown}; by {CONFIG_NAME} and the model it is {expected}")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise InvalidInput(f"{MODEL_NAME}: it {reason}", param="adapter_model", code=CODE)

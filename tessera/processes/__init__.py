@@ -1,0 +1,1 @@
+"""Child processes, restarts and event loops, for every program that starts another."""

@@ -1,0 +1,1 @@
+"""Adapters, bases and files in Redis, who owns them, and how a new version is published."""

@@ -1,0 +1,179 @@
+"""The atomic steps of the adapter store, one typed function each around one Lua script.
+
+All keys of a script lie in the bucket of one adapter. Repeating a step changes nothing: a client whose
+connection broke may have been heard. The hash that is the record of an adapter:
+
+    active, latest, basis (of the active version), base_model_id, created_at, updated_at
+    v:<n>         JSON of AdapterVersion        job:<id>  the version that this job published
+    call, called  the last publish without a job: its random token, its version
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tessera.errors import AdapterDeleted
+from tessera.formats.adapter import CHECKSUM
+from tessera.redis import keys
+from tessera.redis.client import Argument, Client, Script
+from tessera.store.adapter_records import AdapterVersion
+
+#: The first and the last byte of the checksum in a packed adapter, for GETRANGE.
+CHECKSUM_RANGE = (CHECKSUM.start, CHECKSUM.stop - 1)
+
+# KEYS: record, blob of the version, tombstone, index
+# ARGV: version, generation, job field or "", token, version JSON, blob, basis id, base model id, adapter id,
+#       now, "<version>:<checksum of the blob>"
+# Reply: {"done", version JSON} | {"conflict", next version} | {"deleted"}
+_PUBLISH = Script("""
+local record, blob, tombstone, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local version, job, token, now = tonumber(ARGV[1]), ARGV[3], ARGV[4], ARGV[10]
+local prior
+if job ~= '' then
+  prior = redis.call('HGET', record, job)
+elseif redis.call('HGET', record, 'call') == token then
+  prior = redis.call('HGET', record, 'called')
+end
+if prior then
+  return {'done', redis.call('HGET', record, 'v:' .. prior)}
+end
+local fence = redis.call('HMGET', tombstone, 'generation', 'last')
+if tonumber(ARGV[2]) < tonumber(fence[1] or 0) then
+  return {'deleted'}
+end
+local latest = tonumber(redis.call('HGET', record, 'latest') or fence[2] or 0)
+if version ~= latest + 1 then
+  return {'conflict', latest + 1}
+end
+redis.call('SET', blob, ARGV[6])
+redis.call('HSETNX', record, 'created_at', now)
+redis.call('HSET', record, 'v:' .. ARGV[1], ARGV[5], 'active', ARGV[1], 'latest', ARGV[1],
+           'basis', ARGV[7], 'base_model_id', ARGV[8], 'updated_at', now, 'checksum', ARGV[11])
+if job ~= '' then
+  redis.call('HSET', record, job, ARGV[1])
+else
+  redis.call('HSET', record, 'call', token, 'called', ARGV[1])
+end
+redis.call('ZADD', index, 0, ARGV[9])
+return {'done', ARGV[5]}
+""")
+
+# KEYS: record, blob of the version. ARGV: version, now, first and last byte of the checksum in the blob.
+# Reply: 1, or 0 if there is no such version
+_ACTIVATE = Script("""
+local record, version = KEYS[1], ARGV[1]
+local description = redis.call('HGET', record, 'v:' .. version)
+if not description then
+  return 0
+end
+local basis = cjson.decode(description).basis_id
+local checksum = version .. ':' .. redis.call('GETRANGE', KEYS[2], ARGV[3], ARGV[4])
+redis.call('HSET', record, 'active', version, 'basis', basis, 'updated_at', ARGV[2], 'checksum', checksum)
+return 1
+""")
+
+# KEYS: record, blob of the version. ARGV: version, first and last byte of the checksum in the blob.
+# Reply: {basis, checksum}, or nil if this version is not the active one. A store that takes no writes answers
+# all the same.
+_NOTE_CHECKSUM = Script("""
+local known = redis.call('HMGET', KEYS[1], 'active', 'basis')
+if known[1] ~= ARGV[1] then
+  return false
+end
+local checksum = redis.call('GETRANGE', KEYS[2], ARGV[2], ARGV[3])
+redis.pcall('HSET', KEYS[1], 'checksum', ARGV[1] .. ':' .. checksum)
+return {known[2], checksum}
+""")
+
+# KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id, the
+# life of a tombstone in s. Reply: 1; 0 if there is no such adapter; -1 if a version was published since.
+# The generation is the time in ms and no count, so that it still grows after a tombstone has expired.
+_DELETE = Script("""
+local record, tombstone, index = KEYS[1], KEYS[2], KEYS[3]
+local latest = redis.call('HGET', record, 'latest')
+if not latest then
+  return 0
+end
+if latest ~= ARGV[1] then
+  return -1
+end
+local now = redis.call('TIME')
+local generation = math.max(now[1] * 1000 + math.floor(now[2] / 1000),
+                            tonumber(redis.call('HGET', tombstone, 'generation') or 0) + 1)
+for i = 4, #KEYS do
+  redis.call('UNLINK', KEYS[i])
+end
+redis.call('DEL', record)
+redis.call('ZREM', index, ARGV[2])
+redis.call('HSET', tombstone, 'generation', string.format('%.0f', generation), 'last', latest)
+redis.call('EXPIRE', tombstone, ARGV[3])
+return 1
+""")
+
+
+@dataclass(frozen=True)
+class PublishTarget:
+    """Where a publish goes, and what it is fenced by. token: names this one call among its repetitions."""
+
+    tenant: str
+    adapter_id: str
+    generation: int
+    base_model_id: str
+    token: str
+
+
+async def publish(
+    redis: Client, target: PublishTarget, version: AdapterVersion, blob: bytes
+) -> AdapterVersion | int:
+    """Store and activate `version`; gives what now exists, or the number to try if this one is not next.
+
+    Raises `AdapterDeleted` if the adapter was deleted after the target's generation.
+    """
+    tenant, adapter_id = target.tenant, target.adapter_id
+    names = [
+        keys.adapter_record(tenant, adapter_id),
+        keys.adapter_blob(tenant, adapter_id, version.version),
+        keys.adapter_tombstone(tenant, adapter_id),
+        keys.adapter_index(tenant, keys.bucket(adapter_id)),
+    ]
+    job = "" if version.job_id is None else f"job:{version.job_id}"
+    args: list[Argument] = [
+        version.version, target.generation, job, target.token, version.to_json(), blob,
+        version.basis_id, target.base_model_id, adapter_id, version.created_at,
+        b"%d:%b" % (version.version, blob[CHECKSUM]),
+    ]  # fmt: skip
+    outcome, *rest = await _PUBLISH(redis, keys=names, args=args)
+    if outcome == b"deleted":
+        raise AdapterDeleted(f"adapter {adapter_id!r} was deleted while this version was made")
+    return AdapterVersion.from_json(rest[0]) if outcome == b"done" else int(rest[0])
+
+
+async def activate(redis: Client, tenant: str, adapter_id: str, version: int, *, now: float) -> bool:
+    """Point the alias of the adapter to `version`; False if there is no such version."""
+    names = [keys.adapter_record(tenant, adapter_id), keys.adapter_blob(tenant, adapter_id, version)]
+    return bool(await _ACTIVATE(redis, keys=names, args=[version, now, *CHECKSUM_RANGE]))
+
+
+async def note_checksum(
+    redis: Client, tenant: str, adapter_id: str, version: int
+) -> tuple[str, bytes] | None:
+    """Basis and checksum of the active version, which a record of an earlier release does not name: from now
+    on it does. None if `version` is not the active one any more."""
+    names = [keys.adapter_record(tenant, adapter_id), keys.adapter_blob(tenant, adapter_id, version)]
+    reply = await _NOTE_CHECKSUM(redis, keys=names, args=[version, *CHECKSUM_RANGE])
+    return None if reply is None else (reply[0].decode(), reply[1])
+
+
+async def delete(
+    redis: Client, tenant: str, adapter_id: str, *, latest: bytes, versions: Sequence[int]
+) -> bool | None:
+    """Delete all versions and the record. False: there is none; None: `latest` is not the latest any more."""
+    names = [
+        keys.adapter_record(tenant, adapter_id),
+        keys.adapter_tombstone(tenant, adapter_id),
+        keys.adapter_index(tenant, keys.bucket(adapter_id)),
+        *(keys.adapter_blob(tenant, adapter_id, version) for version in versions),
+    ]
+    reply = await _DELETE(redis, keys=names, args=[latest, adapter_id, keys.TOMBSTONE_TTL_S])
+    return None if reply < 0 else bool(reply)

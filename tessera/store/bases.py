@@ -1,0 +1,299 @@
+"""Bases in Redis: a manifest, one string per module, a preconditioner; and the name of each built recipe.
+
+A basis is found by what it was built from (`recipe_key`) and named by its digest. Factors are written before
+the manifest and the manifest before the name, so whoever finds a basis can read all of it. A copy on the disk
+saves the transfer; it is verified like the stored bytes. A basis that follows from its manifest (LoRAM) is
+that manifest, in the store and on the disk: its factors are made again by whoever reads it, and verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tessera.errors import BasisDeleted, CorruptRecord, NotFound
+from tessera.formats.basis import DTYPES, Basis, BasisManifest, raw_bytes, storage_dtype
+from tessera.methods.bases import CalibrationSet, build_basis
+from tessera.methods.bases.loram import regenerate
+from tessera.model.base_model import BaseModel
+from tessera.redis import keys
+from tessera.redis.client import Client, translate_errors
+from tessera.store import ownership_scripts
+from tessera.store.ownership import EVERYBODY, Ownership, basis_not_found
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: A file of the disk cache: manifest length, manifest as JSON, factors of each module, preconditioner; or
+#: only the first two.
+_LENGTH_BYTES = 8
+_MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+
+
+def recipe_key(
+    model_id: str,
+    *,
+    method: str,
+    rank: int,
+    target_modules: Sequence[str],
+    calibration_digest: str | None = None,
+    **options: Any,
+) -> str:
+    """One name for one way to build a basis; the order of the patterns and of the options does not matter."""
+    recipe: dict[str, Any] = {
+        "model_id": model_id,
+        "method": method,
+        "rank": rank,
+        "target_modules": sorted(set(target_modules)),
+        "options": options,
+    }
+    if calibration_digest is not None:
+        recipe["calibration"] = calibration_digest
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return f"{method}:{rank}:{digest}"
+
+
+async def ensure_basis(
+    store: BasisStore,
+    base: BaseModel,
+    *,
+    method: str,
+    rank: int,
+    target_modules: Sequence[str],
+    calibration: CalibrationSet | None = None,
+    **options: Any,
+) -> Basis:
+    """The basis of this recipe, for all: found, or built in a thread and stored; racers end with one.
+
+    A stored basis that cannot be read is built again: where that gives the same bytes, it is mended. Raises
+    `InvalidInput`, `UnsupportedModel`, `CorruptRecord`, `StoreUnavailable`, `StoreFull`.
+    """
+    recipe: dict[str, Any] = {"method": method, "rank": rank, "target_modules": target_modules, **options}
+    digest = None if calibration is None else calibration.digest
+    name = recipe_key(base.model_id, calibration_digest=digest, **recipe)
+    found = await read_if_sound(store, await store.find(name))
+    if found is not None:
+        return found
+    dtype = storage_dtype(base.model.dtype)
+    built = await asyncio.to_thread(build_basis, base, calibration=calibration, dtype=dtype, **recipe)
+    winner = await store.put(built, recipe_key=name)
+    return built if winner == built.basis_id else await store.get(winner)
+
+
+async def read_if_sound(store: BasisStore, basis_id: str | None) -> Basis | None:
+    """The stored basis of this id; None if there is no id, or it cannot be read and should be built again."""
+    if basis_id is None:
+        return None
+    try:
+        return await store.get(basis_id)
+    except (NotFound, CorruptRecord) as error:
+        log.error("basis %s is built again: %s", basis_id, error)
+        return None
+
+
+class BasisStore:
+    """The bases of all base models. Every method raises `StoreUnavailable`, `put` also `StoreFull`."""
+
+    def __init__(self, redis: Client, *, cache_dir: Path | None = None) -> None:
+        self._redis = redis
+        self._cache = None if cache_dir is None else _DiskCache(cache_dir)
+
+    async def put(self, basis: Basis, *, recipe_key: str | None = None) -> str:
+        """Store a basis for all; returns the one that the recipe names, an earlier one if there is one."""
+        basis_id = basis.basis_id
+        name = f"id:{basis_id}" if recipe_key is None else recipe_key
+        await self._share(basis_id)  # before the factors: they must stay
+        await self._write(basis)
+        await self._share(basis_id)  # a tenant may have become the first owner before the manifest was there
+        with translate_errors():
+            await self._redis.hsetnx(keys.basis_index(), name, basis_id)
+            winner: Any = await self._redis.hget(keys.basis_index(), name)
+        return str(winner.decode())
+
+    async def _share(self, basis_id: str) -> None:
+        """Let a basis that tenants own be everybody's too."""
+        with translate_errors():
+            if await self._redis.exists(keys.basis_owners(basis_id)):
+                await self._redis.hset(keys.basis_owners(basis_id), EVERYBODY, "")
+
+    async def put_own(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
+        """Store a basis that `OwnBases.reserve` gave this ownership of. No list shows it, no disk keeps it.
+
+        step: [M, r, r], what `build_basis_and_step` found with it. Raises `BasisDeleted` if that ownership
+        has ended; nothing of this call is left then.
+        """
+        manifest = replace(basis.manifest, recipe={**basis.manifest.recipe, "is_own": True})
+        if step is not None:
+            content = {keys.basis_step(basis.basis_id): raw_bytes(step.float())}
+            await self._set(basis.basis_id, content, ownership)
+        await self._write(replace(basis, manifest=manifest), ownership)
+
+    async def step(self, basis: Basis) -> Tensor | None:
+        """The step that was stored with an own basis, [M, r, r] float32; None if there is none."""
+        with translate_errors():
+            content: Any = await self._redis.get(keys.basis_step(basis.basis_id))
+        shape = (basis.num_modules, basis.rank, basis.rank)
+        if content is None or len(content) != 4 * math.prod(shape):
+            return None
+        return torch.frombuffer(bytearray(content), dtype=torch.float32).view(shape)
+
+    async def keep_factors(self, basis: Basis) -> None:
+        """Store the factors of a basis that is in the store as a manifest only; else do nothing."""
+        if not basis.manifest.is_regenerated and (await self.manifest(basis.basis_id)).is_regenerated:
+            await self._write(basis)
+
+    async def _write(self, basis: Basis, ownership: Ownership | None = None) -> None:
+        basis_id, manifest = basis.basis_id, basis.manifest.to_json().encode()
+        if not basis.manifest.is_regenerated:
+            modules = ((keys.basis_module(basis_id, i), blob) for i, blob in enumerate(basis.module_bytes()))
+            for batch in _batches(modules, basis.manifest):
+                await self._set(basis_id, dict(batch), ownership)
+            preconditioner = {keys.basis_preconditioner(basis_id): basis.preconditioner_bytes()}
+            await self._set(basis_id, preconditioner, ownership)
+        await self._set(basis_id, {keys.basis_manifest(basis_id): manifest}, ownership)
+
+    async def _set(self, basis_id: str, content: dict[str, bytes], ownership: Ownership | None) -> None:
+        """Raises `BasisDeleted` if the ownership has ended."""
+        if ownership is not None:
+            names, args = [keys.basis_owners(basis_id), *content], [ownership.tenant, ownership.token]
+            if not await ownership_scripts.WRITE(self._redis, keys=names, args=[*args, *content.values()]):
+                raise BasisDeleted(f"basis {basis_id} has been deleted", param="basis_id")
+            return
+        with translate_errors():
+            pipeline = self._redis.pipeline(transaction=False)
+            for key, value in content.items():
+                pipeline.set(key, value)
+            await pipeline.execute()
+
+    async def find(self, recipe_key: str) -> str | None:
+        """The id of the basis that this recipe gave."""
+        with translate_errors():
+            basis_id: Any = await self._redis.hget(keys.basis_index(), recipe_key)
+        return None if basis_id is None else basis_id.decode()
+
+    async def manifest(self, basis_id: str) -> BasisManifest:
+        """Raises `NotFound`, `CorruptRecord`."""
+        if not keys.BASIS_ID.fullmatch(basis_id):
+            raise basis_not_found(basis_id)
+        with translate_errors():
+            text: Any = await self._redis.get(keys.basis_manifest(basis_id))
+        if text is None:
+            raise basis_not_found(basis_id)
+        return _parse_manifest(basis_id, text)
+
+    async def get(self, basis_id: str) -> Basis:
+        """Read a basis from the disk cache or the store, verified. Raises `NotFound`, `CorruptRecord`."""
+        if self._cache is not None and keys.BASIS_ID.fullmatch(basis_id):
+            cached = await asyncio.to_thread(self._cache.load, basis_id)
+            if cached is not None:
+                return cached
+        manifest = await self.manifest(basis_id)
+        if manifest.is_regenerated:
+            basis = await asyncio.to_thread(regenerate, manifest)
+        else:
+            modules, preconditioner = await self._factors(manifest)
+            basis = await asyncio.to_thread(Basis.from_bytes, manifest, modules, preconditioner)
+        if self._cache is not None and not manifest.is_own:  # deleting it must leave no copy
+            await asyncio.to_thread(self._cache.save, basis)
+        return basis
+
+    async def _factors(self, manifest: BasisManifest) -> tuple[list[bytes], bytes]:
+        basis_id = manifest.basis_id
+        modules: list[Any] = []
+        with translate_errors():
+            names = (keys.basis_module(basis_id, i) for i in range(len(manifest.modules)))
+            for batch in _batches(names, manifest):
+                modules.extend(await self._redis.mget(batch))
+            preconditioner: Any = await self._redis.get(keys.basis_preconditioner(basis_id))
+        missing = [m.name for m, blob in zip(manifest.modules, modules, strict=True) if blob is None]
+        if preconditioner is None:
+            missing.append("preconditioner")
+        if missing:
+            await self.manifest(basis_id)  # not found if it was deleted between the two reads
+            raise CorruptRecord(f"basis {basis_id} has lost {', '.join(missing[:5])}")
+        return modules, preconditioner
+
+    async def list(self) -> list[BasisManifest]:
+        """The manifests of all bases, by method and rank."""
+        with translate_errors():
+            ids: Any = await self._redis.hvals(keys.basis_index())
+        manifests = [await self.manifest(basis_id.decode()) for basis_id in sorted(set(ids))]
+        return sorted(manifests, key=lambda m: (m.model_id, m.method, m.rank, m.basis_id))
+
+
+class _DiskCache:
+    """Bases as files named by their digest. A file that fails its digest is dropped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, basis_id: str) -> Basis | None:
+        path = self._folder / f"{basis_id}.basis"
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+                manifest = _parse_manifest(basis_id, file.read(min(length, _MAX_MANIFEST_BYTES)))
+                if manifest.is_regenerated:
+                    return regenerate(manifest)
+                modules = [file.read(size) for size in _module_sizes(manifest)]
+                return Basis.from_bytes(manifest, modules, file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, CorruptRecord) as error:
+            log.warning("dropping %s from the cache: %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+
+    def save(self, basis: Basis) -> None:
+        """Best effort: a full disk costs a transfer next time, nothing else."""
+        manifest = basis.manifest.to_json().encode()
+        part = self._folder / f"{basis.basis_id}.{secrets.token_hex(4)}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(len(manifest).to_bytes(_LENGTH_BYTES, "little") + manifest)
+                if not basis.manifest.is_regenerated:
+                    for blob in basis.module_bytes():
+                        file.write(blob)
+                    file.write(basis.preconditioner_bytes())
+            part.replace(self._folder / f"{basis.basis_id}.basis")
+        except OSError as error:
+            log.warning("basis %s is not cached: %s", basis.basis_id, error)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _module_sizes(manifest: BasisManifest) -> list[int]:
+    """Bytes of A and B per module."""
+    item = DTYPES[manifest.dtype].itemsize
+    return [manifest.rank * (m.d_in + m.d_out) * item for m in manifest.modules]
+
+
+def _batches(items: Iterable[T], manifest: BasisManifest) -> Iterator[list[T]]:
+    """Groups of per-module items, so that the factors of one group stay within MAX_MGET_BYTES."""
+    size = max(1, keys.MAX_MGET_BYTES // max(_module_sizes(manifest)))
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def _parse_manifest(basis_id: str, text: bytes) -> BasisManifest:
+    manifest = BasisManifest.from_json(text)
+    if manifest.basis_id != basis_id or manifest.dtype not in DTYPES or not manifest.modules:
+        raise CorruptRecord(f"the manifest of basis {basis_id} is not its own")
+    return manifest

@@ -1,0 +1,213 @@
+"""The engine's thread, around a small engine whose steps do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from service.engine.process.engine_thread import EngineThread, Turn
+from service.engine.wire.messages import EngineStats, GenerationRequest, SamplingParams, TokenOutput
+from tessera.errors import EngineOverloaded, RequestFailed, TesseraError
+from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.basis import Basis
+from tests.waiting import HANG_S, wait_until
+
+
+class FakeEngine:
+    """Gives every request one token per step, up to its max_tokens. `before_step` may block or raise."""
+
+    def __init__(self, before_step: Callable[[], object] = lambda: None) -> None:
+        self.before_step = before_step
+        self.num_steps = 0
+        self.num_looks = 0
+        self._left: dict[str, int] = {}
+        self._missing: list[AdapterRef] = []
+
+    def submit(self, request: GenerationRequest) -> None:
+        if request.tenant == "crowd":
+            raise EngineOverloaded("full")
+        if request.adapter is not None:
+            self._missing.append(request.adapter)
+        self._left[request.request_id] = request.sampling.max_tokens
+
+    def cancel(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
+
+    def missing_adapters(self) -> list[AdapterRef]:
+        self.num_looks += 1
+        missing, self._missing = self._missing, []
+        return missing
+
+    def provide_adapter(self, ref: AdapterRef, adapter: Adapter | TesseraError) -> None:
+        pass
+
+    def missing_bases(self) -> list[str]:
+        return []
+
+    def provide_basis(self, basis_id: str, basis: Basis | TesseraError) -> None:
+        pass
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def step(self) -> list[TokenOutput]:
+        if not self._left:
+            return []
+        self.before_step()
+        self.num_steps += 1
+        for request_id in self._left:
+            self._left[request_id] -= 1
+        outputs = [
+            TokenOutput(request_id, [self.num_steps], finish_reason=None if left else "length")
+            for request_id, left in self._left.items()
+        ]
+        self._left = {request_id: left for request_id, left in self._left.items() if left}
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self._left), steps_total=self.num_steps)
+
+
+class Desk:
+    """Collects what the thread hands to the asyncio loop."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self.failure: BaseException | None = None
+
+    def on_turn(self, turn: Turn) -> None:
+        for reply, error in turn.replies:
+            reply(error)
+        self.turns.append(turn)
+
+    def on_failure(self, error: BaseException) -> None:
+        self.failure = error
+
+    @property
+    def outputs(self) -> list[TokenOutput]:
+        return [output for turn in self.turns for output in turn.outputs]
+
+    @property
+    def last_stats(self) -> EngineStats | None:
+        return next((turn.stats for turn in reversed(self.turns) if turn.stats is not None), None)
+
+
+@asynccontextmanager
+async def running(engine: FakeEngine) -> AsyncIterator[tuple[EngineThread, Desk]]:
+    desk = Desk()
+    thread = EngineThread(engine, on_turn=desk.on_turn, on_failure=desk.on_failure)  # type: ignore[arg-type]
+    thread.start()
+    try:
+        yield thread, desk
+    finally:
+        assert await asyncio.to_thread(thread.stop, timeout_s=HANG_S)
+
+
+def request(
+    request_id: str, *, max_tokens: int = 3, tenant: str = "t", adapter: AdapterRef | None = None
+) -> GenerationRequest:
+    return GenerationRequest(request_id, tenant, [1], SamplingParams(max_tokens=max_tokens), adapter=adapter)
+
+
+async def test_outputs_come_in_one_hand_over_per_step() -> None:
+    engine = FakeEngine()
+    async with running(engine) as (thread, desk):
+        # One command, so that both requests are there before the first step.
+        thread.post(lambda e: [e.submit(request("a")), e.submit(request("b"))])  # type: ignore[arg-type,return-value]
+        await wait_until(lambda: len(desk.outputs) == 6)
+
+    assert [len(turn.outputs) for turn in desk.turns if turn.outputs] == [2, 2, 2]
+    assert [output.finish_reason for output in desk.outputs] == [None] * 4 + ["length"] * 2
+
+
+async def test_without_work_the_thread_sleeps() -> None:
+    engine = FakeEngine()
+    async with running(engine) as (thread, desk):
+        thread.post(lambda e: e.submit(request("a")))
+        await wait_until(lambda: len(desk.outputs) == 3)
+        looks = engine.num_looks
+        await asyncio.sleep(0.5)
+
+        assert engine.num_looks - looks <= 2
+        assert engine.num_steps == 3
+
+
+async def test_the_figures_follow_as_soon_as_the_work_is_done() -> None:
+    async with running(FakeEngine()) as (thread, desk):
+        thread.post(lambda e: e.submit(request("a")))
+
+        await wait_until(lambda: desk.last_stats == EngineStats(num_running=0, steps_total=3), 0.9)
+
+
+async def test_a_refusal_reaches_its_sender_only() -> None:
+    refusals: list[tuple[str, TesseraError | None]] = []
+    async with running(FakeEngine()) as (thread, desk):
+        thread.post(
+            lambda e: e.submit(request("a", tenant="crowd")), lambda error: refusals.append(("a", error))
+        )
+        thread.post(lambda e: e.submit(request("b")), lambda error: refusals.append(("b", error)))
+        await wait_until(lambda: len(desk.outputs) == 3)
+
+    assert [(name, type(error)) for name, error in refusals] == [("a", EngineOverloaded), ("b", type(None))]
+
+
+async def test_a_request_of_wrong_types_costs_nobody_else() -> None:
+    refusals: list[TesseraError | None] = []
+    async with running(FakeEngine()) as (thread, desk):
+        thread.post(lambda e: e.submit(None), refusals.append)  # type: ignore[arg-type]
+        thread.post(lambda e: e.submit(request("b")))
+        await wait_until(lambda: len(desk.outputs) == 3)
+
+    assert [type(error) for error in refusals] == [RequestFailed]
+    assert desk.failure is None
+
+
+async def test_missing_adapters_are_asked_for_with_the_turn() -> None:
+    ref = AdapterRef("t", "tone", 1, "00" * 32)
+    async with running(FakeEngine()) as (thread, desk):
+        thread.post(lambda e: e.submit(request("a", adapter=ref)))
+        await wait_until(lambda: any(turn.missing_adapters == [ref] for turn in desk.turns))
+
+
+def stalled_s(thread: EngineThread) -> float:
+    thread.look()
+    return thread.stalled_s
+
+
+async def test_a_step_that_hangs_is_seen_and_the_others_are_not() -> None:
+    gate = threading.Event()
+    async with running(FakeEngine(before_step=lambda: gate.wait(HANG_S))) as (thread, desk):
+        assert stalled_s(thread) == 0, "a thread without work is in no step"
+        thread.post(lambda e: e.submit(request("a", max_tokens=1)))
+
+        await wait_until(lambda: stalled_s(thread) > 0.5)
+        gate.set()
+        await wait_until(lambda: desk.outputs and stalled_s(thread) == 0)
+
+
+async def test_a_pause_of_the_process_is_no_hung_step() -> None:
+    """A look that comes late counts nothing: the thread has been as unable to run as the one who looks."""
+    gate = threading.Event()
+    async with running(FakeEngine(before_step=lambda: gate.wait(HANG_S))) as (thread, desk):
+        thread.post(lambda e: e.submit(request("a", max_tokens=1)))
+        await wait_until(lambda: stalled_s(thread) > 0)
+        before = thread.stalled_s
+        thread._looked_at -= 90.0  # as if the last look had been before the pause
+        thread.look()
+        assert thread.stalled_s == before
+        gate.set()
+        await wait_until(lambda: desk.outputs)
+
+
+async def test_what_the_engine_does_not_survive_is_reported_once() -> None:
+    def out_of_memory() -> None:
+        raise MemoryError("no more")
+
+    async with running(FakeEngine(before_step=out_of_memory)) as (thread, desk):
+        thread.post(lambda e: e.submit(request("a")))
+        await wait_until(lambda: desk.failure is not None)
+
+    assert isinstance(desk.failure, MemoryError)

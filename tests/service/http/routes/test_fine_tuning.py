@@ -1,0 +1,324 @@
+"""/v1/fine_tuning/jobs, over the real queue; a worker's part is played through `JobLeases`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from service.jobs.training_jobs import slug
+from tessera.queue.client import JobQueue
+from tessera.queue.leases import JobLeases
+from tessera.queue.records import HYPERPARAMETERS
+from tessera.store.adapters import AdapterStore
+from tessera.store.bases import BasisStore
+from tests.fakes import FakeEngine
+from tests.service.conftest import publish, small_basis
+from tests.service.sse import DONE, parse
+from tests.service.training import BASIS_ID, JOBS, create, run_job
+
+
+async def test_a_job_has_openais_shape(client: httpx.AsyncClient, engine: FakeEngine, file_id: str) -> None:
+    engine.is_ready = False  # training does not need it
+
+    job = await create(client, file_id, suffix="My Style!", metadata={"a": "b"}, seed=3)
+
+    assert job["id"].startswith("ftjob-")
+    assert (job["object"], job["status"], job["model"]) == ("fine_tuning.job", "queued", "tiny")
+    assert (job["training_file"], job["validation_file"]) == (file_id, None)
+    assert (job["seed"], job["metadata"], job["user_provided_suffix"]) == (3, {"a": "b"}, "My Style!")
+    auto = dict.fromkeys(HYPERPARAMETERS, "auto")
+    assert job["hyperparameters"] == auto
+    assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": auto}}
+    assert (job["fine_tuned_model"], job["error"], job["result_files"]) == (None, None, [])
+    assert job["adapter"]["id"].startswith("my-style-")
+    assert (job["adapter"]["rank"], job["adapter"]["method"]) == (16, "lora_xs")
+    assert job["queue_position"] == 1
+    assert (await client.get(f"{JOBS}/{job['id']}")).json() == job
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"hyperparameters": {"n_epochs": 3}},
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}},
+        {
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+            "hyperparameters": {"n_epochs": 3, "batch_size": "auto"},
+        },
+    ],
+    ids=["old place", "new place", "both"],
+)
+async def test_hyperparameters_have_two_places(
+    client: httpx.AsyncClient, file_id: str, body: dict[str, Any]
+) -> None:
+    job = await create(client, file_id, **body)
+
+    assert job["hyperparameters"]["n_epochs"] == 3
+    assert job["hyperparameters"]["batch_size"] == "auto"
+
+
+GIVEN = {
+    "n_epochs": 2, "batch_size": 4, "learning_rate": 2e-4, "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.1, "weight_decay": 0.01, "max_length": 512,
+}  # fmt: skip
+
+
+async def test_hyperparameters_of_both_places_are_put_together(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
+    older = {name: GIVEN[name] for name in ("n_epochs", "warmup_ratio", "learning_rate")}
+    newer = {name: value for name, value in GIVEN.items() if name not in older} | {"n_epochs": None}
+    newer["max_seq_length"] = newer.pop("max_length")
+    method = {"type": "supervised", "supervised": {"hyperparameters": newer}}
+
+    job = await create(client, file_id, method=method, hyperparameters=older)
+
+    assert job["hyperparameters"] == GIVEN | {"learning_rate_multiplier": "auto"}
+    assert (await JobQueue(redis).get("default", job["id"])).spec.hyperparameters == GIVEN
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "param"),
+    [
+        ({"n_epochs": 3}, "hyperparameters.n_epochs"),
+        ({"max_seq_length": 64}, "hyperparameters.max_length"),
+        ({"learning_rate_multiplier": 2}, "hyperparameters.learning_rate_multiplier"),
+    ],
+)
+async def test_hyperparameters_that_contradict_are_refused(
+    client: httpx.AsyncClient, file_id: str, hyperparameters: dict[str, Any], param: str
+) -> None:
+    method = {"type": "supervised", "supervised": {"hyperparameters": GIVEN}}
+    body = {"model": "tiny", "training_file": file_id, "method": method}
+
+    reply = await client.post(JOBS, json={**body, "hyperparameters": hyperparameters})
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+async def test_own_options_travel_beside_openais(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
+    stopping = {"patience": 3, "min_delta": 0.01}
+
+    job = await create(client, file_id, adapter={"id": "anna", "rank": 4}, early_stopping=stopping)
+
+    assert (job["adapter"]["id"], job["adapter"]["rank"]) == ("anna", 4)
+    spec = (await JobQueue(redis).get("default", job["id"])).spec
+    assert (spec.adapter_id, spec.rank, spec.early_stopping) == ("anna", 4, stopping)
+    assert spec.base_model == "tiny"
+
+
+async def test_two_jobs_without_a_name_make_two_adapters(client: httpx.AsyncClient, file_id: str) -> None:
+    first, second = await create(client, file_id), await create(client, file_id)
+
+    assert first["id"] != second["id"]
+    assert first["adapter"]["id"] != second["adapter"]["id"]
+
+
+async def test_a_named_basis_decides_rank_and_method(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
+    basis_id = await BasisStore(redis).put(small_basis())
+
+    job = await create(client, file_id, adapter={"basis": basis_id})
+
+    expected = {"version": None, "method": "lora_xs", "rank": 4, "basis": basis_id, "calibration": None}
+    assert job["adapter"].items() >= {**expected, "init": "zero"}.items()
+    wrong = {"model": "tiny", "training_file": file_id, "adapter": {"basis": basis_id, "rank": 8}}
+    reply = await client.post(JOBS, json=wrong)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "adapter.rank")
+
+
+async def test_training_can_start_from_an_adapter(
+    client: httpx.AsyncClient, file_id: str, redis: Redis, adapters: AdapterStore
+) -> None:
+    basis = small_basis()
+    await BasisStore(redis).put(basis)
+    for _ in range(2):
+        await publish(adapters, "anna", basis_id=basis.basis_id)
+
+    job = await create(client, file_id, model="anna")
+
+    spec = (await JobQueue(redis).get("default", job["id"])).spec
+    assert (spec.warm_start_from, spec.basis_id, spec.rank) == ("anna@2", basis.basis_id, 4)
+    assert job["model"] == "anna@2"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        ({"training_file": "file-" + "0" * 24}, 404, "file_not_found", "training_file"),
+        ({"training_file": "../x"}, 404, "file_not_found", "training_file"),
+        ({"validation_file": "file-" + "0" * 24}, 404, "file_not_found", "validation_file"),
+        ({"model": "nobody"}, 404, "model_not_found", "model"),
+        ({"adapter": {"basis": "f" * 64}}, 404, "basis_not_found", "adapter.basis"),
+        ({"adapter": {"method": "magic"}}, 400, "invalid_value", "adapter.method"),
+        (
+            {"adapter": {"method": "lora_sb"}},
+            400,
+            "invalid_value",
+            "adapter.method",
+        ),
+        ({"adapter": {"id": "A B"}}, 400, "invalid_value", "adapter.id"),
+        ({"adapter": {"id": "tiny"}}, 400, "invalid_value", "adapter.id"),
+    ],
+)
+async def test_what_does_not_exist_is_named(
+    client: httpx.AsyncClient, file_id: str, body: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    reply = await client.post(JOBS, json={"model": "tiny", "training_file": file_id, **body})
+
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+async def test_jobs_are_listed_newest_first_in_pages(client: httpx.AsyncClient, file_id: str) -> None:
+    ids = [(await create(client, file_id))["id"] for _ in range(3)]
+
+    first = (await client.get(JOBS, params={"limit": 2})).json()
+    second = (await client.get(JOBS, params={"limit": 2, "after": first["last_id"]})).json()
+
+    assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
+    assert (first["has_more"], second["has_more"]) == (True, False)
+
+
+async def test_jobs_are_found_by_their_metadata(client: httpx.AsyncClient, file_id: str) -> None:
+    given = [{"project": "a", "run": "1"}, {"project": "a", "run": "2"}, {"project": "b"}, None, {"run": ""}]
+    ids = [(await create(client, file_id, metadata=metadata))["id"] for metadata in given]
+
+    async def found(**params: Any) -> list[str]:
+        query = {name.replace("__", "[").replace("_", "]"): value for name, value in params.items()}
+        return [job["id"] for job in (await client.get(JOBS, params=query)).json()["data"]]
+
+    assert await found(metadata__project_="a") == [ids[1], ids[0]]
+    assert await found(metadata__project_="a", metadata__run_="1") == [ids[0]]
+    assert await found(metadata__project_="c") == []
+    assert await found(metadata__run_="") == [ids[4]]
+    assert await found(metadata="null") == [ids[3]]
+    assert await found() == ids[::-1]
+    first = (await client.get(JOBS, params={"metadata[project]": "a", "limit": 1})).json()
+    assert (first["has_more"], first["last_id"]) == (True, ids[1])
+    more = {"metadata[project]": "a", "limit": 1, "after": ids[1]}
+    assert (await client.get(JOBS, params=more)).json()["has_more"] is False
+    for wrong in ({"metadata": "a"}, {"metadata": "null", "metadata[a]": "b"}):
+        reply = await client.get(JOBS, params=wrong)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
+
+
+async def test_a_job_can_be_paused_resumed_and_cancelled(client: httpx.AsyncClient, file_id: str) -> None:
+    job_id = (await create(client, file_id))["id"]
+
+    for verb, status in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        reply = await client.post(f"{JOBS}/{job_id}/{verb}")
+        assert (reply.status_code, reply.json()["status"]) == (200, status)
+
+
+async def test_a_job_that_has_ended_stays_so(client: httpx.AsyncClient, file_id: str) -> None:
+    job_id = (await create(client, file_id))["id"]
+    await client.post(f"{JOBS}/{job_id}/cancel")
+
+    for verb in ("pause", "resume", "cancel"):
+        reply = await client.post(f"{JOBS}/{job_id}/{verb}")
+        assert reply.status_code == 409
+        assert reply.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("tail", ["", "/events", "/checkpoints", "/events?stream=true"])
+async def test_an_unknown_job_is_404(client: httpx.AsyncClient, tail: str) -> None:
+    reply = await client.get(f"{JOBS}/ftjob-nothing{tail}")
+
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "job_not_found"
+
+
+async def test_a_job_that_has_succeeded_names_its_model(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    job_id = (await create(client, file_id, adapter={"id": "anna"}))["id"]
+    await run_job(redis)
+
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (job["status"], job["fine_tuned_model"], job["trained_tokens"]) == ("succeeded", "anna", 99)
+    assert job["finished_at"] >= job["started_at"] >= job["created_at"]
+    assert (job["adapter"]["version"], job["adapter"]["basis"]) == (1, BASIS_ID)
+    (checkpoint,) = (await client.get(f"{JOBS}/{job_id}/checkpoints")).json()["data"]
+    assert checkpoint["fine_tuned_model_checkpoint"] == "anna@1"
+    assert checkpoint["metrics"] == {"step": 2, "valid_loss": 0.5}
+
+
+async def test_events_are_listed_newest_first_and_streamed_oldest_first(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    job_id = (await create(client, file_id))["id"]
+    assert (await client.get(f"{JOBS}/{job_id}/checkpoints")).json()["data"] == []
+    await run_job(redis)
+
+    page = (await client.get(f"{JOBS}/{job_id}/events", params={"limit": 100})).json()
+    *streamed, done = parse((await client.get(f"{JOBS}/{job_id}/events", params={"stream": "true"})).text)
+
+    assert done == DONE
+    assert streamed == page["data"][::-1]
+    metrics = [event for event in streamed if event["type"] == "metrics"]
+    assert [event["data"]["step"] for event in metrics] == [1, 2]
+    assert {event["object"] for event in streamed} == {"fine_tuning.job.event"}
+
+
+async def test_a_page_of_checkpoints_ends_after_the_only_one(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    job_id = (await create(client, file_id))["id"]
+    await run_job(redis)
+    url = f"{JOBS}/{job_id}/checkpoints"
+    (checkpoint,) = (await client.get(url, params={"limit": 1})).json()["data"]
+
+    assert (await client.get(url, params={"after": checkpoint["id"]})).json()["data"] == []
+    reply = await client.get(url, params={"after": "ftckpt_x"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "after")
+
+
+@pytest.mark.parametrize("params", [{"limit": "1"}, {"after": "1-1"}])
+async def test_a_stream_of_events_has_no_pages(
+    client: httpx.AsyncClient, file_id: str, params: dict[str, str]
+) -> None:
+    job_id = (await create(client, file_id))["id"]
+
+    reply = await client.get(f"{JOBS}/{job_id}/events", params={"stream": "true", **params})
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, *params)
+
+
+async def test_a_name_and_a_part_of_a_name_exclude_each_other(
+    client: httpx.AsyncClient, file_id: str
+) -> None:
+    body = {"model": "tiny", "training_file": file_id, "suffix": "x", "adapter": {"id": "anna"}}
+
+    reply = await client.post(JOBS, json=body)
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "suffix")
+
+
+async def test_a_job_that_has_failed_says_why(client: httpx.AsyncClient, redis: Redis, file_id: str) -> None:
+    job_id = (await create(client, file_id))["id"]
+    leases = JobLeases(redis)
+    (lease,) = await leases.claim("worker", limit=1, lease_s=60)
+    error = {"code": "training_diverged", "message": "try a smaller rate", "param": None}
+    await leases.fail(lease, error, retryable=False)
+
+    job = (await client.get(f"{JOBS}/{job_id}")).json()
+
+    assert (job["status"], job["error"]) == ("failed", error)
+    assert job["fine_tuned_model"] is None
+    assert json.dumps(job)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("My Style!", "my-style"), ("--", ""), ("ä", ""), ("x" * 70, "x" * 55)]
+)
+def test_a_suffix_becomes_part_of_an_adapter_id(text: str, expected: str) -> None:
+    assert slug(text) == expected

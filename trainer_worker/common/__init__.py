@@ -1,0 +1,1 @@
+"""What every part of the worker uses: commands, the model lock, metrics and health."""

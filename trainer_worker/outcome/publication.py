@@ -1,0 +1,41 @@
+"""An adapter on its way from a job into the store."""
+
+from __future__ import annotations
+
+import torch
+
+from tessera.formats.adapter import Adapter
+from tessera.queue.records import Job
+from tessera.store import publish
+from tessera.store.adapter_records import AdapterVersion
+from tessera.store.adapters import AdapterStore
+from tessera.store.ownership import OwnBases
+
+
+class Publisher:
+    """Publishes what jobs have trained. dtype: of the stored R."""
+
+    def __init__(
+        self, adapters: AdapterStore, own: OwnBases, *, dtype: torch.dtype, base_model_id: str
+    ) -> None:
+        self._adapters, self._own = adapters, own
+        self._dtype, self._base_model_id = dtype, base_model_id
+
+    async def publish(
+        self, job: Job, adapter: Adapter, *, dtype: torch.dtype | None = None
+    ) -> AdapterVersion:
+        """The job's one version. dtype: if not the usual one.
+
+        Raises `AdapterDeleted`, `BasisDeleted`, `InvalidInput`.
+        """
+        return await publish.publish(
+            self._adapters,
+            self._own,
+            job.tenant,
+            job.spec.adapter_id,
+            adapter,
+            dtype=dtype or self._dtype,
+            generation=job.spec.generation,
+            job_id=job.job_id,
+            base_model_id=self._base_model_id,
+        )

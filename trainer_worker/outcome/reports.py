@@ -1,0 +1,181 @@
+"""What the outside world is told of a run: events, progress, the result, the adapter's provenance.
+
+The names in metrics events are OpenAI's where OpenAI has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tessera.errors import TesseraError
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import Basis
+from tessera.queue.records import Job
+from tessera.store.adapter_records import AdapterVersion
+from trainer_worker.common.job_basis import JobBasis
+from trainer_worker.training.lora.form import LoraRun
+from trainer_worker.training.run import RunUpdate, TrainRun
+
+
+def lora_begin_message(run: LoraRun) -> str:
+    """What is trained, in a sentence."""
+    preset, shapes = run.factors.preset, run.factors.modules
+    what = "A and B" if preset.trains_A else "B, with A by a local rule" if preset.online else "B"
+    return (
+        f"LoRA form {preset.name}, rank {run.factors.rank}: trains {what} of {len(shapes)} modules, "
+        f"{run.factors.num_trained} numbers"
+    )
+
+
+def begin_message(run: TrainRun) -> str:
+    plan, data = run.plan, run.data
+    if run.progress.step:
+        return f"Training continues at step {run.progress.step} of {plan.total_steps}"
+    return (
+        f"Training begins: {data.num_train} examples, {data.num_valid} held back for validation, "
+        f"{plan.num_epochs} epoch(s), {plan.total_steps} steps of {plan.batch_size}, "
+        f"learning rate {plan.learning_rate:g}"
+    )
+
+
+def basis_message(found: JobBasis) -> str:
+    """Where a job's basis came from."""
+    manifest = found.basis.manifest
+    said = {"stored": "as asked for", "found": "built before", "built": "built now"}[found.origin]
+    return f"Basis {manifest.basis_id[:12]}: {manifest.method}, rank {manifest.rank}, {said}"
+
+
+def building_progress(done: int, total: int) -> dict[str, Any]:
+    """The job's progress while its basis is built or its start found."""
+    return {"phase": "preparing", "modules_done": done, "modules": total}
+
+
+def basis_result(found: JobBasis, *, building_s: float) -> dict[str, Any]:
+    """The result of a job that was about a basis alone."""
+    manifest = found.basis.manifest
+    return {
+        "basis_id": manifest.basis_id,
+        "origin": found.origin,
+        "bytes": manifest.stored_bytes,
+        "num_modules": len(manifest.modules),
+        "building_s": round(building_s, 2),
+        "calibration": manifest.recipe.get("calibration"),
+    }
+
+
+def metrics_message(update: RunUpdate) -> str:
+    losses = [
+        f"{name} loss {loss:.4f}"
+        for name, loss in (("training", update.train_loss), ("validation", update.valid_loss))
+        if loss is not None
+    ]
+    return f"Step {update.step}/{update.total_steps}: {', '.join(losses) or 'skipped'}"
+
+
+def metrics_data(update: RunUpdate) -> dict[str, Any]:
+    """The data of a metrics event; what was not measured is left out."""
+    values = {
+        "step": update.step,
+        "total_steps": update.total_steps,
+        "train_loss": update.train_loss,
+        "train_mean_token_accuracy": update.train_accuracy,
+        "valid_loss": update.valid_loss,
+        "valid_mean_token_accuracy": update.valid_accuracy,
+        "learning_rate": update.learning_rate or None,
+        "trained_tokens": update.trained_tokens,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def progress_of(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
+    """The job's progress, as of this update."""
+    progress, plan = run.progress, run.plan
+    steps_per_epoch = max(1, plan.total_steps // plan.num_epochs)
+    return {
+        "step": update.step,
+        "total_steps": plan.total_steps,
+        "epoch": min(plan.num_epochs, update.step // steps_per_epoch + 1),
+        "num_epochs": plan.num_epochs,
+        "percent": round(100 * update.step / plan.total_steps, 1),
+        "trained_tokens": update.trained_tokens,
+        "learning_rate": run.learning_rate,
+        "train_loss": progress.train_loss,
+        "valid_loss": progress.valid_loss,
+        "initial_valid_loss": progress.initial_valid_loss,
+        "best_valid_loss": progress.best_valid_loss,
+        "best_step": progress.best_step,
+    }
+
+
+def finish_warnings(run: TrainRun) -> list[tuple[str, str]]:
+    """What the owner should know of the outcome, as (code, sentence)."""
+    progress = run.progress
+    initial, best = progress.initial_valid_loss, progress.best_valid_loss
+    if initial is not None and best is not None and best >= initial:
+        message = (
+            f"training did not improve on the start (validation loss {initial:.4f}): the adapter published "
+            "behaves like what it started from; try more or other examples, or another learning rate"
+        )
+        return [("no_improvement", message)]
+    return []
+
+
+def make_adapter(run: TrainRun, basis: Basis, job: Job) -> Adapter:
+    """The best state of a run in stored form: R = P_out R' P_in, float32."""
+    R = basis.fold(run.best_R.double()).float().contiguous()
+    return Adapter(basis.basis_id, R, provenance(run, job, basis.manifest.method))
+
+
+def provenance(run: TrainRun, job: Job, method: str) -> dict[str, Any]:
+    """What is kept with an adapter of where it comes from. method: of its basis."""
+    progress = run.progress
+    return {
+        "job_id": job.job_id,
+        "base_model": job.spec.base_model,
+        "method": method,
+        "start": None if run.start_notes is None else run.start_notes.get("method"),
+        "seed": job.spec.seed,
+        "training_file": job.spec.training_file,
+        "data_digest": run.data.digest,
+        "warm_start_from": job.spec.warm_start_from,
+        "step": progress.best_step,
+        "initial_valid_loss": progress.initial_valid_loss,
+        "valid_loss": progress.best_valid_loss,
+        "metadata": job.spec.metadata,
+    }
+
+
+def problem_of(error: Exception) -> dict[str, Any]:
+    """Why a job failed, as its owner is told."""
+    if isinstance(error, TesseraError):
+        return {"code": error.code, "message": error.message, "param": error.param}
+    return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}
+
+
+def result_of(
+    run: TrainRun, version: AdapterVersion, job: Job, *, training_s: float, warnings: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """The result of a job that succeeded."""
+    progress, plan, data = run.progress, run.plan, run.data
+    return {
+        "adapter": {"id": job.spec.adapter_id, "version": version.version},
+        "version": version.version,
+        "adapter_bytes": version.bytes,
+        "basis_id": version.basis_id,
+        "start": run.start_notes,
+        "steps": progress.step,
+        "epochs": round(progress.step * plan.num_epochs / plan.total_steps, 2),
+        "finish_reason": progress.finish_reason,
+        "trained_tokens": progress.trained_tokens,
+        "initial_valid_loss": progress.initial_valid_loss,
+        "best_valid_loss": progress.best_valid_loss,
+        "best_step": progress.best_step,
+        "final_train_loss": progress.train_loss,
+        "learning_rate": plan.learning_rate,
+        "batch_size": plan.batch_size,
+        "num_examples": data.num_train + data.num_valid,
+        "num_validation": data.num_valid,
+        "truncated": data.num_truncated,
+        "training_s": round(training_s, 2),
+        "warnings": [{"code": code, "message": message} for code, message in warnings],
+    }

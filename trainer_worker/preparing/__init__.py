@@ -1,0 +1,1 @@
+"""From a claimed job to a run that can be trained: files, basis, initialization."""

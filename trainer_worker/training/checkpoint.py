@@ -1,0 +1,88 @@
+"""A run's state as bytes: safetensors with the progress as JSON in its metadata. Never pickle.
+
+    tensors    R, m, v, best_R   [M, r, r], float32 (float64 for a model in float64); of a LoRA form [2, P],
+                                 with its initial factors and the state of its local rules
+    metadata   tessera_run       {"format": 1, "fingerprint": …, "progress": {…}, "start": {…} or null}
+
+The order of the data follows from the seed and the step, so no generator has to be kept. The fingerprint
+covers what the state is only valid with: basis, data and plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, fields
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from tessera.errors import Conflict, CorruptRecord
+from trainer_worker.training.run import Progress, TrainRun
+
+FORMAT = 1
+_KEY = "tessera_run"
+_TENSORS = ("R", "m", "v", "best_R")
+_LENGTH = struct.Struct("<Q")
+
+
+def to_bytes(run: TrainRun) -> bytes:
+    """The state of a run between two steps. 8B Llama, r = 16: 0.9 MB."""
+    tensors = {name: getattr(run, name).detach().cpu().contiguous() for name in _TENSORS} | run.more_state()
+    state = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(run),
+        "progress": asdict(run.progress),
+        "start": run.start_notes,
+    }
+    return safetensors.torch.save(tensors, metadata={_KEY: json.dumps(state)})
+
+
+def restore(run: TrainRun, content: bytes) -> None:
+    """Put a run that is not resident into the state that `to_bytes` saw.
+
+    Raises `CorruptRecord`, or `Conflict` if the state belongs to other data, another basis or another plan.
+    A run that has more state than its cores (`TrainRun.more_state`) is of no use then, others are unchanged.
+    """
+    try:
+        state = _metadata(content)
+        tensors = safetensors.torch.load(content)
+    except (ValueError, KeyError, TypeError, struct.error, SafetensorError) as error:
+        raise CorruptRecord(f"unreadable checkpoint: {error}") from error
+    if state.get("format") != FORMAT or state.get("fingerprint") != fingerprint(run):
+        raise Conflict("the checkpoint belongs to other data, another basis or another plan")
+    progress = _progress(state.get("progress"))
+    for name in _TENSORS:
+        if name not in tensors or tensors[name].shape != run.R.shape:
+            raise CorruptRecord(f"the checkpoint holds no {name} of the right shape")
+    try:
+        run.restore_more(tensors)
+    except (KeyError, ValueError) as error:
+        raise CorruptRecord(f"the checkpoint lacks a part: {error}") from error
+    for name in _TENSORS:
+        setattr(run, name, tensors[name])
+    run.progress = progress
+    run.start_notes = state.get("start")
+
+
+def fingerprint(run: TrainRun) -> str:
+    """SHA-256 over everything that makes two runs the same."""
+    parts: list[Any] = [run.identity, run.data.digest, asdict(run.plan)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """The JSON in the header of a safetensors file, which `safetensors.torch.load` passes over."""
+    (length,) = _LENGTH.unpack_from(content)
+    header: dict[str, Any] = json.loads(content[_LENGTH.size : _LENGTH.size + length])
+    state: dict[str, Any] = json.loads(header["__metadata__"][_KEY])
+    return state
+
+
+def _progress(values: Any) -> Progress:
+    names = {field.name for field in fields(Progress)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise CorruptRecord("the checkpoint's progress has other fields than this build's")
+    return Progress(**values)

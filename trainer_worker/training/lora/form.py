@@ -1,0 +1,293 @@
+"""Training in the papers' own form: B, or A and B, of every target module, for one run or several at once.
+
+Knows no Redis and no clock. Several runs share the passes through the frozen model as users do in `train.py`
+(a sweep of learning rates costs little more than one run); what a run becomes does not depend on the others.
+The rules for evaluations, early stopping and losses that are not finite are those of `TrainRun`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tessera.chat.chat_format import EncodedExample
+from tessera.errors import InvalidInput
+from tessera.methods.building.decomposition import module_seed
+from tessera.methods.building.hebbian import HebbianRule
+from tessera.model.base_model import BaseModel
+from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
+from trainer_worker.training.data import TrainingData, micro_batches
+from trainer_worker.training.lora.factors import Layout, LoraFactors
+from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
+from trainer_worker.training.loss import token_losses
+from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.run import Progress, RunUpdate, TrainRun
+from trainer_worker.training.train import TokenCounts
+
+
+class LoraRun(TrainRun):
+    """One run of a LoRA form. R, m, v, best_R: [2, P], all A's and all B's (`Layout`), instead of cores."""
+
+    def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, factors: LoraFactors) -> None:
+        self.run_id, self.data, self.plan, self.basis_id = run_id, data, plan, ""
+        self.factors = factors
+        self.layout = Layout(factors.modules, factors.rank)
+        self.R = self.layout.pack(factors.A, factors.B)
+        self.m, self.v = torch.zeros_like(self.R), torch.zeros_like(self.R)
+        self.best_R = self.R.clone()
+        self.progress = Progress()
+        self.start_notes = {"method": factors.preset.name}
+        self.rules = [self._make_rule(index) for index in range(len(factors.modules))]
+
+    @property
+    def identity(self) -> str:
+        factors = self.factors
+        names = [shape.name for shape in factors.modules]
+        return json.dumps(["lora", factors.preset.name, factors.rank, factors.seed, names])
+
+    def more_state(self) -> dict[str, Tensor]:
+        """The initial factors, if they are taken off: another device or library would find others. And the
+        state of the local rules."""
+        tensors = {}
+        if self.factors.preset.is_subtracted:
+            tensors["initial"] = self.layout.pack(self.factors.A, self.factors.B)
+        for index, rule in enumerate(self.rules):
+            if rule is not None:
+                tensors |= {f"rule.{index}.{name}": value for name, value in rule.state().items()}
+        return tensors
+
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        if self.factors.preset.is_subtracted:
+            initial = tensors["initial"]
+            if initial.shape != self.R.shape:
+                raise ValueError("initial factors of another shape")
+            pairs = [(A.clone(), B.clone()) for A, B in self.layout.views(initial)]
+            A0, B0 = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+            self.factors = replace(self.factors, A=A0, B=B0)
+        for index, ((A, _), rule) in enumerate(zip(self.trained(tensors["R"]), self.rules, strict=True)):
+            if rule is not None:
+                prefix = f"rule.{index}."
+                rule.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                rule.A = A.clone()
+
+    def _make_rule(self, index: int) -> HebbianRule | None:
+        """The local rule from which A of this module learns, if it has one."""
+        config = self.factors.preset.online
+        if config is None:
+            return None
+        shape, rank = self.factors.modules[index], self.factors.rank
+        seed = module_seed(self.factors.seed, "lolora", shape.name, rank)
+        rule = HebbianRule(shape.d_in, rank, config, generator=torch.Generator().manual_seed(seed))
+        rule.A = self.factors.A[index].clone()
+        return rule
+
+    def trained(self, packed: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each module: of the best evaluation, or of `packed` [2, P]."""
+        return list(self.layout.views(self.best_R if packed is None else packed))
+
+    def steps(self, slot: int, rate: float, clip: float) -> list[UserStep]:
+        """What the optimiser does to the run's two rows, 2 slot (A) and 2 slot + 1 (B)."""
+        preset, count = self.factors.preset, self.progress.num_updates
+        rows = [(2 * slot, rate)] if preset.trains_A else []
+        rows.append((2 * slot + 1, rate * preset.b_rate))
+        return [UserStep(row, size, count, clip, self.plan.weight_decay) for row, size in rows]
+
+
+class LoraTrainer:
+    """The runs of one model that are trained together: equal target modules and rank, any LoRA forms.
+
+    Its memory for K runs: A, B, their gradient and moments, 4 P numbers each with P = 2 r Σ max(d_in, d_out),
+    and the initial factors of those that subtract them. `token_budget`: tokens with padding in one pass;
+    `min_tokens`: a pass is not cut for equal lengths below so many.
+
+    Local rules (LoLoRA) learn from every pass: give such runs a budget that holds a whole step of all of
+    them, or what they learn depends on how a step is cut.
+    """
+
+    def __init__(
+        self, base: BaseModel, runs: Sequence[LoraRun], *, token_budget: int, min_tokens: int = 0
+    ) -> None:
+        first = runs[0].factors
+        if any((run.factors.modules, run.factors.rank) != (first.modules, first.rank) for run in runs):
+            raise InvalidInput("runs that train together need the same target modules and rank", param="rank")
+        self.base, self.runs = base, list(runs)
+        self.token_budget, self.min_tokens = token_budget, min_tokens
+        self.tokens = TokenCounts()
+        K, layout, device = len(runs), runs[0].layout, base.device
+        dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
+        self._optimizer = BatchedAdamW((2 * K, 1, 1, layout.width), dtype=dtype, device=device)
+        for name in ("R", "m", "v"):
+            memory = getattr(self._optimizer, name).view(K, 2, layout.width)
+            for slot, run in enumerate(runs):
+                memory[slot].copy_(getattr(run, name))
+                setattr(run, name, memory[slot])
+        self._packed = self._optimizer.R.view(K, 2, layout.width)
+        self._grad = torch.zeros_like(self._packed)
+        self._owners = BatchOwners(torch.zeros(0, dtype=torch.int64, device=device))
+        self._deltas = self._make_deltas()
+
+    @property
+    def is_finished(self) -> bool:
+        return all(run.is_finished for run in self.runs)
+
+    def step(self) -> list[RunUpdate]:
+        """Evaluate the runs that are due, then make one optimisation step of all that go on."""
+        active = self._active()
+        updates = {slot: RunUpdate(self.runs[slot].run_id) for slot in active}
+        with self.attached():
+            self._evaluate([slot for slot in active if self.runs[slot].needs_evaluation], updates)
+            self._train(self._active(), updates)
+        for slot, update in updates.items():
+            run = self.runs[slot]
+            update.step, update.total_steps = run.progress.step, run.plan.total_steps
+            update.trained_tokens = run.progress.trained_tokens
+            update.finish_reason = run.progress.finish_reason
+        return list(updates.values())
+
+    def release(self) -> None:
+        """Give the runs tensors of their own again. The trainer is of no more use."""
+        for run in self.runs:
+            for name in ("R", "m", "v"):
+                setattr(run, name, getattr(run, name).detach().cpu().clone())
+
+    @contextmanager
+    def attached(self, rows: Tensor | None = None) -> Iterator[None]:
+        """The model with the runs' factors in its layers. rows: int64 [S], the owners of the next pass."""
+        self._owners.tokens = None  # only a training step teaches local rules
+        if rows is not None:
+            self._owners.rows, self._owners.length = rows, None
+        self._take_learned()
+        handles = [
+            self.base.model.get_submodule(delta.name).register_forward_hook(delta) for delta in self._deltas
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _make_deltas(self) -> list[LoraDelta]:
+        runs, layout = self.runs, self.runs[0].layout
+        device, dtype = self._packed.device, self._packed.dtype
+        scale = torch.tensor([run.factors.scale for run in runs], dtype=dtype, device=device)
+        trains_A = any(run.factors.preset.trains_A for run in runs)
+        offsets = self._offsets()
+        leaves, grads = layout.views(self._packed.detach()), layout.views(self._grad)
+        deltas = []
+        self._leaves: list[tuple[Tensor, Tensor]] = []  # with the part of `_grad` that is theirs
+        for index, ((A, B), (grad_A, grad_B)) in enumerate(zip(leaves, grads, strict=True)):
+            A.requires_grad_(trains_A)
+            B.requires_grad_()
+            self._leaves += [(A, grad_A), (B, grad_B)] if trains_A else [(B, grad_B)]
+            A0, B0 = (None, None) if offsets is None else offsets[index]
+            name = layout.modules[index].name
+            deltas.append(LoraDelta(name, A, B, scale, self._owners, A0, B0, self._rules_of(index)))
+        return deltas
+
+    def _offsets(self) -> list[tuple[Tensor, Tensor]] | None:
+        """A_0 [K, r, d_in] and B_0 [K, d_out, r] of each module, zeros for a run that subtracts nothing."""
+        if not any(run.factors.preset.is_subtracted for run in self.runs):
+            return None
+        packed = torch.zeros_like(self._packed)
+        for slot, run in enumerate(self.runs):
+            if run.factors.preset.is_subtracted:
+                packed[slot] = run.layout.pack(run.factors.A, run.factors.B).to(packed)
+        return list(self.runs[0].layout.views(packed))
+
+    def _rules_of(self, index: int) -> list[HebbianRule]:
+        """The local rules of one module, for a trainer whose runs all have one."""
+        rules = [rule for run in self.runs if (rule := run.rules[index]) is not None]
+        if len(rules) not in (0, len(self.runs)):
+            raise InvalidInput("runs with and without a local rule cannot train together", param="init")
+        return rules
+
+    @torch.no_grad()
+    def _take_learned(self) -> None:
+        """What the local rules have made of A, into the factors."""
+        for delta in self._deltas:
+            for slot, rule in enumerate(delta.rules):
+                delta.A[slot].copy_(rule.A)
+
+    def _evaluate(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+        items = [(slot, example) for slot in slots for example in self.runs[slot].data.valid]
+        with torch.no_grad():
+            losses, accuracies = self._pass(items)
+        for slot in slots:
+            run, update = self.runs[slot], updates[slot]
+            if run.data.valid:
+                update.valid_loss, update.valid_accuracy = losses[slot], accuracies[slot]
+            run.record_evaluation(update.valid_loss)
+
+    def _train(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+        batches = {slot: self.runs[slot].next_batch() for slot in slots}
+        items = [(slot, example) for slot, batch in batches.items() for example in batch]
+        losses, accuracies = self._pass(items, learn=True)
+        trains = [[run.factors.preset.trains_A, True] for run in self.runs]
+        self._grad *= torch.tensor(trains, device=self._grad.device)[:, :, None]
+        norms = torch.linalg.vector_norm(self._grad, dim=(1, 2)).tolist()
+        steps = []
+        for slot, batch in batches.items():
+            run, update = self.runs[slot], updates[slot]
+            update.learning_rate = run.learning_rate
+            if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
+                update.warnings.append(run.record_nonfinite())
+                continue
+            update.train_loss, update.train_accuracy = losses[slot], accuracies[slot]
+            clip = clip_factor(norms[slot], run.plan.max_grad_norm)
+            run.record_step(losses[slot], sum(len(example.token_ids) for example in batch))
+            steps += run.steps(slot, update.learning_rate, clip)
+        self._optimizer.step(self._grad.view_as(self._optimizer.R), steps)
+
+    def _pass(
+        self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
+    ) -> tuple[list[float], list[float]]:
+        """Mean loss and token accuracy per slot, both [K]; with `learn`, gradients are left in `_grad`."""
+        K, device = len(self.runs), self.base.device
+        num_tokens = torch.zeros(K)
+        for slot, example in items:
+            num_tokens[slot] += example.num_loss_tokens
+        num_tokens = num_tokens.to(device).clamp_min(1)
+        sums = torch.zeros(2, K, dtype=torch.float64, device=device)
+        self._grad.zero_()
+        # Rows come by falling length, each once: so their owners and lengths are known without the batch.
+        ordered = sorted(items, key=lambda item: -len(item[1].token_ids))
+        first = 0
+        for batch in micro_batches(items, token_budget=self.token_budget, min_tokens=self.min_tokens):
+            num_rows, longest = batch.token_ids.shape
+            in_pass, first = ordered[first : first + num_rows], first + num_rows
+            batch = batch.to(device)
+            trained = batch.num_tokens if learn else 0
+            self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
+            self._owners.rows, self._owners.length = batch.rows, longest
+            learns_online = learn and bool(self._deltas[0].rules)
+            self._owners.tokens = self._tokens_of(in_pass, longest) if learns_online else None
+            losses, is_correct = token_losses(self.base.model, batch)
+            if learn:
+                self._add_gradients((losses / num_tokens[batch.owners]).sum())
+            sums.index_add_(1, batch.owners, torch.stack([losses.detach(), is_correct]).double())
+            if learns_online:
+                self._take_learned()
+        mean_loss, accuracy = (sums / num_tokens).tolist()
+        return mean_loss, accuracy
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        """Not `.grad`: torch wants that dense, and the parts of one tensor for all modules are not."""
+        gradients = torch.autograd.grad(loss, [leaf for leaf, _ in self._leaves])
+        for (_, part), gradient in zip(self._leaves, gradients, strict=True):
+            part += gradient
+
+    def _tokens_of(self, in_pass: Sequence[tuple[int, EncodedExample]], longest: int) -> list[Tensor]:
+        """For each run the indices of its tokens in the flattened [S · L] of the pass, padding left out."""
+        tokens: list[list[int]] = [[] for _ in self.runs]
+        for row, (slot, example) in enumerate(in_pass):
+            tokens[slot] += range(row * longest, row * longest + len(example.token_ids))
+        return [torch.tensor(indices, dtype=torch.int64, device=self.base.device) for indices in tokens]
+
+    def _active(self) -> list[int]:
+        return [slot for slot, run in enumerate(self.runs) if not run.is_finished]
