@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,9 @@ class StepTimes:
     host_s: float
 
 
-def time_steps(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> StepTimes:
+def time_steps(
+    engine: Engine, refs: Sequence[AdapterRef | None], *, context: int, num_steps: int
+) -> StepTimes:
     """Decode one sequence of `context` tokens for each of `refs`, `num_steps` times."""
     start_batch(engine, refs, context=context, num_steps=num_steps + _WARM_UP + 2)
     for _ in range(_WARM_UP):
@@ -44,7 +46,7 @@ def time_steps(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, n
 
 
 def time_mixed_steps(
-    engine: Engine, refs: Rows[AdapterRef | None], *, context: int, prompt_tokens: int, num_steps: int
+    engine: Engine, refs: Sequence[AdapterRef | None], *, context: int, prompt_tokens: int, num_steps: int
 ) -> StepTimes:
     """The same, with the prefill of another request of `prompt_tokens` in every step."""
     start_batch(engine, refs, context=context, num_steps=num_steps + _WARM_UP + 2)
@@ -65,7 +67,7 @@ def time_mixed_steps(
     return StepTimes(times, _end_batch(engine, len(refs)), host_s)
 
 
-def start_batch(engine: Engine, refs: Rows[AdapterRef | None], *, context: int, num_steps: int) -> None:
+def start_batch(engine: Engine, refs: Sequence[AdapterRef | None], *, context: int, num_steps: int) -> None:
     """Let sequences of `context` tokens run that have all but one of them computed."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = engine.info().vocab_size

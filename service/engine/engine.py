@@ -23,7 +23,7 @@ from service.engine.kv.memory import add_remainder, module_bytes, num_kv_blocks
 from service.engine.sampling.sampler import make_generator
 from service.engine.scheduling.limits import RequestLimits
 from service.engine.scheduling.prefix_keys import root_key
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.scheduler import Scheduler
 from service.engine.step_loop import StepLoop
 from service.engine.steps.runner import ModelRunner
@@ -117,14 +117,14 @@ class Engine:
                 param="model",
                 code="basis_not_resident",
             )
-        sequence = Sequence(
+        engine_request = EngineRequest(
             request,
             order=next(self._orders),
             root_key=root_key(self._base.model_id, request.tenant, ref),
             generator=make_generator(request.sampling, self._base.device),
         )
-        self._in_flight.add(sequence)
-        self.scheduler.submit(sequence)
+        self._in_flight.add(engine_request)
+        self.scheduler.submit(engine_request)
         if ref is not None:
             self._settle(ref)
 
@@ -242,5 +242,5 @@ class Engine:
             self._fail_parked(ref, error)
 
     def _fail_parked(self, ref: AdapterRef, error: TesseraError) -> None:
-        for sequence in self.scheduler.waiting.parked(ref):
-            self._in_flight.fail(sequence, error.code, error.message)
+        for request in self.scheduler.waiting.parked(ref):
+            self._in_flight.fail(request, error.code, error.message)

@@ -3,7 +3,7 @@
     without lookahead    plan n, run n, deliver n
     with lookahead       plan n, start n, deliver n - 1       while the device works on n
 
-With lookahead a plan is made before the last tokens are known: a sequence's newest token is pending, and
+With lookahead a plan is made before the last tokens are known: a request's newest token is pending, and
 its id is taken on the device. One that turns out to have ended (stop token, cancellation, deadline) has a
 row too many in the step under way, whose result is dropped. Its blocks may be given away at once: whoever
 gets them is computed after that row, on the same stream. So may its slot: at worst that row reads half of
@@ -95,11 +95,11 @@ class StepLoop:
         """
         logger.error("a step of %d tokens failed; it is tried in parts", plan.num_tokens, exc_info=failure)
         self.num_failed += 1
-        chunks = [Chunk(c.sequence, c.start, c.length) for c in plan.chunks if not c.sequence.has_ended]
+        chunks = [Chunk(c.request, c.start, c.length) for c in plan.chunks if not c.request.has_ended]
         self._runner.clear(plan.fresh_blocks)
         parts = _halves(chunks)
         if len(chunks) == 1:
-            self._in_flight.fail(chunks[0].sequence, "step_failed", f"the step failed: {failure}")
+            self._in_flight.fail(chunks[0].request, "step_failed", f"the step failed: {failure}")
         while parts:
             part = StepPlan(parts.pop())
             try:
@@ -108,9 +108,9 @@ class StepLoop:
                 if len(part.chunks) > 1:
                     parts += _halves(part.chunks)
                 else:
-                    sequence = part.chunks[0].sequence
-                    logger.error("request %s makes a step fail: %s", sequence.request_id, again)
-                    self._in_flight.fail(sequence, "step_failed", f"the step failed: {again}")
+                    request = part.chunks[0].request
+                    logger.error("request %s makes a step fail: %s", request.request_id, again)
+                    self._in_flight.fail(request, "step_failed", f"the step failed: {again}")
             except Exception as error:
                 if isinstance(error, torch.AcceleratorError):
                     part = StepPlan([*part.chunks, *itertools.chain.from_iterable(parts)])
@@ -133,7 +133,7 @@ class StepLoop:
         self.num_steps += 1
         for index in outcome.not_finite:
             message = "the model's output is not finite; the adapter holds extreme values"
-            self._in_flight.fail(plan.chunks[index].sequence, "non_finite_logits", message)
+            self._in_flight.fail(plan.chunks[index].request, "non_finite_logits", message)
         self._scheduler.commit(plan.chunks)
         self._in_flight.deliver(plan, outcome)
 
@@ -142,7 +142,7 @@ class StepLoop:
         logger.error("a step of %d tokens failed", plan.num_tokens, exc_info=error)
         self.num_failed += 1
         for chunk in plan.chunks:
-            self._in_flight.fail(chunk.sequence, "step_failed", f"the step failed: {error}")
+            self._in_flight.fail(chunk.request, "step_failed", f"the step failed: {error}")
         if isinstance(error, torch.AcceleratorError):
             raise error
 
@@ -151,7 +151,7 @@ def _halves(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """Two parts of a step, each in its order; rows of an adapter stay together. Nothing of one chunk."""
     if len(chunks) < 2:
         return []
-    owners = [(chunk.sequence.basis_id or "", chunk.sequence.slot) for chunk in chunks]
+    owners = [(chunk.request.basis_id or "", chunk.request.slot) for chunk in chunks]
     by_adapter = sorted(range(len(chunks)), key=owners.__getitem__)
     middle = len(chunks) // 2
     return [[chunks[i] for i in sorted(half)] for half in (by_adapter[:middle], by_adapter[middle:])]
@@ -159,7 +159,7 @@ def _halves(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
 
 def _can_wait(plan: StepPlan) -> bool:
     """Whether the next step can be planned and started before this one's tokens are known. Penalties and the
-    like take them; log-probabilities of a prompt are kept with the sequence, which may be preempted."""
+    like take them; log-probabilities of a prompt are kept with the request, which may be preempted."""
     return plan.is_plain or not any(
-        chunk.prompt_positions or (chunk.samples and has_rules(chunk.sequence)) for chunk in plan.chunks
+        chunk.prompt_positions or (chunk.samples and has_rules(chunk.request)) for chunk in plan.chunks
     )

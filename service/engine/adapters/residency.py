@@ -1,9 +1,9 @@
-"""Which adapters and bases are where, from a sequence's point of view: wanted, cached, resident, pinned.
+"""Which adapters and bases are where, from a request's point of view: wanted, cached, resident, pinned.
 
-    enlist (a sequence waits) → is_ready → pin (it runs) → dismiss (it has ended)
+    enlist (a request waits) → is_ready → pin (it runs) → dismiss (it has ended)
 
 What is not there is listed once as missing; the owner of the engine fetches it from the store and provides
-it. Knows no sequence and no queue, only how many of them refer to an adapter.
+it. Knows no request and no queue, only how many of them refer to an adapter.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Residency:
         return bool(self._missing) or self.bases.can_request
 
     def enlist(self, ref: AdapterRef) -> None:
-        """A sequence that needs `ref` begins to wait."""
+        """A request that needs `ref` begins to wait."""
         self._users[ref] += 1
         self.bases.enlist(ref.basis_id)
         self.cache.hold(ref)
         self.want(ref)
 
     def dismiss(self, ref: AdapterRef, *, pinned_slot: int | None) -> None:
-        """A sequence that needed `ref` has ended, waiting (None) or with the slot that it had pinned."""
+        """A request that needed `ref` has ended, waiting (None) or with the slot that it had pinned."""
         if pinned_slot is None:
             self.cache.release(ref)
         else:

@@ -67,7 +67,7 @@ class TiledLayout:
         """First row, block table and positions of each tile."""
         starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
         num_single = sum(chunk.length == 1 for chunk in chunks)
-        tables = [chunk.sequence.blocks[: -(-chunk.end // block_size)] for chunk in chunks]
+        tables = [chunk.request.blocks[: -(-chunk.end // block_size)] for chunk in chunks]
         for first, last in _groups([len(table) for table in tables[:num_single]], self.keys // block_size):
             padded = np.full((last - first, len(tables[first])), NULL_BLOCK, np.int64)
             for index, table in enumerate(tables[first:last]):
@@ -93,7 +93,7 @@ class PagedLayout:
     def lay_out(self, chunks: Sequence[Chunk], block_size: int) -> tuple[list[Ints], MakeStep]:
         num_single = sum(chunk.length == 1 for chunk in chunks)
         starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
-        rows, entries = self._tables.plan([chunk.sequence.blocks for chunk in chunks])
+        rows, entries = self._tables.plan([chunk.request.blocks for chunk in chunks])
         width = -(-max(chunk.end for chunk in chunks) // block_size)
         tiles = query_tiles(
             starts[num_single:-1],

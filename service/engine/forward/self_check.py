@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import AdapterRef
 
@@ -41,7 +41,7 @@ def trial_plans(
     for length, name in zip(_LENGTHS, (basis_id, ""), strict=True):
         token_ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
         adapter = AdapterRef("", "trial", 1, name) if name else None
-        sequence = Sequence(GenerationRequest("", "", token_ids, SamplingParams(), adapter), 0, b"")
+        sequence = EngineRequest(GenerationRequest("", "", token_ids, SamplingParams(), adapter), 0, b"")
         sequence.slot = slot if name else 0
         last = first + -(-length // block_size)
         sequence.blocks, first = list(range(first, last)), last

@@ -11,45 +11,43 @@ In this order, each in float32 and each on its own row only:
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 
 
-def apply_rules(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def apply_rules(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     """The logits that tokens are chosen from. logits: float32 [N, V]; a copy is returned if a row has
     rules."""
-    ruled = [index for index, sequence in enumerate(sequences) if has_rules(sequence)]
+    ruled = [index for index, request in enumerate(requests) if has_rules(request)]
     if not ruled:
         return logits
     logits = logits.clone()
     for index in ruled:
-        _apply_to_row(logits[index], sequences[index])
+        _apply_to_row(logits[index], requests[index])
     return logits
 
 
-def has_rules(sequence: Sequence) -> bool:
+def has_rules(request: EngineRequest) -> bool:
     """Whether its logits are changed, which may take its own last token."""
-    return sequence.has_rules or _must_go_on(sequence)
+    return request.has_rules or _must_go_on(request)
 
 
-def _must_go_on(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
+def _must_go_on(request: EngineRequest) -> bool:
+    sampling = request.sampling
     return (
-        sampling.min_tokens > 0
-        and sequence.num_output < sampling.min_tokens
-        and bool(sampling.stop_token_ids)
+        sampling.min_tokens > 0 and request.num_output < sampling.min_tokens and bool(sampling.stop_token_ids)
     )
 
 
-def _apply_to_row(row: Tensor, sequence: Sequence) -> None:
+def _apply_to_row(row: Tensor, request: EngineRequest) -> None:
     """row: [V], changed in place."""
-    sampling, counts = sequence.sampling, sequence.output_counts
+    sampling, counts = request.sampling, request.output_counts
     if sampling.repetition_penalty != 1:
-        seen = _ids(row, sequence.prompt_set.union(counts))
+        seen = _ids(row, request.prompt_set.union(counts))
         values = row[seen]
         penalty = sampling.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
@@ -59,9 +57,11 @@ def _apply_to_row(row: Tensor, sequence: Sequence) -> None:
     if sampling.logit_bias:
         bias = torch.tensor(list(sampling.logit_bias.values()), device=row.device, dtype=row.dtype)
         row[_ids(row, sampling.logit_bias)] += bias
-    if _must_go_on(sequence):
+    if _must_go_on(request):
         row[_ids(row, [token for token in sampling.stop_token_ids if token < len(row)])] = float("-inf")
 
 
-def _ids(row: Tensor, token_ids: Rows[int] | frozenset[int] | dict[int, float] | dict[int, int]) -> Tensor:
+def _ids(
+    row: Tensor, token_ids: Sequence[int] | frozenset[int] | dict[int, float] | dict[int, int]
+) -> Tensor:
     return torch.tensor(list(token_ids), device=row.device, dtype=torch.int64)

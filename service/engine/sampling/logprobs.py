@@ -5,7 +5,7 @@ Computed on the device when a step is launched, read when its results are: a rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class PendingLogprobs:
     logits: [N, V], any dtype;  token_ids: int64 [N]. Neither is kept.
     """
 
-    def __init__(self, logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> None:
+    def __init__(self, logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> None:
         self._counts = [min(count, logits.shape[-1]) for count in num_top]
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for start in range(0, len(logits), _ROWS_AT_ONCE):
@@ -44,7 +44,7 @@ class PendingLogprobs:
         ]
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprobs]:
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
     """`PendingLogprobs`, at once."""
     return PendingLogprobs(logits, token_ids, num_top).reports()
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from service.engine.kv.transfer import to_device
 from service.engine.sampling.logit_rules import apply_rules, has_rules
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.wire.messages import SamplingParams
 
 #: Below this a temperature is greedy: dividing by it would overflow float32.
@@ -45,38 +45,38 @@ def is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < MIN_TEMPERATURE
 
 
-def is_plain_greedy(sequence: Sequence) -> bool:
+def is_plain_greedy(request: EngineRequest) -> bool:
     """Whether its next token is the largest of the model's own logits."""
-    return sequence.generator is None and not has_rules(sequence)
+    return request.generator is None and not has_rules(request)
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """The next token of each sequence, int64 [N]. logits: float32 [N, V], left as they are."""
-    logits = apply_rules(logits, sequences)
+def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
+    """The next token of each request, int64 [N]. logits: float32 [N, V], left as they are."""
+    logits = apply_rules(logits, requests)
     tokens = logits.argmax(-1)
-    drawn = [index for index, sequence in enumerate(sequences) if sequence.generator is not None]
+    drawn = [index for index, request in enumerate(requests) if request.generator is not None]
     if drawn:
         rows = to_device(drawn, logits.device, torch.int64)
-        tokens[rows] = _draw(logits[rows], [sequences[index] for index in drawn])
+        tokens[rows] = _draw(logits[rows], [requests[index] for index in drawn])
     return tokens
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """logits: [N, V] of sequences that all have a generator; returns int64 [N]."""
-    temperature = _column([s.sampling.temperature for s in sequences], logits)
-    probs = _truncate((logits / temperature).softmax(-1), [s.sampling for s in sequences])
+def _draw(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
+    """logits: [N, V] of requests that all have a generator; returns int64 [N]."""
+    temperature = _column([s.sampling.temperature for s in requests], logits)
+    probs = _truncate((logits / temperature).softmax(-1), [s.sampling for s in requests])
     noise = torch.empty_like(probs)
-    unseeded = next((s.generator for s in sequences if s.sampling.seed is None), None)
+    unseeded = next((s.generator for s in requests if s.sampling.seed is None), None)
     if unseeded is not None:
         noise.exponential_(generator=unseeded)
-    for row, sequence in zip(noise, sequences, strict=True):
-        if sequence.generator is not unseeded:
-            row.exponential_(generator=sequence.generator)
+    for row, request in zip(noise, requests, strict=True):
+        if request.generator is not unseeded:
+            row.exponential_(generator=request.generator)
     # An exponential may come out as 0, and 0 / 0 would choose a token of probability 0.
     return (probs / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(-1)
 
 
-def _truncate(probs: Tensor, samplings: Rows[SamplingParams]) -> Tensor:
+def _truncate(probs: Tensor, samplings: Sequence[SamplingParams]) -> Tensor:
     """Probabilities [N, V] with the tokens that top_k, top_p and min_p exclude set to 0, not renormalised."""
     vocab_size = probs.shape[-1]
     if any(s.top_k > 0 or s.top_p < 1 for s in samplings):
@@ -95,5 +95,5 @@ def _truncate(probs: Tensor, samplings: Rows[SamplingParams]) -> Tensor:
     return probs
 
 
-def _column(values: Rows[float], like: Tensor) -> Tensor:
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return to_device(values, like.device, torch.float32)[:, None]

@@ -20,7 +20,7 @@ PENDING = -1
 
 
 @dataclass(eq=False)
-class Sequence:
+class EngineRequest:
     """A request and how far it has come.
 
     order: running number of its submission. token_ids: prompt, then output. num_computed: leading tokens
@@ -37,7 +37,7 @@ class Sequence:
     output_counts: of the tokens of its output, kept only where it has rules.
     """
 
-    request: GenerationRequest
+    submitted: GenerationRequest
     order: int
     root_key: bytes
     generator: torch.Generator | None = None
@@ -57,17 +57,19 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        request = self.request
-        sampling = request.sampling
-        self.token_ids = list(request.token_ids)
-        self.request_id: str = request.request_id
-        self.tenant: str = request.tenant
-        self.adapter: AdapterRef | None = request.adapter
-        self.owner = None if request.adapter is None else (request.adapter.tenant, request.adapter.adapter_id)
+        submitted = self.submitted
+        sampling = submitted.sampling
+        self.token_ids = list(submitted.token_ids)
+        self.request_id: str = submitted.request_id
+        self.tenant: str = submitted.tenant
+        self.adapter: AdapterRef | None = submitted.adapter
+        self.owner = (
+            None if submitted.adapter is None else (submitted.adapter.tenant, submitted.adapter.adapter_id)
+        )
         self.sampling: SamplingParams = sampling
-        self.basis_id: str | None = None if request.adapter is None else request.adapter.basis_id
-        self.model_name: str = repr(request.adapter)  # a string knows its hash, an AdapterRef computes it
-        self.num_prompt: int = len(request.token_ids)
+        self.basis_id: str | None = None if submitted.adapter is None else submitted.adapter.basis_id
+        self.model_name: str = repr(submitted.adapter)  # a string knows its hash, an AdapterRef computes it
+        self.num_prompt: int = len(submitted.token_ids)
         self.max_length: int = self.num_prompt + sampling.max_tokens
         self.has_rules: bool = _has_rules(sampling)
         self.needs_prompt_logprobs: bool = sampling.prompt_logprobs is not None
@@ -94,7 +96,7 @@ class Sequence:
 
     @cached_property
     def prompt_set(self) -> frozenset[int]:
-        return frozenset(self.request.token_ids)
+        return frozenset(self.submitted.token_ids)
 
     @property
     def is_pending(self) -> bool:

@@ -49,7 +49,7 @@ def build_batch(
     """sources: of the ids that are not known to the host yet."""
     chunks, block_size = plan.chunks, kv.block_size
     starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
-    token_ids = list(itertools.chain.from_iterable(c.sequence.token_ids[c.start : c.end] for c in chunks))
+    token_ids = list(itertools.chain.from_iterable(c.request.token_ids[c.start : c.end] for c in chunks))
     positions, blocks = _places(chunks, block_size)
     logit_rows, targets = _logit_rows(chunks, starts)
     slots = _slots(chunks)
@@ -89,23 +89,23 @@ def _places(chunks: Sequence[Chunk], block_size: int) -> tuple[Ints, Ints]:
     num_single = sum(chunk.length == 1 for chunk in chunks)
     single, long = chunks[:num_single], chunks[num_single:]
     positions = [np.asarray([chunk.start for chunk in single], np.int64)]
-    blocks = [np.asarray([c.sequence.blocks[c.start // block_size] for c in single], np.int64)]
+    blocks = [np.asarray([c.request.blocks[c.start // block_size] for c in single], np.int64)]
     for chunk in long:
         own = np.arange(chunk.start, chunk.end)
         positions.append(own)
         first = chunk.start // block_size
-        held = np.asarray(chunk.sequence.blocks[first : -(-chunk.end // block_size)])
+        held = np.asarray(chunk.request.blocks[first : -(-chunk.end // block_size)])
         blocks.append(held[own // block_size - first])
     return np.concatenate(positions), np.concatenate(blocks)
 
 
 def _slots(chunks: Sequence[Chunk]) -> dict[str, Ints]:
     """Per basis that the step needs, every row's slot: 0 for rows of other bases and of the base model."""
-    basis_ids = [chunk.sequence.adapter.basis_id if chunk.sequence.adapter else None for chunk in chunks]
+    basis_ids = [chunk.request.adapter.basis_id if chunk.request.adapter else None for chunk in chunks]
     lengths = [chunk.length for chunk in chunks]
     return {
         wanted: np.repeat(
-            [c.sequence.slot if own == wanted else 0 for c, own in zip(chunks, basis_ids, strict=True)],
+            [c.request.slot if own == wanted else 0 for c, own in zip(chunks, basis_ids, strict=True)],
             lengths,
         )
         for wanted in dict.fromkeys(basis_ids)
@@ -120,5 +120,5 @@ def _logit_rows(chunks: Sequence[Chunk], starts: Sequence[int]) -> tuple[list[in
     for chunk, start in zip(chunks, starts[:-1], strict=True):
         for position in chunk.prompt_positions:
             rows.append(start + position - chunk.start)
-            targets.append(chunk.sequence.token_ids[position + 1])
+            targets.append(chunk.request.token_ids[position + 1])
     return rows, targets

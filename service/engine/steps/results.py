@@ -5,7 +5,7 @@ Everything is computed on the device when the step is launched; `collect` waits 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +50,7 @@ class PendingResults:
 
     def __init__(self, plan: StepPlan, step: StepLogits, prompt_targets: Tensor) -> None:
         self._plan = plan
-        self._sampling: Rows[int] = range(len(plan.chunks))
+        self._sampling: Sequence[int] = range(len(plan.chunks))
         self._scoring: list[int] = []
         if not plan.is_plain:
             self._sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
@@ -61,7 +61,7 @@ class PendingResults:
         is_finite = finite_rows(step.logits) if step.is_finite is None else step.is_finite
         self.tokens = self._sample(step)
         if self._scoring:
-            num_top = [plan.chunks[index].sequence.sampling.prompt_logprobs or 0 for index in self._scoring]
+            num_top = [plan.chunks[index].request.sampling.prompt_logprobs or 0 for index in self._scoring]
             scored = step.logits[len(self._sampling) :]
             self._prompt_logprobs = PendingLogprobs(scored, prompt_targets, num_top)
         self._host = _Host(torch.cat([self.tokens, is_finite.to(torch.int64)]))
@@ -92,15 +92,15 @@ class PendingResults:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         if step.greedy is not None and self._plan.is_plain:
             return step.greedy[: len(self._sampling)]
-        sequences = [self._plan.chunks[index].sequence for index in self._sampling]
-        if step.greedy is not None and all(is_plain_greedy(sequence) for sequence in sequences):
+        requests = [self._plan.chunks[index].request for index in self._sampling]
+        if step.greedy is not None and all(is_plain_greedy(request) for request in requests):
             tokens = step.greedy[: len(self._sampling)]
         else:
-            tokens = sample(logits.float(), sequences)
-        wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+            tokens = sample(logits.float(), requests)
+        wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
         if wanted:
-            num_top = [sequences[row].sampling.logprobs or 0 for row in wanted]
-            is_all = len(wanted) == len(sequences)
+            num_top = [requests[row].sampling.logprobs or 0 for row in wanted]
+            is_all = len(wanted) == len(requests)
             rows = slice(len(wanted)) if is_all else to_device(wanted, logits.device, torch.int64)
             self._reported = [self._sampling[row] for row in wanted]
             self._logprobs = PendingLogprobs(logits[rows], tokens[rows], num_top)

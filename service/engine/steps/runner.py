@@ -3,7 +3,7 @@
     launch    upload the step's integers, run the model, sample; nothing waits for the device
     collect   wait, and read what it brought (`PendingResults`)
 
-Chooses nothing about requests: the plan says what is computed, the parameters of its sequences what is
+Chooses nothing about requests: the plan says what is computed, the parameters of its requests what is
 reported.
 """
 
@@ -94,8 +94,8 @@ class ModelRunner:
             except Exception as error:  # whatever a model's code or a kernel may raise
                 raise StepNotComputed(str(error)) from error
             results = PendingResults(plan, logits, prompt_targets)
-        sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        self._sampled = SampledTokens(results.tokens, sequences)
+        requests = [chunk.request for chunk in plan.chunks if chunk.samples]
+        self._sampled = SampledTokens(results.tokens, requests)
         return results
 
     def clear(self, blocks: list[int]) -> None:
@@ -135,7 +135,7 @@ class ModelRunner:
 
     def _make_static_steps(self) -> StaticSteps | None:
         wanted, model = self._config.decode_graphs, self._path.fused
-        # Over static tables the slow truth would gather every sequence at the full length of the model.
+        # Over static tables the slow truth would gather every request at the full length of the model.
         can_capture = self._device.type == "cuda" and self._attention.kind == AttentionKind.TRITON
         is_wanted = wanted == "static" or (wanted == "auto" and can_capture)
         if model is None or not is_wanted:

@@ -119,10 +119,10 @@ def lay_out(
     chunks = plan.chunks
     if not shape.is_mixed:
         count = len(chunks)
-        rows[0, :count] = [chunk.sequence.token_ids[chunk.start] for chunk in chunks]
+        rows[0, :count] = [chunk.request.token_ids[chunk.start] for chunk in chunks]
         rows[1, :count] = [chunk.start for chunk in chunks]
         rows[2, :count] = table_rows
-        rows[3, :count] = [chunk.sequence.slot for chunk in chunks]
+        rows[3, :count] = [chunk.request.slot for chunk in chunks]
         if queries_per_tile is not None:
             _fill_singles(singles[:count], rows)
         return values
@@ -153,8 +153,8 @@ def _fill_rows(
     """Every token's id, position, row of the block tables and slot. lengths, first_rows: of the chunks."""
     num_tokens = int(lengths.sum())
     starts = np.asarray([chunk.start for chunk in chunks])
-    slots = [chunk.sequence.slot for chunk in chunks]
-    token_ids = (chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks)
+    slots = [chunk.request.slot for chunk in chunks]
+    token_ids = (chunk.request.token_ids[chunk.start : chunk.end] for chunk in chunks)
     rows[0, :num_tokens] = list(itertools.chain.from_iterable(token_ids))
     rows[1, :num_tokens] = np.arange(num_tokens) + np.repeat(starts - first_rows, lengths)
     rows[2:, :num_tokens] = np.repeat([table_rows, slots], lengths, axis=1)

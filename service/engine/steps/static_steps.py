@@ -92,7 +92,7 @@ class StaticSteps:
         """Start a step that `can_run`. slots: of the fused basis. sources: where ids that the host does not
         know yet come from."""
         tables = self._attention.block_tables
-        table_rows, entries = tables.plan([chunk.sequence.blocks for chunk in plan.chunks])
+        table_rows, entries = tables.plan([chunk.request.blocks for chunk in plan.chunks])
         shape = self._shape_of(plan)
         integers = lay_out(plan, table_rows, shape, self._limits.queries_per_tile)
         arrays = [integers, entries, np.asarray(plan.fresh_blocks, np.int64)]

@@ -22,7 +22,7 @@ from service.engine.config import EngineConfig
 from service.engine.forward.model_path import ModelFacts, ModelPath
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.scheduling.request import Sequence as Request
+from service.engine.scheduling.request import EngineRequest
 from service.engine.steps.batch import build_batch
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import AdapterRef
@@ -130,7 +130,7 @@ class AdaptedModel:
                     rows = path.forward_generic(batch.rows, kv, batch.attention)
                     lengths = [chunk.length for chunk in plan.chunks]
                     for chunk, own in zip(plan.chunks, torch.split(rows, lengths), strict=True):
-                        pieces[chunk.sequence.request_id].append(own)
+                        pieces[chunk.request.request_id].append(own)
         return [torch.cat(own) for own in pieces.values()]
 
     @contextmanager
@@ -170,15 +170,17 @@ def _adding(A: Tensor, R: Tensor, B: Tensor) -> Callable[..., Tensor]:
     return add
 
 
-def _request(name: str, token_ids: list[int], adapter: TrialAdapter | None, *, first_block: int) -> Request:
+def _request(
+    name: str, token_ids: list[int], adapter: TrialAdapter | None, *, first_block: int
+) -> EngineRequest:
     ref = AdapterRef("", name, 1, _BASIS_ID) if adapter is not None else None
-    request = Request(GenerationRequest(name, "", token_ids, SamplingParams(), ref), 0, b"")
+    request = EngineRequest(GenerationRequest(name, "", token_ids, SamplingParams(), ref), 0, b"")
     request.slot = adapter.slot if adapter is not None else 0
     request.blocks = list(range(first_block, first_block + -(-len(token_ids) // _BLOCK_SIZE)))
     return request
 
 
-def _plans(requests: Sequence[Request], *, in_pieces: bool) -> Iterator[StepPlan]:
+def _plans(requests: Sequence[EngineRequest], *, in_pieces: bool) -> Iterator[StepPlan]:
     """Steps that compute all tokens of every sequence."""
     cuts = []
     for request in requests:

@@ -19,7 +19,7 @@ from service.engine.attention.reference import (
 )
 from service.engine.kv.cache import KVShape, PagedKV
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.steps.batch import build_batch
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tests.service.engine.models import family
@@ -63,7 +63,7 @@ def make_plan(mix: list[tuple[int, int]]) -> StepPlan:
     chunks = []
     for index, (start, length) in enumerate(mix):
         request = GenerationRequest(str(index), "t", list(range(start + length)), SamplingParams())
-        sequence = Sequence(request, index, b"root")
+        sequence = EngineRequest(request, index, b"root")
         sequence.blocks = [order.pop() for _ in range(math.ceil((start + length) / BLOCK_SIZE))]
         sequence.num_computed = start
         chunks.append(Chunk(sequence, start, length))
@@ -93,7 +93,7 @@ def test_matches_slow_attention(
         K, V = (torch.randn(chunk.end, num_kv_heads, dim) for dim in (key_dim, value_dim))
         history.append((K, V))
         positions = torch.arange(chunk.start)
-        blocks = torch.tensor(chunk.sequence.blocks)[positions // BLOCK_SIZE]
+        blocks = torch.tensor(chunk.request.blocks)[positions // BLOCK_SIZE]
         rows = kv.rows(num_kv_heads, blocks, positions % BLOCK_SIZE)
         kv.write(1, K[: chunk.start].transpose(0, 1), V[: chunk.start].transpose(0, 1), rows)
     q = torch.randn(num_heads, plan.num_tokens, key_dim)

@@ -16,7 +16,7 @@ from torch import Tensor
 from service.engine.sampling.logit_rules import apply_rules
 from service.engine.sampling.logprobs import token_logprobs
 from service.engine.sampling.sampler import make_generator, sample
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tests.service.engine.driver import Driver
 from tests.service.engine.models import Served
@@ -25,12 +25,12 @@ CPU = torch.device("cpu")
 V = 13
 
 
-def make_sequence(prompt: list[int], output: list[int], **sampling: Any) -> Sequence:
+def make_sequence(prompt: list[int], output: list[int], **sampling: Any) -> EngineRequest:
     params = SamplingParams(**sampling)
-    sequence = Sequence(GenerationRequest("r", "t", prompt, params), 0, b"", make_generator(params, CPU))
+    request = EngineRequest(GenerationRequest("r", "t", prompt, params), 0, b"", make_generator(params, CPU))
     for token in output:
-        sequence.append(token)
-    return sequence
+        request.append(token)
+    return request
 
 
 def slow_rules(logits: list[float], prompt: list[int], output: list[int], s: SamplingParams) -> list[float]:
@@ -91,12 +91,12 @@ tokens = st.lists(st.integers(0, V - 1), max_size=8)
 def test_rules_match_the_slow_reference(
     logits: list[float], prompt: list[int], output: list[int], rules: dict[str, Any]
 ) -> None:
-    sequence = make_sequence(prompt, output, **rules)
+    request = make_sequence(prompt, output, **rules)
     plain = make_sequence(prompt, output)
     row = torch.tensor(logits)
-    ruled = apply_rules(torch.stack([row, row]), [sequence, plain])
+    ruled = apply_rules(torch.stack([row, row]), [request, plain])
 
-    expected = torch.tensor(slow_rules(logits, prompt, output, sequence.sampling))
+    expected = torch.tensor(slow_rules(logits, prompt, output, request.sampling))
     torch.testing.assert_close(ruled[0], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(ruled[1], row), "a rule reached another row"
 
@@ -119,14 +119,14 @@ def test_rules_match_the_slow_reference(
 def test_draws_follow_the_slow_reference(params: dict[str, Any]) -> None:
     num_draws = 4000
     logits = torch.randn(V, generator=torch.Generator().manual_seed(5)) * 2
-    sequence = make_sequence([1], [], seed=11, **params)
+    request = make_sequence([1], [], seed=11, **params)
     drawn: Counter[int] = Counter()
     for _ in range(
         num_draws // 50
     ):  # one generator, so rows of one call and calls after another are draws alike
-        drawn.update(sample(logits.expand(50, V), [sequence] * 50).tolist())
+        drawn.update(sample(logits.expand(50, V), [request] * 50).tolist())
 
-    expected = slow_probabilities(logits.tolist(), sequence.sampling)
+    expected = slow_probabilities(logits.tolist(), request.sampling)
     assert drawn.keys() <= expected.keys(), "a token was drawn that the parameters exclude"
     for token, p in expected.items():
         sigma = math.sqrt(num_draws * p * (1 - p))
@@ -135,9 +135,9 @@ def test_draws_follow_the_slow_reference(params: dict[str, Any]) -> None:
 
 def test_temperature_0_is_greedy_beside_rows_that_draw() -> None:
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(1))
-    sequences = [make_sequence([1], [], temperature=t, seed=2) for t in (0.0, 5.0, 1e-30)]
+    requests = [make_sequence([1], [], temperature=t, seed=2) for t in (0.0, 5.0, 1e-30)]
     for _ in range(20):
-        chosen = sample(logits, sequences).tolist()
+        chosen = sample(logits, requests).tolist()
         assert (chosen[0], chosen[2]) == (int(logits[0].argmax()), int(logits[2].argmax()))
 
 

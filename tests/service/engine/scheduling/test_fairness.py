@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.config import EngineConfig
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.waiting_line import MAX_LOOKAHEAD, WaitingLine
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.errors import EngineOverloaded, InvalidInput, TenantOverloaded
@@ -26,45 +26,45 @@ COSTS = st.tuples(st.integers(1, 300), st.integers(0, 300))
 
 
 class Line:
-    """A waiting line whose sequences run as soon as they are taken, and end when told."""
+    """A waiting line whose requests run as soon as they are taken, and end when told."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.line = WaitingLine(weights)
-        self.running: list[Sequence] = []
+        self.running: list[EngineRequest] = []
         self.num_made = 0
 
-    def submit(self, tenant: str, cost: Cost = (1, 1), ref: AdapterRef | None = None) -> Sequence:
+    def submit(self, tenant: str, cost: Cost = (1, 1), ref: AdapterRef | None = None) -> EngineRequest:
         params = SamplingParams(max_tokens=cost[1])
         request = GenerationRequest(f"r{self.num_made}", tenant, [1] * cost[0], params, ref)
-        sequence = Sequence(request, self.num_made, b"")
+        request = EngineRequest(request, self.num_made, b"")
         self.num_made += 1
-        self.line.enter(sequence, parked_for=ref)
-        return sequence
+        self.line.enter(request, parked_for=ref)
+        return request
 
-    def take(self) -> Sequence | None:
+    def take(self) -> EngineRequest | None:
         """Run the next one."""
-        sequence = next(self.line.in_turn(), None)
-        if sequence is not None:
-            self.line.take(sequence)
-            sequence.is_running = True
-            self.running.append(sequence)
+        request = next(self.line.in_turn(), None)
+        if request is not None:
+            self.line.take(request)
+            request.is_running = True
+            self.running.append(request)
         self.check()
-        return sequence
+        return request
 
-    def end(self, sequence: Sequence, num_output: int = 0) -> None:
+    def end(self, request: EngineRequest, num_output: int = 0) -> None:
         for token_id in range(num_output):
-            sequence.append(token_id)
-        self.running.remove(sequence)
-        sequence.is_running = False
-        self.line.leave(sequence)
+            request.append(token_id)
+        self.running.remove(request)
+        request.is_running = False
+        self.line.leave(request)
         self.check()
 
     def check(self) -> None:
-        self.line.check_integrity(Counter(sequence.tenant for sequence in self.running))
+        self.line.check_integrity(Counter(request.tenant for request in self.running))
 
 
-def cost_of(sequence: Sequence) -> int:
-    return sequence.num_prompt + sequence.sampling.max_tokens
+def cost_of(request: EngineRequest) -> int:
+    return request.num_prompt + request.sampling.max_tokens
 
 
 @given(
@@ -84,9 +84,9 @@ def test_a_newcomer_waits_for_one_request_of_each_other_tenant_at_most(
 
     only = line.submit("lonely", lonely)
     taken = []
-    while (sequence := line.take()) is not only:
-        assert sequence is not None
-        taken.append(sequence.tenant)
+    while (request := line.take()) is not only:
+        assert request is not None
+        taken.append(request.tenant)
 
     assert max(Counter(taken).values(), default=0) <= 1
 
@@ -117,9 +117,9 @@ def test_while_tenants_wait_they_get_tokens_by_their_weights(
             line.submit(tenant, cost)
     given_tokens: Counter[str] = Counter(dict.fromkeys(costs, 0))
     for _ in range(num_taken):
-        sequence = line.take()
-        assert sequence is not None
-        given_tokens[sequence.tenant] += cost_of(sequence)
+        request = line.take()
+        assert request is not None
+        given_tokens[request.tenant] += cost_of(request)
 
     rounds = {tenant: given_tokens[tenant] / weights.get(tenant, 1.0) for tenant in costs}
     largest = max(sum(cost) / weights.get(tenant, 1.0) for tenant, cost in costs.items())
@@ -134,16 +134,16 @@ def test_every_request_runs_and_those_of_one_tenant_in_their_order(
     orders: dict[str, list[int]] = {}
     for number, (tenant, cost, num_output) in enumerate(wanted):
         line.submit(tenant, cost)
-        if number % 3 == 0 and (sequence := line.take()) is not None:
-            orders.setdefault(sequence.tenant, []).append(sequence.order)
-            line.end(sequence, min(num_output, sequence.sampling.max_tokens))
-    while (sequence := line.take()) is not None:
-        orders.setdefault(sequence.tenant, []).append(sequence.order)
+        if number % 3 == 0 and (request := line.take()) is not None:
+            orders.setdefault(request.tenant, []).append(request.order)
+            line.end(request, min(num_output, request.sampling.max_tokens))
+    while (request := line.take()) is not None:
+        orders.setdefault(request.tenant, []).append(request.order)
 
     assert sum(len(order) for order in orders.values()) == len(wanted)
     assert all(order == sorted(order) for order in orders.values())
-    for sequence in list(line.running):
-        line.end(sequence)
+    for request in list(line.running):
+        line.end(request)
     line.line.check_integrity({})  # no account is left either
 
 
@@ -181,10 +181,10 @@ def test_a_tenant_that_could_not_run_does_not_keep_others_out_afterwards() -> No
     blocked = [line.submit("blocked", (50, 50)) for _ in range(20)]
     others = [line.submit("other", (50, 50)) for _ in range(40)]
     for _ in range(20):  # its requests are passed over, as if all slots were pinned
-        sequence = next(s for s in line.line.in_turn() if s.tenant == "other")
-        line.line.take(sequence)
-        sequence.is_running = True
-        line.running.append(sequence)
+        request = next(s for s in line.line.in_turn() if s.tenant == "other")
+        line.line.take(request)
+        request.is_running = True
+        line.running.append(request)
 
     taken = [line.take() for _ in range(10)]
 
@@ -198,7 +198,7 @@ def test_passing_over_a_long_line_is_bounded() -> None:
         line.submit("crowd")
     line.submit("other")
 
-    seen = Counter(sequence.tenant for sequence in line.line.in_turn())
+    seen = Counter(request.tenant for request in line.line.in_turn())
 
     assert seen == {"crowd": MAX_LOOKAHEAD, "other": 1}
 
@@ -211,9 +211,9 @@ def test_parked_requests_count_and_leave_no_trace() -> None:
     line.line.wake(ref)
     line.line.park(parked[1], ref)
     assert (line.line.num_in_line, line.line.num_parked) == (2, 1)
-    for sequence in parked:
-        line.line.remove(sequence)
-        line.line.leave(sequence)
+    for request in parked:
+        line.line.remove(request)
+        line.line.leave(request)
     line.line.check_integrity({})
     assert line.line.num_waiting("t") == 0
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.scheduler import Scheduler
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.errors import CorruptRecord, EngineOverloaded, InvalidInput
@@ -112,10 +112,10 @@ def test_prompt_logprobs_are_computed_a_bounded_number_of_rows_at_a_time(micro: 
     wide = SamplingParams(prompt_logprobs=0)
     for name, params in {"first": wide, "second": wide, "plain": SamplingParams()}.items():
         scheduler.submit(
-            Sequence(GenerationRequest(name, "t", [1] * 30, params), len(scheduler.waiting), b"")
+            EngineRequest(GenerationRequest(name, "t", [1] * 30, params), len(scheduler.waiting), b"")
         )
     plan = scheduler.schedule()
-    lengths = {chunk.sequence.request_id: chunk.length for chunk in plan.chunks}
+    lengths = {chunk.request.request_id: chunk.length for chunk in plan.chunks}
     assert lengths == {"first": 10, "second": 1, "plain": 30}
 
 

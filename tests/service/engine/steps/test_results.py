@@ -10,7 +10,7 @@ import torch
 
 from service.engine.sampling.sampler import make_generator
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.scheduling.request import PENDING, Sequence
+from service.engine.scheduling.request import PENDING, EngineRequest
 from service.engine.steps.results import PendingResults, StepLogits
 from service.engine.steps.token_sources import SampledTokens, find_sources
 from service.engine.wire.messages import GenerationRequest, SamplingParams
@@ -21,14 +21,14 @@ V = 11
 NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
-def make_sequence(prompt: list[int], adapter: AdapterRef | None = None, **sampling: Any) -> Sequence:
+def make_sequence(prompt: list[int], adapter: AdapterRef | None = None, **sampling: Any) -> EngineRequest:
     params = SamplingParams(**{"temperature": 0.0, **sampling})
     request = GenerationRequest("r", "t", prompt, params, adapter)
-    return Sequence(request, 0, b"", make_generator(params, CPU))
+    return EngineRequest(request, 0, b"", make_generator(params, CPU))
 
 
-def decode(sequence: Sequence) -> Chunk:
-    return Chunk(sequence, sequence.num_tokens - 1, 1)
+def decode(request: EngineRequest) -> Chunk:
+    return Chunk(request, request.num_tokens - 1, 1)
 
 
 def test_tokens_and_nan_by_chunk() -> None:
@@ -102,10 +102,10 @@ def test_what_asks_for_more_is_not_plain(sampling: dict[str, Any]) -> None:
 
 
 def test_what_decodes_only() -> None:
-    sequence = make_sequence([1, 2, 3])
-    assert StepPlan([decode(sequence)]).is_decode
-    assert not StepPlan([Chunk(sequence, 0, 1)]).is_decode
-    assert not StepPlan([decode(sequence), Chunk(make_sequence([1, 2]), 0, 2)]).is_decode
+    request = make_sequence([1, 2, 3])
+    assert StepPlan([decode(request)]).is_decode
+    assert not StepPlan([Chunk(request, 0, 1)]).is_decode
+    assert not StepPlan([decode(request), Chunk(make_sequence([1, 2]), 0, 2)]).is_decode
     assert not StepPlan([decode(make_sequence([1], max_tokens=0))]).is_decode, "has had its last token"
     assert not StepPlan([Chunk(make_sequence([1, 2], prompt_logprobs=0), 0, 1)]).is_decode
 
@@ -119,13 +119,13 @@ def test_distinct_models_and_bases_of_a_step() -> None:
 
 def test_pending_tokens_come_from_the_row_that_sampled_them() -> None:
     first, second, third = (make_sequence([1, 2]) for _ in range(3))
-    for sequence in (first, second, third):
-        sequence.token_ids.append(PENDING)
+    for request in (first, second, third):
+        request.token_ids.append(PENDING)
     tokens = torch.tensor([5, 6, 7])
     sampled = SampledTokens(tokens, [first, second, third])
 
     def ids(*chunks: Chunk) -> list[int]:
-        known = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+        known = [chunk.request.token_ids[chunk.start : chunk.end] for chunk in chunks]
         sources = find_sources(chunks, sampled)
         assert sources is not None
         assert sources.rows.dtype == np.int64

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.steps.shapes import MAX_ROWS, ShapeLimits, lay_out, pieces
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 
@@ -19,9 +19,9 @@ def make_plan(sizes: list[tuple[int, int, bool]]) -> StepPlan:
     chunks = []
     for order, (start, length, is_last) in enumerate(sorted(sizes, key=lambda size: size[1] > 1)):
         prompt = [1000 * order + position for position in range(start + length + (not is_last))]
-        sequence = Sequence(GenerationRequest(str(order), "t", prompt, SamplingParams()), order, b"")
-        sequence.slot = order % 3
-        chunks.append(Chunk(sequence, start, length))
+        request = EngineRequest(GenerationRequest(str(order), "t", prompt, SamplingParams()), order, b"")
+        request.slot = order % 3
+        chunks.append(Chunk(request, start, length))
     return StepPlan(chunks)
 
 
@@ -44,7 +44,7 @@ def test_everything_is_in_its_place_once(
     rows, singles, tiles, logit_rows = pieces(lay_out(plan, table_rows, shape, per_tile), shape)
 
     expected = [
-        (chunk.sequence.token_ids[position], position, table_row, chunk.sequence.slot)
+        (chunk.request.token_ids[position], position, table_row, chunk.request.slot)
         for chunk, table_row in zip(plan.chunks, table_rows, strict=True)
         for position in range(chunk.start, chunk.end)
     ]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.scheduling.request import Sequence
+from service.engine.scheduling.request import EngineRequest
 from service.engine.steps.shapes import MAX_ROWS
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import Adapter, AdapterRef
@@ -204,7 +204,7 @@ def test_what_is_static(
     plan = StepPlan()
     for order, (first, length) in enumerate(chunks):
         request = GenerationRequest(str(order), "t", [1] * (first + length), SamplingParams(**params), ref)
-        plan.chunks.append(Chunk(Sequence(request, order, b""), first, length))
+        plan.chunks.append(Chunk(EngineRequest(request, order, b""), first, length))
 
     assert steps.can_run(plan, "own") == expected
 
