@@ -24,7 +24,7 @@ from tessera.store.holds import BasisHolds
 from tessera.store.ownership import OwnBases
 from trainer_worker.common.health import HealthServer, Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
-from trainer_worker.common.model_lock import SoleUse
+from trainer_worker.common.model_lock import ModelLock
 from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
 from trainer_worker.outcome.publication import Publisher
 from trainer_worker.preparing.basis_source import BasisSource
@@ -98,13 +98,14 @@ def make_worker(
     pool = TrainerPool(
         base, max_runs=worker_settings.max_resident_jobs, token_budget=worker_settings.token_budget
     )
-    loop = TrainLoop(pool, metrics=metrics, heartbeat=heartbeat)
-    own, use = OwnBases(redis, max_bytes=settings.max_own_basis_bytes), SoleUse(base, loop.quiet)
+    model_lock = ModelLock(base)
+    loop = TrainLoop(pool, model_lock, metrics=metrics, heartbeat=heartbeat)
+    own = OwnBases(redis, max_bytes=settings.max_own_basis_bytes)
     holds = BasisHolds(redis, own)
     store = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
     bases = BasisSource(
         base,
-        use,
+        model_lock,
         bases=store,
         own=own,
         holds=holds,
@@ -116,8 +117,8 @@ def make_worker(
         files=FileStore(redis),
         adapters=adapters,
         bases=bases,
-        lora=LoraPreparation(base, use, holds=holds, target_modules=settings.target_modules),
-        use=use,
+        lora=LoraPreparation(base, model_lock, holds=holds, target_modules=settings.target_modules),
+        model_lock=model_lock,
         max_tokens=worker_settings.max_tokens,
     )
     dtype = DTYPE_NAMES[settings.adapter_dtype]

@@ -15,6 +15,7 @@ from typing import TypeVar
 from tessera.formats.basis import Basis
 from trainer_worker.common.health import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
+from trainer_worker.common.model_lock import ModelLock
 from trainer_worker.trainer_pool import Tick, TrainerPool
 from trainer_worker.training.run import RunUpdate, TrainRun
 
@@ -27,23 +28,19 @@ Listener = Callable[[RunUpdate | Exception], None]
 class TrainLoop:
     """Ticks as long as somebody is resident."""
 
-    def __init__(self, pool: TrainerPool, *, metrics: TrainerMetrics, heartbeat: Heartbeat) -> None:
-        self._pool, self._metrics, self._heartbeat = pool, metrics, heartbeat
+    def __init__(
+        self, pool: TrainerPool, model_lock: ModelLock, *, metrics: TrainerMetrics, heartbeat: Heartbeat
+    ) -> None:
+        self._pool, self._model_lock, self._metrics, self._heartbeat = pool, model_lock, metrics, heartbeat
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
         self._listeners: dict[str, Listener] = {}
         self._somebody = asyncio.Event()
-        self._turn = asyncio.Lock()
-
-    @property
-    def quiet(self) -> asyncio.Lock:
-        """To be held while something else uses the model: no tick runs then."""
-        return self._turn
 
     async def run(self) -> None:
         """For ever: a tick, then its news to the listeners."""
         while True:
             await self._somebody.wait()
-            async with self._turn:
+            async with self._model_lock:
                 tick = await self._in_thread(self._timed_tick)
             self._measure(tick)
             for update in tick.updates:
@@ -55,9 +52,9 @@ class TrainLoop:
     async def join(self, run: TrainRun, basis: Basis | None, listener: Listener) -> None:
         """From the next tick on the run is trained. Raises `BasisMismatch`, `UnsupportedModel`.
 
-        Waits its turn, because it may put layers into the model.
+        Waits for the model lock, because it may put layers into the model.
         """
-        async with self._turn:
+        async with self._model_lock:
             await self._in_thread(lambda: self._pool.join(run, basis))
         self._listeners[run.run_id] = listener
         self._somebody.set()

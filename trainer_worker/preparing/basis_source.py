@@ -25,7 +25,7 @@ from tessera.store.holds import BasisHolds, source_key
 from tessera.store.ownership import OwnBases
 from trainer_worker.common.commands import until_available
 from trainer_worker.common.job_basis import JobBasis
-from trainer_worker.common.model_lock import Progress, SoleUse
+from trainer_worker.common.model_lock import ModelLock, Progress
 
 #: Bases kept in memory between jobs; one of an 8B model at r = 16 is 84 MB.
 MAX_CACHED_BASES = 4
@@ -49,19 +49,19 @@ class Calibration:
 
 
 class BasisSource:
-    """Finds and builds. use: the model, when something has to be built."""
+    """Finds and builds."""
 
     def __init__(
         self,
         base: BaseModel,
-        use: SoleUse,
+        model_lock: ModelLock,
         *,
         bases: BasisStore,
         own: OwnBases,
         holds: BasisHolds,
         target_modules: tuple[str, ...],
     ) -> None:
-        self._base, self._use = base, use
+        self._base, self._model_lock = base, model_lock
         self._bases, self._own, self._holds = bases, own, holds
         self._target_modules = target_modules
         self._dtype = storage_dtype(base.model.dtype)
@@ -172,7 +172,7 @@ class BasisSource:
                 self._base, calibration=calibration, dtype=self._dtype, progress=progress, **recipe
             )
 
-        return await self._use.run(work, modules=modules, on_progress=attempt.on_progress)
+        return await self._model_lock.run(work, modules=modules, on_progress=attempt.on_progress)
 
     async def _check_room(self, job: Job) -> None:
         """Raises `QuotaExceeded`."""

@@ -16,7 +16,7 @@ from tessera.methods.forms import find_preset
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import JobSpec
 from tessera.store.holds import BasisHolds
-from trainer_worker.common.model_lock import Progress, SoleUse
+from trainer_worker.common.model_lock import ModelLock, Progress
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData
@@ -32,12 +32,12 @@ class LoraPreparation:
     def __init__(
         self,
         base: BaseModel,
-        use: SoleUse,
+        model_lock: ModelLock,
         *,
         holds: BasisHolds,
         target_modules: tuple[str, ...],
     ) -> None:
-        self._base, self._use, self._holds = base, use, holds
+        self._base, self._model_lock, self._holds = base, model_lock, holds
         self._target_modules = target_modules
 
     async def prepare(
@@ -103,4 +103,4 @@ class LoraPreparation:
         if preset.method is None:
             return await asyncio.to_thread(work, lambda done, total: None)
         names = [module.name for module in modules]
-        return await self._use.run(work, modules=names, on_progress=attempt.on_progress)
+        return await self._model_lock.run(work, modules=names, on_progress=attempt.on_progress)

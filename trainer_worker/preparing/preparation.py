@@ -22,7 +22,7 @@ from tessera.queue.records import OWN_DATA, Job, JobSpec
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
 from trainer_worker.common.job_basis import JobBasis
-from trainer_worker.common.model_lock import Progress, SoleUse
+from trainer_worker.common.model_lock import ModelLock, Progress
 from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration
 from trainer_worker.preparing.lora_jobs import LoraPreparation
 from trainer_worker.preparing.starting import StartChoice, StartSources, make_start
@@ -60,11 +60,11 @@ class Preparation:
         adapters: AdapterStore,
         bases: BasisSource,
         lora: LoraPreparation,
-        use: SoleUse,
+        model_lock: ModelLock,
         max_tokens: int,
     ) -> None:
         self._base, self._chat = base, chat
-        self._files, self._adapters, self._bases, self._use = files, adapters, bases, use
+        self._files, self._adapters, self._bases, self._model_lock = files, adapters, bases, model_lock
         self._lora = lora
         self._max_tokens = min(max_tokens, base.max_position)
 
@@ -179,7 +179,7 @@ class Preparation:
         if not choice.needs_model:
             return await asyncio.to_thread(work, lambda done, total: None)
         modules = [module.name for module in basis.basis.manifest.modules]
-        return await self._use.run(work, modules=modules, on_progress=attempt.on_progress)
+        return await self._model_lock.run(work, modules=modules, on_progress=attempt.on_progress)
 
     async def _adapter_to_go_on_from(
         self, tenant: str, spec: JobSpec, basis: Basis

@@ -13,7 +13,7 @@ from tessera.methods.bases import CalibrationSet, build_basis_and_step
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import random_examples
 from tests.waiting import HANG_S
-from trainer_worker.common.model_lock import Progress, SoleUse
+from trainer_worker.common.model_lock import ModelLock, Progress
 
 MODULES = ["layer.0.q_proj", "layer.1.q_proj"]
 
@@ -43,7 +43,7 @@ async def test_progress_arrives_in_the_event_loop_while_the_work_runs(small: Bas
         progress(2, 2)
         return "made"
 
-    made = await SoleUse(small, asyncio.Lock()).run(work, modules=MODULES, on_progress=listen)
+    made = await ModelLock(small).run(work, modules=MODULES, on_progress=listen)
     await asyncio.sleep(0)
 
     assert made == "made"
@@ -52,14 +52,14 @@ async def test_progress_arrives_in_the_event_loop_while_the_work_runs(small: Bas
 
 @pytest.mark.parametrize("where", ["between modules", "between batches"])
 async def test_a_cancelled_piece_of_work_ends_before_the_model_is_free(small: BaseModel, where: str) -> None:
-    quiet, begun, cancelled = asyncio.Lock(), asyncio.Event(), threading.Event()
+    model_lock, begun, cancelled = ModelLock(small), asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
     ended = threading.Event()
 
     def work(progress: Progress) -> None:
         loop.call_soon_threadsafe(begun.set)
         assert cancelled.wait(HANG_S)
-        assert quiet.locked()
+        assert model_lock.locked()
         try:
             while True:
                 if where == "between modules":
@@ -69,8 +69,7 @@ async def test_a_cancelled_piece_of_work_ends_before_the_model_is_free(small: Ba
         finally:
             ended.set()
 
-    use = SoleUse(small, quiet)
-    task = asyncio.create_task(use.run(work, modules=MODULES, on_progress=nothing))
+    task = asyncio.create_task(model_lock.run(work, modules=MODULES, on_progress=nothing))
     await begun.wait()
     task.cancel()
     await asyncio.sleep(0)
@@ -80,14 +79,16 @@ async def test_a_cancelled_piece_of_work_ends_before_the_model_is_free(small: Ba
         await task
 
     assert ended.is_set()
-    assert not quiet.locked()
+    assert not model_lock.locked()
     assert not small.model._forward_pre_hooks
-    logits = await use.run(lambda progress: small.model(batch()).logits, modules=[], on_progress=nothing)
+    logits = await model_lock.run(
+        lambda progress: small.model(batch()).logits, modules=[], on_progress=nothing
+    )
     assert bool(logits.isfinite().all())
 
 
 async def test_two_pieces_never_run_together(small: BaseModel) -> None:
-    use, running, most = SoleUse(small, asyncio.Lock()), [], []
+    model_lock, running, most = ModelLock(small), [], []
 
     def work(progress: Progress) -> None:
         running.append(1)
@@ -95,7 +96,7 @@ async def test_two_pieces_never_run_together(small: BaseModel) -> None:
         small.model(batch())
         running.pop()
 
-    await asyncio.gather(*(use.run(work, modules=[], on_progress=nothing) for _ in range(4)))
+    await asyncio.gather(*(model_lock.run(work, modules=[], on_progress=nothing) for _ in range(4)))
 
     assert most == [1, 1, 1, 1]
 
@@ -115,7 +116,7 @@ async def test_memory_that_runs_out_names_the_module(small: BaseModel, error: Ba
         raise error
 
     with pytest.raises(TesseraError, match=r"layer\.1\.q_proj \(1 of 2 modules done\)") as caught:
-        await SoleUse(small, asyncio.Lock()).run(work, modules=MODULES, on_progress=nothing)
+        await ModelLock(small).run(work, modules=MODULES, on_progress=nothing)
 
     assert caught.value.code == "out_of_memory"
     assert "\n" not in caught.value.message
@@ -126,12 +127,12 @@ async def test_other_errors_pass_unchanged(small: BaseModel, error: Exception) -
     def work(progress: Progress) -> None:
         raise error
 
-    quiet = asyncio.Lock()
+    model_lock = ModelLock(small)
     with pytest.raises(type(error)) as caught:
-        await SoleUse(small, quiet).run(work, modules=MODULES, on_progress=nothing)
+        await model_lock.run(work, modules=MODULES, on_progress=nothing)
 
     assert caught.value is error
-    assert not quiet.locked()
+    assert not model_lock.locked()
 
 
 @pytest.mark.gpu
@@ -140,7 +141,7 @@ async def test_the_memory_of_a_device_is_free_afterwards(small: BaseModel) -> No
         pytest.skip("needs a CUDA device")
     small.model.to("cuda")
     examples = CalibrationSet.from_encoded(random_examples(3, 8))
-    use = SoleUse(small, asyncio.Lock())
+    model_lock = ModelLock(small)
 
     def build(progress: Progress) -> None:
         build_basis_and_step(small, method="lora_da", rank=2, calibration=examples, progress=progress)
@@ -149,11 +150,13 @@ async def test_the_memory_of_a_device_is_free_afterwards(small: BaseModel) -> No
         held = [torch.empty(2**20, device="cuda")]
         held.append(torch.empty(2**44, device="cuda"))
 
-    await use.run(build, modules=[], on_progress=nothing)  # what libraries keep for themselves is there now
+    await model_lock.run(
+        build, modules=[], on_progress=nothing
+    )  # so that libraries have allocated their own memory
     before = torch.cuda.memory_allocated()
-    await use.run(build, modules=[], on_progress=nothing)
+    await model_lock.run(build, modules=[], on_progress=nothing)
     with pytest.raises(TesseraError) as caught:
-        await use.run(exceed, modules=MODULES, on_progress=nothing)
+        await model_lock.run(exceed, modules=MODULES, on_progress=nothing)
 
     assert caught.value.code == "out_of_memory"
     assert torch.cuda.memory_allocated() == before

@@ -6,7 +6,6 @@ for all k and m that there are.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from itertools import count
@@ -30,7 +29,7 @@ from tessera.store.holds import BasisHolds
 from tessera.store.ownership import OwnBases
 from tests.stepping import Gate, Stepped, SteppedRedis
 from trainer_worker.common.job_basis import JobBasis
-from trainer_worker.common.model_lock import SoleUse
+from trainer_worker.common.model_lock import ModelLock
 from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
 from trainer_worker.outcome.publication import Publisher
 from trainer_worker.preparing.basis_source import Attempt, BasisSource
@@ -60,7 +59,7 @@ class Worker:
             base, self.publisher, adapters=adapters, bases=self.store, holds=self.holds
         )
         self.source = BasisSource(
-            base, SoleUse(base, asyncio.Lock()), bases=self.store, own=self.own, holds=self.holds,
+            base, ModelLock(base), bases=self.store, own=self.own, holds=self.holds,
             target_modules=LLAMA_LINEARS,
         )  # fmt: skip
 
