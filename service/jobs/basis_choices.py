@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.jobs.recipes import RecipeOrder, checked_recipe
+from service.jobs.recipes import RecipeRequest, checked_recipe
 from service.jobs.uploads import FINE_TUNE, PURPOSES
 from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
 from tessera.formats.basis import ModuleShape
@@ -80,11 +80,11 @@ class BasisChoices:
         return BasisChoice(manifest.method, manifest.rank, basis_id)
 
     async def recipe(
-        self, tenant: str, order: RecipeOrder, *, rank: int | None, training: FileRecord | None = None
+        self, tenant: str, request: RecipeRequest, *, rank: int | None, training: FileRecord | None = None
     ) -> BasisChoice:
         """training: the file of a job that trains. Raises `InvalidInput`, `NotFound`, `QuotaExceeded`."""
         rank = rank or self._settings.rank
-        recipe = checked_recipe(order, rank)
+        recipe = checked_recipe(request, rank)
         if set(recipe.target_modules or ()) == set(self._settings.target_modules):
             recipe = replace(recipe, target_modules=None)
         shapes = await self.targets(recipe, rank)
@@ -117,7 +117,7 @@ class BasisChoices:
             raise InvalidInput(f"file {file_id} is for {record.purpose!r}, not for {wanted}", param=param)
         return record
 
-    async def targets(self, recipe: RecipeOrder, rank: int) -> list[ModuleShape]:
+    async def targets(self, recipe: RecipeRequest, rank: int) -> list[ModuleShape]:
         """The layers that a recipe is about. Raises `UnsupportedModel`, `InvalidInput` for the rank."""
         if not self._layers:
             source, revision = self._settings.base_model, self._settings.base_model_revision
@@ -144,7 +144,7 @@ class BasisChoices:
         await self._holds.check_room(tenant, size)
 
     async def _check_recipe_room(
-        self, tenant: str, choice: BasisChoice, recipe: RecipeOrder, sha256: str, shapes: list[ModuleShape]
+        self, tenant: str, choice: BasisChoice, recipe: RecipeRequest, sha256: str, shapes: list[ModuleShape]
     ) -> None:
         """The basis will be the caller's own; if it was built before from the same data, it needs no room."""
         key = source_key(

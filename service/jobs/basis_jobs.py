@@ -1,35 +1,35 @@
-"""From an order to build a basis to a job in the queue. Knows no HTTP."""
+"""Turn a request to build a basis into a job in the queue. Knows no HTTP."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from service.jobs.basis_choices import BasisChoices
-from service.jobs.recipes import RecipeOrder
+from service.jobs.recipes import RecipeRequest
 from service.jobs.training_jobs import BUILD_COST_TOKENS, BYTES_PER_TOKEN
 from tessera.queue.client import Job, JobQueue, JobSpec
 
 
 @dataclass(frozen=True)
-class BasisOrder:
+class BasisRequest:
     """A basis that a caller wants built, and kept until it is deleted. rank None: the default."""
 
-    recipe: RecipeOrder
+    recipe: RecipeRequest
     rank: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
 
 class BasisJobs:
-    """The basis jobs of all tenants, as their owners order them. They wait in one line with all others."""
+    """Submits the basis jobs of all tenants. They wait in the same queue as all other jobs."""
 
     def __init__(self, queue: JobQueue, choices: BasisChoices, *, base_model: str) -> None:
         self._queue, self._choices, self._base_model = queue, choices, base_model
 
-    async def submit(self, tenant: str, order: BasisOrder, *, dedupe_key: str) -> Job:
+    async def submit(self, tenant: str, request: BasisRequest, *, dedupe_key: str) -> Job:
         """Queue the job, once per dedupe_key. Raises `InvalidInput`, `NotFound`, `QuotaExceeded`."""
-        choice = await self._choices.recipe(tenant, order.recipe, rank=order.rank)
+        choice = await self._choices.recipe(tenant, request.recipe, rank=request.rank)
         spec = JobSpec(
-            kind="basis", base_model=self._base_model, metadata=order.metadata, **choice.spec_fields
+            kind="basis", base_model=self._base_model, metadata=request.metadata, **choice.spec_fields
         )
         cost = BUILD_COST_TOKENS + choice.calibration_bytes // BYTES_PER_TOKEN
         return await self._queue.submit(tenant, spec, cost=cost, dedupe_key=dedupe_key)

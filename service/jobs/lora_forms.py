@@ -1,4 +1,4 @@
-"""An order for a LoRA form: A and B are trained, and become a basis of the caller's own.
+"""Requests for a LoRA form: A and B are trained, and become a basis of the caller's own.
 
 Knows no HTTP. What a form is: `tessera/methods/forms.py`.
 """
@@ -6,7 +6,7 @@ Knows no HTTP. What a form is: `tessera/methods/forms.py`.
 from __future__ import annotations
 
 from service.jobs.basis_choices import BasisChoice, BasisChoices
-from service.jobs.recipes import ParamNames, RecipeOrder, StartOrder
+from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest
 from tessera.errors import InvalidInput, QuotaExceeded
 from tessera.formats.adapter import MAX_RANK
 from tessera.methods.forms import LORA_PRESETS, LoraPreset
@@ -24,20 +24,20 @@ _NAMES = ParamNames.of_name("adapter.init")
 
 
 async def lora_choice(
-    choices: BasisChoices, tenant: str, init: StartOrder | None, *, rank: int, training: FileRecord
+    choices: BasisChoices, tenant: str, init: InitRequest | None, *, rank: int, training: FileRecord
 ) -> BasisChoice:
     """What a LoRA-form job's specification says of its basis, checked as far as it can be without weights.
 
     Raises `InvalidInput` naming the parameter, `QuotaExceeded`.
     """
-    order = init or StartOrder(DEFAULT_INIT)
-    preset = _checked(order)
+    request = init or InitRequest(DEFAULT_INIT)
+    preset = _checked(request)
     stored_rank = preset.stored_rank(rank)
     if stored_rank > MAX_RANK:
         message = f"rank {rank} is stored as {stored_rank} for {preset.name}, above {MAX_RANK}"
         raise InvalidInput(message, param="adapter.rank")
     try:
-        shapes = await choices.targets(RecipeOrder(order.method, names=_NAMES), stored_rank)
+        shapes = await choices.targets(RecipeRequest(request.method, names=_NAMES), stored_rank)
     except InvalidInput as error:
         why = "" if stored_rank == rank else f"; {preset.name} is stored at rank {stored_rank}"
         raise InvalidInput(f"{error.message}{why}", param=error.param) from error
@@ -48,19 +48,19 @@ async def lora_choice(
     return BasisChoice(
         preset.name,
         rank,
-        options=order.options,
+        options=request.options,
         calibration=OWN_DATA if preset.needs_examples else None,
         calibration_bytes=training.bytes if preset.needs_examples else 0,
     )
 
 
-def _checked(order: StartOrder) -> LoraPreset:
-    if order.method not in LORA_PRESETS:
+def _checked(request: InitRequest) -> LoraPreset:
+    if request.method not in LORA_PRESETS:
         known = ", ".join(LORA_PRESETS)
-        raise InvalidInput(f"unknown LoRA form {order.method!r}; known: {known}", param="adapter.init")
-    preset = LORA_PRESETS[order.method]
+        raise InvalidInput(f"unknown LoRA form {request.method!r}; known: {known}", param="adapter.init")
+    preset = LORA_PRESETS[request.method]
     try:
-        preset.check_options(order.options)
+        preset.check_options(request.options)
     except InvalidInput as error:
         raise InvalidInput(error.message, param=f"adapter.init.options.{error.param}") from error
     return preset

@@ -27,7 +27,7 @@ _FROM_TRAINING = {"learning_rate": 1.0, "total_steps": 1}
 
 @dataclass(frozen=True)
 class ParamNames:
-    """What the parts of an order are called in the request, so that an error names the field."""
+    """The names of the fields in the HTTP request, so that an error names the field."""
 
     method: str = "adapter.basis.method"
     options: str = "adapter.basis.options"
@@ -42,7 +42,7 @@ class ParamNames:
 
 
 @dataclass(frozen=True)
-class RecipeOrder:
+class RecipeRequest:
     """A basis to be built. is_name: nothing but a name was given, so the rest follows from it."""
 
     method: str
@@ -54,7 +54,7 @@ class RecipeOrder:
 
 
 @dataclass(frozen=True)
-class StartOrder:
+class InitRequest:
     """Where training is to begin."""
 
     method: str
@@ -62,49 +62,49 @@ class StartOrder:
     param: str = "adapter.init"
 
 
-def checked_recipe(order: RecipeOrder, rank: int) -> RecipeOrder:
+def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
     """The recipe by its method's own name: options without those that are the defaults, calibration decided.
 
     Raises `InvalidInput` naming the parameter.
     """
-    method, options = _method_of(order)
+    method, options = _method_of(request)
     try:
         filled = fill_options(method.name, method.options, options)
     except InvalidInput as error:
-        raise InvalidInput(error.message, param=f"{order.names.options}.{error.param}") from error
+        raise InvalidInput(error.message, param=f"{request.names.options}.{error.param}") from error
     try:
         method.check(rank, filled)
         needs_data = method.needs(rank, filled).any
     except InvalidInput as error:
-        raise InvalidInput(error.message, param=_param_of(error, order.names)) from error
-    calibration = order.calibration
+        raise InvalidInput(error.message, param=_param_of(error, request.names)) from error
+    calibration = request.calibration
     if needs_data and calibration is None:
-        if not order.is_name:
-            has_field = order.names.calibration != order.names.method
+        if not request.is_name:
+            has_field = request.names.calibration != request.names.method
             raise InvalidInput(
                 f"method {method.name!r} builds its basis from calibration data: name the file; a "
                 f"fine-tuning job may also say {OWN_DATA!r} for its own, in adapter.basis.calibration",
-                param=order.names.calibration,
+                param=request.names.calibration,
                 code="missing_required_parameter" if has_field else None,
             )
         calibration = OWN_DATA
     if not needs_data and calibration is not None:
         raise InvalidInput(
             f"method {method.name!r} reads no calibration data with these options",
-            param=order.names.calibration,
+            param=request.names.calibration,
         )
     chosen = {name: value for name, value in filled.items() if value != method.options[name].default}
-    return replace(order, method=method.name, options=chosen, calibration=calibration)
+    return replace(request, method=method.name, options=chosen, calibration=calibration)
 
 
-def checked_start(order: StartOrder) -> dict[str, Any]:
+def checked_start(request: InitRequest) -> dict[str, Any]:
     """{"method", "options"} of the start. Raises `InvalidInput` naming the parameter."""
-    name, options = order.method, order.options
+    name, options = request.method, request.options
     if name not in START_METHODS and name in PRESETS:
         name, options = PRESETS[name].start, {**PRESETS[name].start_options, **options}
     if name not in START_METHODS:
         known = ", ".join(sorted({*START_METHODS, *PRESETS}))
-        raise InvalidInput(f"unknown start {order.method!r}; known: {known}", param=order.param)
+        raise InvalidInput(f"unknown start {request.method!r}; known: {known}", param=request.param)
     known_options = START_METHODS[name].options
     told = {key: value for key, value in _FROM_TRAINING.items() if key in known_options}
     try:
@@ -112,20 +112,20 @@ def checked_start(order: StartOrder) -> dict[str, Any]:
         if "eta_init" in filled:
             fixed_eta(filled)
     except InvalidInput as error:
-        param = f"{order.param}.options.{error.param}" if error.param else order.param
+        param = f"{request.param}.options.{error.param}" if error.param else request.param
         raise InvalidInput(error.message, param=param) from error
     return {"method": name, "options": dict(options)}
 
 
-def default_start(order: RecipeOrder) -> dict[str, Any] | None:
+def default_start(request: RecipeRequest) -> dict[str, Any] | None:
     """The start that a preset named as a basis brings; None: the base model.
 
     Where the paper's step is its learning rate, ours is found by a line search: this service's rate is that
     of R, about a thousand times the paper's of W (bundled model, 45 examples, r = 8: loss 4.93 at the base,
     9.73 after a step of the rate, 4.20 after the line search).
     """
-    preset = PRESETS.get(order.method)
-    if preset is None or not order.is_name or START_METHODS[preset.start].needs_adapter:
+    preset = PRESETS.get(request.method)
+    if preset is None or not request.is_name or START_METHODS[preset.start].needs_adapter:
         return None
     options = {} if preset.caller_sets else dict(preset.start_options)
     return {"method": preset.start, "options": options}
@@ -141,14 +141,14 @@ def describe_all() -> dict[str, dict[str, Any]]:
     }
 
 
-def _method_of(order: RecipeOrder) -> tuple[Method, Mapping[str, Any]]:
+def _method_of(request: RecipeRequest) -> tuple[Method, Mapping[str, Any]]:
     """The method with the options given, on top of the preset's if it was named by one."""
-    preset = PRESETS.get(order.method)
-    name = order.method if preset is None else preset.basis
+    preset = PRESETS.get(request.method)
+    name = request.method if preset is None else preset.basis
     if name not in METHODS:
         known = ", ".join(sorted({*METHODS, *PRESETS}))
-        raise InvalidInput(f"unknown method {order.method!r}; known: {known}", param=order.names.method)
-    return METHODS[name], order.options if preset is None else {**preset.basis_options, **order.options}
+        raise InvalidInput(f"unknown method {request.method!r}; known: {known}", param=request.names.method)
+    return METHODS[name], request.options if preset is None else {**preset.basis_options, **request.options}
 
 
 def _param_of(error: InvalidInput, names: ParamNames) -> str:

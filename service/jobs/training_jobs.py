@@ -1,6 +1,6 @@
-"""From an order to train to a job in the queue: which adapter, which basis, which files.
+"""Turn a request to train into a job in the queue: which adapter, which basis, which files.
 
-Knows no HTTP. Needs neither the engine nor a worker: an order is accepted while both are down.
+Knows no HTTP. Needs neither the engine nor a worker: a request is accepted while both are down.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from service.generation.model_resolver import Models
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.lora_forms import LORA_FORM, lora_choice
-from service.jobs.recipes import ParamNames, RecipeOrder, StartOrder, checked_start, default_start
+from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_start, default_start
 from tessera.errors import InvalidInput
 from tessera.formats.adapter import AdapterRef
 from tessera.methods.init import START_METHODS
@@ -35,7 +35,7 @@ _MAX_SLUG = 55
 
 
 @dataclass(frozen=True)
-class JobOrder:
+class JobRequest:
     """What a caller wants trained. None: the default, or for adapter_id a new name made from suffix.
 
     basis: id of a stored basis, name of a preset or method, or a recipe. method: of a basis without data.
@@ -50,8 +50,8 @@ class JobOrder:
     adapter_id: str | None = None
     rank: int | None = None
     method: str | None = None
-    basis: str | RecipeOrder | None = None
-    init: StartOrder | None = None
+    basis: str | RecipeRequest | None = None
+    init: InitRequest | None = None
     form: str = "core"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     early_stopping: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class _Setting:
 
 
 class TrainingJobs:
-    """The jobs of all tenants, as their owners order and follow them."""
+    """Submits and follows the training jobs of all tenants."""
 
     def __init__(
         self,
@@ -89,97 +89,97 @@ class TrainingJobs:
         self._choices = choices
         self._settings = settings
 
-    async def submit(self, tenant: str, order: JobOrder, *, dedupe_key: str) -> Job:
+    async def submit(self, tenant: str, request: JobRequest, *, dedupe_key: str) -> Job:
         """Queue the job, once per dedupe_key.
 
         Raises `NotFound` (model, file, basis), `InvalidInput`, `QuotaExceeded`.
         """
-        training = await self._choices.file(tenant, order.training_file, "training_file")
-        if order.validation_file is not None:
-            await self._choices.file(tenant, order.validation_file, "validation_file")
-        chosen = await self._choose(tenant, order, training)
-        adapter_id = order.adapter_id or self._new_id(order.suffix)
+        training = await self._choices.file(tenant, request.training_file, "training_file")
+        if request.validation_file is not None:
+            await self._choices.file(tenant, request.validation_file, "validation_file")
+        chosen = await self._choose(tenant, request, training)
+        adapter_id = request.adapter_id or self._new_id(request.suffix)
         self._models.check_new_id(adapter_id)
         spec = JobSpec(
             adapter_id=adapter_id,
             generation=await self._adapters.generation(tenant, adapter_id),
-            training_file=order.training_file,
-            validation_file=order.validation_file,
+            training_file=request.training_file,
+            validation_file=request.validation_file,
             base_model=self._models.base_name,
-            form=order.form,
+            form=request.form,
             **chosen.basis.spec_fields,
             start=chosen.start,
             warm_start_from=chosen.warm_start_from,
-            hyperparameters=order.hyperparameters,
-            early_stopping=order.early_stopping,
-            seed=secrets.randbelow(2**31) if order.seed is None else order.seed,
-            suffix=order.suffix,
-            metadata=order.metadata,
+            hyperparameters=request.hyperparameters,
+            early_stopping=request.early_stopping,
+            seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
+            suffix=request.suffix,
+            metadata=request.metadata,
         )
-        cost = estimate_cost(training, order.hyperparameters) + chosen.cost
+        cost = estimate_cost(training, request.hyperparameters) + chosen.cost
         return await self._queue.submit(tenant, spec, cost=cost, dedupe_key=dedupe_key)
 
-    async def _choose(self, tenant: str, order: JobOrder, training: FileRecord) -> _Setting:
-        target = await self._models.resolve(tenant, order.model)
-        if order.form == LORA_FORM:
-            return await self._lora_form(tenant, order, training, is_base=target.adapter is None)
+    async def _choose(self, tenant: str, request: JobRequest, training: FileRecord) -> _Setting:
+        target = await self._models.resolve(tenant, request.model)
+        if request.form == LORA_FORM:
+            return await self._lora_form(tenant, request, training, is_base=target.adapter is None)
         if target.adapter is not None:
-            return await self._from_adapter(tenant, order, target.adapter, training)
-        start = None if order.init is None else checked_start(order.init)
+            return await self._from_adapter(tenant, request, target.adapter, training)
+        start = None if request.init is None else checked_start(request.init)
         if start is not None and START_METHODS[start["method"]].needs_adapter:
             message = f"start {start['method']!r} goes on from an adapter: name one as `model`"
             raise InvalidInput(message, param="adapter.init")
-        basis = await self._basis(tenant, order, training)
-        if start is None and basis.basis_id is None and isinstance(order.basis, str):
-            start = default_start(named_recipe(order.basis))
+        basis = await self._basis(tenant, request, training)
+        if start is None and basis.basis_id is None and isinstance(request.basis, str):
+            start = default_start(named_recipe(request.basis))
         return _Setting(basis, start)
 
     async def _lora_form(
-        self, tenant: str, order: JobOrder, training: FileRecord, *, is_base: bool
+        self, tenant: str, request: JobRequest, training: FileRecord, *, is_base: bool
     ) -> _Setting:
-        if order.basis is not None or order.method is not None:
-            param = "adapter.method" if order.basis is None else "adapter.basis"
+        if request.basis is not None or request.method is not None:
+            param = "adapter.method" if request.basis is None else "adapter.basis"
             raise InvalidInput("a LoRA form makes its own basis, from `adapter.init`", param=param)
         if not is_base:
             raise InvalidInput("a LoRA form is trained from the base model", param="model")
-        rank = order.rank or self._settings.rank
-        return _Setting(await lora_choice(self._choices, tenant, order.init, rank=rank, training=training))
+        rank = request.rank or self._settings.rank
+        return _Setting(await lora_choice(self._choices, tenant, request.init, rank=rank, training=training))
 
     async def _from_adapter(
-        self, tenant: str, order: JobOrder, adapter: AdapterRef, training: FileRecord
+        self, tenant: str, request: JobRequest, adapter: AdapterRef, training: FileRecord
     ) -> _Setting:
         """On its basis; or, if the caller says that it is to be moved (init "warm"), on another."""
         named = f"{adapter.adapter_id}@{adapter.version}"
-        start = None if order.init is None else checked_start(order.init)
+        start = None if request.init is None else checked_start(request.init)
         if start is not None and start["method"] != "warm":
             message = f"training begins with {named}; start {start['method']!r} would throw it away"
             raise InvalidInput(message, param="adapter.init")
-        if order.basis in (None, adapter.basis_id):
-            return _Setting(await self._stored(tenant, order, adapter.basis_id), start, named)
+        if request.basis in (None, adapter.basis_id):
+            return _Setting(await self._stored(tenant, request, adapter.basis_id), start, named)
         if start is None:
             raise InvalidInput(
                 f"{named} belongs to another basis; init 'warm' moves it, with a loss", param="adapter.basis"
             )
-        return _Setting(await self._basis(tenant, order, training), start, named)
+        return _Setting(await self._basis(tenant, request, training), start, named)
 
-    async def _basis(self, tenant: str, order: JobOrder, training: FileRecord) -> BasisChoice:
+    async def _basis(self, tenant: str, request: JobRequest, training: FileRecord) -> BasisChoice:
         """As named, by its recipe, or the default."""
-        if isinstance(order.basis, str) and BASIS_ID.fullmatch(order.basis):
-            return await self._stored(tenant, order, order.basis)
-        if order.basis is None:
+        if isinstance(request.basis, str) and BASIS_ID.fullmatch(request.basis):
+            return await self._stored(tenant, request, request.basis)
+        if request.basis is None:
             names = ParamNames.of_name("adapter.method")
-            recipe = RecipeOrder(order.method or self._settings.method, names=names)
-        elif order.method is not None:
+            recipe = RecipeRequest(request.method or self._settings.method, names=names)
+        elif request.method is not None:
             raise InvalidInput("adapter.basis says how the basis is built", param="adapter.method")
         else:
-            recipe = named_recipe(order.basis) if isinstance(order.basis, str) else order.basis
-        return await self._choices.recipe(tenant, recipe, rank=order.rank, training=training)
+            recipe = named_recipe(request.basis) if isinstance(request.basis, str) else request.basis
+        return await self._choices.recipe(tenant, recipe, rank=request.rank, training=training)
 
-    async def _stored(self, tenant: str, order: JobOrder, basis_id: str) -> BasisChoice:
+    async def _stored(self, tenant: str, request: JobRequest, basis_id: str) -> BasisChoice:
         choice = await self._choices.stored(tenant, basis_id)
         for param, wanted, given in (
-            ("adapter.rank", order.rank, choice.rank),
-            ("adapter.method", order.method, choice.method),
+            ("adapter.rank", request.rank, choice.rank),
+            ("adapter.method", request.method, choice.method),
         ):
             if wanted not in (None, given):
                 raise InvalidInput(f"{param} is {given!r} in basis {basis_id}, not {wanted!r}", param=param)
@@ -189,9 +189,9 @@ class TrainingJobs:
         return f"{slug(suffix or '') or slug(self._models.base_name) or 'adapter'}-{secrets.token_hex(4)}"
 
 
-def named_recipe(name: str) -> RecipeOrder:
+def named_recipe(name: str) -> RecipeRequest:
     """The basis that is named by a method or a preset alone."""
-    return RecipeOrder(name, is_name=True, names=ParamNames.of_name("adapter.basis"))
+    return RecipeRequest(name, is_name=True, names=ParamNames.of_name("adapter.basis"))
 
 
 def slug(text: str) -> str:

@@ -1,9 +1,9 @@
 """The lock on the base model: for one training step, or for a task that needs the model for itself.
 
-Such tasks build a basis or find an initialization. They run passes through the model with hooks of their own,
-so no training step may run meanwhile. They take seconds to minutes, so they run in a thread and can be stopped
-between two modules or batches; the lock is released only after they have ended. This module knows neither what
-is built nor for whom.
+Such tasks build a basis or find an initialization. They run passes through the model with hooks of their
+own, so no training step may run meanwhile. They take seconds to minutes, so they run in a thread and can be
+stopped between two modules or batches; the lock is released only after they have ended. This module knows
+neither what is built nor for whom.
 """
 
 from __future__ import annotations

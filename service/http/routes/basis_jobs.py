@@ -14,8 +14,8 @@ from service.http.routes.job_shapes import error_of, event_object, seconds
 from service.http.schemas.bases import BasisJob, BasisJobRequest
 from service.http.schemas.common import Page, page_of
 from service.http.schemas.training import JobEventObject
-from service.jobs.basis_jobs import BasisOrder
-from service.jobs.recipes import ParamNames, RecipeOrder
+from service.jobs.basis_jobs import BasisRequest
+from service.jobs.recipes import ParamNames, RecipeRequest
 from tessera.queue.client import Job
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=JsonRoute)
@@ -35,7 +35,7 @@ async def create_basis(
     """Queue the building of a basis. What was built before from the same data is found at once."""
 
     async def submit(key: str) -> Job:
-        return await services.basis_jobs.submit(tenant, _order(body), dedupe_key=f"basis:{key}")
+        return await services.basis_jobs.submit(tenant, _basis_request(body), dedupe_key=f"basis:{key}")
 
     said, once = f"basis {body.model_dump_json()}", services.idempotency
     if idempotency_key is not None:
@@ -91,15 +91,15 @@ async def list_basis_job_events(
     return page_of([event_object(event) for event in events], has_more)
 
 
-def _order(body: BasisJobRequest) -> BasisOrder:
-    recipe = RecipeOrder(
+def _basis_request(body: BasisJobRequest) -> BasisRequest:
+    recipe = RecipeRequest(
         body.method,
         dict(body.options),
         body.calibration_file,
         None if body.target_modules is None else sorted(set(body.target_modules)),
         names=NAMES,
     )
-    return BasisOrder(recipe, body.rank, body.metadata or {})
+    return BasisRequest(recipe, body.rank, body.metadata or {})
 
 
 def _object(job: Job) -> BasisJob:

@@ -18,7 +18,7 @@ from service.http.routes.deps import (
     WantedDep,
 )
 from service.http.routes.job_events import follow_events
-from service.http.routes.job_shapes import checkpoints_of, event_object, job_object, order_of
+from service.http.routes.job_shapes import checkpoints_of, event_object, job_object, job_request
 from service.http.schemas.common import Page, page_of
 from service.http.schemas.training import Checkpoint, FineTuningJob, FineTuningJobRequest, JobEventObject
 from tessera.errors import NotFound
@@ -38,7 +38,7 @@ async def create_job(
     """Queue the training of an adapter. A repeated `Idempotency-Key`, or a retry, gives the same job."""
 
     async def submit(key: str) -> Job:
-        return await services.jobs.submit(tenant, order_of(body), dedupe_key=key)
+        return await services.jobs.submit(tenant, job_request(body), dedupe_key=key)
 
     said, once = body.model_dump_json(), services.idempotency
     if idempotency_key is not None:

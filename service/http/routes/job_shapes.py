@@ -19,8 +19,8 @@ from service.http.schemas.training import (
     StartRecipe,
     TrainedAdapter,
 )
-from service.jobs.recipes import RecipeOrder, StartOrder
-from service.jobs.training_jobs import JobOrder
+from service.jobs.recipes import InitRequest, RecipeRequest
+from service.jobs.training_jobs import JobRequest
 from tessera.queue.client import Job, JobEvent, JobSpec, JobStatus
 from tessera.queue.records import HYPERPARAMETERS
 
@@ -28,8 +28,8 @@ _LEVELS = get_args(JobEventObject.model_fields["level"].annotation)
 _TYPES = get_args(JobEventObject.model_fields["type"].annotation)
 
 
-def order_of(body: FineTuningJobRequest) -> JobOrder:
-    return JobOrder(
+def job_request(body: FineTuningJobRequest) -> JobRequest:
+    return JobRequest(
         model=body.model,
         training_file=body.training_file,
         validation_file=body.validation_file,
@@ -47,16 +47,16 @@ def order_of(body: FineTuningJobRequest) -> JobOrder:
     )
 
 
-def basis_of(basis: str | BasisRecipe | None) -> str | RecipeOrder | None:
+def basis_of(basis: str | BasisRecipe | None) -> str | RecipeRequest | None:
     if not isinstance(basis, BasisRecipe):
         return basis
-    return RecipeOrder(basis.method, dict(basis.options), basis.calibration)
+    return RecipeRequest(basis.method, dict(basis.options), basis.calibration)
 
 
-def start_of(start: str | StartRecipe | None) -> StartOrder | None:
+def start_of(start: str | StartRecipe | None) -> InitRequest | None:
     if isinstance(start, StartRecipe):
-        return StartOrder(start.method, dict(start.options))
-    return None if start is None else StartOrder(start)
+        return InitRequest(start.method, dict(start.options))
+    return None if start is None else InitRequest(start)
 
 
 def job_object(job: Job) -> FineTuningJob:
