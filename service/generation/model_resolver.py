@@ -118,8 +118,8 @@ class Models:
             raise InvalidInput("a single version cannot be deleted, only the adapter", param="model")
         is_deleted = await self._adapters.delete(tenant, adapter_id)
         # Also if it was deleted before: that deletion may have been cut off here.
-        generation = await self._adapters.generation(tenant, adapter_id)
-        await self._own_bases.release(tenant, adapter_id, generation=generation)
+        deletion_count = await self._adapters.deletion_count(tenant, adapter_id)
+        await self._own_bases.release(tenant, adapter_id, deletion_count=deletion_count)
         if not is_deleted:
             raise unknown_model(name)
         await self.forget(tenant, adapter_id)

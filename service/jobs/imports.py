@@ -62,7 +62,7 @@ class Imports:
 
         Raises `InvalidInput` for what cannot be represented, `QuotaExceeded`, `AdapterDeleted`.
         """
-        generation = await self._adapters.generation(target.tenant, target.adapter_id)
+        deletion_count = await self._adapters.deletion_count(target.tenant, target.adapter_id)
         async with self._turn:
             if not self._shapes:
                 self._shapes = await asyncio.to_thread(
@@ -72,12 +72,12 @@ class Imports:
             adapter = await self._in_labelled_basis(target, lora)
             if adapter is not None:
                 with contextlib.suppress(BasisDeleted):  # since it was read: the LoRA gets one of its own
-                    return await self._publish(target, adapter, self._dtype, generation)
+                    return await self._publish(target, adapter, self._dtype, deletion_count)
             stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
             for _ in range(MAX_DELETIONS):
                 with contextlib.suppress(BasisDeleted):
-                    return await self._in_own_basis(target, stored, generation)
-            return await self._in_own_basis(target, stored, generation)
+                    return await self._in_own_basis(target, stored, deletion_count)
+            return await self._in_own_basis(target, stored, deletion_count)
 
     async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
         """The LoRA in the basis that it says it came from, if that is so and the tenant may use it."""
@@ -94,7 +94,9 @@ class Imports:
         metadata = {"source": "peft", "base_model": model_name(self._base_model)}
         return None if R is None else Adapter(basis.basis_id, R, metadata)
 
-    async def _in_own_basis(self, target: ImportTarget, stored: Dedicated, generation: int) -> AdapterVersion:
+    async def _in_own_basis(
+        self, target: ImportTarget, stored: Dedicated, deletion_count: int
+    ) -> AdapterVersion:
         """Raises `BasisDeleted` if the basis went before the adapter was in it: its owner deleted it, or the
         import of the same LoRA by another process failed. Nothing is left then, and it can be tried again.
         """
@@ -102,7 +104,7 @@ class Imports:
         try:
             if ownership is not None:
                 await self._bases.put_own(stored.basis, ownership)
-            return await self._publish(target, stored.adapter, torch.float32, generation)
+            return await self._publish(target, stored.adapter, torch.float32, deletion_count)
         except (Unavailable, BasisDeleted):
             raise  # the caller tries again, and finds what is there
         except TesseraError:
@@ -110,9 +112,9 @@ class Imports:
             raise
 
     async def _publish(
-        self, target: ImportTarget, adapter: Adapter, dtype: torch.dtype, generation: int
+        self, target: ImportTarget, adapter: Adapter, dtype: torch.dtype, deletion_count: int
     ) -> AdapterVersion:
         return await publish(
             self._adapters, self._own, target.tenant, target.adapter_id, adapter,
-            dtype=dtype, generation=generation, base_model_id=target.model_id,
+            dtype=dtype, deletion_count=deletion_count, base_model_id=target.model_id,
         )  # fmt: skip

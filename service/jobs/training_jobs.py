@@ -102,7 +102,7 @@ class TrainingJobs:
         self._models.check_new_id(adapter_id)
         spec = JobSpec(
             adapter_id=adapter_id,
-            generation=await self._adapters.generation(tenant, adapter_id),
+            deletion_count=await self._adapters.deletion_count(tenant, adapter_id),
             training_file=request.training_file,
             validation_file=request.validation_file,
             base_model=self._models.base_name,

@@ -25,6 +25,9 @@ HYPERPARAMETERS = (
     "warmup_ratio", "weight_decay", "max_length",
 )  # fmt: skip
 
+#: Fields of a JobSpec that its stored JSON calls by another name.
+_STORED_NAMES = {"deletion_count": "generation"}
+
 #: The server's reply for one job: its id, its hash as name, value, name, value …, its place in the backlog.
 JobReply = tuple[bytes, list[bytes], int]
 
@@ -58,8 +61,8 @@ class JobSpec:
     that the job trains on) or the id of a file. start: {"method", "options"} of `START_METHODS`, None: zero,
     or the adapter `warm_start_from`.
 
-    generation: of the adapter's name when the job was created (`AdapterStore.generation`). hyperparameters:
-    by the names in `HYPERPARAMETERS`; "auto" is the same as none.
+    deletion_count: of the adapter's name when the job was created (`AdapterStore.deletion_count`).
+    hyperparameters: by the names in `HYPERPARAMETERS`; "auto" is the same as none.
     """
 
     kind: str = "adapter"
@@ -73,7 +76,7 @@ class JobSpec:
     target_modules: list[str] | None = None
     calibration: str | None = None
     start: dict[str, Any] | None = None
-    generation: int = 0
+    deletion_count: int = 0
     validation_file: str | None = None
     basis_id: str | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -84,13 +87,13 @@ class JobSpec:
     warm_start_from: str | None = None
 
     def to_json(self) -> str:
-        return to_json(asdict(self))
+        return to_json({_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> JobSpec:
         values = json.loads(text)
-        known = {spec_field.name for spec_field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        stored_names = {known.name: _STORED_NAMES.get(known.name, known.name) for known in fields(cls)}
+        return cls(**{name: values[stored] for name, stored in stored_names.items() if stored in values})
 
 
 @dataclass(frozen=True)

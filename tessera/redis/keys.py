@@ -55,6 +55,12 @@ def adapter_tombstone(tenant: str, adapter_id: str) -> str:
     return f"{_tenant_tag(tenant, bucket(adapter_id))}:tombstone:{adapter_id}"
 
 
+#: Fields of the tombstone's hash: the deletion count (see `AdapterStore.deletion_count`), which the store has
+#: always called by this name, and the last version number that was in use.
+TOMBSTONE_COUNT = "generation"
+TOMBSTONE_LAST = "last"
+
+
 def adapter_index(tenant: str, number: int) -> str:
     return f"{_tenant_tag(tenant, number)}:adapters"
 
@@ -100,7 +106,7 @@ def tenant_bases(tenant: str) -> str:
 
 
 def basis_users(tenant: str, basis_id: str) -> str:
-    """A hash of the tenant's adapters that are in a basis of its own: adapter id → generation."""
+    """A hash of the tenant's adapters that are in a basis of its own: adapter id → deletion count."""
     return f"{PREFIX}:{{{tenant}}}:basis:{basis_id}:adapters"
 
 

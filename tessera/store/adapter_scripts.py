@@ -22,11 +22,15 @@ from tessera.store.adapter_records import AdapterVersion
 #: The first and the last byte of the checksum in a packed adapter, for GETRANGE.
 CHECKSUM_RANGE = (CHECKSUM.start, CHECKSUM.stop - 1)
 
+_TOMBSTONE_FIELDS = f"local COUNT, LAST = '{keys.TOMBSTONE_COUNT}', '{keys.TOMBSTONE_LAST}'"
+
 # KEYS: record, blob of the version, tombstone, index
-# ARGV: version, generation, job field or "", token, version JSON, blob, basis id, base model id, adapter id,
-#       now, "<version>:<checksum of the blob>"
+# ARGV: version, deletion count, job field or "", token, version JSON, blob, basis id, base model id,
+#       adapter id, now, "<version>:<checksum of the blob>"
 # Reply: {"done", version JSON} | {"conflict", next version} | {"deleted"}
-_PUBLISH = Script("""
+_PUBLISH = Script(
+    _TOMBSTONE_FIELDS
+    + """
 local record, blob, tombstone, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local version, job, token, now = tonumber(ARGV[1]), ARGV[3], ARGV[4], ARGV[10]
 local prior
@@ -38,7 +42,7 @@ end
 if prior then
   return {'done', redis.call('HGET', record, 'v:' .. prior)}
 end
-local fence = redis.call('HMGET', tombstone, 'generation', 'last')
+local fence = redis.call('HMGET', tombstone, COUNT, LAST)
 if tonumber(ARGV[2]) < tonumber(fence[1] or 0) then
   return {'deleted'}
 end
@@ -57,7 +61,8 @@ else
 end
 redis.call('ZADD', index, 0, ARGV[9])
 return {'done', ARGV[5]}
-""")
+"""
+)
 
 # KEYS: record, blob of the version. ARGV: version, now, first and last byte of the checksum in the blob.
 # Reply: 1, or 0 if there is no such version
@@ -88,8 +93,10 @@ return {known[2], checksum}
 
 # KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id, the
 # life of a tombstone in s. Reply: 1; 0 if there is no such adapter; -1 if a version was published since.
-# The generation is the time in ms and no count, so that it still grows after a tombstone has expired.
-_DELETE = Script("""
+# The deletion count is the time in ms, so that it still grows after a tombstone has expired.
+_DELETE = Script(
+    _TOMBSTONE_FIELDS
+    + """
 local record, tombstone, index = KEYS[1], KEYS[2], KEYS[3]
 local latest = redis.call('HGET', record, 'latest')
 if not latest then
@@ -99,17 +106,18 @@ if latest ~= ARGV[1] then
   return -1
 end
 local now = redis.call('TIME')
-local generation = math.max(now[1] * 1000 + math.floor(now[2] / 1000),
-                            tonumber(redis.call('HGET', tombstone, 'generation') or 0) + 1)
+local deletion_count = math.max(now[1] * 1000 + math.floor(now[2] / 1000),
+                            tonumber(redis.call('HGET', tombstone, COUNT) or 0) + 1)
 for i = 4, #KEYS do
   redis.call('UNLINK', KEYS[i])
 end
 redis.call('DEL', record)
 redis.call('ZREM', index, ARGV[2])
-redis.call('HSET', tombstone, 'generation', string.format('%.0f', generation), 'last', latest)
+redis.call('HSET', tombstone, COUNT, string.format('%.0f', deletion_count), LAST, latest)
 redis.call('EXPIRE', tombstone, ARGV[3])
 return 1
-""")
+"""
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class PublishTarget:
 
     tenant: str
     adapter_id: str
-    generation: int
+    deletion_count: int
     base_model_id: str
     token: str
 
@@ -128,7 +136,7 @@ async def publish(
 ) -> AdapterVersion | int:
     """Store and activate `version`; gives what now exists, or the number to try if this one is not next.
 
-    Raises `AdapterDeleted` if the adapter was deleted after the target's generation.
+    Raises `AdapterDeleted` if the adapter was deleted after the target's deletion count.
     """
     tenant, adapter_id = target.tenant, target.adapter_id
     names = [
@@ -139,7 +147,7 @@ async def publish(
     ]
     job = "" if version.job_id is None else f"job:{version.job_id}"
     args: list[Argument] = [
-        version.version, target.generation, job, target.token, version.to_json(), blob,
+        version.version, target.deletion_count, job, target.token, version.to_json(), blob,
         version.basis_id, target.base_model_id, adapter_id, version.created_at,
         b"%d:%b" % (version.version, blob[CHECKSUM]),
     ]  # fmt: skip

@@ -42,14 +42,15 @@ class AdapterStore:
         self._redis = redis
         self._blob_bytes: dict[str, int] = {}  # by basis: its adapters are all of about one size
 
-    async def generation(self, tenant: str, adapter_id: str) -> int:
-        """A number that grows whenever this name is deleted; 0 if that did not happen in TOMBSTONE_TTL_S.
+    async def deletion_count(self, tenant: str, adapter_id: str) -> int:
+        """Return a number that grows with every deletion of this name; 0 without one in TOMBSTONE_TTL_S.
 
-        Raises `InvalidInput` for what cannot be a name.
+        It is the time of the deletion in ms, so that it keeps growing after a tombstone has expired. Raises
+        `InvalidInput` for a malformed name.
         """
         _check_name(adapter_id, param="adapter_id")
         with translate_errors():
-            value = await self._redis.hget(keys.adapter_tombstone(tenant, adapter_id), "generation")
+            value = await self._redis.hget(keys.adapter_tombstone(tenant, adapter_id), keys.TOMBSTONE_COUNT)
         return int(value or 0)
 
     async def publish(
@@ -59,19 +60,20 @@ class AdapterStore:
         adapter: Adapter,
         *,
         dtype: torch.dtype,
-        generation: int | None = None,
+        deletion_count: int | None = None,
         job_id: str | None = None,
         base_model_id: str = "",
     ) -> AdapterVersion:
         """Store the next version and activate it, in one step.
 
-        generation: what `generation` said when the work on this adapter began; None: it begins now. With a
-        job_id, a second call gives the version of the first. Raises `InvalidInput` (a bad name, values that
-        do not fit dtype), `AdapterDeleted` if the adapter was deleted since `generation`.
+        deletion_count: the result of `deletion_count` when the work on this adapter began; None reads it now.
+        With a job_id, a second call returns the version of the first. Raises `InvalidInput` (a malformed
+        name, values that do not fit dtype), `AdapterDeleted` if the adapter was deleted since
+        `deletion_count`.
         """
         _check_name(adapter_id, param="adapter_id")
         version, current = await self._next_version(tenant, adapter_id)
-        fence = current if generation is None else generation
+        fence = current if deletion_count is None else deletion_count
         target = PublishTarget(tenant, adapter_id, fence, base_model_id, token=secrets.token_hex(8))
         for _ in range(MAX_CONFLICTS):
             described, blob = _pack(adapter, version=version, dtype=dtype, job_id=job_id)
@@ -82,15 +84,17 @@ class AdapterStore:
         raise _too_busy(adapter_id)
 
     async def _next_version(self, tenant: str, adapter_id: str) -> tuple[int, int]:
-        """The version that a publish would make now, and the generation; notes the bucket for `list`."""
+        """The version that a publish would make now, and the deletion count; notes the bucket for `list`."""
         with translate_errors():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.sadd(keys.tenants(), tenant)
             pipeline.sadd(keys.tenant_buckets(tenant), keys.bucket(adapter_id))
             pipeline.hget(keys.adapter_record(tenant, adapter_id), "latest")
-            pipeline.hmget(keys.adapter_tombstone(tenant, adapter_id), ["generation", "last"])
-            _, _, latest, (generation, last) = await pipeline.execute()
-        return int(latest or last or 0) + 1, int(generation or 0)
+            pipeline.hmget(
+                keys.adapter_tombstone(tenant, adapter_id), [keys.TOMBSTONE_COUNT, keys.TOMBSTONE_LAST]
+            )
+            _, _, latest, (deletion_count, last) = await pipeline.execute()
+        return int(latest or last or 0) + 1, int(deletion_count or 0)
 
     async def get(self, tenant: str, adapter_id: str) -> AdapterRecord:
         """Raises `NotFound`."""

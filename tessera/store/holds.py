@@ -23,7 +23,7 @@ from tessera.redis.client import Client, translate_errors
 from tessera.store.ownership import OwnBases, Ownership, basis_not_found
 
 _JOB, _PIN = "job:", "pin:"
-#: Holds have no generations: the first is taken with 0 and ended with 1.
+#: A hold is never deleted like an adapter, so its deletion count is 0 while it lasts and 1 when it ends.
 _HELD, _ENDED = 0, 1
 
 
@@ -87,29 +87,34 @@ class BasisHolds:
         """`OwnBases.reserve`, and hold the basis for the job in the same step: equal bytes may belong to
         another job's basis, which ends with that job unless this one holds it."""
         return await self._own.reserve(
-            tenant, manifest, room_id=room_id, user=_JOB + job_id, generation=_HELD, recipe_keys=recipe_keys
+            tenant,
+            manifest,
+            room_id=room_id,
+            user=_JOB + job_id,
+            deletion_count=_HELD,
+            recipe_keys=recipe_keys,
         )
 
     async def keep_room(self, tenant: str, room_id: str, num_bytes: int, job_id: str) -> None:
         """Keep room for the job's result until the job has ended. Raises `QuotaExceeded`."""
         user = _JOB + job_id
         try:
-            await self._own.keep_room(tenant, room_id, num_bytes, user=user, generation=_HELD)
+            await self._own.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
         except QuotaExceeded:
             await self.drop_stale(tenant)
-            await self._own.keep_room(tenant, room_id, num_bytes, user=user, generation=_HELD)
+            await self._own.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
 
     async def hold(self, tenant: str, basis_id: str, job_id: str) -> None:
         """Keep the basis for a job. One that is everybody's needs none. Raises `BasisDeleted`."""
-        await self._own.use(tenant, basis_id, _JOB + job_id, generation=_HELD)
+        await self._own.use(tenant, basis_id, _JOB + job_id, deletion_count=_HELD)
 
     async def let_go(self, tenant: str, job_id: str) -> None:
         """The job has ended: the bases that nothing else keeps are deleted."""
-        await self._own.release(tenant, _JOB + job_id, generation=_ENDED)
+        await self._own.release(tenant, _JOB + job_id, deletion_count=_ENDED)
 
     async def pin(self, tenant: str, basis_id: str) -> None:
         """Keep the basis until `delete`. Raises `BasisDeleted`."""
-        await self._own.use(tenant, basis_id, _PIN + basis_id, generation=_HELD)
+        await self._own.use(tenant, basis_id, _PIN + basis_id, deletion_count=_HELD)
 
     async def delete(self, tenant: str, basis_id: str) -> None:
         """Raises `NotFound` if the tenant does not own it, `Conflict` while adapters or jobs use it."""

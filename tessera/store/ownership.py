@@ -49,7 +49,7 @@ class OwnBases:
         *,
         room_id: str = "",
         user: str = "",
-        generation: int = 0,
+        deletion_count: int = 0,
         recipe_keys: Sequence[str] = (),
     ) -> Ownership | None:
         """Make the tenant an owner, before the factors are written. None: it is stored and everybody's.
@@ -65,46 +65,48 @@ class OwnBases:
         # The number of modules goes with the token, so that a deletion finds those of a half-written basis.
         token = await self._claim(
             tenant, basis_id, manifest.stored_bytes, f"{secrets.token_hex(8)}.{len(manifest.modules)}",
-            room_id, user, generation, *recipe_keys,
+            room_id, user, deletion_count, *recipe_keys,
         )  # fmt: skip
         names = [keys.basis_owners(basis_id), keys.basis_manifest(basis_id)]
         if await ownership_scripts.OWN(self._redis, keys=names, args=[tenant, token]):
             return Ownership(tenant, token)
         if user:
-            await self._release(tenant, basis_id, user, generation + 1)
+            await self._release(tenant, basis_id, user, deletion_count + 1)
         else:
             await self.discard(tenant, basis_id)
         return None
 
     async def keep_room(
-        self, tenant: str, room_id: str, num_bytes: int, *, user: str = "", generation: int = 0
+        self, tenant: str, room_id: str, num_bytes: int, *, user: str = "", deletion_count: int = 0
     ) -> None:
         """Count a basis that is yet to be made, under an id that no basis has, until that is released.
 
         It is used and released like a basis. Repeating it changes nothing. Raises `QuotaExceeded`.
         """
-        await self._claim(tenant, room_id, num_bytes, f"{secrets.token_hex(8)}.0", "", user, generation)
+        await self._claim(tenant, room_id, num_bytes, f"{secrets.token_hex(8)}.0", "", user, deletion_count)
 
-    async def use(self, tenant: str, basis_id: str, adapter_id: str, *, generation: int) -> None:
+    async def use(self, tenant: str, basis_id: str, adapter_id: str, *, deletion_count: int) -> None:
         """Note, before it is published, that a version of the adapter is in this basis.
 
-        generation: what the publish will be fenced by. A basis that is everybody's needs no note. Raises
-        `BasisDeleted`.
+        deletion_count: the one that the publish will be checked against. A basis that is everybody's needs no
+        note. Raises `BasisDeleted`.
         """
         if await self._is_everybodys(basis_id):
             return
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
-        if not await ownership_scripts.USE(self._redis, keys=names, args=[basis_id, adapter_id, generation]):
+        if not await ownership_scripts.USE(
+            self._redis, keys=names, args=[basis_id, adapter_id, deletion_count]
+        ):
             raise BasisDeleted(f"basis {basis_id} has been deleted", param="basis_id")
 
-    async def release(self, tenant: str, adapter_id: str, *, generation: int) -> list[str]:
-        """After an adapter was deleted, giving `generation`: delete the bases that no adapter needs any more.
+    async def release(self, tenant: str, adapter_id: str, *, deletion_count: int) -> list[str]:
+        """After an adapter was deleted: delete the bases that no adapter needs any more; return their ids.
 
-        Gives their ids. Also finishes deletions that were cut off.
+        deletion_count: the adapter's, read after the deletion. Also finishes deletions that were cut off.
         """
         deleted = []
         for basis_id in await self.of_tenant(tenant, dying=True):
-            if await self._release(tenant, basis_id, adapter_id, generation):
+            if await self._release(tenant, basis_id, adapter_id, deletion_count):
                 deleted.append(basis_id)
         return deleted
 
@@ -173,11 +175,11 @@ class OwnBases:
             )
         return reply.decode()
 
-    async def _release(self, tenant: str, basis_id: str, user: str, generation: int) -> bool:
+    async def _release(self, tenant: str, basis_id: str, user: str, deletion_count: int) -> bool:
         """Take the user out of the basis, and the basis out of the store if it was the last."""
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
         token: Any = await ownership_scripts.RELEASE(
-            self._redis, keys=names, args=[basis_id, user, generation]
+            self._redis, keys=names, args=[basis_id, user, deletion_count]
         )
         if token is None:
             return False

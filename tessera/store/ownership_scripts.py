@@ -9,16 +9,16 @@ from __future__ import annotations
 from tessera.redis.client import Script
 
 _NOTE_USER = """
-local function note_user(users, name, generation)
+local function note_user(users, name, deletion_count)
   local known = tonumber(redis.call('HGET', users, name) or -1)
-  if known < tonumber(generation) then
-    redis.call('HSET', users, name, generation)
+  if known < tonumber(deletion_count) then
+    redis.call('HSET', users, name, deletion_count)
   end
 end
 """
 
 # KEYS: the tenant's bases, the users of this one, the tenant's recipes. ARGV: basis id, bytes, limit, new
-# token, id of the room that is kept for it or "", a user or "", its generation, the names of the basis'
+# token, id of the room that is kept for it or "", a user or "", its deletion count, the names of the basis'
 # recipe. Reply: the token in force, or the bytes owned already as a number if the limit forbids it. A recipe
 # is named in the same step, so that whoever finds no basis of it finds the room for one not taken by it, and
 # the recipes of bases that are gone are forgotten.
@@ -62,8 +62,8 @@ return token
 """
 )
 
-# KEYS: the tenant's bases, the users of this one. ARGV: basis id, user, generation. Reply: 1, 0 if the tenant
-# does not own it.
+# KEYS: the tenant's bases, the users of this one. ARGV: basis id, user, deletion count. Reply: 1, 0 if the
+# tenant does not own it.
 USE = Script(
     _NOTE_USER
     + """
@@ -76,9 +76,9 @@ return 1
 """
 )
 
-# KEYS: the tenant's bases, the users of this one. ARGV: basis id, user, generation. Reply: the token of the
-# life that ends, false if it goes on or there is none. An adapter that was published again since has another
-# generation, and keeps the basis.
+# KEYS: the tenant's bases, the users of this one. ARGV: basis id, user, deletion count. Reply: the token of
+# the life that ends, false if it goes on or there is none. An adapter that was published again since has
+# another deletion count, and keeps the basis.
 RELEASE = Script("""
 local owned = redis.call('HGET', KEYS[1], ARGV[1])
 if not owned then

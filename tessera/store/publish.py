@@ -21,7 +21,7 @@ async def publish(
     adapter: Adapter,
     *,
     dtype: torch.dtype,
-    generation: int,
+    deletion_count: int,
     job_id: str | None = None,
     base_model_id: str = "",
 ) -> AdapterVersion:
@@ -34,10 +34,10 @@ async def publish(
     # What cannot be stored fails before the note: taking that back could take back the note of another job
     # that is just publishing an adapter of the same name.
     adapter.to_bytes(version=1, dtype=dtype)
-    await own.use(tenant, basis_id, adapter_id, generation=generation)
+    await own.use(tenant, basis_id, adapter_id, deletion_count=deletion_count)
     try:
         return await adapters.publish(
-            tenant, adapter_id, adapter, dtype=dtype, generation=generation, job_id=job_id,
+            tenant, adapter_id, adapter, dtype=dtype, deletion_count=deletion_count, job_id=job_id,
             base_model_id=base_model_id,
         )  # fmt: skip
     except Unavailable:
@@ -46,5 +46,5 @@ async def publish(
         try:
             await adapters.get(tenant, adapter_id)
         except NotFound:
-            await own.release(tenant, adapter_id, generation=generation + 1)
+            await own.release(tenant, adapter_id, deletion_count=deletion_count + 1)
         raise

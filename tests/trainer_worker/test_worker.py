@@ -175,8 +175,8 @@ async def test_an_adapter_deleted_while_it_was_trained_stays_deleted(world: Worl
     first = await world.submit(epochs=1)
     async with world.worker():
         assert (await world.ended(first)).status is JobStatus.SUCCEEDED
-        generation = await world.adapters.generation(TENANT, "devil")
-        job_id = await world.submit(epochs=2, generation=generation)
+        deletion_count = await world.adapters.deletion_count(TENANT, "devil")
+        job_id = await world.submit(epochs=2, deletion_count=deletion_count)
         await world.under_way(job_id)
         await world.adapters.delete(TENANT, "devil")
         job = await world.ended(job_id)

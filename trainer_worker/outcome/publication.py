@@ -35,7 +35,7 @@ class Publisher:
             job.spec.adapter_id,
             adapter,
             dtype=dtype or self._dtype,
-            generation=job.spec.generation,
+            deletion_count=job.spec.deletion_count,
             job_id=job.job_id,
             base_model_id=self._base_model_id,
         )

@@ -262,7 +262,7 @@ async def test_no_field_of_a_job_is_silent(
 
     async def look(reply: httpx.Response) -> Any:
         spec = (await queue.get("default", reply.json()["id"])).spec
-        return dataclasses.replace(spec, adapter_id="", generation=0)
+        return dataclasses.replace(spec, adapter_id="", deletion_count=0)
 
     given = {name: value for name, value in sound.items() if value is not None}
     given["early_stopping"] = {"patience": 2}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 from redis.asyncio import Redis
@@ -57,12 +56,23 @@ async def test_both_kinds_wait_in_one_line(redis: Redis) -> None:
 
 async def test_a_specification_of_an_older_release_is_read(redis: Redis) -> None:
     new = {"kind", "basis_options", "target_modules", "calibration", "start", "form"}
-    old = {name: value for name, value in asdict(make_spec(rank=8)).items() if name not in new}
+    stored = json.loads(make_spec(rank=8).to_json())
+    old = {name: value for name, value in stored.items() if name not in new}
 
     spec = JobSpec.from_json(json.dumps(old))
 
     assert spec == make_spec(rank=8)
     assert (spec.kind, spec.start, spec.calibration, spec.basis_options) == ("adapter", None, None, {})
+
+
+async def test_the_stored_specification_keeps_the_names_of_earlier_releases() -> None:
+    spec = make_spec(deletion_count=7)
+
+    stored = json.loads(spec.to_json())
+
+    assert stored["generation"] == 7
+    assert "deletion_count" not in stored
+    assert JobSpec.from_json(spec.to_json()) == spec
 
 
 async def test_a_lost_worker_is_counted_and_a_release_is_not(redis: Redis) -> None:

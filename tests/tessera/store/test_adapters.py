@@ -97,7 +97,7 @@ async def test_what_cannot_be_a_name_is_refused_and_never_found(store: AdapterSt
         await publish(store, name)
     assert refused.value.param == "adapter_id"
     with pytest.raises(InvalidInput):
-        await store.generation(ALICE, name)
+        await store.deletion_count(ALICE, name)
     with pytest.raises(InvalidInput):
         await store.list(ALICE, after=name)
     for attempt in (store.get(ALICE, name), store.resolve(ALICE, name), store.activate(ALICE, name, 1)):
@@ -314,46 +314,46 @@ async def test_a_deleted_adapter_is_gone_with_all_its_versions(store: AdapterSto
 
 
 async def test_work_begun_before_a_deletion_cannot_undo_it(store: AdapterStore) -> None:
-    before = await store.generation(ALICE, "a")
+    before = await store.deletion_count(ALICE, "a")
     assert before == 0
     await publish(store)
     await store.delete(ALICE, "a")
     with pytest.raises(AdapterDeleted):
-        await publish(store, generation=before, job_id="ftjob-late")
+        await publish(store, deletion_count=before, job_id="ftjob-late")
     with pytest.raises(NotFound):
         await store.get(ALICE, "a")
 
 
 async def test_a_job_that_published_before_the_deletion_cannot_do_so_again(store: AdapterStore) -> None:
-    await publish(store, job_id="ftjob-1", generation=0)
+    await publish(store, job_id="ftjob-1", deletion_count=0)
     await store.delete(ALICE, "a")
     with pytest.raises(AdapterDeleted):
-        await publish(store, job_id="ftjob-1", generation=0)
+        await publish(store, job_id="ftjob-1", deletion_count=0)
 
 
 async def test_a_new_adapter_of_the_name_goes_on_counting(store: AdapterStore) -> None:
     await publish(store)
     await publish(store)
     await store.delete(ALICE, "a")
-    generation = await store.generation(ALICE, "a")
-    assert generation > 0
-    version = await publish(store, generation=generation, job_id="ftjob-new")
+    deletion_count = await store.deletion_count(ALICE, "a")
+    assert deletion_count > 0
+    version = await publish(store, deletion_count=deletion_count, job_id="ftjob-new")
     assert version.version == 3  # caches know versions 1 and 2 of this name
     await store.delete(ALICE, "a")
-    assert await store.generation(ALICE, "a") > generation
+    assert await store.deletion_count(ALICE, "a") > deletion_count
     assert (await publish(store)).version == 4
 
 
 async def test_generations_grow_even_after_a_tombstone_has_expired(store: AdapterStore, redis: Redis) -> None:
     await publish(store)
     await store.delete(ALICE, "a")
-    old = await store.generation(ALICE, "a")
+    old = await store.deletion_count(ALICE, "a")
     await redis.delete(keys.adapter_tombstone(ALICE, "a"))  # as if it had expired
-    assert (await publish(store, generation=old)).version == 1
-    await asyncio.sleep(0.002)  # the clock of generations ticks in ms
+    assert (await publish(store, deletion_count=old)).version == 1
+    await asyncio.sleep(0.002)  # the deletion count is a time in ms
     await store.delete(ALICE, "a")
     with pytest.raises(AdapterDeleted):
-        await publish(store, generation=old)
+        await publish(store, deletion_count=old)
 
 
 # Races and broken connections
@@ -450,7 +450,7 @@ class Expected:
         self.active = 0
         self.last = 0  # ever used
         self.jobs: dict[str, int] = {}
-        self.generations = [0]
+        self.deletion_counts = [0]
 
     def publish(self, job_id: str | None) -> int:
         if job_id in self.jobs:
@@ -482,11 +482,11 @@ async def run_sequence(redis_url: str, sequence: list[Operation]) -> None:
 async def apply(store: AdapterStore, model: Expected, action: str, name: str, argument: object) -> None:
     if action == "publish":
         job_id = argument if isinstance(argument, str) else None
-        version = await publish(store, name, job_id=job_id, generation=model.generations[-1])
+        version = await publish(store, name, job_id=job_id, deletion_count=model.deletion_counts[-1])
         assert version.version == model.publish(job_id)
-    elif action == "publish_old" and len(model.generations) > 1:
+    elif action == "publish_old" and len(model.deletion_counts) > 1:
         with pytest.raises(AdapterDeleted):
-            await publish(store, name, generation=model.generations[-2])
+            await publish(store, name, deletion_count=model.deletion_counts[-2])
     elif action == "activate" and isinstance(argument, int):
         if argument in model.versions:
             model.active = argument
@@ -498,8 +498,8 @@ async def apply(store: AdapterStore, model: Expected, action: str, name: str, ar
         assert await store.delete(ALICE, name) == bool(model.versions)
         if model.versions:
             model.versions, model.jobs = [], {}
-            model.generations.append(await store.generation(ALICE, name))
-            assert model.generations == sorted(set(model.generations))
+            model.deletion_counts.append(await store.deletion_count(ALICE, name))
+            assert model.deletion_counts == sorted(set(model.deletion_counts))
 
 
 async def check(store: AdapterStore, expected: dict[str, Expected]) -> None:
@@ -532,4 +532,4 @@ async def test_everything_works_on_a_cluster(cluster: RedisCluster) -> None:
     assert await store.delete(ALICE, "a0")
     assert await store.count() == 11
     with pytest.raises(AdapterDeleted):
-        await publish(store, "a0", generation=0)
+        await publish(store, "a0", deletion_count=0)

@@ -78,12 +78,12 @@ async def test_a_pinned_basis_stays_until_it_is_deleted(world: World) -> None:
 async def test_an_adapter_keeps_a_basis_that_was_pinned(world: World) -> None:
     basis = await world.put()
     await world.holds.pin(TENANT, basis.basis_id)
-    await world.own.use(TENANT, basis.basis_id, "anna", generation=0)
+    await world.own.use(TENANT, basis.basis_id, "anna", deletion_count=0)
 
     with pytest.raises(Conflict, match="anna") as caught:
         await world.holds.delete(TENANT, basis.basis_id)
     assert caught.value.code == "basis_in_use"
-    await world.own.release(TENANT, "anna", generation=1)
+    await world.own.release(TENANT, "anna", deletion_count=1)
 
     assert await world.owned() == {basis.basis_id}
     await world.holds.delete(TENANT, basis.basis_id)

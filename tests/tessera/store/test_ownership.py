@@ -43,16 +43,16 @@ async def store_own(client: Client, own: OwnBases, basis: Basis, tenant: str = "
 
 async def publish(redis: Redis, own: OwnBases, basis: Basis, name: str, tenant: str = "t1") -> None:
     adapters = AdapterStore(redis)
-    generation = await adapters.generation(tenant, name)
-    await own.use(tenant, basis.basis_id, name, generation=generation)
+    deletion_count = await adapters.deletion_count(tenant, name)
+    await own.use(tenant, basis.basis_id, name, deletion_count=deletion_count)
     adapter = Adapter(basis.basis_id, torch.zeros(2, 3, 3))
-    await adapters.publish(tenant, name, adapter, dtype=torch.float32, generation=generation)
+    await adapters.publish(tenant, name, adapter, dtype=torch.float32, deletion_count=deletion_count)
 
 
 async def delete_adapter(redis: Redis, own: OwnBases, name: str, tenant: str = "t1") -> list[str]:
     adapters = AdapterStore(redis)
     assert await adapters.delete(tenant, name)
-    return await own.release(tenant, name, generation=await adapters.generation(tenant, name))
+    return await own.release(tenant, name, deletion_count=await adapters.deletion_count(tenant, name))
 
 
 async def keys_of(redis: Redis, basis: Basis) -> list[bytes]:
@@ -80,7 +80,7 @@ async def test_a_basis_goes_with_the_last_adapter_in_it(redis: Redis, own: OwnBa
     assert await keys_of(redis, basis) == []
     assert await own.of_tenant("t1") == {}
     with pytest.raises(Conflict, match="deleted"):
-        await own.use("t1", basis.basis_id, "a", generation=10**15)
+        await own.use("t1", basis.basis_id, "a", deletion_count=10**15)
 
 
 async def test_the_quota_counts_each_basis_once_and_leaves_no_trace(redis: Redis, own: OwnBases) -> None:
@@ -110,14 +110,14 @@ async def test_room_that_is_kept_is_for_the_basis_that_it_is_kept_for(redis: Red
     rooms = ["a" * 64, "b" * 64]
     for room in (*rooms, rooms[0]):
         await own.keep_room("t1", room, SIZE)
-        await own.use("t1", room, f"job:{room[0]}", generation=0)
+        await own.use("t1", room, f"job:{room[0]}", deletion_count=0)
     bases = [small_basis(seed) for seed in range(2)]
     with pytest.raises(QuotaExceeded):
         await own.reserve("t1", bases[0].manifest)
     with pytest.raises(QuotaExceeded):
         await own.keep_room("t1", "c" * 64, SIZE)
     assert await own.reserve("t1", bases[0].manifest, room_id=rooms[0])
-    assert await own.release("t1", "job:a", generation=1) == [rooms[0]]
+    assert await own.release("t1", "job:a", deletion_count=1) == [rooms[0]]
     assert set(await own.of_tenant("t1")) == {bases[0].basis_id, rooms[1]}
     assert await own.reserve("t1", bases[1].manifest, room_id=rooms[1])
 
@@ -145,7 +145,7 @@ async def test_what_is_everybodys_costs_nobody_anything(redis: Redis, own: OwnBa
     await bases.put(basis)
     assert not await own.reserve("t1", basis.manifest)
     assert await own.of_tenant("t1") == {}
-    await own.use("t1", basis.basis_id, "a", generation=0)
+    await own.use("t1", basis.basis_id, "a", deletion_count=0)
     await own.check_access("t3", basis.basis_id)
 
     other = small_basis(1)
@@ -163,9 +163,9 @@ async def test_an_adapter_published_again_keeps_its_basis(redis: Redis, own: Own
     await store_own(redis, own, basis)
     await publish(redis, own, basis, "a")
     assert await adapters.delete("t1", "a")
-    ended = await adapters.generation("t1", "a")
+    ended = await adapters.deletion_count("t1", "a")
     await publish(redis, own, basis, "a")
-    assert await own.release("t1", "a", generation=ended) == []
+    assert await own.release("t1", "a", deletion_count=ended) == []
     assert await delete_adapter(redis, own, "a") == [basis.basis_id]
 
 
@@ -177,8 +177,8 @@ async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(redis: Redis,
     await redis.hset(keys.tenant_bases("t1"), basis.basis_id, b"0:" + value.split(b":")[1])
     assert await own.of_tenant("t1") == {}
     with pytest.raises(Conflict):
-        await own.use("t1", basis.basis_id, "a", generation=0)
-    assert await own.release("t1", "whoever", generation=1) == [basis.basis_id]
+        await own.use("t1", basis.basis_id, "a", deletion_count=0)
+    assert await own.release("t1", "whoever", deletion_count=1) == [basis.basis_id]
     assert await keys_of(redis, basis) == []
 
 
@@ -188,7 +188,7 @@ async def test_a_basis_that_was_written_in_part_leaves_nothing(redis: Redis, own
     assert await own.reserve("t1", basis.manifest, user="job:a")
     for i, blob in enumerate(basis.module_bytes()):
         await redis.set(keys.basis_module(basis.basis_id, i), blob)
-    assert await own.release("t1", "job:a", generation=1) == [basis.basis_id]
+    assert await own.release("t1", "job:a", deletion_count=1) == [basis.basis_id]
     assert await keys_of(redis, basis) == []
 
 
@@ -259,7 +259,7 @@ async def test_a_basis_in_the_making_outlives_the_deletion_of_other_adapters(
 ) -> None:
     basis = small_basis()
     await store_own(redis, own, basis)
-    assert await own.release("t1", "other", generation=10**15) == []
+    assert await own.release("t1", "other", deletion_count=10**15) == []
     await publish(redis, own, basis, "a")
     with pytest.raises(NotFound):
         await own.delete("t2", basis.basis_id)
@@ -276,7 +276,7 @@ async def test_what_is_no_id_is_not_found(own: OwnBases, basis_id: str) -> None:
 async def test_everything_works_on_a_cluster(cluster: RedisCluster) -> None:
     own, basis = OwnBases(cluster, max_bytes=SIZE), small_basis()
     await store_own(cluster, own, basis)
-    await own.use("t1", basis.basis_id, "a", generation=0)
-    assert await own.release("t1", "a", generation=1) == [basis.basis_id]
+    await own.use("t1", basis.basis_id, "a", deletion_count=0)
+    assert await own.release("t1", "a", deletion_count=1) == [basis.basis_id]
     with pytest.raises(NotFound):
         await BasisStore(cluster).manifest(basis.basis_id)

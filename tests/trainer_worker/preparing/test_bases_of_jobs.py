@@ -80,8 +80,8 @@ def assert_untouched(base: BaseModel, before: dict[str, torch.Tensor]) -> None:
 async def delete_adapter(world: World, bases: Bases, name: str, tenant: str = TENANT) -> None:
     """What the service does."""
     assert await world.adapters.delete(tenant, name)
-    generation = await world.adapters.generation(tenant, name)
-    await bases.own.release(tenant, name, generation=generation)
+    deletion_count = await world.adapters.deletion_count(tenant, name)
+    await bases.own.release(tenant, name, deletion_count=deletion_count)
 
 
 async def test_an_own_basis_lives_from_its_first_adapter_to_its_last(world: World, bases: Bases) -> None:

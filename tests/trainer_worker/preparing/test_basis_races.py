@@ -174,7 +174,7 @@ async def test_a_job_gets_the_basis_that_its_owner_is_just_deleting(redis: Redis
         basis_id = outcome.basis.basis_id
         if race.other.was_refused:
             assert f"pin:{basis_id}" in await race.free.own.users(TENANT, basis_id)
-            await race.free.own.release(TENANT, f"pin:{basis_id}", generation=1)
+            await race.free.own.release(TENANT, f"pin:{basis_id}", deletion_count=1)
         await check_held(race, outcome)
 
     assert await run_all(redis, tiny, begin, check) > 20

@@ -129,11 +129,11 @@ async def test_what_ends_without_a_version_leaves_no_basis(world: World, own: Ow
         await world.under_way(cancelled)
         await world.queue.cancel(TENANT, cancelled)
         assert (await world.ended(cancelled)).status is JobStatus.CANCELLED
-        generation = await world.adapters.generation(TENANT, "gone")
+        deletion_count = await world.adapters.deletion_count(TENANT, "gone")
         deleted = await world.submit(
-            adapter_id="gone", epochs=2, method="lora", generation=generation - 1, **LORA
+            adapter_id="gone", epochs=2, method="lora", deletion_count=deletion_count - 1, **LORA
         )
-        # A tombstone that is newer than the job's generation.
+        # The tombstone is newer than the job's deletion count.
         await world.adapters.publish(
             TENANT, "gone", Adapter("b" * 64, torch.zeros(1, 2, 2)), dtype=torch.half
         )

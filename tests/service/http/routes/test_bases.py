@@ -378,7 +378,7 @@ async def test_a_basis_in_use_cannot_be_deleted(
 ) -> None:
     job = await create(client, file_id)
     basis = await owned.put(job_id=job["id"])
-    await owned.own.use(DEFAULT_TENANT, basis.basis_id, "anna", generation=0)
+    await owned.own.use(DEFAULT_TENANT, basis.basis_id, "anna", deletion_count=0)
     await publish(adapters, "anna", basis_id=basis.basis_id)
 
     used = await client.delete(f"{BASES}/{basis.basis_id}")
