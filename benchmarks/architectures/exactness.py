@@ -72,7 +72,7 @@ def judge(model_type: str, **fields: Any) -> Verdict:
     except TesseraError as error:
         return Verdict(model_type, "refused", name, reason=str(error))
     targets = [] if basis is None else [m.name.split(".")[-1] for m in basis.manifest.modules]
-    path = engine.runner.path_name.split(":")[0]
+    path = engine.runner.forward_mode.split(":")[0]
     faults = _faults(engine, basis, pristine)
     return Verdict(
         model_type,

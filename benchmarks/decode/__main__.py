@@ -154,7 +154,7 @@ def make_engine(base: BaseModel, arguments: argparse.Namespace) -> Engine:
 
 def add_adapters(engine: Engine, basis: Basis, count: int) -> list[AdapterRef]:
     engine.add_basis(basis)
-    assert engine.info().model_path == "fused", engine.info().model_path
+    assert engine.info().forward_mode == "fused", engine.info().forward_mode
     refs = [AdapterRef("bench", f"user-{index}", 1, basis.basis_id) for index in range(count)]
     for index, ref in enumerate(refs):
         engine.provide_adapter(ref, random_adapter(basis, index))

@@ -27,7 +27,7 @@ from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.scheduler import Scheduler
 from service.engine.step_loop import StepLoop
 from service.engine.steps.runner import ModelRunner
-from service.engine.trial.model_trial import adopt_and_try
+from service.engine.trial.model_trial import install_and_try
 from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
 from tessera.errors import InvalidInput, TesseraError
 from tessera.formats.adapter import Adapter, AdapterRef
@@ -57,7 +57,7 @@ class Engine:
         self._attention_before = implementation_of(base.model)
         longest = min(config.max_model_len or base.max_position, base.max_position)
         self._rotations_before = pin_rotations(base.model, longest)
-        facts, unfit = adopt_and_try(base)
+        facts, unfit = install_and_try(base)
         device, dtype = base.model.device, base.model.dtype
         num_blocks = num_kv_blocks(
             facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
@@ -191,7 +191,7 @@ class Engine:
             device=str(self._base.device),
             dtype=str(self._base.model.dtype).removeprefix("torch."),
             default_basis_id=self.bases.default_id,
-            model_path=self.runner.path_name,
+            forward_mode=self.runner.forward_mode,
             pid=os.getpid(),
         )
 

@@ -1,6 +1,6 @@
 """Why a model cannot be served, told from its class and configuration in words for users.
 
-What no configuration tells, a trial run does (`model_path.adopt`).
+What no configuration tells, a trial run does (`forward_pass.install_attention`).
 """
 
 from __future__ import annotations

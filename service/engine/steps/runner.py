@@ -18,7 +18,7 @@ from service.engine.adapters.slots import SlotTable
 from service.engine.attention.backend import AttentionKind
 from service.engine.config import EngineConfig
 from service.engine.forward import self_check
-from service.engine.forward.model_path import ModelFacts, ModelPath
+from service.engine.forward.forward_pass import ForwardPass, ModelFacts
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import StepPlan
 from service.engine.steps.batch import StepBatch, build_batch
@@ -53,7 +53,7 @@ class ModelRunner:
         self._vocab_size = facts.vocab_size
         num_positions = max(max_model_len, self_check.NUM_POSITIONS)
         self._attention = StepAttention(kv, facts, config, num_positions=num_positions)
-        self._path = ModelPath(
+        self._forward_pass = ForwardPass(
             model, facts, bases, num_positions=num_positions, enable_fused=config.enable_fused
         )
         self.static_steps: StaticSteps | None = None
@@ -61,13 +61,13 @@ class ModelRunner:
         self._sampled: SampledTokens | None = None
 
     @property
-    def path_name(self) -> str:
+    def forward_mode(self) -> str:
         """How the model is run, and why so."""
-        return self._path.name
+        return self._forward_pass.mode
 
     def prepare(self) -> None:
         """Settle how the model is run, now that the default basis is known; else the first step does it."""
-        if self._path.prepare(self._trial_error):
+        if self._forward_pass.prepare(self._trial_error):
             self.static_steps = self._make_static_steps()
 
     def warm_up(self) -> None:
@@ -84,7 +84,7 @@ class ModelRunner:
         op_by_op: not over static tensors. Raises `StepNotComputed`, and an accelerator's own errors.
         """
         self.prepare()
-        self._path.follow_bases()
+        self._forward_pass.follow_bases()
         sources = find_sources(plan.chunks, self._sampled)
         with torch.inference_mode():
             try:
@@ -106,7 +106,7 @@ class ModelRunner:
     def close(self) -> None:
         """Give the model's layers back as they were."""
         self.static_steps = None
-        self._path.close()
+        self._forward_pass.close()
 
     def _compute(
         self, plan: StepPlan, sources: TokenSources | None, *, op_by_op: bool
@@ -117,7 +117,7 @@ class ModelRunner:
             return steps.launch(plan, self._own_slots(), sources), self._no_targets
         batch = self._stage(plan, self._kv, sources)
         self._kv.clear(batch.fresh_blocks)
-        logits = self._path.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
+        logits = self._forward_pass.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
         return StepLogits(logits), batch.prompt_targets
 
     def _own_slots(self) -> SlotTable | None:
@@ -134,7 +134,7 @@ class ModelRunner:
         return batch
 
     def _make_static_steps(self) -> StaticSteps | None:
-        wanted, model = self._config.decode_graphs, self._path.fused
+        wanted, model = self._config.decode_graphs, self._forward_pass.fused
         # Over static tables the slow truth would gather every request at the full length of the model.
         can_capture = self._device.type == "cuda" and self._attention.kind == AttentionKind.TRITON
         is_wanted = wanted == "static" or (wanted == "auto" and can_capture)
@@ -171,7 +171,7 @@ class ModelRunner:
             max_tokens=self._config.max_batch_tokens,
         )
         logits = []
-        for forward in (self._path.forward_fused, self._path.forward_generic):
+        for forward in (self._forward_pass.forward_fused, self._forward_pass.forward_generic):
             kv = PagedKV(
                 self._kv.shapes,
                 num_blocks=self_check.num_trial_blocks(self._kv.block_size),

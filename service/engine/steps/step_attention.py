@@ -26,7 +26,7 @@ from service.engine.attention.paged import (
 from service.engine.attention.query_tiles import wants_split
 from service.engine.attention.reference import AttentionStep, AttentionTile, PagedAttention, TokenRows
 from service.engine.config import EngineConfig
-from service.engine.forward.model_path import ModelFacts
+from service.engine.forward.forward_pass import ModelFacts
 from service.engine.kv.block_tables import BlockTables
 from service.engine.kv.blocks import NULL_BLOCK
 from service.engine.kv.cache import PagedKV

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from service.engine.adapters.linear import rows_per_token
 from service.engine.attention.reference import implementation_of
-from service.engine.forward.model_path import ModelFacts, adopt, adopt_cache
+from service.engine.forward.forward_pass import ModelFacts, install_attention, install_cache
 from service.engine.forward.obstacles import DEVICE_ERRORS
 from service.engine.trial.trial_passes import AdaptedModel, TrialAdapter, Way
 from tessera.errors import UnsupportedModel
@@ -61,7 +61,7 @@ _MEANINGS = {
 
 
 @torch.inference_mode()
-def adopt_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
+def install_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
     """Take `base` over. Also returns the linear layers that cannot carry adapters, with the reason.
 
     Raises `UnsupportedModel` for a model that the engine would not serve exactly.
@@ -69,7 +69,7 @@ def adopt_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
     before, verbosity = implementation_of(base.model), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # each change of attention would be a warning per vision tower
     try:
-        facts = adopt(base.model)
+        facts = install_attention(base.model)
         try:
             return facts, _Trial(base, facts).run()
         except UnsupportedModel as refusal:
@@ -78,7 +78,7 @@ def adopt_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
             logger.info("%s; it is tried with attention of its own", refusal)
             base.model.set_attn_implementation(before)
             try:
-                facts = adopt_cache(base.model)
+                facts = install_cache(base.model)
                 return facts, _Trial(base, facts).run()
             except UnsupportedModel:
                 raise refusal from None

@@ -19,7 +19,7 @@ from service.engine.adapters.resident_bases import ResidentBases
 from service.engine.attention.layout import TiledLayout
 from service.engine.attention.reference import implementation_of
 from service.engine.config import EngineConfig
-from service.engine.forward.model_path import ModelFacts, ModelPath
+from service.engine.forward.forward_pass import ForwardPass, ModelFacts
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import Chunk, StepPlan
 from service.engine.scheduling.request import EngineRequest
@@ -121,13 +121,13 @@ class AdaptedModel:
         )
         pieces: dict[str, list[Tensor]] = {request.request_id: [] for request in requests}
         with self._installed() as bases:
-            path = ModelPath(model, self._facts, bases, num_positions=1, enable_fused=False)
+            forward_pass = ForwardPass(model, self._facts, bases, num_positions=1, enable_fused=False)
             for group in [requests] if way.together else [[request] for request in requests]:
                 for plan in _plans(group, in_pieces=way.in_pieces):
                     batch = build_batch(plan, kv, TiledLayout(), self._base.device)
                     for basis_id, table in bases.tables.items():
                         table.stage(batch.slots.get(basis_id))
-                    rows = path.forward_generic(batch.rows, kv, batch.attention)
+                    rows = forward_pass.forward_generic(batch.rows, kv, batch.attention)
                     lengths = [chunk.length for chunk in plan.chunks]
                     for chunk, own in zip(plan.chunks, torch.split(rows, lengths), strict=True):
                         pieces[chunk.request.request_id].append(own)

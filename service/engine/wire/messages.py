@@ -134,7 +134,7 @@ class EngineInfo(Message):
     dtype: str
     default_basis_id: str
     pid: int
-    model_path: str = ""
+    forward_mode: str = ""
     restarts: int = 0
 
 

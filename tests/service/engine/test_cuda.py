@@ -56,7 +56,7 @@ def test_exactness_on_cuda(served: Served, start: Callable[..., Driver], config:
     if "num_blocks" not in config:
         assert_exact(served, all_cases, run(driver, all_cases))  # now from the prefix cache
     if config.get("enable_fused", True):
-        assert driver.engine.info().model_path == "fused"
+        assert driver.engine.info().forward_mode == "fused"
     steps = driver.engine.runner.static_steps
     captured = [] if steps is None else steps.captured
     has_graphs = not config.keys() & {"decode_graphs", "enable_fused", "attention"}
@@ -111,7 +111,7 @@ def test_half_precision_is_fused_too(name: str, dtype: torch.dtype, start: Calla
     tokens = []
     for config in ({}, {"decode_graphs": "off", "lookahead": "off"}):
         driver = start(half, **config)
-        assert driver.engine.info().model_path == "fused"
+        assert driver.engine.info().forward_mode == "fused"
         tokens.append([answer.token_ids for answer in run(driver, cases(half))])
         driver.engine.close()
     same = sum(a[:4] == b[:4] for a, b in zip(*tokens, strict=True))

@@ -34,7 +34,7 @@ def test_every_family_is_exact(fusable: Served, start: Start) -> None:
     all_cases = cases(fusable)
     driver = start(fusable, num_blocks=12, max_batch_tokens=16)
 
-    assert driver.engine.info().model_path == "fused"
+    assert driver.engine.info().forward_mode == "fused"
     assert_exact(fusable, all_cases, run(driver, all_cases))
     assert_exact(fusable, all_cases, run(driver, all_cases[:2]) + run(driver, all_cases[2:]))
     assert driver.engine.stats().preemptions_total > 0
@@ -64,7 +64,7 @@ def test_a_default_basis_of_a_few_modules(llama: Served, start: Start) -> None:
     all_cases = [(ref, served.prompts(19)[0]), (None, served.prompts(7)[0])]
     driver = start(served)
 
-    assert driver.engine.info().model_path == "fused"
+    assert driver.engine.info().forward_mode == "fused"
     assert_exact(served, all_cases, run(driver, all_cases))
 
 
@@ -74,7 +74,7 @@ def test_without_any_basis(llama: Served) -> None:
     driver = Driver(engine)
     answer = driver.submit(prompt)
     driver.run()
-    path = engine.info().model_path
+    path = engine.info().forward_mode
     engine.close()
 
     assert path == "fused"
@@ -136,7 +136,7 @@ def test_what_is_not_recognised_runs_unfused(name: str, reason: str, start: Star
     all_cases = cases(served)
     driver = start(served)
 
-    assert driver.engine.info().model_path == f"generic: {reason}"
+    assert driver.engine.info().forward_mode == f"generic: {reason}"
     assert_exact(served, all_cases, run(driver, all_cases))
 
 
@@ -146,7 +146,7 @@ def test_an_odd_configuration_runs_unfused(llama: Served, start: Start) -> None:
     served = make_served(BaseModel("odd", "odd", type(llama.pristine)(config).eval().requires_grad_(False)))
     driver = start(served)
 
-    assert "its activation is unknown" in driver.engine.info().model_path
+    assert "its activation is unknown" in driver.engine.info().forward_mode
 
 
 def test_a_model_that_does_something_else_is_found_out(
@@ -160,7 +160,7 @@ def test_a_model_that_does_something_else_is_found_out(
     with caplog.at_level(logging.ERROR):
         driver = start(served)
 
-    assert driver.engine.info().model_path.startswith("generic: its logits differ")
+    assert driver.engine.info().forward_mode.startswith("generic: its logits differ")
     assert "the fused path of LlamaForCausalLM is wrong" in caplog.text
     assert base.model.lm_head is head
     answer = run(driver, [(None, llama.prompts(5)[0])])[0]
@@ -186,7 +186,7 @@ def test_a_trial_that_fails_leaves_the_generic_path(llama: Served, start: Start)
     all_cases = cases(llama)
     driver = start(served)
 
-    assert driver.engine.info().model_path.startswith("generic: its trial failed")
+    assert driver.engine.info().forward_mode.startswith("generic: its trial failed")
     assert_exact(llama, all_cases, run(driver, all_cases))
 
 
@@ -197,7 +197,7 @@ def test_a_cache_of_two_tokens(llama: Served) -> None:
     driver = Driver(engine)
     answer = driver.submit([5], replace(GREEDY, max_tokens=1))
     driver.run()
-    path = engine.info().model_path
+    path = engine.info().forward_mode
     engine.close()
 
     assert path == "fused"
@@ -205,4 +205,4 @@ def test_a_cache_of_two_tokens(llama: Served) -> None:
 
 
 def test_switched_off(llama: Served, start: Start) -> None:
-    assert start(llama, enable_fused=False).engine.info().model_path == "generic: it is switched off"
+    assert start(llama, enable_fused=False).engine.info().forward_mode == "generic: it is switched off"

@@ -88,7 +88,7 @@ def test_a_short_answer_does_not_depend_on_a_long_neighbour(name: str, enable_fu
     driver.run()
     again = driver.submit(prompt(9), GREEDY)
     driver.run()
-    assert engine.runner.path_name.startswith("fused" if enable_fused else "generic")
+    assert engine.runner.forward_mode.startswith("fused" if enable_fused else "generic")
     engine.close()
     for answer in (beside, again):
         assert answer.token_ids == alone.token_ids

@@ -17,7 +17,7 @@ from service.engine.attention.masks import AttendsToLaterTokens, read_windows
 from service.engine.attention.reference import NAME, implementation_of
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.trial.model_trial import adopt_and_try, difference
+from service.engine.trial.model_trial import difference, install_and_try
 from tessera.errors import UnsupportedModel
 from tessera.model.base_model import BaseModel
 from tests.service.engine.models import SLIDING_WINDOW, family, svd_basis
@@ -32,7 +32,7 @@ def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
 
 
 def try_out(model: PreTrainedModel) -> dict[str, str]:
-    return adopt_and_try(BaseModel("tried", "tried", model))[1]
+    return install_and_try(BaseModel("tried", "tried", model))[1]
 
 
 class Changed(nn.Module):
@@ -89,7 +89,7 @@ def test_all_layers_of_common_models_can_carry_adapters(name: str) -> None:
 def test_a_model_whose_top_keeps_another_name_of_attention_is_tried_as_it_is_served() -> None:
     """GOT-OCR2: its vision tower cannot change its attention, so only the language model does."""
     model = tiny("got_ocr2")
-    facts, unfit = adopt_and_try(BaseModel("ocr", "ocr", model))
+    facts, unfit = install_and_try(BaseModel("ocr", "ocr", model))
     assert (facts.attends_itself, unfit) == (False, {})
     assert implementation_of(model) == NAME
 
@@ -238,16 +238,16 @@ def test_windows_are_those_of_the_masks() -> None:
 
 
 def test_a_window_that_stands_in_the_mask_only_is_kept() -> None:
-    facts, _ = adopt_and_try(BaseModel("phimoe", "phimoe", tiny("phimoe", sliding_window=5)))
+    facts, _ = install_and_try(BaseModel("phimoe", "phimoe", tiny("phimoe", sliding_window=5)))
     assert [options.sliding_window for options in facts.options] == [5] * 4
     assert facts.windows == dict.fromkeys(range(4), 5)
 
 
 def test_a_window_of_the_arguments_only_is_none() -> None:
-    facts, _ = adopt_and_try(BaseModel("olmoe", "olmoe", tiny("olmoe", sliding_window=5)))
+    facts, _ = install_and_try(BaseModel("olmoe", "olmoe", tiny("olmoe", sliding_window=5)))
     assert [options.sliding_window for options in facts.options] == [None] * 4
     gemma = family("gemma3").pristine
-    facts, _ = adopt_and_try(BaseModel("gemma3", "gemma3", copy.deepcopy(gemma)))
+    facts, _ = install_and_try(BaseModel("gemma3", "gemma3", copy.deepcopy(gemma)))
     assert [options.sliding_window for options in facts.options] == [SLIDING_WINDOW, None, SLIDING_WINDOW]
     assert facts.windows == {}
 

@@ -65,7 +65,7 @@ class ModelFacts:
 
 
 @torch.inference_mode()
-def adopt(model: PreTrainedModel) -> ModelFacts:
+def install_attention(model: PreTrainedModel) -> ModelFacts:
     """Make `model` attend through us, or read K and V through us if it attends by itself, and try one token.
 
     Raises `UnsupportedModel` if neither works.
@@ -75,7 +75,7 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
         raise _unsupported(model, obstacle)
     own_implementation = reference.implementation_of(model)
     try:
-        return _adopt_attention(model)
+        return _try_attention(model)
     except AttendsToLaterTokens:
         raise _unsupported(
             model,
@@ -87,11 +87,11 @@ def adopt(model: PreTrainedModel) -> ModelFacts:
     except Exception as error:  # a keyword argument that the model does not know, a mask that it expects
         logger.info("%s does not attend through us: %s", type(model).__name__, error)
     model.set_attn_implementation(own_implementation)
-    return adopt_cache(model)
+    return install_cache(model)
 
 
 @torch.inference_mode()
-def adopt_cache(model: PreTrainedModel) -> ModelFacts:
+def install_cache(model: PreTrainedModel) -> ModelFacts:
     """Let `model` attend by itself, and try one token. Raises `UnsupportedModel`."""
     try:
         shapes, has_counting_layers, logits = cached_model.probe(model)
@@ -105,7 +105,7 @@ def adopt_cache(model: PreTrainedModel) -> ModelFacts:
     return ModelFacts(shapes, (), 1, _vocab_size(model, logits), has_counting_layers=has_counting_layers)
 
 
-def _adopt_attention(model: PreTrainedModel) -> ModelFacts:
+def _try_attention(model: PreTrainedModel) -> ModelFacts:
     """Raises `NotPageable`, and whatever a model raises that does not know attention like ours."""
     config = model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
@@ -143,7 +143,7 @@ def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
     return UnsupportedModel(f"{type(model).__name__} cannot be served: {reason}", param="base_model")
 
 
-class ModelPath:
+class ForwardPass:
     """Runs `model` the better of the two ways.
 
     num_positions: the longest sequence in tokens. fused: the fused way where it is taken; reason: why not.
@@ -177,7 +177,7 @@ class ModelPath:
             self.reason = str(error)
 
     @property
-    def name(self) -> str:
+    def mode(self) -> str:
         """Which way the model is run, and why so."""
         if self.fused is not None:
             return "fused"
