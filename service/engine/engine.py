@@ -126,7 +126,7 @@ class Engine:
         self._in_flight.add(engine_request)
         self.scheduler.submit(engine_request)
         if ref is not None:
-            self._settle(ref)
+            self._wake_or_fail(ref)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its last output says so. Nothing happens if it has ended already."""
@@ -151,7 +151,7 @@ class Engine:
         except TesseraError as error:
             self._fail_parked(ref, error)
         else:
-            self._settle(ref)
+            self._wake_or_fail(ref)
 
     def provide_basis(self, basis_id: str, basis: Basis | TesseraError) -> None:
         """Hand over what was missing, or why it cannot be had: then the requests that wait for it fail."""
@@ -163,7 +163,7 @@ class Engine:
                 self._fail_parked(ref, error)
         else:
             for ref in waiting:
-                self._settle(ref)
+                self._wake_or_fail(ref)
 
     def add_basis(self, basis: Basis) -> None:
         """Make a basis resident for good. Raises `BasisMismatch`, or `InvalidInput` if there is no place."""
@@ -234,10 +234,10 @@ class Engine:
         self.scheduler.check_integrity()
         self._in_flight.check_integrity()
 
-    def _settle(self, ref: AdapterRef) -> None:
+    def _wake_or_fail(self, ref: AdapterRef) -> None:
         """Something arrived that requests wait for: let them go on if all is there now."""
         try:
-            self.scheduler.settle(ref)
+            self.scheduler.wake_if_ready(ref)
         except TesseraError as error:
             self._fail_parked(ref, error)
 

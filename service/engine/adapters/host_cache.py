@@ -21,7 +21,7 @@ class AdapterCache:
         self.num_bytes = 0
         self.num_loads = self.num_evictions = 0
         self._adapters: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()  # least recently used first
-        self._holds: Counter[AdapterRef] = Counter()
+        self._retained: Counter[AdapterRef] = Counter()
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._adapters
@@ -51,26 +51,26 @@ class AdapterCache:
         if adapter is not None:
             self.num_bytes -= adapter.nbytes
 
-    def hold(self, ref: AdapterRef) -> None:
+    def retain(self, ref: AdapterRef) -> None:
         """One waiting request more needs `ref`."""
-        self._holds[ref] += 1
+        self._retained[ref] += 1
 
     def release(self, ref: AdapterRef) -> None:
         """One waiting request less needs `ref`."""
-        self._holds[ref] -= 1
-        if self._holds[ref] == 0:
-            del self._holds[ref]
+        self._retained[ref] -= 1
+        if self._retained[ref] == 0:
+            del self._retained[ref]
             self._evict()
 
     def check_integrity(self) -> None:
         assert self.num_bytes == sum(adapter.nbytes for adapter in self._adapters.values())
-        assert all(count > 0 for count in self._holds.values())
-        assert self.num_bytes <= self.max_bytes or all(ref in self._holds for ref in self._adapters)
+        assert all(count > 0 for count in self._retained.values())
+        assert self.num_bytes <= self.max_bytes or all(ref in self._retained for ref in self._adapters)
 
     def _evict(self) -> None:
         if self.num_bytes <= self.max_bytes:
             return
-        for ref in [ref for ref in self._adapters if ref not in self._holds]:
+        for ref in [ref for ref in self._adapters if ref not in self._retained]:
             self.drop(ref)
             self.num_evictions += 1
             if self.num_bytes <= self.max_bytes:

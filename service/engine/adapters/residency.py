@@ -1,6 +1,6 @@
 """Which adapters and bases are where, from a request's point of view: wanted, cached, resident, pinned.
 
-    enlist (a request waits) → is_ready → pin (it runs) → dismiss (it has ended)
+    retain (a request waits) → is_ready → pin (it runs) → release (it has ended)
 
 What is not there is listed once as missing; the owner of the engine fetches it from the store and provides
 it. Knows no request and no queue, only how many of them refer to an adapter.
@@ -31,31 +31,31 @@ class Residency:
 
     @property
     def has_missing(self) -> bool:
-        return bool(self._missing) or self.bases.can_request
+        return bool(self._missing) or self.bases.has_missing
 
-    def enlist(self, ref: AdapterRef) -> None:
+    def retain(self, ref: AdapterRef) -> None:
         """A request that needs `ref` begins to wait."""
         self._users[ref] += 1
-        self.bases.enlist(ref.basis_id)
-        self.cache.hold(ref)
-        self.want(ref)
+        self.bases.retain(ref.basis_id)
+        self.cache.retain(ref)
+        self.request(ref)
 
-    def dismiss(self, ref: AdapterRef, *, pinned_slot: int | None) -> None:
+    def release(self, ref: AdapterRef, *, pinned_slot: int | None) -> None:
         """A request that needed `ref` has ended, waiting (None) or with the slot that it had pinned."""
         if pinned_slot is None:
             self.cache.release(ref)
         else:
             self.bases.use(ref.basis_id).unpin(pinned_slot)
-        self.bases.dismiss(ref.basis_id)
+        self.bases.release(ref.basis_id)
         self._users[ref] -= 1
         if self._users[ref] == 0:
             del self._users[ref]
             if ref in self._unloaded:
                 self._drop(ref)
 
-    def want(self, ref: AdapterRef) -> None:
+    def request(self, ref: AdapterRef) -> None:
         """Have `ref` and its basis fetched, unless they are there or on their way."""
-        self.bases.want(ref.basis_id)
+        self.bases.request(ref.basis_id)
         if ref not in self._requested and not self.holds(ref):
             self._requested.add(ref)
             self._missing[ref] = None

@@ -63,8 +63,8 @@ class ResidentBases:
         self._device = device
         self._dtype = dtype
         self._resident: OrderedDict[str, ResidentBasis] = OrderedDict()  # least recently used first
-        self._wanted: OrderedDict[str, None] = OrderedDict()
-        self._requested: set[str] = set()
+        self._missing: OrderedDict[str, None] = OrderedDict()
+        self._being_fetched: set[str] = set()
         self._users: Counter[str] = Counter()
         self._closing: str | None = None
         self._num_blocked_passes = 0
@@ -116,26 +116,26 @@ class ResidentBases:
             self._resident[basis.basis_id] = replace(resident, is_permanent=True)
             self.default_id = self.default_id or basis.basis_id
 
-    def enlist(self, basis_id: str) -> None:
+    def retain(self, basis_id: str) -> None:
         """One request more needs the basis, waiting or running."""
         self._users[basis_id] += 1
 
-    def dismiss(self, basis_id: str) -> None:
+    def release(self, basis_id: str) -> None:
         """One request less needs the basis."""
         self._users[basis_id] -= 1
         if self._users[basis_id] == 0:
             del self._users[basis_id]
-            self._wanted.pop(basis_id, None)
+            self._missing.pop(basis_id, None)
 
-    def want(self, basis_id: str) -> None:
+    def request(self, basis_id: str) -> None:
         """Have the basis fetched when there is place, unless it is there or on its way."""
-        if basis_id not in self._resident and basis_id not in self._requested:
-            self._wanted[basis_id] = None
+        if basis_id not in self._resident and basis_id not in self._being_fetched:
+            self._missing[basis_id] = None
 
     def provide(self, basis_id: str, basis: Basis | TesseraError) -> None:
         """Take what was asked for. Raises the error that came instead, or why it cannot be resident."""
-        self._requested.discard(basis_id)
-        self._wanted.pop(basis_id, None)
+        self._being_fetched.discard(basis_id)
+        self._missing.pop(basis_id, None)
         if isinstance(basis, TesseraError):
             raise basis
         if basis.basis_id != basis_id:
@@ -146,23 +146,23 @@ class ResidentBases:
             raise RequestFailed(f"no memory for basis {basis_id}: {error}", code="out_of_memory") from error
 
     @property
-    def can_request(self) -> bool:
+    def has_missing(self) -> bool:
         """Whether `take_missing` would return something."""
-        return bool(self._wanted) and (self._has_place() or self._evictable() is not None)
+        return bool(self._missing) and (self._has_place() or self._evictable() is not None)
 
     def take_missing(self) -> list[str]:
         """Wanted bases for which there is place now, each once; idle ones are evicted for them."""
         missing = []
-        while self._wanted and self._make_place():
-            basis_id, _ = self._wanted.popitem(last=False)
-            self._requested.add(basis_id)
+        while self._missing and self._make_place():
+            basis_id, _ = self._missing.popitem(last=False)
+            self._being_fetched.add(basis_id)
             missing.append(basis_id)
         return missing
 
     def begin_pass(self) -> str | None:
         """Count a scheduling pass. Returns the basis that must not take new requests, so that it becomes idle
         and makes place for one that has been waiting for too long."""
-        self._num_blocked_passes = self._num_blocked_passes + 1 if self._wanted else 0
+        self._num_blocked_passes = self._num_blocked_passes + 1 if self._missing else 0
         if self._num_blocked_passes <= MAX_BLOCKED_PASSES:
             self._closing = None
         elif self._closing is None:
@@ -170,8 +170,8 @@ class ResidentBases:
         return self._closing
 
     def check_integrity(self) -> None:
-        assert len(self._resident) + len(self._requested) <= self._config.max_resident_bases
-        assert not self._resident.keys() & (self._wanted.keys() | self._requested)
+        assert len(self._resident) + len(self._being_fetched) <= self._config.max_resident_bases
+        assert not self._resident.keys() & (self._missing.keys() | self._being_fetched)
         assert all(count > 0 for count in self._users.values())
         assert self._closing is None or self._closing in self._resident
         for resident in self._resident.values():
@@ -209,10 +209,10 @@ class ResidentBases:
         self._resident[basis.basis_id] = ResidentBasis(
             basis.manifest, slots, is_permanent=False, factor_bytes=numbers * self._dtype.itemsize
         )
-        self._wanted.pop(basis.basis_id, None)
+        self._missing.pop(basis.basis_id, None)
 
     def _has_place(self) -> bool:
-        return len(self._resident) + len(self._requested) < self._config.max_resident_bases
+        return len(self._resident) + len(self._being_fetched) < self._config.max_resident_bases
 
     def _evictable(self) -> str | None:
         """The least recently used basis that nobody needs, or the one being closed once it is idle. Requests

@@ -65,15 +65,15 @@ class Scheduler:
 
     def submit(self, request: EngineRequest) -> None:
         if request.adapter is not None:
-            self._residency.enlist(request.adapter)
+            self._residency.retain(request.adapter)
         self.waiting.enter(request, parked_for=request.adapter)
 
-    def settle(self, ref: AdapterRef) -> None:
+    def wake_if_ready(self, ref: AdapterRef) -> None:
         """Let those that are parked for `ref` join their lines if it is ready. Raises `BasisMismatch`."""
         if self._residency.is_ready(ref):
             self.waiting.wake(ref)
         elif self.waiting.parked(ref):
-            self._residency.want(ref)  # the other half may have been evicted meanwhile
+            self._residency.request(ref)  # the other half may have been evicted meanwhile
 
     def schedule(self) -> StepPlan:
         """Decide on the next step."""
@@ -115,7 +115,7 @@ class Scheduler:
         if request.adapter is not None:
             if self._starved.get(request.adapter.basis_id) is request:
                 del self._starved[request.adapter.basis_id]
-            self._residency.dismiss(request.adapter, pinned_slot=request.slot if request.is_pinned else None)
+            self._residency.release(request.adapter, pinned_slot=request.slot if request.is_pinned else None)
 
     def unload(self, tenant: str, adapter_id: str) -> None:
         """Drop every version of an adapter, and its prefix blocks. Requests in flight go on with what they
@@ -197,7 +197,7 @@ class Scheduler:
             return False
         if not self._residency.is_ready(ref):
             self.waiting.park(request, ref)
-            self._residency.want(ref)
+            self._residency.request(ref)
             return False
         if ref.basis_id == closing_basis or self._starved.get(ref.basis_id, request) is not request:
             return False

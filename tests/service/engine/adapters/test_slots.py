@@ -221,7 +221,7 @@ def test_the_host_cache_keeps_its_limit_and_what_is_needed(actions: list[tuple[s
             found = cache.get(ref(index))
             assert found is None or torch.equal(found.R, adapter(index).R)
         elif action == "hold":
-            cache.hold(ref(index))
+            cache.retain(ref(index))
             holds.append(index)
         elif action == "release" and index in holds:
             holds.remove(index)
