@@ -108,7 +108,7 @@ class Engine:
         self._limits.check(request)
         if request.request_id in self._in_flight:
             raise InvalidInput(f"request {request.request_id} is in flight already", param="request_id")
-        self.scheduler.check_room(request.tenant)
+        self.scheduler.check_queue_limit(request.tenant)
         ref = request.adapter
         if ref is not None and not self.bases.can_ever_hold(ref.basis_id):
             raise InvalidInput(

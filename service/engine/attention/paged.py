@@ -37,8 +37,8 @@ class PagedInputs:
     tables: [N, blocks], the blocks of each sequence; entries past its length are never read. lengths: [N],
     tokens of the context after the step. The first num_single sequences have one query each, and row n of the
     batch belongs to sequence n; of these a length of 0 is a padded row, whose output is zeros. tiles: [P, 4],
-    the queries of the others, from `paged_work.query_tiles` with queries_per_tile. can_split: whether long
-    contexts may be split over several programs, see `paged_work.wants_split`; None: decided by how many there
+    the queries of the others, from `query_tiles.query_tiles` with queries_per_tile. can_split: whether long
+    contexts may be split over several programs, see `query_tiles.wants_split`; None: decided by how many there
     are. singles: [S, 4], tiles of one query each, where lengths and num_single are not read. Of tiles and
     singles those without a query are padding; rows of the batch that are in none of them are left as they
     were allocated.
@@ -53,7 +53,7 @@ class PagedInputs:
     singles: Tensor | None = None
 
     def of_phase(self, phase: Phase) -> Tensor:
-        """What `paged_kernels.cut_work` cuts: lengths [n], or tiles [n, 4]."""
+        """What `paged_attention.cut_work` cuts: lengths [n], or tiles [n, 4]."""
         if phase == Phase.DECODE:
             return self.lengths[: self.num_single] if self.singles is None else self.singles
         return self.tables[:0] if self.tiles is None else self.tiles
@@ -91,7 +91,7 @@ def queries_per_tile(kv: PagedKV, num_heads: int) -> int:
 
 
 def decode_split_target(kv: PagedKV) -> int:
-    """How many items fill the device in decode: what `paged_work.wants_split` asks for."""
+    """How many items fill the device in decode: what `query_tiles.wants_split` asks for."""
     return _split_limits(kv, Phase.DECODE)[0]
 
 
@@ -110,7 +110,7 @@ def _split_limits(kv: PagedKV, phase: Phase) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Work:
-    """items: int32 [num_items, 8]; parts: int32 [num_tiles, 4]; both as `paged_kernels` has them."""
+    """items: int32 [num_items, 8]; parts: int32 [num_tiles, 4]; both as `paged_attention` has them."""
 
     items: Tensor
     parts: Tensor

@@ -54,7 +54,7 @@ class Scheduler:
         """Whether `schedule` would find something to do."""
         return bool(self.running or self.waiting.num_in_line)
 
-    def check_room(self, tenant: str) -> None:
+    def check_queue_limit(self, tenant: str) -> None:
         """Raises `EngineOverloaded` or `TenantOverloaded` where one request more of the tenant's must not
         wait."""
         if len(self.waiting) >= self._config.max_waiting:
@@ -176,9 +176,9 @@ class Scheduler:
         self._full_bases.clear()
         closing_basis = self._residency.bases.begin_pass()
         for request in self.waiting.in_turn() if self._has_room(step) else ():
-            if not self._may_begin(request, closing_basis):
+            if not self._try_pin(request, closing_basis):
                 continue
-            if not self._begin(request, step):
+            if not self._try_start(request, step):
                 return
             step.add_prefill(request, is_alone=not self.waiting.num_in_line)
             if not self._has_room(step):
@@ -187,7 +187,7 @@ class Scheduler:
     def _has_room(self, step: StepBuilder) -> bool:
         return step.num_tokens_left > 0 and len(self.running) < self._config.max_running
 
-    def _may_begin(self, request: EngineRequest, closing_basis: str | None) -> bool:
+    def _try_pin(self, request: EngineRequest, closing_basis: str | None) -> bool:
         """Whether its adapter is here and has, or now gets, a slot. Parks it if the adapter is gone."""
         ref = request.adapter
         if ref is None or request.is_pinned:
@@ -216,7 +216,7 @@ class Scheduler:
         elif self._num_passes - request.blocked_since_pass > MAX_BLOCKED_PASSES:
             self._starved[basis_id] = request
 
-    def _begin(self, request: EngineRequest, step: StepBuilder) -> bool:
+    def _try_start(self, request: EngineRequest, step: StepBuilder) -> bool:
         """Give it its blocks, shared ones first. False, and it stays in line, if they do not suffice."""
         shared = self._pool.match(self._readable_keys(request))
         num_new = self._pool.blocks_for(request.num_tokens) - len(shared)

@@ -1,6 +1,6 @@
 """Whose turn it is: deficit round robin over tokens, with rounds of one token and debts.
 
-    charge:  begins_at = max(begins_at, now) + tokens / weight        now = max(now, begins_at before)
+    charge:  starts_at = max(starts_at, now) + tokens / weight        now = max(now, starts_at before)
 
 A tenant's request may run when its turn has come, and what it may cost (prompt and the longest output) is
 owed afterwards: so a newcomer's first request runs at once, and a tenant is passed over for as many rounds as
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 @dataclass
 class _Account:
-    """begins_at: the round from which on its next request may run. num_requests: in the engine."""
+    """starts_at: the round from which on its next request may run. num_requests: in the engine."""
 
-    begins_at: float
+    starts_at: float
     num_requests: int = 0
 
 
@@ -46,21 +46,21 @@ class TenantShares:
     def leave(self, tenant: str, *, unused_tokens: int = 0) -> None:
         """One has ended; unused_tokens were charged for it and not used."""
         account = self._accounts[tenant]
-        account.begins_at = max(self._now, account.begins_at - unused_tokens / self._weight(tenant))
+        account.starts_at = max(self._now, account.starts_at - unused_tokens / self._weight(tenant))
         account.num_requests -= 1
         if account.num_requests == 0:
             del self._accounts[tenant]
 
-    def begins_at(self, tenant: str) -> float:
+    def starts_at(self, tenant: str) -> float:
         """The round from which on its next request may run: the lowest is next. Never in the past, so that a
         tenant that could not run for a while does not keep the others out afterwards."""
-        return max(self._now, self._accounts[tenant].begins_at)
+        return max(self._now, self._accounts[tenant].starts_at)
 
     def charge(self, tenant: str, tokens: int) -> None:
         """Its next request runs and may cost so many tokens."""
-        begins_at = self.begins_at(tenant)
-        self._now = begins_at
-        self._accounts[tenant].begins_at = begins_at + max(1, tokens) / self._weight(tenant)
+        starts_at = self.starts_at(tenant)
+        self._now = starts_at
+        self._accounts[tenant].starts_at = starts_at + max(1, tokens) / self._weight(tenant)
 
     def check_integrity(self, num_requests: Mapping[str, int]) -> None:
         """num_requests: by tenant, as others count them."""

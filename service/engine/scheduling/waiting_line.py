@@ -170,7 +170,7 @@ class WaitingLine:
         """Put the tenant's line where its account says, behind those of the same turn."""
         self._give_up_place(tenant)
         if tenant in self._lines:
-            turn = (self._shares.begins_at(tenant), next(self._numbers), tenant)
+            turn = (self._shares.starts_at(tenant), next(self._numbers), tenant)
             self._turn_of[tenant] = turn
             bisect.insort(self._turns, turn)
 

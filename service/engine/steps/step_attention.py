@@ -61,7 +61,7 @@ class StepAttention:
         logger.info("attention runs on %s%s", self.kind, choice.reason and f": {choice.reason}")
 
     def can_split(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether splitting contexts of a step over programs pays, see `paged_work`."""
+        """Whether splitting contexts of a step over programs pays, see `query_tiles.wants_split`."""
         if self.queries_per_tile is None:
             return False
         size = self.queries_per_tile
