@@ -30,8 +30,8 @@ from benchmarks.decode.random_models import random_adapter, random_basis
 from benchmarks.decode.steps import start_batch
 from benchmarks.device_time import time_on_device
 from benchmarks.report import print_table, save
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tessera.formats.adapter import AdapterRef
 from tessera.model.base_model import BaseModel
 

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.architectures import tiny_models
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tessera.errors import TesseraError, UnsupportedModel
 from tessera.formats.adapter import Adapter, AdapterRef
 from tessera.formats.basis import Basis

@@ -12,6 +12,7 @@ continuous batching.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import time
@@ -27,8 +28,8 @@ from benchmarks.decode.random_models import GEOMETRIES, random_adapter, random_b
 from benchmarks.decode.steps import StepTimes, fill_kv, time_mixed_steps, time_steps
 from benchmarks.device_time import copy_bandwidth
 from benchmarks.report import percentiles, print_table, save
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import AdapterRef
 from tessera.formats.basis import Basis
@@ -143,13 +144,12 @@ def make_engine(base: BaseModel, arguments: argparse.Namespace) -> Engine:
         max_batch_seqs=batch + _MIXED_SEQS,
         max_batch_tokens=max(batch + max(arguments.mixed, default=0), 2048),
         num_blocks=None if torch.cuda.is_available() else (batch + 1) * -(-(context + _ROOM) // 16),
-        max_model_len=context + _ROOM,
         enable_prefix_cache=False,
         host_cache_bytes=8 * 1024**3,  # every adapter of the run, at any rank
         decode_graphs=arguments.decode_graphs,
         lookahead=arguments.lookahead,
     )
-    return Engine(base, config)
+    return Engine(dataclasses.replace(base, max_model_len=context + _ROOM), config)
 
 
 def add_adapters(engine: Engine, basis: Basis, count: int) -> list[AdapterRef]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.report import measure, percentiles, print_table, save
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import Adapter, AdapterRef
 from tessera.formats.basis import Basis

@@ -15,7 +15,6 @@ from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.adapters.residency import Residency
 from service.engine.adapters.resident_bases import ResidentBases
 from service.engine.attention.reference import implementation_of
-from service.engine.config import EngineConfig
 from service.engine.in_flight import InFlight
 from service.engine.kv.blocks import BlockPool
 from service.engine.kv.cache import PagedKV
@@ -25,6 +24,7 @@ from service.engine.scheduling.limits import RequestLimits
 from service.engine.scheduling.prefix_keys import root_key
 from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.scheduler import Scheduler
+from service.engine.settings import EngineConfig
 from service.engine.step_loop import StepLoop
 from service.engine.steps.runner import ModelRunner
 from service.engine.trial.model_trial import install_and_try
@@ -46,8 +46,8 @@ MAX_LOGITS_BYTES = 256 * 1024**2
 class Engine:
     """Serves one base model and any number of adapters. Takes the model over until `close`.
 
-    Raises `UnsupportedModel` for a model that cannot be served, `InvalidInput` for a configuration that
-    cannot hold one block.
+    Raises `UnsupportedModel` for a model that cannot be served, `InvalidInput` for a configuration that has
+    no room for one block.
     """
 
     def __init__(self, base: BaseModel, config: EngineConfig | None = None) -> None:
@@ -55,14 +55,13 @@ class Engine:
         self._base = base
         self._config = config
         self._attention_before = implementation_of(base.model)
-        longest = min(config.max_model_len or base.max_position, base.max_position)
-        self._rotations_before = pin_rotations(base.model, longest)
+        self._rotations_before = pin_rotations(base.model, base.max_position)
         facts, unfit = install_and_try(base)
         device, dtype = base.model.device, base.model.dtype
         num_blocks = num_kv_blocks(
             facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
         )
-        max_model_len = min(longest, num_blocks * config.block_size)
+        max_model_len = min(base.max_position, num_blocks * config.block_size)
         self._limits = RequestLimits(facts.vocab_size, max_model_len)
         self._weight_bytes = module_bytes(base.model)
         self.kv = PagedKV(

@@ -9,8 +9,8 @@ import torch
 from benchmarks.decode.__main__ import add_ratios, engine_rows, step_bytes
 from benchmarks.decode.random_models import random_adapter, random_basis, random_model
 from benchmarks.decode.steps import start_batch
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 
 CPU = torch.device("cpu")
 

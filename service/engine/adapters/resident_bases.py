@@ -18,7 +18,7 @@ from torch import nn
 from service.engine.adapters.linear import attach, detach
 from service.engine.adapters.packed_adapter import SlotFormat
 from service.engine.adapters.slots import SlotTable
-from service.engine.config import EngineConfig
+from service.engine.settings import EngineConfig
 from tessera.errors import BasisMismatch, InvalidInput, RequestFailed, TesseraError, UnsupportedModel
 from tessera.formats.basis import Basis, BasisManifest
 

@@ -38,8 +38,8 @@ class PagedInputs:
     tokens of the context after the step. The first num_single sequences have one query each, and row n of the
     batch belongs to sequence n; of these a length of 0 is a padded row, whose output is zeros. tiles: [P, 4],
     the queries of the others, from `query_tiles.query_tiles` with queries_per_tile. can_split: whether long
-    contexts may be split over several programs, see `query_tiles.wants_split`; None: decided by how many there
-    are. singles: [S, 4], tiles of one query each, where lengths and num_single are not read. Of tiles and
+    contexts may be split over several programs, see `query_tiles.wants_split`; None: their number
+    decides. singles: [S, 4], tiles of one query each, where lengths and num_single are not read. Of tiles and
     singles those without a query are padding; rows of the batch that are in none of them are left as they
     were allocated.
     """

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from service.engine.config import EngineConfig
 from service.engine.kv.cache import KVShape
+from service.engine.settings import EngineConfig
 from tessera.errors import InvalidInput
 
 #: On a CPU: enough for 16 sequences of 2,000 tokens of a 1B model; pages are only touched when used.
@@ -35,8 +35,7 @@ def num_kv_blocks(
     num_blocks = (config.kv_cache_bytes or _default_kv_bytes(device)) // block_bytes
     if num_blocks < 1:
         raise InvalidInput(f"no room for a KV block of {block_bytes} bytes", param="kv_cache_bytes")
-    longest = min(config.max_model_len or max_position, max_position)
-    return min(num_blocks, config.max_running * -(-longest // config.block_size))
+    return min(num_blocks, config.max_running * -(-max_position // config.block_size))
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -23,13 +23,12 @@ from typing import Any
 import torch
 
 from service.engine.adapters.packed_adapter import PackedAdapter
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.process.adapter_fetches import AdapterFetches
 from service.engine.process.engine_thread import EngineThread, Turn
 from service.engine.process.server import EngineServer
 from service.engine.process.store_reader import StoreReader
-from service.engine.settings import EngineSettings
+from service.engine.settings import EngineConfig, EngineSettings
 from tessera.errors import EngineUnavailable, InvalidInput, TesseraError, Unavailable
 from tessera.formats.adapter import AdapterRef
 from tessera.formats.basis import Basis
@@ -105,7 +104,7 @@ class EngineProcess:
             basis = await self._default_basis(base)
             kinds = dict.fromkeys(module.name.split(".")[-1] for module in basis.manifest.modules)
             logger.info("the default basis adapts %d linear layers: %s", basis.num_modules, ", ".join(kinds))
-            engine = await asyncio.to_thread(self._build, base, basis, engine_config(self._engine_settings))
+            engine = await asyncio.to_thread(self._build, base, basis, self._engine_settings)
         except Exception as error:
             self._fail(error)
             return
@@ -204,12 +203,6 @@ class EngineProcess:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
-
-
-def engine_config(settings: EngineSettings) -> EngineConfig:
-    """The core's configuration: the settings of the same names."""
-    process_only = {"threads", "heartbeat_timeout_s"}
-    return EngineConfig(**settings.model_dump(exclude=process_only))
 
 
 def _bind_thread(_: Engine, *, device: torch.device, num_threads: int) -> None:

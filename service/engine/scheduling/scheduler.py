@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator
 
 from service.engine.adapters.residency import Residency
 from service.engine.adapters.resident_bases import MAX_BLOCKED_PASSES
-from service.engine.config import EngineConfig
 from service.engine.kv.blocks import BlockPool
 from service.engine.scheduling.plan import Chunk, StepBuilder, StepPlan
 from service.engine.scheduling.request import PENDING, EngineRequest
 from service.engine.scheduling.waiting_line import WaitingLine
+from service.engine.settings import EngineConfig
 from tessera.errors import EngineOverloaded, TenantOverloaded
 from tessera.formats.adapter import AdapterRef
 

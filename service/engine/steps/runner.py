@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from service.engine.adapters.resident_bases import ResidentBases
 from service.engine.adapters.slots import SlotTable
 from service.engine.attention.backend import AttentionKind
-from service.engine.config import EngineConfig
 from service.engine.forward import self_check
 from service.engine.forward.forward_pass import ForwardPass, ModelFacts
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import StepPlan
+from service.engine.settings import EngineConfig
 from service.engine.steps.batch import StepBatch, build_batch
 from service.engine.steps.results import PendingResults, StepLogits
 from service.engine.steps.static_steps import StaticSteps

@@ -25,12 +25,12 @@ from service.engine.attention.paged import (
 )
 from service.engine.attention.query_tiles import wants_split
 from service.engine.attention.reference import AttentionStep, AttentionTile, PagedAttention, TokenRows
-from service.engine.config import EngineConfig
 from service.engine.forward.forward_pass import ModelFacts
 from service.engine.kv.block_tables import BlockTables
 from service.engine.kv.blocks import NULL_BLOCK
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import Chunk
+from service.engine.settings import EngineConfig
 from tessera.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,6 @@ def _choose(kv: PagedKV, facts: ModelFacts, config: EngineConfig) -> AttentionCh
     if not facts.attends_itself:
         return choose_attention(kv, facts.num_heads, facts.options, wanted=config.attention)
     reason = "the model computes attention itself"
-    if config.attention == AttentionKind.TRITON:
+    if config.attention == "triton":
         raise UnsupportedModel(f"attention cannot run on Triton: {reason}", param="attention")
     return AttentionChoice(AttentionKind.TORCH, reason)

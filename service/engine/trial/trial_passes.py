@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from service.engine.adapters.resident_bases import ResidentBases
 from service.engine.attention.layout import TiledLayout
 from service.engine.attention.reference import implementation_of
-from service.engine.config import EngineConfig
 from service.engine.forward.forward_pass import ForwardPass, ModelFacts
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import Chunk, StepPlan
 from service.engine.scheduling.request import EngineRequest
+from service.engine.settings import EngineConfig
 from service.engine.steps.batch import build_batch
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import AdapterRef

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tests.service.engine.driver import Driver
 from tests.service.engine.models import FAMILIES, Served, family
 

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.adapters.slots import SlotTable
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
 from tessera.formats.adapter import AdapterRef
 from tessera.model.base_model import BaseModel
@@ -138,7 +138,7 @@ def test_weights_are_not_held_twice(start: Callable[..., Driver]) -> None:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
     before = torch.cuda.memory_allocated()
-    engine = Engine(BaseModel("wide", "wide", model), EngineConfig(num_blocks=8, max_model_len=64))
+    engine = Engine(BaseModel("wide", "wide", model, max_model_len=64), EngineConfig(num_blocks=8))
     driver = Driver(engine)
     driver.submit([1, 2, 3])
     driver.run()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -21,8 +22,8 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model.base_model import BaseModel
@@ -253,8 +254,13 @@ def test_the_kernels_cannot_be_demanded_for_a_model_that_attends_itself() -> Non
 
 @pytest.mark.parametrize("config", [{"num_slots": 0}, {"block_size": 0}, {"host_cache_bytes": -1}], ids=str)
 def test_a_configuration_out_of_range_is_refused(config: dict[str, int]) -> None:
-    with pytest.raises(InvalidInput, match="must be at least"):
+    with pytest.raises(ValidationError, match=f"{next(iter(config))}\n  .* greater than or equal to [01] "):
         EngineConfig(**config)
+
+
+def test_an_unknown_field_of_the_configuration_is_refused() -> None:
+    with pytest.raises(ValidationError, match="num_slot\n  Extra inputs are not permitted"):
+        EngineConfig(num_slot=4)
 
 
 def test_memory_for_not_one_block_is_refused() -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from service.engine.adapters.packed_adapter import PackedAdapter, SlotFormat
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.process.store_reader import parse_adapter
+from service.engine.settings import EngineConfig
 from tessera.errors import NotFound, TesseraError
 from tessera.formats.adapter import Adapter, AdapterRef
 from tessera.redis import keys

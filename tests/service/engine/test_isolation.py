@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
 from tessera.formats.adapter import Adapter, AdapterRef
 from tests.service.engine.driver import Answer, Driver

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from service.engine.client.attachment import AttachedEngine
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.process.engine_thread import EngineThread
 from service.engine.process.server import EngineServer
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenOutput
 from tessera.errors import EngineUnavailable, RequestFailed, TenantOverloaded
 from tessera.formats.adapter import AdapterRef

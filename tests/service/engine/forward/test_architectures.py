@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.architectures.exactness import judge
 from benchmarks.architectures.tiny_models import VOCAB_SIZE, build, make_config
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tessera.chat.chat_format import EncodedExample
 from tessera.formats.adapter import Adapter, AdapterRef
 from tessera.methods.bases import build_basis

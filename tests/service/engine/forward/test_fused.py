@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tessera.formats.adapter import Adapter, AdapterRef
 from tessera.model.base_model import BaseModel
 from tests.service.engine.driver import GREEDY, Driver

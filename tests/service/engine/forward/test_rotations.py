@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
 from tessera.chat.chat_format import EncodedExample
 from tessera.model.base_model import BaseModel, load_base_model

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
 from tests.service.engine.driver import Driver
 from tests.service.engine.models import family

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tests.service.engine.driver import Driver
 from tests.service.engine.models import family
 from tests.service.engine.test_exactness import assert_exact, cases, run

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.process.engine_process import EngineProcess, build_engine
-from service.engine.settings import EngineSettings
+from service.engine.settings import EngineConfig, EngineSettings
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.settings import CommonSettings

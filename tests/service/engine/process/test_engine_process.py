@@ -19,9 +19,8 @@ from redis.asyncio import Redis
 
 from service.engine.client.engine_client import EngineClient
 from service.engine.client.output_stream import merge_outputs
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.settings import EngineSettings
+from service.engine.settings import EngineConfig, EngineSettings
 from service.engine.wire import ipc
 from service.engine.wire.messages import GenerationRequest, TokenOutput
 from tessera.errors import EngineUnavailable, InvalidInput

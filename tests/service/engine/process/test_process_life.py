@@ -10,8 +10,6 @@ import pytest
 
 from service.engine.client.engine_client import EngineClient
 from service.engine.client.supervisor import COMMAND, child_environment, socket_path
-from service.engine.config import EngineConfig
-from service.engine.process.engine_process import engine_config
 from service.engine.settings import EngineSettings
 from service.engine.wire import ipc
 from tessera.formats.basis import Basis
@@ -149,19 +147,3 @@ async def test_a_base_model_that_does_not_exist_is_told(
         await wait_until(lambda: "status 1" in (client.starting_error or ""), HANG_S)
 
         assert "nothing is neither a directory nor a model" in (client.starting_error or "")
-
-
-def test_every_setting_reaches_the_core() -> None:
-    chosen = {
-        "num_slots": 5,
-        "block_size": 8,
-        "num_blocks": 9,
-        "enable_prefix_cache": False,
-        "max_waiting_per_tenant": 7,
-        "tenant_weights": {"acme": 2.5},
-    }
-
-    assert engine_config(EngineSettings(**chosen)) == EngineConfig(**chosen)
-    assert engine_config(EngineSettings()) == EngineConfig()
-    # The longest text belongs to all processes, and comes with the base model.
-    assert vars(EngineConfig()).keys() - EngineSettings.model_fields.keys() == {"max_model_len"}

@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from service.engine.config import EngineConfig
 from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.waiting_line import MAX_LOOKAHEAD, WaitingLine
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.errors import EngineOverloaded, InvalidInput, TenantOverloaded
+from tessera.errors import EngineOverloaded, TenantOverloaded
 from tessera.formats.adapter import AdapterRef
 from tests.service.engine.driver import GREEDY, Driver
 from tests.service.engine.models import Served, family
@@ -256,5 +257,5 @@ def test_tokens_count_and_not_requests(micro: Served, start: Start) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")], ids=str)
 def test_a_weight_that_is_none_is_refused(weight: float) -> None:
-    with pytest.raises(InvalidInput, match="weight of acme"):
+    with pytest.raises(ValidationError, match=r"tenant_weights\.acme"):
         EngineConfig(tenant_weights={"acme": weight})

@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.scheduler import Scheduler
+from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.errors import CorruptRecord, EngineOverloaded, InvalidInput
 from tessera.formats.adapter import AdapterRef

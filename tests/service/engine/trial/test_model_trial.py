@@ -15,8 +15,8 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 from benchmarks.architectures import tiny_models
 from service.engine.attention.masks import AttendsToLaterTokens, read_windows
 from service.engine.attention.reference import NAME, implementation_of
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from service.engine.trial.model_trial import difference, install_and_try
 from tessera.errors import UnsupportedModel
 from tessera.model.base_model import BaseModel

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.settings import EngineConfig
 from tessera.chat.chat_format import EncodedExample
 from tessera.errors import InvalidInput
 from tessera.formats.adapter import AdapterRef
