@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.engine.kernels import add_norm, deltas, tiling
-from service.engine.kernels import glu as glu_kernels
-from service.engine.kernels import qkv_rope as qkv_kernels
+from service.engine.kernels import add_norm, deltas, glu_kernel, qkv_rope_kernel, tiling
 from service.engine.kernels.arguments import (
     DeltaArguments,
     apply_core,
@@ -61,7 +59,7 @@ def qkv_rope(
     arguments = delta_arguments(delta, y, tile)
     cos, sin = (y if part is None else part for part in (rows.cos, rows.sin))
     q_norm, k_norm = (y if norm is None else norm.weight for norm in (shape.q_norm, shape.k_norm))
-    qkv_kernels.qkv_rope_kernel[(_tiles(T, tile.tokens), heads + 2 * kv_heads)](
+    qkv_rope_kernel.qkv_rope_kernel[(_tiles(T, tile.tokens), heads + 2 * kv_heads)](
         *(
             y,
             y.stride(0),
@@ -113,7 +111,7 @@ def glu(
         return out
     tile = _tile("glu", y, delta)
     arguments = delta_arguments(delta, y, tile)
-    glu_kernels.glu_kernel[(_tiles(T, tile.tokens), _tiles(width, tile.columns))](
+    glu_kernel.glu_kernel[(_tiles(T, tile.tokens), _tiles(width, tile.columns))](
         *(y, y.stride(0), out, _or(bias, y), squares_arguments(squares, y), arguments.values, T),
         WIDTH=width,
         GELU=act == "gelu_tanh",
