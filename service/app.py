@@ -57,7 +57,7 @@ from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 
 TITLE = "Tessera"
 DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."
@@ -74,7 +74,7 @@ def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
         redis,
         AdapterStore(redis),
         BasisStore(redis, cache_dir=cache_dir),
-        OwnBases(redis, max_bytes=settings.max_own_basis_bytes),
+        PrivateBases(redis, max_bytes=settings.max_own_basis_bytes),
         FileStore(redis),
     )
 
@@ -139,16 +139,20 @@ def _services(
     twin: Twin | None,
 ) -> Services:
     metrics, queue, gate = Metrics(), JobQueue(stores.redis), heavy_gate()
-    names = Models(common.base_model, stores.adapters, stores.own_bases, engine)
-    basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.own_bases)
+    names = Models(common.base_model, stores.adapters, stores.private_bases, engine)
+    basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.private_bases)
     choices = BasisChoices(
-        bases=stores.bases, own=stores.own_bases, holds=holds, files=stores.files, settings=common
+        bases=stores.bases,
+        private_bases=stores.private_bases,
+        holds=holds,
+        files=stores.files,
+        settings=common,
     )
     jobs = TrainingJobs(queue, names, stores.adapters, choices, settings=common)
     imports = Imports(
         stores.adapters,
         stores.bases,
-        stores.own_bases,
+        stores.private_bases,
         base_model=common.base_model,
         revision=common.base_model_revision,
         dtype=_adapter_dtype(common.adapter_dtype),

@@ -21,7 +21,7 @@ from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from trainer_worker.common.health import HealthServer, Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
@@ -100,7 +100,7 @@ def make_worker(
     )
     model_lock = ModelLock(base)
     loop = TrainLoop(pool, model_lock, metrics=metrics, heartbeat=heartbeat)
-    own = OwnBases(redis, max_bytes=settings.max_own_basis_bytes)
+    own = PrivateBases(redis, max_bytes=settings.max_own_basis_bytes)
     holds = BasisHolds(redis, own)
     store = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
     bases = BasisSource(

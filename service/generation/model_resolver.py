@@ -20,7 +20,7 @@ from tessera.formats.adapter import AdapterRef
 from tessera.model.base_model import model_name, public_source
 from tessera.redis.keys import ADAPTER_ID
 from tessera.store.adapters import AdapterRecord, AdapterStore
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -41,13 +41,13 @@ class Models:
     """The base model and the adapters, by the names that callers use."""
 
     def __init__(
-        self, base_model: str, adapters: AdapterStore, own_bases: OwnBases, engine: TokenEngine
+        self, base_model: str, adapters: AdapterStore, private_bases: PrivateBases, engine: TokenEngine
     ) -> None:
         """base_model: its directory or hub id."""
         self.base_name = model_name(base_model)
         self.base_source = public_source(base_model)
         self._adapters = adapters
-        self._own_bases = own_bases
+        self._private_bases = private_bases
         self._engine = engine
 
     async def resolve(
@@ -119,7 +119,7 @@ class Models:
         is_deleted = await self._adapters.delete(tenant, adapter_id)
         # Also if it was deleted before: that deletion may have been cut off here.
         deletion_count = await self._adapters.deletion_count(tenant, adapter_id)
-        await self._own_bases.release(tenant, adapter_id, deletion_count=deletion_count)
+        await self._private_bases.release(tenant, adapter_id, deletion_count=deletion_count)
         if not is_deleted:
             raise unknown_model(name)
         await self.forget(tenant, adapter_id)

@@ -24,7 +24,7 @@ from tessera.settings import CommonSettings
 from tessera.store.bases import BasisStore
 from tessera.store.files import FileRecord, FileStore
 from tessera.store.holds import BasisHolds, source_key
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 
 #: Of a number in a basis as it is stored (`tessera.formats.basis.storage_dtype`).
 ITEM_BYTES = 2
@@ -61,19 +61,19 @@ class BasisChoices:
         self,
         *,
         bases: BasisStore,
-        own: OwnBases,
+        private_bases: PrivateBases,
         holds: BasisHolds,
         files: FileStore,
         settings: CommonSettings,
     ) -> None:
-        self._bases, self._own, self._holds, self._files = bases, own, holds, files
+        self._bases, self._private_bases, self._holds, self._files = bases, private_bases, holds, files
         self._settings = settings
         self._layers: dict[str, ModuleShape] = {}
 
     async def stored(self, tenant: str, basis_id: str) -> BasisChoice:
         """Raises `NotFound`, also for a basis that belongs to others."""
         try:
-            await self._own.check_access(tenant, basis_id)
+            await self._private_bases.check_access(tenant, basis_id)
             manifest = await self._bases.manifest(basis_id)
         except NotFound as error:
             raise NotFound(error.message, param="adapter.basis", code=error.code) from error

@@ -22,7 +22,7 @@ from tessera.peft.exporting import PeftFiles
 from tessera.peft.importing import PeftLora, core_in, read_peft, to_dedicated
 from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.bases import BasisStore
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tessera.store.publish import publish
 
 #: How often a basis may be deleted under an import before that fails. Each time takes an unlucky moment.
@@ -45,14 +45,14 @@ class Imports:
         self,
         adapters: AdapterStore,
         bases: BasisStore,
-        own: OwnBases,
+        private_bases: PrivateBases,
         *,
         base_model: str,
         revision: str | None,
         dtype: torch.dtype,
     ) -> None:
         """dtype: of adapters in shared bases. In a basis of its own R is float32, small beside factors."""
-        self._adapters, self._bases, self._own = adapters, bases, own
+        self._adapters, self._bases, self._private_bases = adapters, bases, private_bases
         self._base_model, self._revision, self._dtype = base_model, revision, dtype
         self._shapes: dict[str, ModuleShape] = {}
         self._turn = asyncio.Lock()
@@ -76,15 +76,15 @@ class Imports:
             stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
             for _ in range(MAX_DELETIONS):
                 with contextlib.suppress(BasisDeleted):
-                    return await self._in_own_basis(target, stored, deletion_count)
-            return await self._in_own_basis(target, stored, deletion_count)
+                    return await self._in_private_basis(target, stored, deletion_count)
+            return await self._in_private_basis(target, stored, deletion_count)
 
     async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
         """The LoRA in the basis that it says it came from, if that is so and the tenant may use it."""
         if lora.label is None:
             return None
         try:
-            await self._own.check_access(target.tenant, lora.label)
+            await self._private_bases.check_access(target.tenant, lora.label)
             basis = await self._bases.get(lora.label)
         except NotFound:
             return None
@@ -94,27 +94,27 @@ class Imports:
         metadata = {"source": "peft", "base_model": model_name(self._base_model)}
         return None if R is None else Adapter(basis.basis_id, R, metadata)
 
-    async def _in_own_basis(
+    async def _in_private_basis(
         self, target: ImportTarget, stored: Dedicated, deletion_count: int
     ) -> AdapterVersion:
         """Raises `BasisDeleted` if the basis went before the adapter was in it: its owner deleted it, or the
         import of the same LoRA by another process failed. Nothing is left then, and it can be tried again.
         """
-        ownership = await self._own.reserve(target.tenant, stored.basis.manifest)
+        ownership = await self._private_bases.reserve(target.tenant, stored.basis.manifest)
         try:
             if ownership is not None:
-                await self._bases.put_own(stored.basis, ownership)
+                await self._bases.put_private(stored.basis, ownership)
             return await self._publish(target, stored.adapter, torch.float32, deletion_count)
         except (Unavailable, BasisDeleted):
             raise  # the caller tries again, and finds what is there
         except TesseraError:
-            await self._own.discard(target.tenant, stored.basis.basis_id)
+            await self._private_bases.discard(target.tenant, stored.basis.basis_id)
             raise
 
     async def _publish(
         self, target: ImportTarget, adapter: Adapter, dtype: torch.dtype, deletion_count: int
     ) -> AdapterVersion:
         return await publish(
-            self._adapters, self._own, target.tenant, target.adapter_id, adapter,
+            self._adapters, self._private_bases, target.tenant, target.adapter_id, adapter,
             dtype=dtype, deletion_count=deletion_count, base_model_id=target.model_id,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from tessera.formats.basis import BasisManifest
 from tessera.queue.records import OWN_DATA, JobStatus
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
-from tessera.store.ownership import OwnBases, Ownership, basis_not_found
+from tessera.store.ownership import Ownership, PrivateBases, basis_not_found
 
 _JOB, _PIN = "job:", "pin:"
 #: A hold is never deleted like an adapter, so its deletion count is 0 while it lasts and 1 when it ends.
@@ -49,14 +49,14 @@ def source_key(
 class BasisHolds:
     """The holds of all tenants on their own bases. Every method raises `StoreUnavailable`."""
 
-    def __init__(self, redis: Client, own: OwnBases) -> None:
-        self._redis, self._own = redis, own
+    def __init__(self, redis: Client, private_bases: PrivateBases) -> None:
+        self._redis, self._private_bases = redis, private_bases
 
     async def find(self, tenant: str, recipe_key: str) -> str | None:
         """The tenant's own basis of this recipe."""
         with translate_errors():
             found: Any = await self._redis.hget(keys.tenant_recipes(tenant), recipe_key)
-        if found is None or found.decode() not in await self._own.of_tenant(tenant):
+        if found is None or found.decode() not in await self._private_bases.of_tenant(tenant):
             return None
         return str(found.decode())
 
@@ -84,9 +84,9 @@ class BasisHolds:
         room_id: str = "",
         recipe_keys: Sequence[str] = (),
     ) -> Ownership | None:
-        """`OwnBases.reserve`, and hold the basis for the job in the same step: equal bytes may belong to
+        """`PrivateBases.reserve`, and hold the basis for the job in the same step: equal bytes may belong to
         another job's basis, which ends with that job unless this one holds it."""
-        return await self._own.reserve(
+        return await self._private_bases.reserve(
             tenant,
             manifest,
             room_id=room_id,
@@ -99,31 +99,31 @@ class BasisHolds:
         """Keep room for the job's result until the job has ended. Raises `QuotaExceeded`."""
         user = _JOB + job_id
         try:
-            await self._own.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
+            await self._private_bases.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
         except QuotaExceeded:
             await self.drop_stale(tenant)
-            await self._own.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
+            await self._private_bases.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
 
     async def hold(self, tenant: str, basis_id: str, job_id: str) -> None:
         """Keep the basis for a job. One that is everybody's needs none. Raises `BasisDeleted`."""
-        await self._own.use(tenant, basis_id, _JOB + job_id, deletion_count=_HELD)
+        await self._private_bases.use(tenant, basis_id, _JOB + job_id, deletion_count=_HELD)
 
     async def let_go(self, tenant: str, job_id: str) -> None:
         """The job has ended: the bases that nothing else keeps are deleted."""
-        await self._own.release(tenant, _JOB + job_id, deletion_count=_ENDED)
+        await self._private_bases.release(tenant, _JOB + job_id, deletion_count=_ENDED)
 
     async def pin(self, tenant: str, basis_id: str) -> None:
         """Keep the basis until `delete`. Raises `BasisDeleted`."""
-        await self._own.use(tenant, basis_id, _PIN + basis_id, deletion_count=_HELD)
+        await self._private_bases.use(tenant, basis_id, _PIN + basis_id, deletion_count=_HELD)
 
     async def delete(self, tenant: str, basis_id: str) -> None:
         """Raises `NotFound` if the tenant does not own it, `Conflict` while adapters or jobs use it."""
-        if basis_id not in await self._own.of_tenant(tenant):
+        if basis_id not in await self._private_bases.of_tenant(tenant):
             raise basis_not_found(basis_id)
         await self.drop_stale(tenant)
         pin = _PIN + basis_id
-        while not await self._own.discard(tenant, basis_id, pin=pin):
-            users = await self._own.users(tenant, basis_id) - {pin}
+        while not await self._private_bases.discard(tenant, basis_id, pin=pin):
+            users = await self._private_bases.users(tenant, basis_id) - {pin}
             if users:
                 shown = ", ".join(sorted(name.removeprefix(_JOB) for name in users)[:5])
                 message = f"basis {basis_id} is needed by {len(users)} adapter(s) or job(s): {shown}"
@@ -135,16 +135,16 @@ class BasisHolds:
             return
         await self.drop_stale(tenant)
         if await self._excess(tenant, num_bytes) > 0:
-            used = sum((await self._own.of_tenant(tenant)).values())
+            used = sum((await self._private_bases.of_tenant(tenant)).values())
             raise QuotaExceeded(
                 f"a basis of {num_bytes} bytes and the {used} bytes of your other bases exceed "
-                f"{self._own.max_bytes} bytes; delete bases, or adapters that have bases of their own",
+                f"{self._private_bases.max_bytes} bytes; delete bases, or adapters that have bases of their own",
                 param="adapter.basis",
             )
 
     async def drop_stale(self, tenant: str) -> None:
         """Drop the holds of jobs that have ended without letting go: their workers died."""
-        for basis_id in await self._own.of_tenant(tenant):
+        for basis_id in await self._private_bases.of_tenant(tenant):
             with translate_errors():
                 cursor = self._redis.hscan_iter(keys.basis_users(tenant, basis_id), match=f"{_JOB}*")
                 held = [name.decode().removeprefix(_JOB) async for name, _ in cursor]
@@ -158,4 +158,8 @@ class BasisHolds:
         return status is None or JobStatus(status.decode()).is_final
 
     async def _excess(self, tenant: str, num_bytes: int) -> int:
-        return sum((await self._own.of_tenant(tenant)).values()) + num_bytes - self._own.max_bytes
+        return (
+            sum((await self._private_bases.of_tenant(tenant)).values())
+            + num_bytes
+            - self._private_bases.max_bytes
+        )

@@ -32,7 +32,7 @@ class Ownership:
     token: str
 
 
-class OwnBases:
+class PrivateBases:
     """Whose the bases are. max_bytes: what one tenant may own, all factors together.
 
     Every method raises `StoreUnavailable`, those that write also `StoreFull`.

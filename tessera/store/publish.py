@@ -10,12 +10,12 @@ import torch
 from tessera.errors import NotFound, TesseraError, Unavailable
 from tessera.formats.adapter import Adapter
 from tessera.store.adapters import AdapterStore, AdapterVersion
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 
 
 async def publish(
     adapters: AdapterStore,
-    own: OwnBases,
+    private_bases: PrivateBases,
     tenant: str,
     adapter_id: str,
     adapter: Adapter,
@@ -34,7 +34,7 @@ async def publish(
     # What cannot be stored fails before the note: taking that back could take back the note of another job
     # that is just publishing an adapter of the same name.
     adapter.to_bytes(version=1, dtype=dtype)
-    await own.use(tenant, basis_id, adapter_id, deletion_count=deletion_count)
+    await private_bases.use(tenant, basis_id, adapter_id, deletion_count=deletion_count)
     try:
         return await adapters.publish(
             tenant, adapter_id, adapter, dtype=dtype, deletion_count=deletion_count, job_id=job_id,
@@ -46,5 +46,5 @@ async def publish(
         try:
             await adapters.get(tenant, adapter_id)
         except NotFound:
-            await own.release(tenant, adapter_id, deletion_count=deletion_count + 1)
+            await private_bases.release(tenant, adapter_id, deletion_count=deletion_count + 1)
         raise

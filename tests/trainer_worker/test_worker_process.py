@@ -18,7 +18,7 @@ from tessera.queue.client import Job, JobQueue, JobSpec, JobStatus
 from tessera.redis import keys
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.job_checks import check_queue
 from tests.trainer_worker.conftest import DATA
 from tests.waiting import HANG_S, wait_until
@@ -98,7 +98,7 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_publ
     assert ended.result["steps"] == 40
     record = await AdapterStore(redis).get(TENANT, "devil")
     assert [version.version for version in record.versions] == [1]
-    own = OwnBases(redis, max_bytes=2**30)
+    own = PrivateBases(redis, max_bytes=2**30)
     assert set(await own.of_tenant(TENANT)) == {ended.result["basis_id"]}
     assert await own.users(TENANT, ended.result["basis_id"]) == {"devil"}
     events, _ = await queue.events(TENANT, job_id, None, 1000)

@@ -54,7 +54,7 @@ class DedicatedPublisher:
             job.tenant, made.basis.manifest, job.job_id, room_id=room_of(job)
         )  # what fails from here on is dropped with the hold
         if ownership is not None:
-            await self._bases.put_own(made.basis, ownership)
+            await self._bases.put_private(made.basis, ownership)
         return await self._publisher.publish(job, made.adapter, dtype=torch.float32)
 
     async def _published(self, job: Job) -> AdapterVersion | None:

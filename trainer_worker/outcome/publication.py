@@ -9,14 +9,14 @@ from tessera.queue.records import Job
 from tessera.store import publish
 from tessera.store.adapter_records import AdapterVersion
 from tessera.store.adapters import AdapterStore
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 
 
 class Publisher:
     """Publishes what jobs have trained. dtype: of the stored R."""
 
     def __init__(
-        self, adapters: AdapterStore, own: OwnBases, *, dtype: torch.dtype, base_model_id: str
+        self, adapters: AdapterStore, own: PrivateBases, *, dtype: torch.dtype, base_model_id: str
     ) -> None:
         self._adapters, self._own = adapters, own
         self._dtype, self._base_model_id = dtype, base_model_id

@@ -22,7 +22,7 @@ from tessera.model.base_model import BaseModel, iter_target_modules
 from tessera.queue.records import Job, JobSpec
 from tessera.store.bases import BasisStore, read_if_sound, recipe_key
 from tessera.store.holds import BasisHolds, source_key
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from trainer_worker.common.commands import until_available
 from trainer_worker.common.job_basis import JobBasis
 from trainer_worker.common.model_lock import ModelLock, Progress
@@ -57,7 +57,7 @@ class BasisSource:
         model_lock: ModelLock,
         *,
         bases: BasisStore,
-        own: OwnBases,
+        own: PrivateBases,
         holds: BasisHolds,
         target_modules: tuple[str, ...],
     ) -> None:
@@ -159,7 +159,7 @@ class BasisSource:
         if ownership is None:
             await self._bases.keep_factors(built.basis)
         else:
-            await self._bases.put_own(built.basis, ownership, step=built.step)
+            await self._bases.put_private(built.basis, ownership, step=built.step)
         return JobBasis(built.basis, "built", built.step)
 
     async def _build(

@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1", tags=["bases"], route_class=JsonRoute)
 async def list_bases(tenant: TenantDep, services: ServicesDep) -> Page[BasisObject]:
     """Everybody's bases, then the caller's own."""
     stores = services.stores
-    own = await stores.own_bases.of_tenant(tenant)
+    own = await stores.private_bases.of_tenant(tenant)
     found = [basis for basis in await stores.bases.list() if basis.basis_id not in own]
     objects = [BasisObject(**_fields(manifest, services, is_own=False)) for manifest in found]
     for basis_id in sorted(own):
@@ -44,9 +44,9 @@ async def list_methods(tenant: TenantDep) -> BasisMethods:
 async def get_basis(basis_id: str, tenant: TenantDep, services: ServicesDep) -> BasisDetail:
     """One basis with its target modules and how it was built."""
     stores = services.stores
-    await stores.own_bases.check_access(tenant, basis_id)
+    await stores.private_bases.check_access(tenant, basis_id)
     manifest = await stores.bases.manifest(basis_id)
-    is_own = basis_id in await stores.own_bases.of_tenant(tenant)
+    is_own = basis_id in await stores.private_bases.of_tenant(tenant)
     modules = [ModuleObject(**asdict(module)) for module in manifest.modules]
     return BasisDetail(**_fields(manifest, services, is_own=is_own), modules=modules, recipe=manifest.recipe)
 

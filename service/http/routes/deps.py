@@ -33,7 +33,7 @@ from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Stores:
     redis: Redis
     adapters: AdapterStore
     bases: BasisStore
-    own_bases: OwnBases
+    private_bases: PrivateBases
     files: FileStore
 
 

@@ -31,7 +31,7 @@ from tessera.peft.exporting import PeftFiles, to_peft
 from tessera.peft.importing import read_peft, to_dedicated
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
-from tessera.store.ownership import OwnBases, Ownership
+from tessera.store.ownership import Ownership, PrivateBases
 from tests.fakes import FakeEngine
 from tests.service.answers import check_error
 from tests.service.conftest import MakeApp, client_of
@@ -255,8 +255,8 @@ async def test_only_so_many_imports_are_read_at_once(client: httpx.AsyncClient) 
 # Two tenants, over the same store
 
 
-def imports_over(redis: Redis, *, max_bytes: int = 2**20) -> tuple[Imports, OwnBases]:
-    own = OwnBases(redis, max_bytes=max_bytes)
+def imports_over(redis: Redis, *, max_bytes: int = 2**20) -> tuple[Imports, PrivateBases]:
+    own = PrivateBases(redis, max_bytes=max_bytes)
     return Imports(
         AdapterStore(redis), BasisStore(redis), own, base_model=str(BUNDLED_MODEL), revision=None,
         dtype=torch.float16,
@@ -289,13 +289,13 @@ async def test_what_exceeds_the_quota_leaves_nothing_behind(redis: Redis) -> Non
 class DeletingBases(BasisStore):
     """The adapter of that name is deleted while the factors are being written."""
 
-    async def put_own(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
-        await super().put_own(basis, ownership, step=step)
+    async def put_private(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
+        await super().put_private(basis, ownership, step=step)
         await AdapterStore(self._redis).delete("t1", "a")
 
 
 async def test_an_adapter_deleted_while_it_was_imported_stays_deleted(redis: Redis) -> None:
-    adapters, own = AdapterStore(redis), OwnBases(redis, max_bytes=2**20)
+    adapters, own = AdapterStore(redis), PrivateBases(redis, max_bytes=2**20)
     await adapters.publish("t1", "a", Adapter("b" * 64, torch.zeros(1, 2, 2)), dtype=torch.float32)
     imports = Imports(
         adapters, DeletingBases(redis), own, base_model=str(BUNDLED_MODEL), revision=None, dtype=torch.float16
@@ -314,7 +314,7 @@ async def test_an_import_outlives_the_end_of_another_one_of_the_same_lora(redis:
         imports, _ = imports_over(SteppedRedis(redis, gate))
         work = Stepped(gate, imports.from_peft(ImportTarget("t1", "a", MODEL_ID), foreign_files()))
         has_more = await work.advance(num_commands)
-        own, failing = OwnBases(redis, max_bytes=2**20), stored_lora().basis
+        own, failing = PrivateBases(redis, max_bytes=2**20), stored_lora().basis
         if await own.reserve("t1", failing.manifest):
             await own.discard("t1", failing.basis_id)
         version = await work.finish()

@@ -11,7 +11,7 @@ from tessera.queue.client import JobQueue
 from tessera.redis import keys
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds, source_key
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.job_checks import make_spec
 from tests.tessera.store.test_bases import small_basis
 
@@ -22,14 +22,14 @@ LIMIT = 3000
 class World:
     def __init__(self, redis: Redis) -> None:
         self.redis, self.store = redis, BasisStore(redis)
-        self.own = OwnBases(redis, max_bytes=LIMIT)
+        self.own = PrivateBases(redis, max_bytes=LIMIT)
         self.holds = BasisHolds(redis, self.own)
 
     async def put(self, seed: int = 0, *recipes: str, tenant: str = TENANT) -> Basis:
         basis = small_basis(seed)
         ownership = await self.own.reserve(tenant, basis.manifest, recipe_keys=recipes)
         assert ownership is not None
-        await self.store.put_own(basis, ownership, step=basis.P_in)
+        await self.store.put_private(basis, ownership, step=basis.P_in)
         return basis
 
     async def submit(self) -> str:

@@ -16,7 +16,7 @@ from tessera.redis import keys
 from tessera.redis.client import Client
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
-from tessera.store.ownership import OwnBases, Ownership
+from tessera.store.ownership import Ownership, PrivateBases
 
 
 def small_basis(seed: int = 0) -> Basis:
@@ -35,13 +35,13 @@ def small_basis(seed: int = 0) -> Basis:
 SIZE = small_basis().manifest.factor_bytes
 
 
-async def store_own(client: Client, own: OwnBases, basis: Basis, tenant: str = "t1") -> None:
+async def store_own(client: Client, own: PrivateBases, basis: Basis, tenant: str = "t1") -> None:
     ownership = await own.reserve(tenant, basis.manifest)
     assert ownership is not None
-    await BasisStore(client).put_own(basis, ownership)
+    await BasisStore(client).put_private(basis, ownership)
 
 
-async def publish(redis: Redis, own: OwnBases, basis: Basis, name: str, tenant: str = "t1") -> None:
+async def publish(redis: Redis, own: PrivateBases, basis: Basis, name: str, tenant: str = "t1") -> None:
     adapters = AdapterStore(redis)
     deletion_count = await adapters.deletion_count(tenant, name)
     await own.use(tenant, basis.basis_id, name, deletion_count=deletion_count)
@@ -49,7 +49,7 @@ async def publish(redis: Redis, own: OwnBases, basis: Basis, name: str, tenant: 
     await adapters.publish(tenant, name, adapter, dtype=torch.float32, deletion_count=deletion_count)
 
 
-async def delete_adapter(redis: Redis, own: OwnBases, name: str, tenant: str = "t1") -> list[str]:
+async def delete_adapter(redis: Redis, own: PrivateBases, name: str, tenant: str = "t1") -> list[str]:
     adapters = AdapterStore(redis)
     assert await adapters.delete(tenant, name)
     return await own.release(tenant, name, deletion_count=await adapters.deletion_count(tenant, name))
@@ -60,11 +60,11 @@ async def keys_of(redis: Redis, basis: Basis) -> list[bytes]:
 
 
 @pytest.fixture
-def own(redis: Redis) -> OwnBases:
-    return OwnBases(redis, max_bytes=2 * SIZE)
+def own(redis: Redis) -> PrivateBases:
+    return PrivateBases(redis, max_bytes=2 * SIZE)
 
 
-async def test_a_basis_goes_with_the_last_adapter_in_it(redis: Redis, own: OwnBases) -> None:
+async def test_a_basis_goes_with_the_last_adapter_in_it(redis: Redis, own: PrivateBases) -> None:
     basis = small_basis()
     await store_own(redis, own, basis)
     for name in ("a", "b"):
@@ -83,7 +83,7 @@ async def test_a_basis_goes_with_the_last_adapter_in_it(redis: Redis, own: OwnBa
         await own.use("t1", basis.basis_id, "a", deletion_count=10**15)
 
 
-async def test_the_quota_counts_each_basis_once_and_leaves_no_trace(redis: Redis, own: OwnBases) -> None:
+async def test_the_quota_counts_each_basis_once_and_leaves_no_trace(redis: Redis, own: PrivateBases) -> None:
     bases = [small_basis(seed) for seed in range(3)]
     for basis in (bases[0], bases[1], bases[0]):
         await store_own(redis, own, basis)
@@ -97,7 +97,7 @@ async def test_the_quota_counts_each_basis_once_and_leaves_no_trace(redis: Redis
     assert await own.reserve("t1", bases[2].manifest)
 
 
-async def test_racers_do_not_exceed_the_quota(redis: Redis, own: OwnBases) -> None:
+async def test_racers_do_not_exceed_the_quota(redis: Redis, own: PrivateBases) -> None:
     manifests = [small_basis(seed).manifest for seed in range(6)]
     outcomes = await asyncio.gather(
         *(own.reserve("t1", manifest) for manifest in manifests), return_exceptions=True
@@ -106,7 +106,9 @@ async def test_racers_do_not_exceed_the_quota(redis: Redis, own: OwnBases) -> No
     assert sum(isinstance(outcome, QuotaExceeded) for outcome in outcomes) == 4
 
 
-async def test_room_that_is_kept_is_for_the_basis_that_it_is_kept_for(redis: Redis, own: OwnBases) -> None:
+async def test_room_that_is_kept_is_for_the_basis_that_it_is_kept_for(
+    redis: Redis, own: PrivateBases
+) -> None:
     rooms = ["a" * 64, "b" * 64]
     for room in (*rooms, rooms[0]):
         await own.keep_room("t1", room, SIZE)
@@ -123,7 +125,7 @@ async def test_room_that_is_kept_is_for_the_basis_that_it_is_kept_for(redis: Red
 
 
 async def test_equal_bytes_of_two_tenants_are_stored_once_and_stay_for_the_other(
-    redis: Redis, own: OwnBases
+    redis: Redis, own: PrivateBases
 ) -> None:
     basis = small_basis()
     for tenant in ("t1", "t2"):
@@ -140,7 +142,7 @@ async def test_equal_bytes_of_two_tenants_are_stored_once_and_stay_for_the_other
     assert await keys_of(redis, basis) == []
 
 
-async def test_what_is_everybodys_costs_nobody_anything(redis: Redis, own: OwnBases) -> None:
+async def test_what_is_everybodys_costs_nobody_anything(redis: Redis, own: PrivateBases) -> None:
     bases, basis = BasisStore(redis), small_basis()
     await bases.put(basis)
     assert not await own.reserve("t1", basis.manifest)
@@ -157,7 +159,7 @@ async def test_what_is_everybodys_costs_nobody_anything(redis: Redis, own: OwnBa
     assert (await bases.get(other.basis_id)).basis_id == other.basis_id
 
 
-async def test_an_adapter_published_again_keeps_its_basis(redis: Redis, own: OwnBases) -> None:
+async def test_an_adapter_published_again_keeps_its_basis(redis: Redis, own: PrivateBases) -> None:
     """The end of the first life, delayed until the second has begun, does not take the second's basis."""
     basis, adapters = small_basis(), AdapterStore(redis)
     await store_own(redis, own, basis)
@@ -169,7 +171,7 @@ async def test_an_adapter_published_again_keeps_its_basis(redis: Redis, own: Own
     assert await delete_adapter(redis, own, "a") == [basis.basis_id]
 
 
-async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(redis: Redis, own: OwnBases) -> None:
+async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(redis: Redis, own: PrivateBases) -> None:
     basis = small_basis()
     await store_own(redis, own, basis)
     value = await redis.hget(keys.tenant_bases("t1"), basis.basis_id)
@@ -182,7 +184,7 @@ async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(redis: Redis,
     assert await keys_of(redis, basis) == []
 
 
-async def test_a_basis_that_was_written_in_part_leaves_nothing(redis: Redis, own: OwnBases) -> None:
+async def test_a_basis_that_was_written_in_part_leaves_nothing(redis: Redis, own: PrivateBases) -> None:
     """Its writer died before the manifest, which is written last."""
     basis = small_basis()
     assert await own.reserve("t1", basis.manifest, user="job:a")
@@ -192,7 +194,7 @@ async def test_a_basis_that_was_written_in_part_leaves_nothing(redis: Redis, own
     assert await keys_of(redis, basis) == []
 
 
-async def test_a_basis_of_an_earlier_release_is_deleted_whole(redis: Redis, own: OwnBases) -> None:
+async def test_a_basis_of_an_earlier_release_is_deleted_whole(redis: Redis, own: PrivateBases) -> None:
     """Whose tokens did not say how many modules there are."""
     basis = small_basis()
     await store_own(redis, own, basis)
@@ -202,23 +204,23 @@ async def test_a_basis_of_an_earlier_release_is_deleted_whole(redis: Redis, own:
     assert await keys_of(redis, basis) == []
 
 
-async def test_a_late_writer_writes_nothing(redis: Redis, own: OwnBases) -> None:
+async def test_a_late_writer_writes_nothing(redis: Redis, own: PrivateBases) -> None:
     """What it wrote would belong to nobody, and so to everybody. Nor does it write into the next life."""
     bases, basis = BasisStore(redis), small_basis()
     late = await own.reserve("t1", basis.manifest)
     assert late is not None
     await own.discard("t1", basis.basis_id)
     with pytest.raises(BasisDeleted):
-        await bases.put_own(basis, late, step=basis.P_in)
+        await bases.put_private(basis, late, step=basis.P_in)
     assert await keys_of(redis, basis) == []
     assert await own.reserve("t1", basis.manifest)
     with pytest.raises(BasisDeleted):
-        await bases.put_own(basis, late, step=basis.P_in)
+        await bases.put_private(basis, late, step=basis.P_in)
     with pytest.raises(NotFound):
         await bases.manifest(basis.basis_id)
 
 
-class JustTooEarly(OwnBases):
+class JustTooEarly(PrivateBases):
     """Looks whether a basis is everybody's just before it becomes so."""
 
     async def _is_everybodys(self, basis_id: str) -> bool:
@@ -240,12 +242,12 @@ class Overtaken(BasisStore):
 
     async def _write(self, basis: Basis, ownership: Ownership | None = None) -> None:
         if ownership is None:
-            await store_own(self._redis, OwnBases(self._redis, max_bytes=SIZE), basis)
+            await store_own(self._redis, PrivateBases(self._redis, max_bytes=SIZE), basis)
         await super()._write(basis, ownership)
 
 
 async def test_everybodys_basis_outlives_a_tenant_that_stored_it_at_the_same_time(
-    redis: Redis, own: OwnBases
+    redis: Redis, own: PrivateBases
 ) -> None:
     basis = small_basis()
     await Overtaken(redis).put(basis)
@@ -255,7 +257,7 @@ async def test_everybodys_basis_outlives_a_tenant_that_stored_it_at_the_same_tim
 
 
 async def test_a_basis_in_the_making_outlives_the_deletion_of_other_adapters(
-    redis: Redis, own: OwnBases
+    redis: Redis, own: PrivateBases
 ) -> None:
     basis = small_basis()
     await store_own(redis, own, basis)
@@ -266,7 +268,7 @@ async def test_a_basis_in_the_making_outlives_the_deletion_of_other_adapters(
 
 
 @pytest.mark.parametrize("basis_id", ["", "00", "../x", "\ud800"])
-async def test_what_is_no_id_is_not_found(own: OwnBases, basis_id: str) -> None:
+async def test_what_is_no_id_is_not_found(own: PrivateBases, basis_id: str) -> None:
     with pytest.raises(NotFound):
         await own.check_access("t1", basis_id)
     with pytest.raises(NotFound):
@@ -274,7 +276,7 @@ async def test_what_is_no_id_is_not_found(own: OwnBases, basis_id: str) -> None:
 
 
 async def test_everything_works_on_a_cluster(cluster: RedisCluster) -> None:
-    own, basis = OwnBases(cluster, max_bytes=SIZE), small_basis()
+    own, basis = PrivateBases(cluster, max_bytes=SIZE), small_basis()
     await store_own(cluster, own, basis)
     await own.use("t1", basis.basis_id, "a", deletion_count=0)
     assert await own.release("t1", "a", deletion_count=1) == [basis.basis_id]

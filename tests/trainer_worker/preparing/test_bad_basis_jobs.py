@@ -20,7 +20,7 @@ from tessera.chat.chat_format import ChatFormat
 from tessera.model.base_model import BaseModel
 from tessera.queue.client import Job, JobQueue, JobSpec, JobStatus
 from tessera.store.bases import BasisStore
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.trainer_worker.conftest import DATA
 from tests.trainer_worker.world import TENANT, World
 from tests.waiting import wait_until
@@ -44,7 +44,7 @@ async def refused(world: World, content: bytes, *, method: str = "lora_sb", rank
     async with world.worker(max_resident_jobs=1):
         job = await wait_until(final, 60)
     assert (job.status, job.attempt) == (JobStatus.FAILED, 1)
-    assert await OwnBases(world.redis, max_bytes=2**40).of_tenant(TENANT) == {}
+    assert await PrivateBases(world.redis, max_bytes=2**40).of_tenant(TENANT) == {}
     assert await BasisStore(world.redis).list() == []
     assert job.error is not None
     return str(job.error["message"])

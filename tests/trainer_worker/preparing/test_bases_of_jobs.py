@@ -18,7 +18,7 @@ from tessera.queue.leases import JobLeases
 from tessera.redis import keys
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.job_checks import check_queue, expire_lease
 from tests.trainer_worker.conftest import DATA
 from tests.trainer_worker.world import TENANT, World, messages
@@ -39,7 +39,7 @@ class Bases:
 
     def __init__(self, redis: Redis) -> None:
         self.store = BasisStore(redis)
-        self.own = OwnBases(redis, max_bytes=2**40)
+        self.own = PrivateBases(redis, max_bytes=2**40)
         self.holds = BasisHolds(redis, self.own)
 
 

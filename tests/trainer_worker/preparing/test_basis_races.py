@@ -26,7 +26,7 @@ from tessera.store.adapter_records import AdapterVersion
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.stepping import Gate, Stepped, SteppedRedis
 from trainer_worker.common.job_basis import JobBasis
 from trainer_worker.common.model_lock import ModelLock
@@ -51,7 +51,7 @@ class Worker:
         self.gate = Gate()
         self.gate.is_open = not gated
         self.redis = SteppedRedis(redis, self.gate)
-        self.own, self.store = OwnBases(self.redis, max_bytes=max_bytes), BasisStore(self.redis)
+        self.own, self.store = PrivateBases(self.redis, max_bytes=max_bytes), BasisStore(self.redis)
         self.holds = BasisHolds(self.redis, self.own)
         adapters = AdapterStore(self.redis)
         self.publisher = Publisher(adapters, self.own, dtype=torch.float16, base_model_id=base.model_id)
@@ -217,7 +217,7 @@ async def test_a_result_is_published_although_its_twin_is_just_failing(redis: Re
     async def begin(race: Race) -> Any:
         ownership = await race.free.holds.reserve(TENANT, made.basis.manifest, "ftjob-a")
         assert ownership is not None
-        await race.free.store.put_own(made.basis, ownership)
+        await race.free.store.put_private(made.basis, ownership)
         return race.first.dedicated.publish(job_of("b"), made), race.other.holds.let_go(TENANT, "ftjob-a")
 
     async def check(race: Race, outcome: Any) -> None:
@@ -242,7 +242,7 @@ async def test_what_cannot_be_published_does_not_take_the_basis_from_its_namesak
     async def begin(race: Race) -> Any:
         ownership = await race.free.holds.reserve(TENANT, basis.manifest, "ftjob-b")
         assert ownership is not None
-        await race.free.store.put_own(basis, ownership)
+        await race.free.store.put_private(basis, ownership)
         good = Adapter(basis.basis_id, torch.ones(2, 2, 2))
         return race.first.publisher.publish(job_of("b"), good), publish_overflowing(race.other)
 

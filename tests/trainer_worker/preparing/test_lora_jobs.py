@@ -19,7 +19,7 @@ from tessera.queue.client import Job, JobSpec, JobStatus
 from tessera.settings import CommonSettings
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.job_checks import check_queue
 from tests.trainer_worker.conftest import random_examples
 from tests.trainer_worker.world import TENANT, World, messages
@@ -41,8 +41,8 @@ def world(redis: Redis, tiny: BaseModel, chat: ChatFormat, tmp_path: Path) -> Wo
 
 
 @pytest.fixture
-def own(redis: Redis) -> OwnBases:
-    return OwnBases(redis, max_bytes=CommonSettings().max_own_basis_bytes)
+def own(redis: Redis) -> PrivateBases:
+    return PrivateBases(redis, max_bytes=CommonSettings().max_own_basis_bytes)
 
 
 async def stored(world: World, name: str) -> bytes:
@@ -51,7 +51,7 @@ async def stored(world: World, name: str) -> bytes:
     return blob
 
 
-async def test_lora_and_core_jobs_train_side_by_side(world: World, own: OwnBases) -> None:
+async def test_lora_and_core_jobs_train_side_by_side(world: World, own: PrivateBases) -> None:
     whole = {"epochs": 1, "lines": 10, "early_stopping": {"patience": None}}
     alone = await world.submit(adapter_id="alone", **whole)
     async with world.worker(max_resident_jobs=1):
@@ -123,7 +123,7 @@ async def test_a_paused_job_goes_on_from_what_it_took_off_the_weights(world: Wor
     await check_queue(world.redis)
 
 
-async def test_what_ends_without_a_version_leaves_no_basis(world: World, own: OwnBases) -> None:
+async def test_what_ends_without_a_version_leaves_no_basis(world: World, own: PrivateBases) -> None:
     cancelled = await world.submit(epochs=50, method="lora", **LORA)
     async with world.worker(max_resident_jobs=1):
         await world.under_way(cancelled)
@@ -146,7 +146,7 @@ async def test_what_ends_without_a_version_leaves_no_basis(world: World, own: Ow
 
 
 async def test_two_jobs_do_not_train_for_one_place(
-    world: World, own: OwnBases, monkeypatch: pytest.MonkeyPatch
+    world: World, own: PrivateBases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for one result: the second order fails before it trains, the first gets what it was promised."""
     monkeypatch.setenv("TESSERA_MAX_OWN_BASIS_BYTES", "200000")
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_form_or_a_spoiled_one_is_refused(small: BaseMod
 
 
 async def test_a_second_attempt_that_trained_otherwise_publishes_nothing(
-    redis: Redis, small: BaseModel, own: OwnBases, world: World
+    redis: Redis, small: BaseModel, own: PrivateBases, world: World
 ) -> None:
     bases, holds = BasisStore(redis), BasisHolds(redis, own)
     publisher = Publisher(world.adapters, own, dtype=torch.float16, base_model_id=small.model_id)

@@ -20,7 +20,7 @@ from tessera.queue.leases import JobLeases
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.service.conftest import MakeApp, client_of, publish, small_basis
 from tests.service.http.test_auth import as_tenant, keys_file  # noqa: F401 - a fixture
 from tests.service.sse import DONE, parse
@@ -36,14 +36,14 @@ class Owned:
 
     def __init__(self, redis: Redis) -> None:
         self.bases = BasisStore(redis)
-        self.own = OwnBases(redis, max_bytes=2**40)
+        self.own = PrivateBases(redis, max_bytes=2**40)
         self.holds = BasisHolds(redis, self.own)
 
     async def put(self, tenant: str = DEFAULT_TENANT, *, job_id: str = "") -> Basis:
         basis = small_basis()
         ownership = await self.own.reserve(tenant, basis.manifest)
         assert ownership is not None
-        await self.bases.put_own(basis, ownership)
+        await self.bases.put_private(basis, ownership)
         if job_id:
             await self.holds.hold(tenant, basis.basis_id, job_id)
         return basis

@@ -23,7 +23,7 @@ from tessera.redis import keys
 from tessera.redis.client import connect
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore, ensure_basis
-from tessera.store.ownership import OwnBases
+from tessera.store.ownership import PrivateBases
 from tests.tessera.methods.matrices import small_model
 
 RECIPE = {"method": "loram", "rank": 4, "target_modules": ["q_proj", "down_proj"]}
@@ -78,11 +78,11 @@ async def test_a_quota_counts_what_is_stored(redis: Redis, small: BaseModel) -> 
     basis = build_basis(small, **RECIPE, rule="core")
     size = basis.manifest.stored_bytes
     assert size == len(basis.manifest.to_json())
-    own, store = OwnBases(redis, max_bytes=size), BasisStore(redis)
+    own, store = PrivateBases(redis, max_bytes=size), BasisStore(redis)
 
     ownership = await own.reserve("anna", basis.manifest)
     assert ownership is not None
-    await store.put_own(basis, ownership)
+    await store.put_private(basis, ownership)
 
     assert await own.of_tenant("anna") == {basis.basis_id: size}
     assert await stored_parts(redis, basis.basis_id) == {"manifest", "owners"}
