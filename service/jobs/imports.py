@@ -15,11 +15,11 @@ from torch import Tensor
 from tessera.errors import BasisDeleted, NotFound, TesseraError, Unavailable
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import ModuleShape
-from tessera.formats.single_adapter import Dedicated
+from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.base_model import model_name
 from tessera.model.layout import linear_shapes
 from tessera.peft.exporting import PeftFiles
-from tessera.peft.importing import PeftLora, core_in, read_peft, to_dedicated
+from tessera.peft.importing import PeftLora, core_in, read_peft, to_single_adapter
 from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.bases import BasisStore
 from tessera.store.ownership import PrivateBases
@@ -73,7 +73,7 @@ class Imports:
             if adapter is not None:
                 with contextlib.suppress(BasisDeleted):  # since it was read: the LoRA gets one of its own
                     return await self._publish(target, adapter, self._dtype, deletion_count)
-            stored = await asyncio.to_thread(to_dedicated, lora, model_id=target.model_id)
+            stored = await asyncio.to_thread(to_single_adapter, lora, model_id=target.model_id)
             for _ in range(MAX_DELETIONS):
                 with contextlib.suppress(BasisDeleted):
                     return await self._in_private_basis(target, stored, deletion_count)
@@ -95,7 +95,7 @@ class Imports:
         return None if R is None else Adapter(basis.basis_id, R, metadata)
 
     async def _in_private_basis(
-        self, target: ImportTarget, stored: Dedicated, deletion_count: int
+        self, target: ImportTarget, stored: SingleAdapter, deletion_count: int
     ) -> AdapterVersion:
         """Raises `BasisDeleted` if the basis went before the adapter was in it: its owner deleted it, or the
         import of the same LoRA by another process failed. Nothing is left then, and it can be tried again.

@@ -39,14 +39,14 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Dedicated:
+class SingleAdapter:
     """A basis and the one adapter that lives in it."""
 
     basis: Basis
     adapter: Adapter
 
 
-def make_dedicated(
+def make_single_adapter(
     changes: Mapping[ModuleShape, LowRank],
     *,
     model_id: str,
@@ -54,7 +54,7 @@ def make_dedicated(
     recipe: dict[str, Any],
     metadata: dict[str, Any],
     dtype: str = "float32",
-) -> Dedicated:
+) -> SingleAdapter:
     """The basis, of `stored_rank`, and its adapter. metadata: of the adapter.
 
     dtype: of the stored factors; R is float32. Equal changes give equal bytes on one machine. Raises
@@ -75,7 +75,7 @@ def make_dedicated(
     basis = make_basis(model_id=model_id, method=method, factors=orthonormal, recipe=recipe, dtype=dtype)
     # make_basis may turn the sign of a column; the fold follows it.
     R = basis.fold(torch.stack(cores)).float().contiguous()
-    return Dedicated(basis, Adapter(basis.basis_id, R, metadata))
+    return SingleAdapter(basis, Adapter(basis.basis_id, R, metadata))
 
 
 def stored_rank(changes: Mapping[ModuleShape, LowRank]) -> int:

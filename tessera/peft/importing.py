@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis, ModuleShape
-from tessera.formats.single_adapter import Dedicated, LowRank, make_dedicated, stored_rank
+from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter, stored_rank
 from tessera.peft.config import CODE, CONFIG_NAME, MLX_ADVICE, MODEL_NAME, PeftConfig, parse_config, printable
 
 #: What the manifest of an imported basis calls its method.
@@ -114,10 +114,10 @@ def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -
     return PeftLora(changes, settings.base_model, label if isinstance(label, str) else None)
 
 
-def to_dedicated(lora: PeftLora, *, model_id: str) -> Dedicated:
+def to_single_adapter(lora: PeftLora, *, model_id: str) -> SingleAdapter:
     """The LoRA as a basis of its own with its adapter. Raises `InvalidInput`."""
     provenance: dict[str, Any] = {"source": "peft", "base_model": lora.base_model, "rank": lora.rank}
-    return make_dedicated(
+    return make_single_adapter(
         lora.changes, model_id=model_id, method=METHOD, recipe=provenance, metadata=provenance,
         dtype=lora.storage_dtype,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from tessera.errors import NotFound
-from tessera.formats.single_adapter import Dedicated
+from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job
 from tessera.store.adapter_records import AdapterVersion
@@ -35,13 +35,13 @@ class DedicatedPublisher:
         self._base, self._publisher = base, publisher
         self._adapters, self._bases, self._holds = adapters, bases, holds
 
-    def make(self, run: LoraRun, job: Job) -> Dedicated:
+    def make(self, run: LoraRun, job: Job) -> SingleAdapter:
         """The best state of a run, with its provenance. Takes a QR of every module's factors."""
         made = dedicated(self._base, run, dtype=storage_dtype(self._base))
         metadata = reports.provenance(run, job, METHOD) | {"form": LORA, "preset": run.factors.preset.name}
-        return Dedicated(made.basis, replace(made.adapter, metadata=metadata))
+        return SingleAdapter(made.basis, replace(made.adapter, metadata=metadata))
 
-    async def publish(self, job: Job, made: Dedicated) -> AdapterVersion:
+    async def publish(self, job: Job, made: SingleAdapter) -> AdapterVersion:
         """The job's one version. Repeating it changes nothing, also where another attempt has published: what
         that trained counts, and nothing is stored beside it.
 

@@ -24,11 +24,11 @@ from service.jobs.imports import Imports, ImportTarget
 from tessera.errors import AdapterDeleted, NotFound, QuotaExceeded
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis, ModuleShape, make_basis
-from tessera.formats.single_adapter import Dedicated
+from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.base_model import BUNDLED_MODEL
 from tessera.model.layout import linear_shapes
 from tessera.peft.exporting import PeftFiles, to_peft
-from tessera.peft.importing import read_peft, to_dedicated
+from tessera.peft.importing import read_peft, to_single_adapter
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.ownership import Ownership, PrivateBases
@@ -326,10 +326,10 @@ async def test_an_import_outlives_the_end_of_another_one_of_the_same_lora(redis:
             return
 
 
-def stored_lora() -> Dedicated:
+def stored_lora() -> SingleAdapter:
     files = foreign_files()
     shapes = linear_shapes(str(BUNDLED_MODEL), revision=None)
-    return to_dedicated(read_peft(files.adapter_config, files.adapter_model, shapes), model_id=MODEL_ID)
+    return to_single_adapter(read_peft(files.adapter_config, files.adapter_model, shapes), model_id=MODEL_ID)
 
 
 async def test_a_label_of_another_base_model_is_not_believed(redis: Redis, tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from tessera.errors import InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis, ModuleShape
-from tessera.formats.single_adapter import Dedicated, LowRank, stored_rank
+from tessera.formats.single_adapter import LowRank, SingleAdapter, stored_rank
 from tessera.methods.building.losses import attached
 from tessera.model.base_model import BUNDLED_MODEL, BaseModel
 from tessera.model.layout import linear_shapes
 from tessera.peft.config import parse_config
 from tessera.peft.exporting import to_peft
-from tessera.peft.importing import core_in, read_peft, to_dedicated
+from tessera.peft.importing import core_in, read_peft, to_single_adapter
 
 PROMPT = torch.tensor([[1, 17, 250, 999, 4000, 12]])
 #: PEFT 0.21 still reads a property that transformers 5.23 deprecates.
@@ -58,7 +58,7 @@ def saved_by_peft(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[byt
     return files[0], files[1], logits
 
 
-def served_logits(base: BaseModel, stored: Dedicated) -> Tensor:
+def served_logits(base: BaseModel, stored: SingleAdapter) -> Tensor:
     with torch.no_grad(), attached(base, stored.basis, stored.adapter.R):
         logits: Tensor = base.model(PROMPT).logits
     return logits
@@ -119,7 +119,7 @@ def test_logits_are_those_of_peft(
     dtype, options = CASES[case]
     config, model, expected = saved_by_peft(tmp_path, dtype, **options)
     lora = read_peft(config, model, shapes)
-    stored = to_dedicated(lora, model_id=tiny.model_id)
+    stored = to_single_adapter(lora, model_id=tiny.model_id)
     sides = {shape: min(shape.d_in, shape.d_out) for shape in lora.changes}
     ranks = {shape: min(change.rank, sides[shape]) for shape, change in lora.changes.items()}
     assert stored.basis.rank == max(ranks.values())
@@ -134,12 +134,12 @@ def test_logits_are_those_of_peft(
             room = min(len(X), sides[shape])
             torch.testing.assert_close(X[:room] @ X[:room].T, torch.eye(room).double(), rtol=0, atol=5e-3)
             assert not X[room:].any()
-    assert to_dedicated(lora, model_id=tiny.model_id).basis.basis_id == stored.basis.basis_id
+    assert to_single_adapter(lora, model_id=tiny.model_id).basis.basis_id == stored.basis.basis_id
 
 
 def test_an_untrained_lora_changes_nothing(tiny: BaseModel, shapes: dict[str, ModuleShape]) -> None:
     """B = 0: the basis is filled up with directions that nothing uses."""
-    stored = to_dedicated(read_peft(*files(), shapes), model_id=tiny.model_id)
+    stored = to_single_adapter(read_peft(*files(), shapes), model_id=tiny.model_id)
     assert not stored.adapter.R.any()
     with torch.no_grad():
         expected = tiny.model(PROMPT).logits

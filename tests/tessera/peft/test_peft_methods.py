@@ -15,7 +15,7 @@ from tessera.errors import InvalidInput
 from tessera.formats.basis import ModuleShape
 from tessera.methods.building.losses import attached
 from tessera.model.base_model import BaseModel
-from tessera.peft.importing import read_peft, to_dedicated
+from tessera.peft.importing import read_peft, to_single_adapter
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 2]])
 TARGETS = ["q_proj", "v_proj"]
@@ -93,7 +93,7 @@ def test_what_save_as_lora_converts_is_imported_with_the_same_logits(tmp_path: P
     files = [tmp_path / "lora" / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     served = BaseModel("base", "0" * 64, base())
     lora = read_peft(*(file.read_bytes() for file in files), shapes())
-    stored = to_dedicated(lora, model_id=served.model_id)
+    stored = to_single_adapter(lora, model_id=served.model_id)
     with attached(served, stored.basis, stored.adapter.R):
         found = logits(served.model)
     assert (expected - logits(base())).abs().max() > 0.01

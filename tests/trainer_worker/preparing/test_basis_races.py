@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from tessera.errors import BasisDeleted, Conflict, InvalidInput, NotFound, TesseraError
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import ModuleShape
-from tessera.formats.single_adapter import Dedicated, LowRank, make_dedicated
+from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
 from tessera.model.base_model import LLAMA_LINEARS, BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus
 from tessera.redis import keys
@@ -204,10 +204,10 @@ async def test_a_basis_named_by_its_id_is_held_or_gone(redis: Redis, tiny: BaseM
     await run_all(redis, tiny, begin, check)
 
 
-def trained() -> Dedicated:
+def trained() -> SingleAdapter:
     shapes = [ModuleShape(f"layers.{i}.q_proj", 8, 8) for i in range(2)]
     changes = {shape: LowRank(torch.eye(2, 8), torch.ones(8, 2)) for shape in shapes}
-    return make_dedicated(changes, model_id="m", method="lora", recipe={}, metadata={})
+    return make_single_adapter(changes, model_id="m", method="lora", recipe={}, metadata={})
 
 
 async def test_a_result_is_published_although_its_twin_is_just_failing(redis: Redis, tiny: BaseModel) -> None:

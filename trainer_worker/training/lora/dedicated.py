@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tessera.formats.single_adapter import Dedicated, LowRank, make_dedicated
+from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
 from tessera.methods.bases import CalibrationSet
 from tessera.model.base_model import LLAMA_LINEARS, BaseModel
 from tessera.queue.records import Job
@@ -41,7 +41,7 @@ def train_lora(
     calibration: CalibrationSet | None = None,
     token_budget: int = 2048,
     on_update: Callable[[RunUpdate], None] | None = None,
-) -> tuple[Dedicated, LoraRun]:
+) -> tuple[SingleAdapter, LoraRun]:
     """Train one run of a LoRA form to its end; what was best on the validation data, as basis and adapter.
 
     calibration: for the forms that start from data; the training examples, if not given. Raises
@@ -62,7 +62,7 @@ def train_lora(
 
 def dedicated(
     base: BaseModel, run: LoraRun, *, packed: Tensor | None = None, dtype: str = "float32"
-) -> Dedicated:
+) -> SingleAdapter:
     """The run's best factors, or those of `packed` [2, P], as a basis of their own and its adapter."""
     factors = run.factors
     changes = {}
@@ -80,7 +80,7 @@ def dedicated(
         "steps": run.progress.step,
         "valid_loss": run.progress.best_valid_loss,
     }
-    return make_dedicated(
+    return make_single_adapter(
         changes, model_id=base.model_id, method=METHOD, metadata=metadata, dtype=dtype,
         recipe={**factors.recipe, "learning_rate": run.plan.learning_rate},
     )  # fmt: skip

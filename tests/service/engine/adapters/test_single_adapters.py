@@ -12,7 +12,7 @@ import torch
 from service.engine.adapters.resident_bases import OWN_BASIS_SLOTS
 from tessera.formats.adapter import Adapter, AdapterRef
 from tessera.formats.basis import Basis, ModuleShape
-from tessera.formats.single_adapter import LowRank, make_dedicated
+from tessera.formats.single_adapter import LowRank, make_single_adapter
 from tessera.model.base_model import LLAMA_LINEARS, iter_target_modules
 from tests.service.engine.driver import GREEDY, Answer, Driver
 from tests.service.engine.models import Served
@@ -31,7 +31,7 @@ def plain_lora(served: Served, seed: int) -> tuple[Basis, Adapter]:
         A = torch.randn(rank, shape.d_in, generator=generator) / shape.d_in**0.5
         B = torch.randn(shape.d_out, rank, generator=generator)
         changes[shape] = LowRank(A, B, 0.3)
-    made = make_dedicated(
+    made = make_single_adapter(
         changes, model_id=served.base.model_id, method="peft", recipe={"is_own": True}, metadata={}
     )
     return made.basis, made.adapter
@@ -139,7 +139,7 @@ def test_a_lora_of_a_rank_beyond_a_modules_smaller_side_is_served_exactly(
         changes[shape] = LowRank(A, B, 0.5)
         merged.get_submodule(name).weight.data += 0.5 * B @ A
     assert any(change.rank > min(shape.d_in, shape.d_out) for shape, change in changes.items())
-    made = make_dedicated(changes, model_id=served.base.model_id, method="peft", recipe={}, metadata={})
+    made = make_single_adapter(changes, model_id=served.base.model_id, method="peft", recipe={}, metadata={})
     narrow = min(min(shape.d_in, shape.d_out) for shape in changes)
     assert made.basis.rank > narrow
 
