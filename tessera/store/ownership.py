@@ -60,7 +60,7 @@ class PrivateBases:
         nothing has changed then.
         """
         basis_id = manifest.basis_id
-        if await self._is_everybodys(basis_id):
+        if await self._is_shared(basis_id):
             return None
         # The number of modules goes with the token, so that a deletion finds those of a half-written basis.
         token = await self._claim(
@@ -91,7 +91,7 @@ class PrivateBases:
         deletion_count: the one that the publish will be checked against. A basis that is everybody's needs no
         note. Raises `BasisDeleted`.
         """
-        if await self._is_everybodys(basis_id):
+        if await self._is_shared(basis_id):
             return
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
         if not await ownership_scripts.USE(
@@ -153,7 +153,7 @@ class PrivateBases:
         if owners and not {tenant.encode(), EVERYBODY.encode()} & set(owners):
             raise basis_not_found(basis_id)
 
-    async def _is_everybodys(self, basis_id: str) -> bool:
+    async def _is_shared(self, basis_id: str) -> bool:
         with translate_errors():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.exists(keys.basis_manifest(basis_id))

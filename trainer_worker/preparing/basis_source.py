@@ -80,7 +80,7 @@ class BasisSource:
             await self._bases.manifest(basis.basis_id)  # what another job is building again is not there yet
             return JobBasis(basis, "stored")
         recipe = self._recipe(job.spec)
-        if is_everybodys(job.spec, self._target_modules):
+        if is_shared(job.spec, self._target_modules):
             found = await self._everybodys(attempt, recipe)
         else:
             found = await self._tenants(attempt, recipe, calibration)
@@ -202,7 +202,7 @@ def _source_key(spec: JobSpec, calibration: Calibration | None) -> str:
     )
 
 
-def is_everybodys(spec: JobSpec, target_modules: Sequence[str]) -> bool:
+def is_shared(spec: JobSpec, target_modules: Sequence[str]) -> bool:
     """Whether the basis follows from the base model, a method and a rank alone."""
     has_default_targets = spec.target_modules is None or tuple(spec.target_modules) == tuple(target_modules)
     return spec.calibration is None and not spec.basis_options and has_default_targets

@@ -223,8 +223,8 @@ async def test_a_late_writer_writes_nothing(redis: Redis, own: PrivateBases) -> 
 class JustTooEarly(PrivateBases):
     """Looks whether a basis is everybody's just before it becomes so."""
 
-    async def _is_everybodys(self, basis_id: str) -> bool:
-        is_so = await super()._is_everybodys(basis_id)
+    async def _is_shared(self, basis_id: str) -> bool:
+        is_so = await super()._is_shared(basis_id)
         await BasisStore(self._redis).put(small_basis())
         return is_so
 
