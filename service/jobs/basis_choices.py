@@ -101,7 +101,7 @@ class BasisChoices:
         )
         if recipe.calibration is not None or recipe.options or recipe.target_modules is not None:
             sha256 = "" if recipe.calibration is None or data is None else data.sha256
-            await self._check_recipe_room(tenant, choice, recipe, sha256, shapes)
+            await self._check_recipe_quota(tenant, choice, recipe, sha256, shapes)
         return choice
 
     async def file(
@@ -136,17 +136,18 @@ class BasisChoices:
             raise InvalidInput(error.message, param=recipe.names.rank) from error
         return found
 
-    async def check_room(
+    async def check_quota(
         self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
     ) -> None:
-        """Raises `QuotaExceeded` if the caller has no room for such a basis."""
+        """Raises `QuotaExceeded` if such a basis would exceed the quota of the caller."""
         size = item_bytes * rank * sum(shape.d_in + shape.d_out for shape in shapes)
-        await self._holds.check_room(tenant, size)
+        await self._holds.check_quota(tenant, size)
 
-    async def _check_recipe_room(
+    async def _check_recipe_quota(
         self, tenant: str, choice: BasisChoice, recipe: RecipeRequest, sha256: str, shapes: list[ModuleShape]
     ) -> None:
-        """The basis will be the caller's own; if it was built before from the same data, it needs no room."""
+        """The basis will be the caller's own; if it was built before from the same data, it needs no
+        quota."""
         key = source_key(
             choice.method,
             choice.rank,
@@ -160,6 +161,6 @@ class BasisChoices:
         if not find_method(choice.method).stores_factors(choice.options):
             return
         try:
-            await self.check_room(tenant, choice.rank, shapes)
+            await self.check_quota(tenant, choice.rank, shapes)
         except QuotaExceeded as error:
             raise QuotaExceeded(error.message, param=recipe.names.method, code=error.code) from error

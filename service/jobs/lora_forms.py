@@ -42,7 +42,7 @@ async def lora_choice(
         why = "" if stored_rank == rank else f"; {preset.name} is stored at rank {stored_rank}"
         raise InvalidInput(f"{error.message}{why}", param=error.param) from error
     try:
-        await choices.check_room(tenant, stored_rank, shapes, item_bytes=LEAST_ITEM_BYTES)
+        await choices.check_quota(tenant, stored_rank, shapes, item_bytes=LEAST_ITEM_BYTES)
     except QuotaExceeded as error:
         raise QuotaExceeded(error.message, param="adapter.form", code=error.code) from error
     return BasisChoice(

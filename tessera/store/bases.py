@@ -131,7 +131,7 @@ class BasisStore:
                 await self._redis.hset(keys.basis_owners(basis_id), EVERYBODY, "")
 
     async def put_private(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
-        """Store a basis that `PrivateBases.reserve` gave this ownership of. No list shows it, no disk keeps it.
+        """Store a private basis, owned by `PrivateBases.reserve`. No list shows it and no disk keeps it.
 
         step: [M, r, r], what `build_basis_and_step` found with it. Raises `BasisDeleted` if that ownership
         has ended; nothing of this call is left then.

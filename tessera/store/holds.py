@@ -20,7 +20,7 @@ from tessera.formats.basis import BasisManifest
 from tessera.queue.records import OWN_DATA, JobStatus
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
-from tessera.store.ownership import Ownership, PrivateBases, basis_not_found
+from tessera.store.ownership import Ownership, PrivateBases, basis_not_found, quota_exceeded
 
 _JOB, _PIN = "job:", "pin:"
 #: A hold is never deleted like an adapter, so its deletion count is 0 while it lasts and 1 when it ends.
@@ -81,7 +81,7 @@ class BasisHolds:
         manifest: BasisManifest,
         job_id: str,
         *,
-        room_id: str = "",
+        reservation_id: str = "",
         recipe_keys: Sequence[str] = (),
     ) -> Ownership | None:
         """`PrivateBases.reserve`, and hold the basis for the job in the same step: equal bytes may belong to
@@ -89,20 +89,24 @@ class BasisHolds:
         return await self._private_bases.reserve(
             tenant,
             manifest,
-            room_id=room_id,
+            reservation_id=reservation_id,
             user=_JOB + job_id,
             deletion_count=_HELD,
             recipe_keys=recipe_keys,
         )
 
-    async def keep_room(self, tenant: str, room_id: str, num_bytes: int, job_id: str) -> None:
-        """Keep room for the job's result until the job has ended. Raises `QuotaExceeded`."""
+    async def reserve_quota(self, tenant: str, reservation_id: str, num_bytes: int, job_id: str) -> None:
+        """Reserve quota for the job's result until the job has ended. Raises `QuotaExceeded`."""
         user = _JOB + job_id
         try:
-            await self._private_bases.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
+            await self._private_bases.reserve_quota(
+                tenant, reservation_id, num_bytes, user=user, deletion_count=_HELD
+            )
         except QuotaExceeded:
             await self.drop_stale(tenant)
-            await self._private_bases.keep_room(tenant, room_id, num_bytes, user=user, deletion_count=_HELD)
+            await self._private_bases.reserve_quota(
+                tenant, reservation_id, num_bytes, user=user, deletion_count=_HELD
+            )
 
     async def hold(self, tenant: str, basis_id: str, job_id: str) -> None:
         """Keep the basis for a job. One that is everybody's needs none. Raises `BasisDeleted`."""
@@ -129,18 +133,15 @@ class BasisHolds:
                 message = f"basis {basis_id} is needed by {len(users)} adapter(s) or job(s): {shown}"
                 raise Conflict(message, code="basis_in_use", param="basis_id")
 
-    async def check_room(self, tenant: str, num_bytes: int) -> None:
+    async def check_quota(self, tenant: str, num_bytes: int) -> None:
         """Raises `QuotaExceeded` if the tenant may not own a basis of this size beside its others."""
-        if await self._excess(tenant, num_bytes) <= 0:
+        max_bytes = self._private_bases.max_bytes
+        if await self._owned_bytes(tenant) + num_bytes <= max_bytes:
             return
         await self.drop_stale(tenant)
-        if await self._excess(tenant, num_bytes) > 0:
-            used = sum((await self._private_bases.of_tenant(tenant)).values())
-            raise QuotaExceeded(
-                f"a basis of {num_bytes} bytes and the {used} bytes of your other bases exceed "
-                f"{self._private_bases.max_bytes} bytes; delete bases, or adapters that have bases of their own",
-                param="adapter.basis",
-            )
+        owned_bytes = await self._owned_bytes(tenant)
+        if owned_bytes + num_bytes > max_bytes:
+            raise quota_exceeded(num_bytes, owned_bytes, max_bytes, param="adapter.basis")
 
     async def drop_stale(self, tenant: str) -> None:
         """Drop the holds of jobs that have ended without letting go: their workers died."""
@@ -157,9 +158,5 @@ class BasisHolds:
             status: Any = await self._redis.hget(keys.job_record(job_id), "status")
         return status is None or JobStatus(status.decode()).is_final
 
-    async def _excess(self, tenant: str, num_bytes: int) -> int:
-        return (
-            sum((await self._private_bases.of_tenant(tenant)).values())
-            + num_bytes
-            - self._private_bases.max_bytes
-        )
+    async def _owned_bytes(self, tenant: str) -> int:
+        return sum((await self._private_bases.of_tenant(tenant)).values())

@@ -47,17 +47,17 @@ class PrivateBases:
         tenant: str,
         manifest: BasisManifest,
         *,
-        room_id: str = "",
+        reservation_id: str = "",
         user: str = "",
         deletion_count: int = 0,
         recipe_keys: Sequence[str] = (),
     ) -> Ownership | None:
         """Make the tenant an owner, before the factors are written. None: it is stored and everybody's.
 
-        room_id: of `keep_room`; the basis takes that room. user: a name that uses the basis (as with `use`)
-        from the same moment on, so that no release of another user's deletes it in between. recipe_keys:
-        names under which `BasisHolds.find` finds it. Repeating it changes nothing. Raises `QuotaExceeded`;
-        nothing has changed then.
+        reservation_id: that of an earlier `reserve_quota`, whose bytes the basis takes over. user: a name
+        that uses the basis (as with `use`) from the same moment on, so that no release of another user
+        deletes it in between. recipe_keys: names under which `BasisHolds.find` finds it. Repeating it changes
+        nothing. Raises `QuotaExceeded`; nothing has changed then.
         """
         basis_id = manifest.basis_id
         if await self._is_shared(basis_id):
@@ -65,7 +65,7 @@ class PrivateBases:
         # The number of modules goes with the token, so that a deletion finds those of a half-written basis.
         token = await self._claim(
             tenant, basis_id, manifest.stored_bytes, f"{secrets.token_hex(8)}.{len(manifest.modules)}",
-            room_id, user, deletion_count, *recipe_keys,
+            reservation_id, user, deletion_count, *recipe_keys,
         )  # fmt: skip
         names = [keys.basis_owners(basis_id), keys.basis_manifest(basis_id)]
         if await ownership_scripts.OWN(self._redis, keys=names, args=[tenant, token]):
@@ -76,14 +76,16 @@ class PrivateBases:
             await self.discard(tenant, basis_id)
         return None
 
-    async def keep_room(
-        self, tenant: str, room_id: str, num_bytes: int, *, user: str = "", deletion_count: int = 0
+    async def reserve_quota(
+        self, tenant: str, reservation_id: str, num_bytes: int, *, user: str = "", deletion_count: int = 0
     ) -> None:
         """Count a basis that is yet to be made, under an id that no basis has, until that is released.
 
         It is used and released like a basis. Repeating it changes nothing. Raises `QuotaExceeded`.
         """
-        await self._claim(tenant, room_id, num_bytes, f"{secrets.token_hex(8)}.0", "", user, deletion_count)
+        await self._claim(
+            tenant, reservation_id, num_bytes, f"{secrets.token_hex(8)}.0", "", user, deletion_count
+        )
 
     async def use(self, tenant: str, basis_id: str, adapter_id: str, *, deletion_count: int) -> None:
         """Note, before it is published, that a version of the adapter is in this basis.
@@ -169,10 +171,7 @@ class PrivateBases:
             args=[basis_id, num_bytes, self.max_bytes, token, *more],
         )
         if isinstance(reply, int):
-            raise QuotaExceeded(
-                f"a basis of {num_bytes} bytes and the {reply} bytes of your other bases exceed "
-                f"{self.max_bytes} bytes; delete bases, or adapters that have bases of their own"
-            )
+            raise quota_exceeded(num_bytes, reply, self.max_bytes)
         return reply.decode()
 
     async def _release(self, tenant: str, basis_id: str, user: str, deletion_count: int) -> bool:
@@ -205,6 +204,16 @@ class PrivateBases:
         with translate_errors():  # the token is of an earlier release
             text: Any = await self._redis.get(keys.basis_manifest(basis_id))
         return 0 if text is None else len(BasisManifest.from_json(text).modules)
+
+
+def quota_exceeded(
+    num_bytes: int, owned_bytes: int, max_bytes: int, *, param: str | None = None
+) -> QuotaExceeded:
+    return QuotaExceeded(
+        f"a basis of {num_bytes} bytes and the {owned_bytes} bytes of your other bases exceed "
+        f"{max_bytes} bytes; delete bases, or adapters that have bases of their own",
+        param=param,
+    )
 
 
 def basis_not_found(basis_id: str) -> NotFound:

@@ -18,7 +18,7 @@ end
 """
 
 # KEYS: the tenant's bases, the users of this one, the tenant's recipes. ARGV: basis id, bytes, limit, new
-# token, id of the room that is kept for it or "", a user or "", its deletion count, the names of the basis'
+# token, id of the quota reserved for it or "", a user or "", its deletion count, the names of the basis'
 # recipe. Reply: the token in force, or the bytes owned already as a number if the limit forbids it. A recipe
 # is named in the same step, so that whoever finds no basis of it finds the room for one not taken by it, and
 # the recipes of bases that are gone are forgotten.

@@ -16,7 +16,7 @@ from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
 from trainer_worker.outcome import reports
 from trainer_worker.outcome.publication import Publisher
-from trainer_worker.training.lora.dedicated import LORA, METHOD, dedicated, room_of, storage_dtype
+from trainer_worker.training.lora.dedicated import LORA, METHOD, dedicated, reservation_id, storage_dtype
 from trainer_worker.training.lora.form import LoraRun
 
 
@@ -51,7 +51,7 @@ class DedicatedPublisher:
         if published is not None:
             return published
         ownership = await self._holds.reserve(
-            job.tenant, made.basis.manifest, job.job_id, room_id=room_of(job)
+            job.tenant, made.basis.manifest, job.job_id, reservation_id=reservation_id(job)
         )  # what fails from here on is dropped with the hold
         if ownership is not None:
             await self._bases.put_private(made.basis, ownership)

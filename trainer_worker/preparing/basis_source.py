@@ -133,7 +133,7 @@ class BasisSource:
             if held_id is not None:
                 break  # not readable, perhaps not yet; it is counted already
             try:
-                await self._check_room(job)
+                await self._check_quota(job)
                 break
             except QuotaExceeded:  # another job may have reserved this very basis since the look
                 if is_last_look:
@@ -174,10 +174,10 @@ class BasisSource:
 
         return await self._model_lock.run(work, modules=modules, on_progress=attempt.on_progress)
 
-    async def _check_room(self, job: Job) -> None:
+    async def _check_quota(self, job: Job) -> None:
         """Raises `QuotaExceeded`."""
         if find_method(job.spec.method).stores_factors(job.spec.basis_options):
-            await self._holds.check_room(job.tenant, self._size(job.spec))
+            await self._holds.check_quota(job.tenant, self._size(job.spec))
 
     def _size(self, spec: JobSpec) -> int:
         modules = iter_target_modules(self._base.model, spec.target_modules or self._target_modules)

@@ -20,7 +20,7 @@ from trainer_worker.common.model_lock import ModelLock, Progress
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData
-from trainer_worker.training.lora.dedicated import LORA, room_of, storage_dtype
+from trainer_worker.training.lora.dedicated import LORA, reservation_id, storage_dtype
 from trainer_worker.training.lora.factors import LoraFactors, form_modules, initial_factors
 from trainer_worker.training.lora.form import LoraRun
 from trainer_worker.training.plan import LoraKind, make_plan
@@ -52,7 +52,7 @@ class LoraPreparation:
         blank = self._blank_factors(spec)
         job, num_bytes = attempt.job, self._stored_bytes(blank)
         # Now, so that publishing cannot fail for lack of room.
-        await self._holds.keep_room(job.tenant, room_of(job), num_bytes, job.job_id)
+        await self._holds.reserve_quota(job.tenant, reservation_id(job), num_bytes, job.job_id)
         plan = make_plan(
             spec.hyperparameters,
             spec.early_stopping,

@@ -132,12 +132,12 @@ async def test_room_is_made_by_dropping_what_ended_jobs_held(world: World) -> No
     await JobQueue(world.redis).cancel(TENANT, dead)
     used = sum((await world.own.of_tenant(TENANT)).values())
 
-    await world.holds.check_room(TENANT, LIMIT - used)
+    await world.holds.check_quota(TENANT, LIMIT - used)
     assert await world.owned() == {kept.basis_id, left.basis_id}  # there was room
-    await world.holds.check_room(TENANT, LIMIT - used + 1)
+    await world.holds.check_quota(TENANT, LIMIT - used + 1)
     assert await world.owned() == {kept.basis_id}
     with pytest.raises(QuotaExceeded, match=f"exceed {LIMIT} bytes"):
-        await world.holds.check_room(TENANT, LIMIT)
+        await world.holds.check_quota(TENANT, LIMIT)
 
 
 def test_a_source_is_named_by_all_that_decides_its_basis() -> None:

@@ -106,22 +106,22 @@ async def test_racers_do_not_exceed_the_quota(redis: Redis, own: PrivateBases) -
     assert sum(isinstance(outcome, QuotaExceeded) for outcome in outcomes) == 4
 
 
-async def test_room_that_is_kept_is_for_the_basis_that_it_is_kept_for(
+async def test_reserved_quota_goes_to_the_basis_that_it_is_reserved_for(
     redis: Redis, own: PrivateBases
 ) -> None:
-    rooms = ["a" * 64, "b" * 64]
-    for room in (*rooms, rooms[0]):
-        await own.keep_room("t1", room, SIZE)
-        await own.use("t1", room, f"job:{room[0]}", deletion_count=0)
+    reservations = ["a" * 64, "b" * 64]
+    for reservation in (*reservations, reservations[0]):
+        await own.reserve_quota("t1", reservation, SIZE)
+        await own.use("t1", reservation, f"job:{reservation[0]}", deletion_count=0)
     bases = [small_basis(seed) for seed in range(2)]
     with pytest.raises(QuotaExceeded):
         await own.reserve("t1", bases[0].manifest)
     with pytest.raises(QuotaExceeded):
-        await own.keep_room("t1", "c" * 64, SIZE)
-    assert await own.reserve("t1", bases[0].manifest, room_id=rooms[0])
-    assert await own.release("t1", "job:a", deletion_count=1) == [rooms[0]]
-    assert set(await own.of_tenant("t1")) == {bases[0].basis_id, rooms[1]}
-    assert await own.reserve("t1", bases[1].manifest, room_id=rooms[1])
+        await own.reserve_quota("t1", "c" * 64, SIZE)
+    assert await own.reserve("t1", bases[0].manifest, reservation_id=reservations[0])
+    assert await own.release("t1", "job:a", deletion_count=1) == [reservations[0]]
+    assert set(await own.of_tenant("t1")) == {bases[0].basis_id, reservations[1]}
+    assert await own.reserve("t1", bases[1].manifest, reservation_id=reservations[1])
 
 
 async def test_equal_bytes_of_two_tenants_are_stored_once_and_stay_for_the_other(

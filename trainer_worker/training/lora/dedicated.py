@@ -92,6 +92,6 @@ def storage_dtype(base: BaseModel) -> str:
     return "float32" if base.model.dtype in (torch.float32, torch.float64) else "float16"
 
 
-def room_of(job: Job) -> str:
-    """The id of the room that is kept for the job's result."""
+def reservation_id(job: Job) -> str:
+    """The id under which quota is reserved for the result of the job."""
     return hashlib.sha256(f"room of {job.job_id}".encode()).hexdigest()
