@@ -38,8 +38,8 @@ from typing import Any
 
 import psutil
 
-from tessera.processes.child_process import start_child
 from benchmarks.report import print_table, save
+from tessera.processes.child_process import start_child
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 300.0

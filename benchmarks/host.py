@@ -32,7 +32,7 @@ from benchmarks.device_time import time_on_device
 from benchmarks.report import print_table, save
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.model.base_model import BaseModel
 
 Row = dict[str, Any]

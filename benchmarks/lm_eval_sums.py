@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.report import print_table
 from service.generation.text import TextCodec, load_text_codec
-from tessera.model.base_model import BUNDLED_MODEL
+from tessera.defaults import BUNDLED_MODEL
 
 #: Both add up float32 numbers, in a different order.
 TOLERANCE = 1e-3

@@ -28,8 +28,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput, TesseraError, Unavailable, UnsupportedModel
-from tessera.model.base_model import BUNDLED_MODEL
 from tessera.settings import CommonSettings
 
 #: Raise it when `convert` writes different files: directories with another number are made anew.

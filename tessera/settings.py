@@ -16,9 +16,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS, SELF_BUILDING
 from tessera.errors import InvalidInput
-from tessera.methods.bases import SELF_BUILDING
-from tessera.model.base_model import BUNDLED_MODEL, LLAMA_LINEARS
 
 PREFIX = "TESSERA_"
 #: Sections owned by one process each; the others pass them over.

@@ -120,7 +120,8 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="session")
 def tiny() -> BaseModel:
     """The bundled model, loaded once, float32 on the CPU. Do not modify it: deepcopy `tiny.model`."""
-    from tessera.model.base_model import BUNDLED_MODEL, load_base_model
+    from tessera.defaults import BUNDLED_MODEL
+    from tessera.model.base_model import load_base_model
 
     return load_base_model(BUNDLED_MODEL, device="cpu", dtype="float32")
 

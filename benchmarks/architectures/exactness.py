@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from benchmarks.architectures import tiny_models
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import TesseraError, UnsupportedModel
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
+from tessera.model.base_model import BaseModel, iter_target_modules
 from tests.service.engine.driver import GREEDY, Answer, Driver
 from tests.service.engine.models import svd_basis
 

@@ -31,7 +31,7 @@ from benchmarks.report import percentiles, print_table, save
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import DTYPES, BaseModel
 

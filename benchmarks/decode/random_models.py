@@ -6,9 +6,11 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, ModuleShape, make_basis
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
+from tessera.model.base_model import BaseModel, iter_target_modules
 
 _LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5}
 #: Llama 3.1 8B, Llama 3.2 1B, and what a CPU can turn.

@@ -21,10 +21,12 @@ from benchmarks.report import measure, percentiles, print_table, save
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.defaults import BUNDLED_MODEL
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.methods.bases import build_basis
-from tessera.model.base_model import BUNDLED_MODEL, BaseModel, load_base_model
+from tessera.model.base_model import BaseModel, load_base_model
 
 PROMPT_TOKENS = 64
 #: Adapters of a size that training gives: the outputs differ, the model does not break.

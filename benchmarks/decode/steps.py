@@ -11,7 +11,7 @@ import torch
 from benchmarks.device_time import time_on_device
 from service.engine.engine import Engine
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 #: Steps thrown away first: kernels are compiled and the graph is captured.
 _WARM_UP = 5

@@ -14,7 +14,7 @@ import torch
 from redis.asyncio import Redis
 
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import BasisManifest
+from tessera.formats.manifest import BasisManifest
 from tessera.redis import keys
 from tessera.store.adapters import AdapterVersion
 

@@ -11,7 +11,7 @@ import torch
 from redis.asyncio import Redis
 
 from benchmarks.load.adapters import TENANT, make_adapter
-from tessera.formats.basis import BasisManifest
+from tessera.formats.manifest import BasisManifest
 from tessera.redis import keys
 from tessera.store.adapters import AdapterStore
 

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from service.generation.text import load_text_codec
-from tessera.model.base_model import BUNDLED_MODEL
+from tessera.defaults import BUNDLED_MODEL
 
 #: Of the bundled model's directory, what is not the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.bases import METHODS
-from tessera.model.base_model import LLAMA_LINEARS
 
 #: The rate at which all methods are compared as the papers do, before anybody tunes.
 SMALL_RATE = 3e-3

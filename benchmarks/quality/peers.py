@@ -18,8 +18,9 @@ from benchmarks.quality.data import DataSet, mean_token_loss
 from benchmarks.quality.records import BuildRecord, RunRecord, shortened
 from benchmarks.quality.settings import BuildMeter, Settings
 from tessera.chat.chat_format import EncodedExample
+from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.bases import CalibrationSet
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
+from tessera.model.base_model import BaseModel, iter_target_modules
 from trainer_worker.training.data import micro_batches
 from trainer_worker.training.loss import token_losses
 from trainer_worker.training.plan import TrainingPlan

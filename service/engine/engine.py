@@ -30,7 +30,8 @@ from service.engine.steps.runner import ModelRunner
 from service.engine.trial.model_trial import install_and_try
 from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
 from tessera.errors import InvalidInput, TesseraError
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.model.rope import pin_rotations

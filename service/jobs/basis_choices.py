@@ -14,7 +14,7 @@ from typing import Any
 from service.jobs.recipes import RecipeRequest, checked_recipe
 from service.jobs.uploads import FINE_TUNE, PURPOSES
 from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.bases import find_method
 from tessera.methods.building.targets import check_rank
 from tessera.model.base_model import check_patterns, choose_targets

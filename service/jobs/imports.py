@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera.errors import BasisDeleted, NotFound, TesseraError, Unavailable
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.base_model import model_name
 from tessera.model.layout import linear_shapes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest
 from tessera.errors import InvalidInput, QuotaExceeded
-from tessera.formats.adapter import MAX_RANK
+from tessera.formats.adapter_ref import MAX_RANK
 from tessera.methods.forms import LORA_PRESETS, LoraPreset
 from tessera.queue.records import OWN_DATA
 from tessera.store.files import FileRecord

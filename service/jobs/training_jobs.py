@@ -15,7 +15,7 @@ from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.lora_forms import LORA_FORM, lora_choice
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_start, default_start
 from tessera.errors import InvalidInput
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.init import START_METHODS
 from tessera.queue.client import Job, JobQueue, JobSpec
 from tessera.redis.keys import BASIS_ID

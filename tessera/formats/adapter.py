@@ -40,46 +40,22 @@ import xxhash
 from torch import Tensor
 
 from tessera.errors import AdapterReplaced, BasisMismatch, CorruptRecord, InvalidInput, NotFound
+from tessera.formats.adapter_ref import ADAPTER_DTYPES, CHECKSUM, MAX_RANK, AdapterRef
 
 MAGIC = b"TSRA"
 FORMAT = 1
 HEADER_BYTES = 128
 _HEADER = struct.Struct("<4sHBBIIIIQ32s16s48x")
-#: Where the checksum stands in the packed form.
-CHECKSUM = slice(64, 80)
 _NO_CHECKSUM = bytes(CHECKSUM.stop - CHECKSUM.start)
 _DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 3: torch.int8}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-DTYPE_NAMES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
+DTYPE_NAMES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ADAPTER_DTYPES}
 
-#: Refused before any allocation: a forged header must not make a reader reserve memory. 512 is far above
-#: the ranks that a square core makes sense for, 16,384 modules is 2,340 layers of 7.
-MAX_RANK = 512
+#: Refused before any allocation, as ranks above MAX_RANK are. 16,384 modules is 2,340 layers of 7.
 MAX_MODULES = 16_384
 MAX_METADATA_BYTES = 64 * 1024
 
 assert _HEADER.size == HEADER_BYTES
-
-
-@dataclass(frozen=True)
-class AdapterRef:
-    """One immutable adapter version, resolved: what slots, caches and prefix keys are named by.
-
-    A version number can come again with other weights: its tombstone has expired, an older state of the store
-    was restored, or a replica took over that had not seen it. The checksum tells them apart.
-    """
-
-    tenant: str
-    adapter_id: str
-    version: int
-    basis_id: str
-    #: Of the packed form, as hex. "" stands for whatever the version holds, where no store says what that is.
-    checksum: str = ""
 
 
 def delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessera.errors import InvalidInput
-from tessera.formats.adapter import MAX_RANK, Adapter
-from tessera.formats.basis import Basis, ModuleShape, make_basis
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import MAX_RANK
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model import quantised
 from tessera.model.pretrained import load_weights
 from tessera.model.rope import pin_rotations
-
-#: The seven linear kinds of a Llama-like decoder layer: LoRA-XS, LoRA-SB and their peers adapt all of them.
-LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 #: Output heads, by any part of a name. They see only the positions that are sampled, and are often tied to
 #: the embeddings.
@@ -37,9 +35,6 @@ _HEADS = {"lm_head", "embed_out", "cls", "pred_layer"}
 _TOWERS = {"vision", "visual", "image", "audio", "speech"}
 #: What chooses experts or tokens, by any part of a name: where its scores change, choices change by jumps.
 _SELECTORS = {"gate", "router", "wg", "classifier", "shared_expert_gate", "indexer"}
-
-#: Shipped with the repository so that nothing has to be downloaded; see its README for what it can do.
-BUNDLED_MODEL = Path(__file__).parents[2] / "models" / "tiny"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import linear_layers, make_linear, model_folder
 from tessera.model.pretrained import cannot_load
 

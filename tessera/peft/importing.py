@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tessera.errors import InvalidInput
-from tessera.formats.basis import Basis, ModuleShape
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter, stored_rank
 from tessera.peft.config import CODE, CONFIG_NAME, MLX_ADVICE, MODEL_NAME, PeftConfig, parse_config, printable
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.errors import AdapterDeleted
-from tessera.formats.adapter import CHECKSUM
+from tessera.formats.adapter_ref import CHECKSUM
 from tessera.redis import keys
 from tessera.redis.client import Argument, Client, Script
 from tessera.store.adapter_records import AdapterVersion

@@ -16,7 +16,8 @@ import torch
 from redis.asyncio.cluster import RedisCluster
 
 from tessera.errors import Conflict, CorruptRecord, InvalidInput, NotFound
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import adapter_scripts

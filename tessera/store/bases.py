@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from tessera.errors import BasisDeleted, CorruptRecord, NotFound
-from tessera.formats.basis import DTYPES, Basis, BasisManifest, raw_bytes, storage_dtype
+from tessera.formats.basis import DTYPES, Basis, raw_bytes, storage_dtype
+from tessera.formats.manifest import BasisManifest
 from tessera.methods.bases import CalibrationSet, build_basis
 from tessera.methods.bases.loram import regenerate
 from tessera.model.base_model import BaseModel

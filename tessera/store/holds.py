@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tessera.errors import BasisDeleted, Conflict, QuotaExceeded
-from tessera.formats.basis import BasisManifest
+from tessera.formats.manifest import BasisManifest
 from tessera.queue.records import OWN_DATA, JobStatus
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors

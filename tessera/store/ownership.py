@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessera.errors import BasisDeleted, Conflict, NotFound, QuotaExceeded
-from tessera.formats.basis import BasisManifest
+from tessera.formats.manifest import BasisManifest
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import ownership_scripts

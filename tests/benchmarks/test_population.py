@@ -19,7 +19,8 @@ from benchmarks.population_tasks import Setting, Task, perform
 from benchmarks.population_users import Sizes, make_cast, read_files
 from benchmarks.quality.records import read_records
 from tessera.chat.chat_format import ChatFormat
-from tessera.model.base_model import BUNDLED_MODEL, BaseModel, load_base_model, load_tokenizer
+from tessera.defaults import BUNDLED_MODEL
+from tessera.model.base_model import BaseModel, load_base_model, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = [DATA / "jargon.jsonl", DATA / "devil.jsonl"]

@@ -20,7 +20,7 @@ from service.app import create_app, stores_over
 from service.engine.settings import EngineSettings
 from service.generation.text import load_text_codec
 from service.settings import ServiceSettings
-from tessera.model.base_model import BUNDLED_MODEL, LLAMA_LINEARS
+from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
 from tessera.redis import keys
 from tessera.redis.client import connect
 from tessera.settings import CommonSettings

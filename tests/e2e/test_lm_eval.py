@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lm_eval_sums import NUM_ANSWERED, TOLERANCE, Item, make_items
 from service.generation.text import load_text_codec
-from tessera.model.base_model import BUNDLED_MODEL
+from tessera.defaults import BUNDLED_MODEL
 from tests.e2e.conftest import Stack
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(300)]

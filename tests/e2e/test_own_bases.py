@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from service.generation.text import load_text_codec
-from tessera.model.base_model import BUNDLED_MODEL
+from tessera.defaults import BUNDLED_MODEL
 from tests.e2e.conftest import DATA, Stack
 from tests.waiting import HANG_S, wait_until_sync
 

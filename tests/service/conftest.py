@@ -20,9 +20,10 @@ from redis.asyncio import Redis
 from service.app import create_app, stores_over
 from service.generation.text import TextCodec, load_text_codec
 from service.settings import ServiceSettings
+from tessera.defaults import BUNDLED_MODEL
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, ModuleShape, make_basis
-from tessera.model.base_model import BUNDLED_MODEL
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
 from tests.fakes import FakeEngine

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 
 from service.engine.adapters.packed_adapter import PackedAdapter
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 
 class AdapterCache:

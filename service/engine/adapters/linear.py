@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from service.engine.adapters.slots import SlotTable
 from service.engine.kernels import adapter_delta
 from tessera.errors import BasisMismatch, UnsupportedModel
-from tessera.formats.basis import Basis, BasisManifest, ModuleShape
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import BasisManifest, ModuleShape
 from tessera.model.base_model import replace_module
 
 

@@ -14,7 +14,8 @@ from service.engine.adapters.host_cache import AdapterCache
 from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.adapters.resident_bases import ResidentBases
 from tessera.errors import BasisMismatch, TesseraError
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 
 
 class Residency:

@@ -20,7 +20,8 @@ from service.engine.adapters.packed_adapter import SlotFormat
 from service.engine.adapters.slots import SlotTable
 from service.engine.settings import EngineConfig
 from tessera.errors import BasisMismatch, InvalidInput, RequestFailed, TesseraError, UnsupportedModel
-from tessera.formats.basis import Basis, BasisManifest
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import BasisManifest
 
 #: After so many scheduling passes without place for a wanted basis, the least recently used one takes no new
 #: requests until it is idle. At 10 to 30 ms a step this is about a second: long enough for bursts to end by

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.adapters.slot_loads import SlotLoads
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 BASE_SLOT = 0
 

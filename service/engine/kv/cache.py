@@ -9,6 +9,8 @@ Knows nothing of who holds which block.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,8 +53,8 @@ class PagedKV:
         ):  # layers of one shape share a tensor, cleared by one operation
             layers = [index for index, other in enumerate(self.shapes) if other == shape]
             size = (len(layers), num_blocks + 1, shape.num_kv_heads, block_size)
-            K = torch.zeros(*size, shape.key_dim, device=device, dtype=dtype)
-            V = torch.zeros(*size, shape.value_dim, device=device, dtype=dtype)
+            K = _zeros((*size, shape.key_dim), device=device, dtype=dtype)
+            V = _zeros((*size, shape.value_dim), device=device, dtype=dtype)
             self._stacks += [K, V]
             for place, index in enumerate(layers):
                 self._K[index], self._V[index] = K[place], V[place]
@@ -106,3 +108,13 @@ class PagedKV:
         """Where `read` finds each head's blocks. table: int64 [n, blocks each], padded with block 0."""
         heads = torch.arange(num_kv_heads, device=table.device)[:, None]
         return table[:, None, :] * num_kv_heads + heads
+
+
+def _zeros(size: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros. On a CPU its pages take no memory before they are written: `torch.zeros` would write
+    them all, 268 MB for an engine that has not answered anything."""
+    num_bytes = math.prod(size) * dtype.itemsize
+    if device.type != "cpu" or num_bytes == 0:
+        return torch.zeros(*size, device=device, dtype=dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*size)

@@ -13,7 +13,7 @@ from typing import Any
 
 from service.engine.adapters.packed_adapter import PackedAdapter
 from tessera.errors import TesseraError
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 Found = PackedAdapter | TesseraError
 

@@ -30,7 +30,7 @@ from service.engine.process.server import EngineServer
 from service.engine.process.store_reader import StoreReader
 from service.engine.settings import EngineConfig, EngineSettings
 from tessera.errors import EngineUnavailable, InvalidInput, TesseraError, Unavailable
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel, load_base_model
 from tessera.redis.client import connect

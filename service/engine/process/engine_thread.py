@@ -21,7 +21,7 @@ from typing import Any
 from service.engine.engine import Engine
 from service.engine.wire.messages import EngineStats, TokenOutput
 from tessera.errors import RequestFailed, TesseraError
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.processes.awake import RunnableTime
 
 logger = logging.getLogger(__name__)

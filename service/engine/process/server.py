@@ -23,7 +23,7 @@ from service.engine.process.engine_thread import STATS_INTERVAL_S, Command, Engi
 from service.engine.wire import ipc
 from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
 from tessera.errors import EngineUnavailable, RequestFailed, TesseraError
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from tessera.errors import (
     TesseraError,
     Unavailable,
 )
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore

@@ -17,7 +17,7 @@ from dataclasses import astuple
 
 import numpy as np
 
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 
 def root_key(model_id: str, tenant: str, adapter: AdapterRef | None) -> bytes:

@@ -13,7 +13,7 @@ import torch
 
 from service.engine.scheduling.prefix_keys import chain_key
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenLogprobs
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 #: Stands for the last token where it has been sampled but not yet read from the device.
 PENDING = -1

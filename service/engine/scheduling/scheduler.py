@@ -25,7 +25,7 @@ from service.engine.scheduling.request import PENDING, EngineRequest
 from service.engine.scheduling.waiting_line import WaitingLine
 from service.engine.settings import EngineConfig
 from tessera.errors import EngineOverloaded, TenantOverloaded
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 #: While others run, admission leaves this share of the pool for them to grow into, or each admission would
 #: soon cost a preemption.

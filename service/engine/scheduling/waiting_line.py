@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.tenant_shares import TenantShares
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 #: Of one tenant's line so many are looked at in one pass, where those at its front wait for a slot: bounds
 #: the time of a pass (1 µs each), and what is looked at next is a step away.

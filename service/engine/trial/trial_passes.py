@@ -25,8 +25,9 @@ from service.engine.scheduling.request import EngineRequest
 from service.engine.settings import EngineConfig
 from service.engine.steps.batch import build_batch
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import AdapterRef
-from tessera.formats.basis import Basis, BasisManifest, ModuleShape
+from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import BasisManifest, ModuleShape
 from tessera.model.base_model import BaseModel
 
 _BLOCK_SIZE = 4

@@ -13,7 +13,7 @@ from service.http.schemas.bases import BasisDetail, BasisMethods, BasisObject, M
 from service.http.schemas.common import Deleted, Page, page_of
 from service.jobs.recipes import describe_all
 from tessera.errors import NotFound
-from tessera.formats.basis import BasisManifest
+from tessera.formats.manifest import BasisManifest
 
 router = APIRouter(prefix="/v1", tags=["bases"], route_class=JsonRoute)
 

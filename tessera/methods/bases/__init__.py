@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis
 from tessera.methods.bases import (
@@ -29,11 +30,10 @@ from tessera.methods.building.method import Method, Option
 from tessera.methods.building.rebasing import rebase
 from tessera.methods.population import learned_basis
 from tessera.methods.population.users import Population, split_users
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 
 __all__ = [
     "METHODS",
-    "SELF_BUILDING",
     "BuiltBasis",
     "CalibrationSet",
     "Method",
@@ -64,8 +64,6 @@ _FILES = (
     random_factors,
 )
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
-#: Methods whose basis follows from the base model alone, so that naming one is enough to have it built.
-SELF_BUILDING = tuple(name for name, method in METHODS.items() if method.needs_calibration == "none")
 
 
 def find_method(name: str) -> Method:

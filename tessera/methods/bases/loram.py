@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from tessera.errors import CorruptRecord, InvalidInput
-from tessera.formats.basis import DTYPES, Basis, BasisManifest, ModuleShape
+from tessera.formats.basis import DTYPES, Basis
+from tessera.formats.manifest import BasisManifest, ModuleShape
 from tessera.methods.bases.lora_xs import singular_triplets
 from tessera.methods.building.dst import dst_columns
 from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options

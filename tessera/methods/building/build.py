@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor
 
 from tessera.errors import InvalidInput
-from tessera.formats.basis import DTYPES, Basis, ModuleShape
+from tessera.formats.basis import DTYPES, Basis
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Counts, Needs, Statistics
 from tessera.methods.building.decomposition import Decomposition, module_seed

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tessera.errors import InvalidInput
-from tessera.formats.basis import Basis, ModuleShape, make_basis
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Needs, Statistics
 from tessera.methods.building.decomposition import Decomposition

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import InvalidInput, UnsupportedModel
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import iter_target_modules
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

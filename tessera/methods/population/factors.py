@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessera.errors import InvalidInput
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.targets import Target
 from tessera.model.token_rows import by_sequence
 

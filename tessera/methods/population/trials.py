@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.population.factors import SharedFactors
 from tessera.methods.population.learner import Learner, LearningPlan

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from service.engine.engine import Engine
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 from tessera.errors import NotFound, TesseraError
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)

@@ -11,7 +11,8 @@ import torch
 from service.engine.client.engine_client import EngineClient
 from service.engine.client.output_stream import merge_outputs
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenOutput
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.settings import CommonSettings

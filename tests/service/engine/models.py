@@ -41,15 +41,12 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from tessera.formats.adapter import Adapter, AdapterRef
-from tessera.formats.basis import Basis, ModuleShape, make_basis
-from tessera.model.base_model import (
-    BUNDLED_MODEL,
-    LLAMA_LINEARS,
-    BaseModel,
-    iter_target_modules,
-    load_base_model,
-)
+from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
+from tessera.model.base_model import BaseModel, iter_target_modules, load_base_model
 
 #: Shorter than every test's context, so that a window that is ignored, or off by one, shows.
 SLIDING_WINDOW = 11

@@ -9,7 +9,8 @@ from redis.asyncio import Redis
 
 from service.engine.in_flight import MAX_PAST_DEADLINES
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.store.adapters import MAX_KNOWN_SIZES, AdapterStore
 from tests.service.engine.driver import Driver

@@ -15,7 +15,7 @@ from service.engine.adapters.slots import SlotTable
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.model.base_model import BaseModel
 from tests.service.engine.driver import Driver
 from tests.service.engine.models import FAMILIES, MORE_FAMILIES, Served, family

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import Answer, Driver
 from tests.service.engine.models import Served
 

@@ -22,7 +22,8 @@ from service.engine.engine import Engine
 from service.engine.process.store_reader import parse_adapter
 from service.engine.settings import EngineConfig
 from tessera.errors import NotFound, TesseraError
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.redis.client import connect
 from tessera.store.adapters import AdapterStore

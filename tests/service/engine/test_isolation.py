@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import SamplingParams
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import Answer, Driver
 from tests.service.engine.models import Served, family, more_adapters
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.store.adapters import AdapterStore
 from tests.fakes import FakeEngine
 from tests.service.answers import CHAT, JOBS, SCORE, SOUND, TEXT, check_error

@@ -15,7 +15,8 @@ from safetensors.torch import load
 
 from service.jobs.exports import peft_zip
 from tessera.errors import AdapterReplaced
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore

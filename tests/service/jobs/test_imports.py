@@ -21,11 +21,12 @@ from torch import Tensor
 
 from service.http.middleware import MAX_IMPORTS
 from service.jobs.imports import Imports, ImportTarget
+from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import AdapterDeleted, NotFound, QuotaExceeded
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, ModuleShape, make_basis
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import SingleAdapter
-from tessera.model.base_model import BUNDLED_MODEL
 from tessera.model.layout import linear_shapes
 from tessera.peft.exporting import PeftFiles, to_peft
 from tessera.peft.importing import read_peft, to_single_adapter

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessera.errors import CorruptRecord, InvalidInput, UnsupportedModel
-from tessera.formats.basis import Basis, BasisManifest, ModuleShape, canonical_signs, make_basis
+from tessera.formats.basis import Basis, canonical_signs, make_basis
+from tessera.formats.manifest import BasisManifest, ModuleShape
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel, iter_target_modules
 
@@ -102,7 +103,8 @@ def test_signs_of_singular_pairs_do_not_matter(signs: list[float], seed: int) ->
 
 def test_digest_is_the_same_in_another_process(tiny: BaseModel) -> None:
     script = (
-        "from tessera.model.base_model import BUNDLED_MODEL, load_base_model\n"
+        "from tessera.defaults import BUNDLED_MODEL\n"
+        "from tessera.model.base_model import load_base_model\n"
         "from tessera.methods.bases import build_basis\n"
         "base = load_base_model(BUNDLED_MODEL, device='cpu', dtype='float32')\n"
         "print(build_basis(base, rank=4, target_modules=['q_proj', 'down_proj']).basis_id)\n"

@@ -6,8 +6,9 @@ import pytest
 
 from tessera.chat.chat_format import ChatFormat
 from tessera.data.examples import Example
+from tessera.defaults import BUNDLED_MODEL
 from tessera.methods.bases import CalibrationSet
-from tessera.model.base_model import BUNDLED_MODEL, BaseModel, load_tokenizer
+from tessera.model.base_model import BaseModel, load_tokenizer
 from tests.tessera.methods.matrices import small_calibration, small_model
 
 TEXT = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.bases import METHODS, CalibrationSet
 from tessera.methods.building.activations import InputRule
 from tessera.methods.building.collected import Counts, Statistics

@@ -19,10 +19,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model.base_model import (
-    BUNDLED_MODEL,
-    LLAMA_LINEARS,
     BaseModel,
     iter_target_modules,
     load_base_model,

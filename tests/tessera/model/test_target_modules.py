@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.architectures.tiny_models import build, make_config
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import UnsupportedModel
 from tessera.model.base_model import (
-    LLAMA_LINEARS,
     BaseModel,
     check_patterns,
     choose_targets,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import BasisMismatch
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
-from tessera.model.base_model import BUNDLED_MODEL
 from tessera.peft.exporting import to_peft
 
 PROMPT = torch.tensor([[1, 17, 250, 999, 4000, 12]])

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, ModuleShape
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, stored_rank
 from tessera.methods.building.losses import attached
-from tessera.model.base_model import BUNDLED_MODEL, BaseModel
+from tessera.model.base_model import BaseModel
 from tessera.model.layout import linear_shapes
 from tessera.peft.config import parse_config
 from tessera.peft.exporting import to_peft

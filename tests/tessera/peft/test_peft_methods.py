@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tessera.errors import InvalidInput
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.losses import attached
 from tessera.model.base_model import BaseModel
 from tessera.peft.importing import read_peft, to_single_adapter

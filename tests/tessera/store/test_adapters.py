@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 
 from tessera.errors import AdapterDeleted, CorruptRecord, InvalidInput, NotFound, StoreFull
-from tessera.formats.adapter import Adapter, AdapterRef, read_header
+from tessera.formats.adapter import Adapter, read_header
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.redis.client import connect
 from tessera.store.adapters import AdapterStore, AdapterVersion

@@ -11,7 +11,8 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 
 from tessera.errors import CorruptRecord, InvalidInput, NotFound, StoreFull, StoreUnavailable
-from tessera.formats.basis import Basis, ModuleShape, make_basis
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import BaseModel
 from tessera.redis import keys
 from tessera.redis.client import Client, connect

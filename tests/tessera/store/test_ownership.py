@@ -11,7 +11,8 @@ from redis.asyncio.cluster import RedisCluster
 
 from tessera.errors import BasisDeleted, Conflict, NotFound, QuotaExceeded
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, ModuleShape, make_basis
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.redis import keys
 from tessera.redis.client import Client
 from tessera.store.adapters import AdapterStore

@@ -15,11 +15,12 @@ import pytest
 import torch
 from redis.asyncio import Redis
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import BasisDeleted, Conflict, InvalidInput, NotFound, TesseraError
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus
 from tessera.redis import keys
 from tessera.store.adapter_records import AdapterVersion

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.kernels.reference import adapter_delta
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import UnsupportedModel
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel, iter_target_modules
+from tessera.model.base_model import BaseModel, iter_target_modules
 from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
 from trainer_worker.training.trainable_linear import (
     Delta,

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
 from tessera.methods.bases import CalibrationSet
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import initial_factors

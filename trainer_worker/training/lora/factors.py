@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput
-from tessera.formats.adapter import MAX_RANK
-from tessera.formats.basis import ModuleShape
+from tessera.formats.adapter_ref import MAX_RANK
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.bases import CalibrationSet, build_basis_and_step
 from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.targets import find_targets
 from tessera.methods.forms import Given, LoraPreset, find_preset
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 
 
 @dataclass(frozen=True)

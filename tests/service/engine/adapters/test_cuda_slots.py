@@ -7,7 +7,8 @@ import torch
 
 from service.engine.adapters.packed_adapter import SlotFormat
 from service.engine.adapters.slots import SlotTable
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,8 @@ import torch
 
 from service.engine.adapters.resident_bases import MAX_BLOCKED_PASSES
 from tessera.errors import CorruptRecord, StoreUnavailable
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import GREEDY, Answer, Driver
 from tests.service.engine.models import Served, more_adapters
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from service.engine.adapters.resident_bases import OWN_BASIS_SLOTS
-from tessera.formats.adapter import Adapter, AdapterRef
-from tessera.formats.basis import Basis, ModuleShape
+from tessera.defaults import LLAMA_LINEARS
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, make_single_adapter
-from tessera.model.base_model import LLAMA_LINEARS, iter_target_modules
+from tessera.model.base_model import iter_target_modules
 from tests.service.engine.driver import GREEDY, Answer, Driver
 from tests.service.engine.models import Served
 

@@ -15,8 +15,10 @@ from service.engine.adapters.packed_adapter import PackedAdapter, SlotFormat
 from service.engine.adapters.slots import SlotTable
 from service.engine.process.store_reader import parse_adapter
 from tessera.errors import AdapterReplaced, BasisMismatch, CorruptRecord, NotFound
-from tessera.formats.adapter import Adapter, AdapterRef, delta, read_header
-from tessera.formats.basis import Basis, ModuleShape, make_basis
+from tessera.formats.adapter import Adapter, delta, read_header
+from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.basis import Basis, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import iter_target_modules
 from tests.service.engine.models import Served
 

@@ -17,7 +17,7 @@ from service.engine.process.server import EngineServer
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenOutput
 from tessera.errors import EngineUnavailable, RequestFailed, TenantOverloaded
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.models import family
 from tests.waiting import HANG_S, wait_until
 

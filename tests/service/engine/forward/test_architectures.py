@@ -18,7 +18,8 @@ from benchmarks.architectures.tiny_models import VOCAB_SIZE, build, make_config
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
 from tessera.chat.chat_format import EncodedExample
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel, load_base_model
 from tessera.peft.exporting import to_peft

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.model.base_model import BaseModel
 from tests.service.engine.driver import GREEDY, Driver
 from tests.service.engine.models import FAMILIES, MORE_FAMILIES, Served, family, make_served, svd_basis

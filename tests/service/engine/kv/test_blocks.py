@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from service.engine.kv.blocks import NULL_BLOCK, BlockPool
 from service.engine.scheduling.prefix_keys import chain_key, root_key
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 REF = AdapterRef("t", "a", 1, "basis")
 

@@ -12,7 +12,7 @@ import torch
 from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.process.adapter_fetches import MAX_READ, AdapterFetches, Found
 from tessera.errors import NotFound
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tests.waiting import wait_until
 
 GONE = "gone"

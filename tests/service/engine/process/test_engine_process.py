@@ -24,7 +24,7 @@ from service.engine.settings import EngineConfig, EngineSettings
 from service.engine.wire import ipc
 from service.engine.wire.messages import GenerationRequest, TokenOutput
 from tessera.errors import EngineUnavailable, InvalidInput
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.redis import keys

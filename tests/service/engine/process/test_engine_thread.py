@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from service.engine.process.engine_thread import EngineThread, Turn
 from service.engine.wire.messages import EngineStats, GenerationRequest, SamplingParams, TokenOutput
 from tessera.errors import EngineOverloaded, RequestFailed, TesseraError
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tests.waiting import HANG_S, wait_until
 

@@ -16,7 +16,7 @@ from service.engine.scheduling.waiting_line import MAX_LOOKAHEAD, WaitingLine
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.errors import EngineOverloaded, TenantOverloaded
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import GREEDY, Driver
 from tests.service.engine.models import Served, family
 

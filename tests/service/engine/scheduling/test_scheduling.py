@@ -18,7 +18,7 @@ from service.engine.scheduling.scheduler import Scheduler
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.errors import CorruptRecord, EngineOverloaded, InvalidInput
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import GREEDY, Answer, Driver
 from tests.service.engine.models import Served, family
 

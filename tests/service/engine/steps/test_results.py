@@ -14,7 +14,7 @@ from service.engine.scheduling.request import PENDING, EngineRequest
 from service.engine.steps.results import PendingResults, StepLogits
 from service.engine.steps.token_sources import SampledTokens, find_sources
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 CPU = torch.device("cpu")
 V = 11

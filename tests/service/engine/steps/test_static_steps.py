@@ -20,7 +20,8 @@ from service.engine.scheduling.request import EngineRequest
 from service.engine.settings import EngineConfig
 from service.engine.steps.shapes import MAX_ROWS
 from service.engine.wire.messages import GenerationRequest, SamplingParams
-from tessera.formats.adapter import Adapter, AdapterRef
+from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import GREEDY, Answer, Driver
 from tests.service.engine.models import Served, family
 from tests.service.engine.test_exactness import assert_exact, cases, run

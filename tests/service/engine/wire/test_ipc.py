@@ -24,7 +24,7 @@ from tessera.errors import (
     StoreFull,
     TesseraError,
 )
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 
 
 def stream_of(data: bytes) -> asyncio.StreamReader:

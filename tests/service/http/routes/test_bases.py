@@ -13,8 +13,9 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from service.http.auth import DEFAULT_TENANT
-from tessera.formats.basis import Basis, ModuleShape
-from tessera.model.base_model import LLAMA_LINEARS
+from tessera.defaults import LLAMA_LINEARS
+from tessera.formats.basis import Basis
+from tessera.formats.manifest import ModuleShape
 from tessera.queue.client import JobQueue, JobSpec
 from tessera.queue.leases import JobLeases
 from tessera.store.adapters import AdapterStore

@@ -9,7 +9,8 @@ import pytest
 
 from service.generation.text import TextCodec
 from tessera.data.examples import Example
-from tessera.model.base_model import BUNDLED_MODEL, load_tokenizer
+from tessera.defaults import BUNDLED_MODEL
+from tessera.model.base_model import load_tokenizer
 from tessera.store.adapters import AdapterStore
 from tests.fakes import FakeEngine, fake_logprob
 from tests.service.conftest import MakeApp, client_of, publish

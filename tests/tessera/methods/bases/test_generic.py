@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tessera.errors import BasisMismatch
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, ModuleShape, canonical_signs, make_basis
+from tessera.formats.basis import Basis, canonical_signs, make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis, rebase
 from tessera.methods.building.losses import attached
 from tessera.model.base_model import BaseModel

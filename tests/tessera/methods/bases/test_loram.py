@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import CorruptRecord, InvalidInput
-from tessera.formats.basis import BasisManifest
+from tessera.formats.manifest import BasisManifest
 from tessera.methods.bases import build_basis
 from tessera.methods.bases.loram import log_share, regenerate
 from tessera.methods.building.dst import dst_columns

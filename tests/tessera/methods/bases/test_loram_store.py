@@ -16,7 +16,8 @@ from safetensors.torch import load
 from service.jobs.exports import peft_zip
 from tessera.errors import CorruptRecord
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis, BasisManifest, storage_dtype
+from tessera.formats.basis import Basis, storage_dtype
+from tessera.formats.manifest import BasisManifest
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel
 from tessera.redis import keys

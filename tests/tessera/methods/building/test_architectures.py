@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, MistralConfig, Qwen3Config
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.bases import CalibrationSet, build_basis
 from tessera.methods.building.activations import SecondMoment
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.targets import find_targets
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import VOCABULARY
 
 SIZES: dict[str, Any] = {

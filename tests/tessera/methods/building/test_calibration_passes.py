@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tessera.chat.chat_format import EncodedExample
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis
 from tessera.methods.building.activations import ScaledMoment, SecondMoment
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.losses import mean_loss
 from tessera.methods.building.targets import Target, find_targets, layer_groups
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import random_matrix, small_calibration, small_model, text_of
 
 TOKENS = torch.tensor([[5, 17, 44, 3, 80, 22, 9]])

@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 
+from tessera.defaults import LLAMA_LINEARS as LINEARS
 from tessera.methods.bases import build_basis
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.targets import find_targets
-from tessera.model.base_model import LLAMA_LINEARS as LINEARS
 from tests.tessera.methods.matrices import chordal, small_calibration, small_model
 from tests.tessera.methods.memory import peak_bytes
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessera.defaults import BUNDLED_MODEL
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import DTYPES, Basis, storage_dtype
 from tessera.methods.bases import CalibrationSet, build_basis, build_basis_and_step
 from tessera.methods.init import make_start
-from tessera.model.base_model import BUNDLED_MODEL, BaseModel
+from tessera.model.base_model import BaseModel
 from tessera.model.layout import linear_shapes
 from tessera.peft.exporting import to_peft
 from tessera.peft.importing import core_in, read_peft

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput
 from tessera.methods.bases import CalibrationSet, Population, build_basis
 from tessera.methods.building.gradients import frozen
 from tessera.methods.building.targets import Target, find_targets
 from tessera.methods.population.factors import SharedFactors
 from tessera.methods.population.learner import Learner, LearningPlan
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import orthonormal, random_matrix, small_calibration, small_model
 from tests.tessera.methods.memory import peak_bytes
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.bases import CalibrationSet, Population, build_basis
 from tessera.methods.building.gradients import frozen
 from tessera.methods.building.losses import attached, mean_loss
@@ -16,7 +17,7 @@ from tessera.methods.population.factors import SharedFactors
 from tessera.methods.population.learner import Learner, LearningPlan
 from tessera.methods.population.trials import TrialPlan, Trials, divide
 from tessera.methods.population.users import hold_out
-from tessera.model.base_model import LLAMA_LINEARS, BaseModel
+from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import orthonormal, random_matrix, small_calibration
 from tests.tessera.methods.populations import SHORT, alike, personal
 

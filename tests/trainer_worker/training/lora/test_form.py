@@ -14,7 +14,7 @@ from service.engine.engine import Engine
 from service.engine.settings import EngineConfig
 from tessera.chat.chat_format import EncodedExample
 from tessera.errors import InvalidInput
-from tessera.formats.adapter import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.bases import CalibrationSet
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.methods.building.losses import attached

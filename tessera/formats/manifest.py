@@ -1,0 +1,77 @@
+"""Everything about a basis but its tensors, which are in `basis.py`. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tessera.errors import CorruptRecord
+
+FORMAT = 1
+#: Bytes of one number in the dtypes that factors are stored in.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A target module: its dotted name in the base model and its widths."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class BasisManifest:
+    """Everything about a basis but its tensors; the only place where names and shapes are written.
+
+    basis_id: SHA-256 over the model id, the layout and the stored bytes of all factors, as hex. model_id: of
+    the base model it was built for. recipe: how it was built (method, options, seed, library versions); not
+    part of the digest, because two recipes that give the same bytes give the same basis.
+    """
+
+    basis_id: str
+    model_id: str
+    method: str
+    rank: int
+    dtype: str
+    modules: tuple[ModuleShape, ...]
+    recipe: dict[str, Any]
+    format: int = FORMAT
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of all A and B in the storage dtype."""
+        numbers = sum(self.rank * (m.d_in + m.d_out) for m in self.modules)
+        return numbers * ITEM_BYTES[self.dtype]
+
+    @property
+    def is_regenerated(self) -> bool:
+        """Whether its tensors follow from this manifest alone, so that nothing else is stored (LoRAM)."""
+        return bool(self.recipe.get("is_regenerated"))
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the basis takes in a store, which is what a quota counts: its factors, or this as JSON."""
+        return len(self.to_json()) if self.is_regenerated else self.factor_bytes
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was made for adapters of its owner, not for everybody's."""
+        return bool(self.recipe.get("is_own"))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> BasisManifest:
+        """Raises `CorruptRecord`."""
+        try:
+            fields = json.loads(text)
+            if fields["format"] != FORMAT:
+                raise CorruptRecord(f"basis manifest of format {fields['format']}; this build reads {FORMAT}")
+            modules = tuple(ModuleShape(**module) for module in fields.pop("modules"))
+            return cls(modules=modules, **fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptRecord(f"unreadable basis manifest: {error}") from error
