@@ -1,7 +1,7 @@
-"""The public ops of the adapter path: what they mean, shapes and errors stand in `fused.py` and `layouts.py`.
+"""The public ops of the adapter path. `fused.py` and `layouts.py` document their meaning, shapes and errors.
 
-The rest of the tree imports ops only from here. The slow truth of every op is in `kernels/reference.py` and
-`reference_fused.py`.
+The rest of the tree imports ops only from here. `reference.py` has the reference implementation of each.
+Importing this package does not import Triton.
 """
 
 from service.engine.kernels.fused import (

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 """Kernels that add y and its delta to the residual, and RMS norms.
 
-`add_kernel` works in tiles: many programs share a row, so the norm is put off or left to `row_kernel`, which
+`add_kernel` works in tiles. Many programs share a row, so the norm is deferred or left to `row_kernel`, which
 holds a whole row in one program.
 """
 
@@ -30,8 +30,8 @@ def add_kernel(
     N: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, PLUS_ONE: tl.constexpr,
     SPEC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """RESIDUAL: residual += multiplier * (y + delta + bias), else y += delta. SCALED: also x = residual *
-    weight and sums[t, program] = Σ residual² over the program's columns."""
+    """With RESIDUAL: residual += multiplier * (y + delta + bias), otherwise y += delta. With SCALED also x =
+    residual * weight, and sums[t, program] = Σ residual² over the program's columns."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     live = t < T
@@ -78,8 +78,8 @@ def row_kernel(
     N: tl.constexpr, BN: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
     POST: tl.constexpr, POST_PLUS_ONE: tl.constexpr, BIAS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """One row per program. RESIDUAL: residual += multiplier * post(y + delta + bias), then out =
-    norm(residual); else out = norm(y)."""
+    """One row per program. With RESIDUAL: residual += multiplier * post(y + delta + bias), then out =
+    norm(residual); otherwise out = norm(y)."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
     inside = n < N
@@ -92,7 +92,9 @@ def row_kernel(
         PADDED: tl.constexpr = SPEC[2]
         i = tl.arange(0, PADDED)
         seen = (i < SPEC[1])[:, None] & inside[None, :]
-        B = tl.load(B_T + i[:, None] * N + n[None, :], mask=seen, other=0.0)  # whole, before R is waited for
+        B = tl.load(
+            B_T + i[:, None] * N + n[None, :], mask=seen, other=0.0
+        )  # all of it, before the wait for R
         R = fetch_R(delta, 0, slot, SPEC)
         R_scale = fetch_R_scale(delta, 0, slot, SPEC)
     wait_for_inputs(SPEC)

@@ -1,49 +1,67 @@
-"""What the kernels are handed of a delta and of a norm put off, and which way R is applied.
+"""The arguments of a kernel that describe a delta and a deferred norm, and the choice of how R is applied.
 
-The layout of both tuples stands in `device_functions.py`. R is gathered inside the consumer for
-small ranks and few tokens; otherwise `core_kernel` applies it once per token, and the consumer reads z.
-Shapes alone decide.
+`device_functions.py` documents the layout of both tuples. For small ranks and few tokens the consumer gathers
+R itself; otherwise `core_kernel` applies R once per token, and the consumer reads z. Shapes alone decide.
+
+**Early launch** (programmatic dependent launch, from sm_90 on): a kernel begins while the one before it still
+runs. It reads what no kernel of the step writes (slots, factors, weights), waits (`gdc_wait`) and goes on.
+Every program of the kernel must reach the wait: a later kernel of the ordinary kind waits for this one, and
+thereby for all kernels before it.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from service.engine.kernels import deltas, device_functions, early_launch, tiling
+from service.engine.kernels import deltas, device_functions, tiling
 from service.engine.kernels.layouts import NO_MODULE, GroupDelta, GroupFactors, RowSquares
 from service.engine.kernels.tiling import Tile
 
-#: Rows of R that a program of `core_kernel` holds at a time: [32, 128] floats are 32 registers a thread.
+#: Rows of R that a program of `core_kernel` holds at a time: [32, 128] floats take 32 registers per thread.
 CORE_CHUNK = 32
 
 
 @dataclass(frozen=True)
 class DeltaArguments:
-    """One delta as kernel arguments. z: kept alive here until the launch, None if the consumer gathers R."""
+    """One delta as kernel arguments."""
 
+    #: The tuple `delta` of run-time values.
     values: tuple[Any, ...]
+    #: The tuple SPEC of constants.
     spec: tuple[int, ...]
+    #: Kept alive here until the launch; None if the consumer gathers R.
     z: Tensor | None = None
 
 
+def is_early(like: Tensor) -> bool:
+    """Whether kernels on this tensor's device are launched early."""
+    return like.is_cuda and _can_launch_early(like.device)
+
+
+@functools.cache
+def _can_launch_early(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def no_delta(like: Tensor) -> DeltaArguments:
-    """For the base model alone; `like` stands in for pointers that are not read."""
+    """The arguments for the base model alone. `like` stands in for pointers that are not read."""
     values = (like, 0, like, like, 0, 0, 0, 0, 0, like, 0, like)
-    return DeltaArguments(values, (device_functions.NONE.value, *[0] * 5, early_launch.is_early(like)))
+    return DeltaArguments(values, (device_functions.NONE.value, *[0] * 5, is_early(like)))
 
 
 def launch_options(arguments: DeltaArguments, warps: int) -> dict[str, Any]:
-    """How a kernel that takes this delta is launched."""
+    """The launch options of a kernel that takes this delta."""
     options: dict[str, Any] = {"num_warps": warps}
     return {**options, "launch_pdl": True} if arguments.spec[-1] else options
 
 
 def delta_arguments(delta: GroupDelta | None, y: Tensor, tile: Tile) -> DeltaArguments:
-    """Of a delta whose h stands in y after its outputs; launches `core_kernel` where that pays."""
+    """The arguments of a delta whose h follows the outputs in y. Launches `core_kernel` where that pays."""
     if delta is None:
         return no_delta(y)
     factors = delta.factors
@@ -54,7 +72,7 @@ def delta_arguments(delta: GroupDelta | None, y: Tensor, tile: Tile) -> DeltaArg
 
 
 def gathered(factors: GroupFactors, token_slots: Tensor, h: Tensor) -> DeltaArguments:
-    """Of a delta whose consumer applies R itself. h: [T, C * r], rows of any stride."""
+    """The arguments of a delta whose consumer applies R itself. h: [T, C * r], rows of any stride."""
     R = factors.R_slots
     assert len(token_slots) < 2 or token_slots.stride(0) == 1
     assert h.stride(1) == 1 or h.shape[1] == 1
@@ -70,14 +88,14 @@ def gathered(factors: GroupFactors, token_slots: Tensor, h: Tensor) -> DeltaArgu
         *_of_three(offsets),
         *(scales, scales.stride(0), factors.B),
     )
-    spec = (kind.value, factors.rank, padded(factors.rank), *_of_three(columns), early_launch.is_early(h))
+    spec = (kind.value, factors.rank, padded(factors.rank), *_of_three(columns), is_early(h))
     return DeltaArguments(values, spec)
 
 
 def apply_core(
     arguments: DeltaArguments, factors: GroupFactors, num_tokens: int, tile: Tile
 ) -> DeltaArguments:
-    """The same delta with z = R h made first, for ranks and numbers of tokens where that pays."""
+    """The same delta, with z = R h computed first where the rank and the number of tokens make that pay."""
     num_gathered = tile.tokens * padded(factors.rank) ** 2
     if num_gathered <= tile.warps * tiling.MAX_GATHERED_NUMBERS and num_tokens <= tiling.MAX_GATHERED_TOKENS:
         return arguments
@@ -98,7 +116,7 @@ def with_core(arguments: DeltaArguments, factors: GroupFactors, num_tokens: int)
 
 
 def squares_arguments(squares: RowSquares | None, like: Tensor) -> tuple[Tensor, int, int, float]:
-    """Sums, how many a row, the row's width, eps; `like` stands in for what is not read."""
+    """Sums, their number per row, the width of a row, and eps. `like` stands in for what is not read."""
     if squares is None:
         return like, 0, 0, 0.0
     assert squares.sums.is_contiguous()
@@ -106,12 +124,12 @@ def squares_arguments(squares: RowSquares | None, like: Tensor) -> tuple[Tensor,
 
 
 def num_sums(squares: RowSquares | None) -> int:
-    """As a constant of the kernels: padded, 0 if no norm was put off."""
+    """The number of sums per row as a constant of the kernels: padded, 0 if no norm was deferred."""
     return 0 if squares is None else padded(squares.sums.shape[1])
 
 
 def padded(count: int) -> int:
-    """The power of two that holds `count` columns, 16 at least: tensor cores want that."""
+    """The power of two that holds `count` columns; at least 16, as tensor cores require."""
     return max(16, 1 << (count - 1).bit_length())
 
 

@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-"""Kernels of the unfused form: R once per token (`core_kernel`), and y += the deltas of several bases."""
+"""Kernels outside the fused ops: `core_kernel` applies R once per token, `add_deltas_kernel` adds the deltas
+of several bases to y."""
 
 import triton
 import triton.language as tl
@@ -22,9 +23,9 @@ from service.engine.kernels.device_functions import (
 def core_kernel(
     delta, z, z_row, T, SPEC: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """z[t, segment] = R_slots[slots[t]] @ h[t]; CHUNK rows of R at a time. Every row of z is written.
+    """z[t, segment] = R_slots[slots[t]] @ h[t], CHUNK rows of R at a time. Every row of z is written.
 
-    A tile whose tokens have one slot (runs of a prefill) loads R once; others load it per token.
+    A tile of tokens that share one slot (as in a prefill) loads R once; other tiles load it for each token.
     """
     segment = tl.program_id(1)
     start = tl.program_id(0) * BT
@@ -46,7 +47,7 @@ def core_kernel(
 
 @triton.jit
 def _core_of_run(delta, z, z_row, rows, live, slot, segment, SPEC: tl.constexpr, CHUNK: tl.constexpr):
-    """One slot for all rows: a GEMM with its R."""
+    """All rows have one slot: a GEMM with its R."""
     RANK: tl.constexpr = SPEC[1]
     i = tl.arange(0, SPEC[2])
     column = pick(segment, SPEC[3], SPEC[4], SPEC[5])
@@ -70,7 +71,7 @@ def _core_of_run(delta, z, z_row, rows, live, slot, segment, SPEC: tl.constexpr,
 def _core_of_each(
     delta, z, z_row, start, COUNT: tl.constexpr, segment, T, SPEC: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """COUNT tokens from `start` on, one after the other, each with its own R."""
+    """COUNT tokens from `start` on, one after another, each with its own R."""
     RANK: tl.constexpr = SPEC[1]
     i = tl.arange(0, SPEC[2])
     column = pick(segment, SPEC[3], SPEC[4], SPEC[5])
@@ -98,7 +99,8 @@ def add_deltas_kernel(
     y, y_row, deltas, T, WIDTHS: tl.constexpr, SPECS: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """y += the deltas of all bases. deltas, SPECS: one per basis. Program column: a tile of one segment."""
+    """y += the deltas of all bases. deltas, SPECS: one per basis. Each program column is a tile of one
+    segment."""
     FIRST: tl.constexpr = SPECS[0]
     wait_for_inputs(FIRST)
     t = tl.program_id(0) * BT + tl.arange(0, BT)

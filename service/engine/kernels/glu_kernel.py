@@ -48,7 +48,7 @@ def glu_kernel(
     if SPEC[0] != NONE:
         gate_h = fetch_h(delta, 0, rows, live, SPEC)
         up_h = fetch_h(delta, 1, rows, live, SPEC)
-        tl.debug_barrier()  # or the assembler takes the sums first, and waits for them
+        tl.debug_barrier()  # otherwise the assembler loads the sums first and waits for them
     sums = fetch_sums(squares, rows, live, SUMS)
 
     if SPEC[0] != NONE:

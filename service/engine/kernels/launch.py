@@ -1,6 +1,7 @@
-"""The fused ops on a CUDA device: arguments checked, shapes turned into tiles, kernels launched.
+"""The fused ops on a CUDA device: check the arguments, choose tiles by the shapes, launch the kernels.
 
-The same names and meanings as in `reference_fused.py`; what they mean stands in `fused.py`.
+The functions have the same names as in `reference.py`; `fused.py` documents them. Importing this module
+imports Triton.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def qkv_rope(
     assert rows.K.shape[1] == rows.V.shape[1] == kv_heads
     assert rows.K.shape[3] == rows.V.shape[3] == D
     norms = [norm for norm in (shape.q_norm, shape.k_norm) if norm is not None]
-    assert len({(norm.eps, norm.plus_one) for norm in norms}) <= 1, "q and k are normed alike"
+    assert len({(norm.eps, norm.plus_one) for norm in norms}) <= 1, "the norms of q and k must be of one kind"
     assert all(_is_dense(part) for part in (rows.blocks, rows.offsets))
     assert all(part is None or part.stride(1) == 1 for part in (rows.cos, rows.sin))
     T, half = len(y), shape.rotary_dim // 2
@@ -133,7 +134,8 @@ def add_rms_norm(
     delta: GroupDelta | None = None,
     how: ResidualAdd = PLAIN_ADD,
 ) -> Tensor:
-    """With a delta one launch for small ranks and few tokens; else the delta first, in tiles that share B."""
+    """With a delta this takes one launch for small ranks and few tokens. Otherwise the delta is added first,
+    in tiles that share B."""
     T = len(y)
     out = torch.empty_like(residual) if norm is not None else residual
     if T == 0:
@@ -205,7 +207,8 @@ def _add(
     *,
     is_scaled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The tile form: into the residual, or into y itself. Returns x and sums, if they are wanted."""
+    """The tile form: adds to the residual, or to y itself if there is none. x and sums are filled in only if
+    is_scaled."""
     assert y.stride(1) == 1
     T = len(y)
     if residual is None:
@@ -245,7 +248,7 @@ def _rows(
     delta: GroupDelta | None,
     how: ResidualAdd,
 ) -> None:
-    """The row form: one program a row."""
+    """The row form: one program per row."""
     assert y.stride(1) == 1
     assert out.stride(1) == 1
     N = out.shape[1]

@@ -1,22 +1,23 @@
-"""Triton kernels of attention over the paged KV cache: cut the work up, attend, add the parts up, keep KV.
+"""Triton kernels of attention over the paged KV cache: split the work, attend, add up the parts, store K and
+V.
 
     o[t, h] = Σ_l softmax_l(cap(scaling · q[t, h] · K[l, h / G])) V[l, h / G]
               over l <= position[t] and l > position[t] - window
 
 An attention sink of the head is one more score of the softmax, without a value.
 
-The unit of work is an item: a tile (some queries of one sequence, one in decode) over a range of its keys.
-A program runs one item for one KV head; the G query heads that share it are packed as rows of one matrix
-product, so K and V are read once. Items are cut on the device from the lengths: grids depend on the size of
-the batch alone, so that a CUDA graph can be replayed at any lengths. Where a tile has several items, each
-leaves its maximum, sum and unnormalised output, and `add_parts` adds them up.
+The unit of work is an item: a tile (some queries of one sequence; in decode, one query) and a range of its
+keys. A program runs one item for one KV head. The G query heads that share the KV head are packed as rows of
+one matrix product, so K and V are read once. The items are cut on the device from the lengths; grids depend
+on the size of the batch alone, so that a CUDA graph can be replayed at any lengths. Where a tile has several
+items, each stores its maximum, its sum and its unnormalised output, and `add_parts` adds them up.
 
-Only keys that some query of the tile sees are loaded: what lies beyond a sequence's end, or in blocks of
-others, is never read. A row without a visible key gives zeros. Needs Triton: import it only where it runs.
+Only keys that some query of the tile sees are loaded. What lies beyond the end of a sequence, or in blocks of
+others, is never read. A row without a visible key gives zeros. Importing this module needs Triton.
 
 An item is 8 integers: first row of the tile in the batch, number of queries (0: no item), position of the
-first query, first key, end of keys, row in the block table, whether it is one of several parts, nothing.
-A tile's parts are 4 integers: first row, number of queries, first item, number of items.
+first query, first key, end of the keys, row in the block table, whether it is one of several parts, unused.
+The parts of a tile are described by 4 integers: first row, number of queries, first item, number of items.
 """
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 # mypy: disallow-incomplete-defs=False, check-untyped-defs=False
@@ -31,17 +32,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(
     do_not_specialize=["num_tiles", "num_items", "target", "window"],
-    do_not_specialize_on_alignment=["tiles"],  # a piece of an upload lies anywhere in it
+    do_not_specialize_on_alignment=["tiles"],  # a part of an upload, at any offset
 )
 def cut_work(
     tiles, items, parts, num_tiles, num_items, target, window,
     UNIT: tl.constexpr, TILES: tl.constexpr, IS_DECODE: tl.constexpr, CAN_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """items[i], parts[t]: tiles in order, each cut into parts of whole UNITs of keys, about `target` in all.
+    """Fill items[i] and parts[t]: the tiles in order, each cut into parts of whole UNITs of keys, about
+    `target` parts in all.
 
     tiles: with IS_DECODE the lengths [num_tiles] of sequences with one query each; else [num_tiles, 4]: first
     row, queries, position of the first, row in the block table. items: [num_items >= num_tiles + target, 8].
-    One program; TILES: num_tiles padded to a power of two.
+    Runs as one program. TILES: num_tiles padded to a power of two.
     """
     tile = tl.arange(0, TILES)
     is_tile = tile < num_tiles
@@ -62,8 +64,8 @@ def cut_work(
     count = is_tile.to(tl.int32)
     part_units = tl.maximum(units, 1)
     if CAN_SPLIT:
-        # A part is a fair share of all keys, so no more than `target` parts come on top of one a tile. What
-        # is up to half as long again stays whole, for adding parts up is not free.
+        # A part is a fair share of all keys, so there are at most `target` parts more than tiles. A context
+        # up to half as long again stays whole, because adding up parts is not free.
         share = tl.maximum(tl.cdiv(tl.sum(units, 0), target), 1)
         count = tl.maximum((2 * units + share) // (2 * share), 1)
         part_units = tl.maximum(tl.cdiv(units, count), 1)
@@ -98,8 +100,9 @@ def _attend_keys(
     BLOCK_N: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     IS_MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys start .. start + BLOCK_N - 1. queries: [BLOCK_M, KEY_PAD]; best, total:
-    [BLOCK_M], of base-2 exponents; acc: [BLOCK_M, VALUE_PAD]; query: [BLOCK_M], index within the tile."""
+    """One step of the online softmax, over keys start .. start + BLOCK_N - 1. queries: [BLOCK_M, KEY_PAD];
+    best, total: [BLOCK_M], maximum and sum, with exponents to base 2; acc: [BLOCK_M, VALUE_PAD]; query:
+    [BLOCK_M], index within the tile."""
     key = start + tl.arange(0, BLOCK_N)
     key_column = tl.arange(0, KEY_PAD)
     value_column = tl.arange(0, VALUE_PAD)
@@ -121,7 +124,7 @@ def _attend_keys(
         k = tl.load(k_at, mask=(key_column < KEY_DIM)[None, :], other=0.0)
         v = tl.load(v_at, mask=(value_column < VALUE_DIM)[None, :], other=0.0)
     scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-    if HAS_SOFTCAP:  # from here on in units of log2, for exp2
+    if HAS_SOFTCAP:  # from here on the scores are in units of log2, for exp2
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scaling * (2.0 * LOG2_E) / softcap)))
         scores = tanh * (softcap * LOG2_E)
     else:
@@ -131,7 +134,7 @@ def _attend_keys(
         scores = tl.where(is_key[None, :] & (age >= 0) & (age < window), scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
     shift = new_best
-    if IS_MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+    if IS_MASKED:  # for a row that has seen no key yet, -inf - -inf would be NaN
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights = tl.exp2(scores - shift[:, None])
     keep = tl.exp2(best - shift)
@@ -149,12 +152,12 @@ def attend_items(
     IS_DECODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CAN_SPLIT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One item for one KV head; grid (Hkv, items): the heads of a block of KV lie side by side in memory.
+    """One item for one KV head. Grid (Hkv, items), because the heads of a block lie side by side in memory.
 
     q: rows and heads at the given strides; out: [T, Hq, D_v]; part_out: [items, Hkv, ROWS, D_v], part_stats:
     [items, Hkv, ROWS, 2], both float32, ROWS = queries of a tile × GROUP <= BLOCK_M. Row m of the product is
-    query m // GROUP, head m % GROUP of the group. sinks: [Hq], read with HAS_SINKS; those of a tile in
-    several parts are added by `add_parts`.
+    query m // GROUP, head m % GROUP of the group. sinks: [Hq], read with HAS_SINKS; for a tile in several
+    parts `add_parts` adds them.
     """
     head = tl.program_id(0)
     item = tl.program_id(1)
@@ -186,7 +189,7 @@ def attend_items(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
-    if HAS_SINKS:  # noqa: SIM102  decided when the kernel is compiled, the other one by the item
+    if HAS_SINKS:  # noqa: SIM102  this is decided at compile time, the other condition by the item
         if not is_part:
             best = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
             total = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -228,7 +231,7 @@ def add_parts(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, VALUE_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The output of tiles that were cut into several items; grid (Hkv * ROWS, tiles). Arguments as above."""
+    """The output of tiles that were cut into several items. Grid (Hkv * ROWS, tiles); arguments as above."""
     at = parts + tl.program_id(1) * 4
     num_items = tl.load(at + 3)
     if num_items <= 1:
@@ -273,7 +276,8 @@ def keep_kv(
     NUM_KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
     HEADS_PAD: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """K[blocks[t], :, offsets[t]] = k[t], and so V; grid (T). Block 0 is the null block and not written."""
+    """K[blocks[t], :, offsets[t]] = k[t], and likewise V. Grid (T). Block 0, the null block, is not
+    written."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.load(blocks + token).to(tl.int64)
     if block == 0:

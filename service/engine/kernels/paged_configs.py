@@ -1,6 +1,6 @@
-"""Launch shapes of the paged attention kernels, as data: one row per phase, head dimension and element size.
+"""Launch shapes of the paged attention kernels as data: one row per phase, head dimension and element size.
 
-`python -m benchmarks.attention --tune` measures the candidates on the device at hand and prints this table.
+`python -m benchmarks.attention --tune` measures the candidates on the present device and prints this table.
 Knows neither torch nor Triton.
 """
 
@@ -11,32 +11,36 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """decode: tiles of one query. prefill: tiles of several queries of one sequence."""
+    """The kind of tiles that a launch computes."""
 
+    #: Tiles of one query.
     DECODE = "decode"
+    #: Tiles of several queries of one sequence.
     PREFILL = "prefill"
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """block_m: rows of a program's tile, query heads of a group × queries; decode takes as many as the group
-    needs. block_n: keys at a time. programs_per_sm: how many programs a multiprocessor should get before
-    contexts are no longer split. part_tokens: the smallest piece of a context, a multiple of block_n."""
+    """How one phase of attention is launched."""
 
+    #: Rows of a program's tile: query heads of a group × queries. Decode takes as many as the group needs.
     block_m: int
+    #: Keys that a program reads at a time.
     block_n: int
     num_warps: int
     num_stages: int
+    #: Contexts are split until each multiprocessor has about this many programs.
     programs_per_sm: int
+    #: The smallest part of a context in tokens, a multiple of block_n.
     part_tokens: int
 
     def __post_init__(self) -> None:
         assert self.part_tokens % self.block_n == 0, self
 
     def shared_bytes(self, key_pad: int, value_pad: int, itemsize: int) -> int:
-        """Shared memory of one program, at most: the queries, and the keys and values that are under way. A
-        key waits for its block number, so that half of the pipeline's stages hold keys (what Triton 3.6 to
-        3.9 lay out for sm_90)."""
+        """An upper bound of the shared memory of one program: its queries, and the keys and values that are
+        being loaded. A key waits for its block number, so half of the pipeline's stages hold keys (the layout
+        of Triton 3.6 to 3.9 for sm_90)."""
         keys = (self.num_stages + 1) // 2 * self.block_n * (key_pad + value_pad)
         return (self.block_m * key_pad + keys) * itemsize
 
@@ -44,9 +48,10 @@ class KernelConfig:
 #: The smallest row count of a matrix product on tensor cores.
 MIN_BLOCK_M = 16
 
-#: (phase, head dimension padded to a power of two, bytes an element) → launch shape. Decode, 128 dimensions
-#: of two bytes: 64 keys, 4 warps, 3 stages measured 0.82 to 1.13 of copy bandwidth on an H200 (batch 32 and
-#: 256, contexts 256 and 1k) as a prototype; the other rows have about as many bytes under way. None is tuned.
+#: (phase, head dimension padded to a power of two, bytes per element) → launch shape. The row for decode with
+#: 128 dimensions of two bytes (64 keys, 4 warps, 3 stages) reached 0.82 to 1.13 of copy bandwidth on an H200
+#: in a prototype (batch 32 and 256, contexts 256 and 1k); the other rows keep about as many bytes in flight.
+#: None is tuned.
 CONFIGS: dict[tuple[Phase, int, int], KernelConfig] = {
     (Phase.DECODE, 16, 2): KernelConfig(16, 128, 4, 4, 4, 128),
     (Phase.DECODE, 32, 2): KernelConfig(16, 128, 4, 4, 4, 128),
@@ -70,7 +75,7 @@ CONFIGS: dict[tuple[Phase, int, int], KernelConfig] = {
     (Phase.PREFILL, 256, 4): KernelConfig(32, 16, 4, 2, 1, 256),
 }
 
-#: Head dimensions up to this are served.
+#: The largest head dimension that the kernels serve.
 MAX_HEAD_DIM = 256
 
 
@@ -82,8 +87,8 @@ def padded(head_dim: int) -> int:
 def find_config(
     phase: Phase, key_dim: int, value_dim: int, itemsize: int, *, shared_bytes: int | None = None
 ) -> KernelConfig:
-    """The launch shape for heads of these dimensions, with fewer stages or keys if a program of it needs more
-    than `shared_bytes` (None: no limit)."""
+    """The launch shape for heads of these dimensions. It has fewer stages or keys than the table says if a
+    program would need more than `shared_bytes` (None: no limit)."""
     key_pad, value_pad = padded(key_dim), padded(value_dim)
     config = CONFIGS[phase, max(key_pad, value_pad), itemsize]
     while shared_bytes is not None and config.shared_bytes(key_pad, value_pad, itemsize) > shared_bytes:

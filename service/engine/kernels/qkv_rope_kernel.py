@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-"""Kernel of `qkv_rope`: one head of a tile of tokens per program.
+"""Kernel of `qkv_rope`: each program computes one head of a tile of tokens.
 
-A head falls into the two halves that are rotated against each other and a rest that passes; each is a tile
-of its own, so that the rotation needs no shuffle. Queries go to the output, keys and values to their pages.
+A head consists of the two halves that are rotated against each other and a rest that stays as it is. Each is
+a tile of its own, so that the rotation needs no shuffle. Queries go to the output, keys and values to their
+pages.
 """
 
 import triton
@@ -35,7 +36,8 @@ def qkv_rope_kernel(
     BIAS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
     SUMS: tl.constexpr, SPEC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """HALF: columns of a half, 0 if nothing is rotated. *_TILE: the powers of two that hold half and rest."""
+    """HALF: columns of a half, 0 if nothing is rotated. *_TILE: the powers of two that hold the half and the
+    rest."""
     REST: tl.constexpr = D - 2 * HALF
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     live = t < T
@@ -77,7 +79,7 @@ def qkv_rope_kernel(
         rest = fetch_y(y, y_row, rows, live, n + j, in_rest)
     if SPEC[0] != NONE:
         h = fetch_h(delta, segment, rows, live, SPEC)
-        tl.debug_barrier()  # or the assembler takes the sums first, and waits for them
+        tl.debug_barrier()  # otherwise the assembler loads the sums first and waits for them
     block = tl.load(blocks + rows, mask=live, other=0).to(tl.int64)
     offset = tl.load(offsets + rows, mask=live, other=0).to(tl.int64)
     sums = fetch_sums(squares, rows, live, SUMS)
@@ -128,7 +130,8 @@ def _head_weight(
     q_norm, k_norm, i, inside, head, HQ: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
 ):  # fmt: skip
-    """The norm weight of the head's columns i, float32 [1, columns]; meaningless for heads without a norm."""
+    """The norm weight of the head's columns i, float32 [1, columns]. Not meaningful for heads without a
+    norm."""
     q_weight = fetch_columns(q_norm, i, inside, Q_NORM)
     k_weight = fetch_columns(k_norm, i, inside, K_NORM)
     w = tl.where(head < HQ, q_weight, k_weight)[None, :]
@@ -142,7 +145,7 @@ def _store(
     q_out, K, V, rows, place, live, kept, head, i, inside, v, HQ: tl.constexpr, HKV: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Columns i of one head, to the queries or to the page that `place` names."""
+    """Store columns i of one head, in the queries or in the page that `place` names."""
     seen = tl.where(head < HQ, live, kept)[:, None] & inside[None, :]
     if head < HQ:
         at = q_out + ((rows * HQ + head) * D)[:, None] + i[None, :]

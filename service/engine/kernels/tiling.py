@@ -1,5 +1,5 @@
-"""Tile sizes of the kernels as data: which tile an op takes for how many tokens, and what each number rests
-on.
+"""Tile sizes of the kernels as data: the tile of each op by number of tokens, with the reason for each
+number.
 
 Knows no kernel.
 """
@@ -8,48 +8,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-#: Numbers of R, [tokens, rank, rank], that a consumer gathers per warp, 32 registers a thread: rank 16
-#: in tiles of 16 tokens, rank 64 in tiles of one. Rank 32 in tiles of 16 would be 128 and spill. Above,
-#: `core_kernel` applies R once per token, in a launch of its own.
+#: Most numbers of R, [tokens, rank, rank], that a consumer gathers per warp: 32 registers per thread, which
+#: is rank 16 in tiles of 16 tokens, or rank 64 in tiles of one. Rank 32 in tiles of 16 would take 128
+#: registers and spill. Above the limit `core_kernel` applies R once per token, in a launch of its own.
 MAX_GATHERED_NUMBERS = 1024
 
-#: R is gathered inside the consumers up to so many tokens. Each consumer program fetches its tokens' R again:
-#: at 256 tokens, r = 16 and 8B geometry 15 MB of L2 reads a layer for glu, at 2,048 it would be 117 MB.
+#: Consumers gather R themselves up to this many tokens. Each consumer program fetches the R of its tokens
+#: again: at 256 tokens, r = 16 and 8B geometry this is 15 MB of L2 reads per layer for glu; at 2,048 tokens
+#: it would be 117 MB.
 MAX_GATHERED_TOKENS = 256
 
-#: `add_rms_norm` with a delta is one launch up to so many tokens (one row per program, all of B_T per row:
-#: 128 KB at N = 4096, r = 16), two above and for higher ranks: tiles that share B between rows, the norm.
+#: `add_rms_norm` with a delta takes one launch up to this many tokens and this rank (one row per program,
+#: which reads all of B_T: 128 KB at N = 4096, r = 16). Above it takes two: tiles that share B between rows,
+#: then the norm.
 MAX_ROW_TOKENS, MAX_ROW_RANK = 64, 16
 
-#: `core_kernel` takes one token per program up to here, so that every R is fetched by a program of its own;
-#: above, tiles of 16 tokens, which in a prefill mostly have one slot and share its R.
+#: Up to this many tokens `core_kernel` takes one token per program, so that each R is fetched by a program of
+#: its own. Above it takes tiles of 16 tokens, which in a prefill mostly have one slot and share its R.
 MAX_SINGLE_CORE_TOKENS = 512
 
-#: [columns, rank] of B that a program holds in registers with few tokens (64 numbers a thread at 2 warps; at
-#: rank 128 a tile of 128 columns took all 255 registers), and in shared memory with more (32 KB; gate and up
-#: hold two of them, and at rank 512 a tile of 128 columns would not fit).
+#: Most numbers of B, [columns, rank], that a program holds: in registers with few tokens (64 numbers per
+#: thread at 2 warps; at rank 128 a tile of 128 columns took all 255 registers), in shared memory with more
+#: (32 KB; gate and up hold two of them, and at rank 512 a tile of 128 columns would not fit).
 MAX_B_NUMBERS, MAX_SHARED_B_NUMBERS = 4096, 16 * 1024
 
-#: Of a table's last entry.
+#: The limit of the last entry of a table.
 NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
 class Tile:
-    """tokens: rows per program; from 16 on B is applied by tensor cores, below element by element."""
+    """The part of an op's output that one program computes."""
 
+    #: Rows per program. From 16 on B is applied by tensor cores, below element by element.
     tokens: int
+    #: Columns per program; `qkv_rope` takes a head instead.
     columns: int
     warps: int
 
 
-#: Per op: (largest number of tokens, tile), in rising order; the last one serves all above.
+#: For each op pairs of (largest number of tokens, tile), in rising order; the last tile serves all above.
 Table = dict[str, tuple[tuple[int, Tile], ...]]
 
-#: Up to 512 tokens the fastest on an H200 at 1, 32 and 256 tokens, rank 16, every token its own adapter
-#: (benchmarks.operators --tune); for glu at 256 tokens it is one whose R does not fit the registers, so that
-#: `core_kernel` runs first: 11.1 µs a layer against 15.2 with R gathered by wide tiles. Above it is reasoned,
-#: not tuned.
+#: Up to 512 tokens these are the fastest tiles on an H200 at 1, 32 and 256 tokens, rank 16, every token with
+#: an adapter of its own (benchmarks.operators --tune). The one for glu at 256 tokens is too wide for R to fit
+#: the registers, so that `core_kernel` runs first: 11.1 µs per layer, against 15.2 with R gathered by wide
+#: tiles. Above 512 tokens the tiles are reasoned, not tuned.
 LOW_RANK_TILES: Table = {
     "qkv_rope": (  # columns: a head's
         (4, Tile(1, 0, 2)),
@@ -71,7 +75,7 @@ LOW_RANK_TILES: Table = {
     ),
 }
 
-#: The same for rank 64, where R is applied before and B is what a program reads most of.
+#: The same for rank 64, where R is applied beforehand and a program mostly reads B.
 HIGH_RANK_TILES: Table = {
     "qkv_rope": (
         (4, Tile(1, 0, 4)),
@@ -93,8 +97,8 @@ HIGH_RANK_TILES: Table = {
 }
 MAX_LOW_RANK = 32
 
-#: Warps of a program that holds a whole row of so many columns; with a delta twice as many, up to 16, because
-#: the rows of B_T are what it waits for.
+#: Pairs of (largest number of columns, warps) for a program that holds a whole row. With a delta it has twice
+#: as many, up to 16, because it waits for the rows of B_T.
 ROW_WARPS = ((1024, 4), (4096, 8), (NO_LIMIT, 16))
 
 
@@ -103,8 +107,11 @@ def tiles_for(rank: int) -> Table:
 
 
 def tile_of(op: str, num_tokens: int, *, rank: int = 0, itemsize: int = 2) -> Tile:
-    """itemsize: bytes of a number of B. No tensor core rounds as float32 does: its products hold operands in
-    registers, so its tiles are smaller. With few tokens high ranks take fewer columns."""
+    """The tile of an op. itemsize: bytes per number of B.
+
+    Tensor cores cannot round as float32 does, so float32 products hold their operands in registers and take
+    smaller tiles. With few tokens, high ranks take fewer columns.
+    """
     tile = next(tile for most, tile in tiles_for(rank)[op] if num_tokens <= most)
     if tile.tokens >= 16 and itemsize > 2:
         return Tile(16, min(tile.columns, 64 if rank <= 32 else 32), tile.warps)

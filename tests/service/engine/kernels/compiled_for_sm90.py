@@ -14,7 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from service.engine.kernels import AddedDelta, QKVShape, ResidualAdd, StepRows, early_launch, launch
+from service.engine.kernels import AddedDelta, QKVShape, ResidualAdd, StepRows, arguments, launch
 from tests.service.engine.kernels.fused_cases import Case, make_factors, make_rows, make_y, with_delta
 
 #: Shared memory that a program may have on sm_90, in bytes.
@@ -89,7 +89,7 @@ def run_ops(case: Case) -> None:
 def main() -> None:
     compiling = DriverWithoutDevice()
     driver.set_active(compiling)
-    early_launch.is_early = lambda like: True  # tensors are on the CPU here, kernels as on a device
+    arguments.is_early = lambda like: True  # tensors are on the CPU here, kernels as on a device
     for case in (
         Case(1, 16, dtype=torch.bfloat16),
         Case(33, 16, dtype=torch.bfloat16, R_dtype=torch.int8),

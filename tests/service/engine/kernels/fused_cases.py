@@ -26,7 +26,7 @@ from service.engine.kernels import (
     ResidualAdd,
     RowSquares,
     StepRows,
-    reference_fused,
+    reference,
     stack_factors,
 )
 from tests.popularity import make_token_slots
@@ -154,7 +154,7 @@ def check_qkv_rope(
     )
     before = buffer_of(y).clone()
     q = ops.qkv_rope(y, shape, rows, with_delta(case, factors), squares)
-    expected = reference_fused.qkv_rope(y, shape, truth, with_delta(case, factors), squares)
+    expected = reference.qkv_rope(y, shape, truth, with_delta(case, factors), squares)
     assert not torch.isnan(expected).any()
     assert_same(case, q, expected)
     assert_same(case, rows.K, truth.K)
@@ -175,7 +175,7 @@ def check_glu(
     y = make_y(case, 2 * width, factors)
     extras = {"bias": case.random(2 * width), "squares": case.squares(width)} if has_extras else {}
     delta = with_delta(case, factors)
-    expected = reference_fused.glu(y, width, act, delta, **extras)  # type: ignore[arg-type]
+    expected = reference.glu(y, width, act, delta, **extras)  # type: ignore[arg-type]
     assert not torch.isnan(expected).any()
     assert_same(case, ops.glu(y, width, act, delta, **extras), expected)
 
@@ -192,7 +192,7 @@ def check_add_rms_norm(
     y = make_y(case, width, factors)
     residual, truth = _residuals(case, width)
     delta = with_delta(case, factors)
-    expected = reference_fused.add_rms_norm(copy_of(y), truth, norm, delta, how)
+    expected = reference.add_rms_norm(copy_of(y), truth, norm, delta, how)
     assert not torch.isnan(expected).any()
     assert_same(case, ops.add_rms_norm(y, residual, norm, delta, how), expected)
     assert_same(case, buffer_of(residual), buffer_of(truth))
@@ -205,8 +205,8 @@ def check_add_residual(
     y = make_y(case, width, factors)
     residual, truth = _residuals(case, width)
     delta = with_delta(case, factors)
-    normed = reference_fused.add_rms_norm(y, truth.clone(), norm, delta, how)
-    expected, _ = reference_fused.add_residual(y, truth, norm, delta, how)
+    normed = reference.add_rms_norm(y, truth.clone(), norm, delta, how)
+    expected, _ = reference.add_residual(y, truth, norm, delta, how)
     x, squares = ops.add_residual(y, residual, norm, delta, how)
     assert_same(case, x, expected)
     assert_same(case, buffer_of(residual), buffer_of(truth))
@@ -227,7 +227,7 @@ def check_add_deltas(ops: ModuleType, cases: Sequence[Case], widths: Sequence[in
         deltas.append(AddedDelta(factors, slots, h))
     y = make_rows(first, sum(widths) + 1)  # one column more than the group has
     truth = copy_of(y)
-    reference_fused.add_deltas(truth, deltas)
+    reference.add_deltas(truth, deltas)
     assert ops.add_deltas(y, deltas) is y
     assert not torch.isnan(y).any()
     assert_same(first, buffer_of(y), buffer_of(truth))
