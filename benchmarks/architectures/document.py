@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from benchmarks.architectures.exactness import OUTCOMES, Verdict
+from tessera.defaults import LLAMA_LINEARS
 
 RESULTS = Path(__file__).parent / "results.json"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -21,16 +22,20 @@ _BEFORE = {"exact": 71, "refused": 58, "wrong": 21, "crash": 2, "not_built": 31}
 
 _HEADER = """# Architectures
 
-Which causal architectures of transformers Tessera serves. `python -m benchmarks.architectures --write` makes
-this page: it builds a tiny random model of every type, gives it adapters on its default target modules, and
-compares five requests in one batch with merged weights, token by token. Do not edit it by hand.
+Does Tessera serve my base model? Find its `model_type`, which stands in its config.json.
 
-* **exact**: tokens and log-probabilities are those of the merged model, on the
-  [path](architecture.md#two-ways-through-a-model) that the table names. *Generic, over a cache* means that
-  the model computes attention itself: K and V are gathered in every layer, on CUDA too, without Triton.
-* **refused**: the engine says at its start that it does not serve the model, and why.
-* **not built**: transformers cannot build a tiny model of this type without more packages or another model
-  beside it. Nothing is known of these.
+* [Exact](#exact): tokens and log-probabilities are those of the merged model, on the
+  [path](architecture.md#two-ways-through-a-model) that the table names. The path *generic, over a cache* is
+  slower, because K and V are gathered in every layer.
+* [Not served](#not-served): the engine refuses the model at its start and says why. *Not built* means that
+  transformers cannot build a tiny model of this type without more packages or another model beside it, so
+  nothing is known.
+
+`python -m benchmarks.architectures --write` makes this page; do not edit it by hand. It builds a tiny random
+model of every causal type of transformers, gives it adapters on its default target modules, and compares five
+requests in one batch with merged weights, token by token.
+
+*Llama's* target modules are `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` and `down_proj`.
 """
 
 
@@ -69,7 +74,7 @@ def render(results: dict[str, Any]) -> str:
         *_table(
             ("type", "class", "path", "target modules by default"),
             [
-                (f"`{v.model_type}`", v.model_class, v.path, " ".join(f"`{name}`" for name in v.targets))
+                (f"`{v.model_type}`", v.model_class, v.path, _targets(v))
                 for v in verdicts
                 if v.outcome == "exact"
             ],
@@ -79,14 +84,26 @@ def render(results: dict[str, Any]) -> str:
         "",
         *_table(
             ("type", "outcome", "reason"),
-            [
-                (f"`{v.model_type}`", v.outcome.replace("_", " "), _one_line(v.reason))
-                for v in verdicts
-                if v.outcome != "exact"
-            ],
+            _not_served(verdicts),
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _targets(verdict: Verdict) -> str:
+    if set(verdict.targets) == set(LLAMA_LINEARS):
+        return "Llama's"
+    return " ".join(f"`{name}`" for name in verdict.targets)
+
+
+def _not_served(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str]]:
+    """A row for each reason, with all types that it concerns."""
+    types: dict[tuple[str, str], list[str]] = {}
+    for verdict in verdicts:
+        if verdict.outcome != "exact":
+            row = (verdict.outcome.replace("_", " "), _one_line(verdict.reason))
+            types.setdefault(row, []).append(f"`{verdict.model_type}`")
+    return [(" ".join(names), *row) for row, names in types.items()]
 
 
 def _one_line(reason: str) -> str:

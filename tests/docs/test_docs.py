@@ -12,24 +12,30 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import yaml
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from pydantic_settings import BaseSettings
 
 from service.app import create_app, stores_over
-from service.engine.settings import EngineSettings
 from service.generation.text import load_text_codec
 from service.settings import ServiceSettings
-from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
+from tessera.defaults import BUNDLED_MODEL
 from tessera.redis import keys
 from tessera.redis.client import connect
 from tessera.settings import CommonSettings
 from tests.deploy.exposed_metrics import service_registry, worker_registry
+from tests.docs.tables import SETTINGS, TABLES, marked, metrics_table, rendered, variables
 from tests.fakes import FakeEngine
-from trainer_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = (CommonSettings, ServiceSettings, EngineSettings, WorkerSettings)
+#: Every page but the log of decisions, which names what there was.
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "decisions.md")
+
+#: Who reads the frames of a direction.
+FRAMES = {
+    "to the engine": "service/engine/process/server.py",
+    "from the engine": "service/engine/client/connection.py",
+}
 
 #: What the arguments of the functions in `keys.py` are called in the documentation, and a value for each.
 ARGUMENTS = {
@@ -56,46 +62,25 @@ def rows(text: str) -> set[tuple[str, ...]]:
     return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
 
 
-def variables(cls: type[BaseSettings]) -> dict[str, str]:
-    """Variable → its default, as the documentation writes it."""
-    prefix = cls.model_config.get("env_prefix", "")
-    return {f"{prefix}{name}".upper(): written(field.default) for name, field in cls.model_fields.items()}
-
-
-def written(default: object) -> str:
-    """A setting's default as one writes it: no path of this machine, 10 and not 10.0."""
-    named = {None: "unset", LLAMA_LINEARS: "the seven below", str(BUNDLED_MODEL): "`models/tiny`"}
-    if default in named:
-        return named[default]
-    is_whole = isinstance(default, bool) or (isinstance(default, float) and default.is_integer())
-    return f"`{int(default) if is_whole else default}`"
-
-
 def test_every_setting_is_documented_with_its_default():
-    known = {item for cls in SETTINGS for item in variables(cls).items()}
+    known = {item for cls in SETTINGS.values() for item in variables(cls).items()}
     told = {
-        (row[0].strip("`"), row[1]) for row in rows(read("operations.md")) if row[0].startswith("`TESSERA_")
+        (row[0].strip("`"), row[1]) for row in rows(read("settings.md")) if row[0].startswith("`TESSERA_")
     }
 
     assert told == known
 
 
-@pytest.mark.parametrize("name", ["api.md", "architecture.md", "operations.md", "protocol.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_setting_that_is_named_exists(name):
     named = set(re.findall(r"\bTESSERA_[A-Z0-9_]*[A-Z0-9]", read(name)))
 
-    assert named <= {variable for cls in SETTINGS for variable in variables(cls)}
+    assert named <= {variable for cls in SETTINGS.values() for variable in variables(cls)}
 
 
 def families(registry: CollectorRegistry) -> set[tuple[str, ...]]:
     """Name as it is scraped, type and labels of each of our metrics."""
-    found = set()
-    for family in registry.collect():
-        if family.name.startswith("tessera_"):
-            labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
-            suffix = "_total" if family.type == "counter" else ""
-            found.add((f"`{family.name}{suffix}`", family.type, ", ".join(labels)))
-    return found
+    return {row[:3] for row in rows(metrics_table(registry)) if row[0] != "name"}
 
 
 def test_every_metric_is_documented_with_its_type_and_labels():
@@ -104,11 +89,23 @@ def test_every_metric_is_documented_with_its_type_and_labels():
     assert told == families(service_registry()) | families(worker_registry())
 
 
-def test_every_alert_is_documented():
-    alerts = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
-    told = {row[0] for row in rows(read("operations.md")) if row[0].startswith("`Tessera")}
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tables_made_of_the_code_are_up_to_date(name):
+    page = read(name)
 
-    assert told == {f"`{name}`" for name in re.findall(r"- alert: (\w+)", alerts)}
+    assert page == rendered(page), "run python -m tests.docs.tables"
+
+
+def test_every_table_made_of_the_code_stands_in_one_page():
+    assert sorted(table for name in PAGES for table in marked(read(name))) == sorted(TABLES)
+
+
+def test_every_alert_is_documented_with_its_severity():
+    alerts = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8"))
+    told = {row[:2] for row in rows(read("operations.md")) if row[0].startswith("`Tessera")}
+
+    known = [rule for group in alerts["groups"] for rule in group["rules"] if "alert" in rule]
+    assert told == {(f"`{rule['alert']}`", rule["labels"]["severity"]) for rule in known}
 
 
 @pytest_asyncio.fixture
@@ -152,6 +149,28 @@ def test_every_key_is_documented():
     assert {key for found in matches for key in found} == stored_keys()
 
 
+def test_every_frame_is_documented():
+    section = read("protocol.md").split("\n## Service and engine\n", 1)[1]
+    told = {direction: {row[1] for row in rows(section) if row[0] == direction} for direction in FRAMES}
+
+    known = {direction: handled_types(ROOT / path) for direction, path in FRAMES.items()}
+    known["from the engine"].add("`pong`")  # needs no handling: every frame is a sign of life
+    assert told == known
+
+
+def handled_types(path: Path) -> set[str]:
+    """The types of message that a reader of frames acts on."""
+    return {f"`{name}`" for name in re.findall(r'case "(\w+)"', path.read_text(encoding="utf-8"))}
+
+
+def test_every_decision_is_in_the_index():
+    text = read("decisions.md")
+    index, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    listed = re.findall(r"\]\(#([^)]+)\)", index)
+
+    assert sorted(listed) == sorted(anchor(section.partition("\n")[0]) for section in sections)
+
+
 @cache
 def defined_names(path: Path) -> set[str]:
     """Functions, classes and methods (`Class.method`) of a Python file."""
@@ -164,7 +183,7 @@ def defined_names(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", ["api.md", "architecture.md", "operations.md", "protocol.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_name_of_the_code_exists(name):
     references = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|yml|json|md))(?::([\w.]+))?`", read(name))
     unknown = [
@@ -185,9 +204,13 @@ def markdown_files() -> list[Path]:
 
 
 def anchors(path: Path) -> set[str]:
-    """The fragments that the headings of a file answer to, as GitHub and most others make them."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The fragments that the headings of a file answer to."""
+    return {anchor(heading) for heading in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)}
+
+
+def anchor(heading: str) -> str:
+    """The fragment of a heading, as GitHub and most others make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("path", markdown_files(), ids=lambda path: str(path.relative_to(ROOT)))

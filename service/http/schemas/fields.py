@@ -7,7 +7,7 @@ Three tables, and nothing else decides what happens to a name that is not a fiel
     advice    never accepted; the error says what to use instead
 
 `null` means "not given" under every name. All else is an unknown field, and refused.
-`docs/api.md` shows `IGNORED` and `NEUTRAL`, and a test compares the two.
+`docs/compatibility.md` shows `IGNORED` and `NEUTRAL`, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ HYPERPARAMETER_ADVICE: Mapping[str, str] = {
     "target_modules": "they are those of the basis; see POST /v1/bases",
 }
 
-#: What `docs/api.md` shows, by where the fields stand.
+#: What `docs/compatibility.md` shows, by where the fields stand.
 IGNORED: Mapping[str, Mapping[str, str]] = {
     "completions, chat": GENERATION_IGNORED,
     "chat, in a message": MESSAGE_IGNORED,

@@ -1,5 +1,5 @@
 """The engine's settings are written once: read from the environment they are the engine's configuration, and
-`docs/operations.md` describes each as the code does."""
+`docs/settings.md` describes each as the code does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from service.engine.settings import PREFIX, EngineConfig, EngineSettings
 
-OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
+PAGE = Path(__file__).parents[3] / "docs" / "settings.md"
 OF_THE_PROCESS = {"threads", "heartbeat_timeout_s"}
 
 
@@ -42,7 +42,7 @@ def test_the_configuration_does_not_read_the_environment(monkeypatch: pytest.Mon
 
 
 def test_the_documentation_describes_every_setting_as_the_code_does() -> None:
-    text = OPERATIONS.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `TESSERA_ENGINE_(\w+)` \| [^|]* \| (.*) \|$", text, re.MULTILINE)
 
     described = {name.lower(): meaning for name, meaning in rows}
