@@ -7,10 +7,10 @@ each process enters: per request from before it is sent until shortly after its 
 API process until the POST is answered and in the trainer until the job has succeeded. Each walk runs once
 before it is recorded, so that work on first use does not count.
 
-A function counts once, however often and in however many processes it is entered. It counts if every
-repetition enters it, and more often than a service without work would in the same time: heartbeats and polls
-go on beside the walk. Not counted: libraries, code that dataclasses generate, imports, and lambdas,
-comprehensions and generator expressions, which belong to the function around them.
+A function counts once, however often and in however many processes it is entered, if every repetition enters
+it. What API process and engine enter without any work (heartbeats, polls, statistics) does not count, unless
+the walk enters it many times as often. Not counted either: libraries, code that dataclasses generate,
+imports, and lambdas, comprehensions and generator expressions, which belong to the function around them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 
 from benchmarks.report import print_table, save
 from benchmarks.walks.counting import Walk, count_walk
-from benchmarks.walks.recorder.sitecustomize import ROLE_NAMES
 from benchmarks.walks.stack import RecordingStack, recording_stack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,8 +59,8 @@ class Walks:
             self._request(number, "/v1/completions", COMPLETION)
 
     def idle(self, number: int) -> None:
-        """Some time without work, recorded."""
-        self._stack.record(number, ROLE_NAMES)
+        """Some time without work, recorded; but a trainer's wait for a job is part of the job's walk."""
+        self._stack.record(number, ("api", "engine"))
         time.sleep(IDLE_S)
         self._stack.record(0, ())
 

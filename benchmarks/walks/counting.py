@@ -10,9 +10,9 @@ from typing import Any
 
 #: Lambdas and comprehensions belong to the function around them, imports to none.
 _UNNAMED = ("<lambda>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<module>")
-#: A repetition enters a function of the walk at least so many times more, in the mean, than a service without
-#: work would in the same time. What a timer calls comes out near 0, what happens once per walk near 1.
-MIN_EXTRA = 1 / 3
+#: What an idle service enters, too, is left out unless a repetition enters it at least so many times in the
+#: mean (by half of its tokens, say), and IDLE_FACTOR times as often as the idle service in the same time.
+MIN_ENTRIES, IDLE_FACTOR = 8, 2
 
 #: A function in one kind of process.
 Place = tuple[str, tuple[str, str, int]]
@@ -101,18 +101,20 @@ class Walk:
 
 
 def count_walk(name: str, repetitions: Sequence[Recording], idle: Recording) -> Walk:
-    """The walk: what every repetition enters, except what an idle service enters about as often."""
+    """The walk: what every repetition enters, except what an idle service enters, too."""
     counts, idle_counts = _counts(repetitions), _counts([idle])
     common = set.intersection(*({(e.role, e.key) for e in each.entries} for each in repetitions))
 
-    def is_extra(place: Place) -> bool:
+    def belongs(place: Place) -> bool:
+        if place not in idle_counts:
+            return True
         role, _ = place
-        seconds = sum(each.seconds[role] for each in repetitions)
-        expected = idle_counts[place] * seconds / idle.seconds[role]
-        return counts[place] - expected >= MIN_EXTRA * len(repetitions)
+        idle_rate = idle_counts[place] / idle.seconds[role]
+        expected = idle_rate * sum(each.seconds[role] for each in repetitions)
+        return counts[place] >= max(MIN_ENTRIES * len(repetitions), IDLE_FACTOR * expected)
 
     entries = [e for e in repetitions[0].entries if e.is_named and (e.role, e.key) in common]
-    kept = [entry for entry in entries if is_extra((entry.role, entry.key))]
+    kept = [entry for entry in entries if belongs((entry.role, entry.key))]
     return Walk(name, sorted(kept, key=lambda entry: entry.time_ns))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.walks.counting import Entry, Recording
 from benchmarks.walks.recorder.sitecustomize import ROLE_NAMES
+from tessera.processes.child_process import end_with_parent
 
 RECORDER = Path(__file__).parent / "recorder"
 START_TIMEOUT_S = 300.0
@@ -60,6 +61,7 @@ class RecordingStack:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                preexec_fn=end_with_parent,
             )
 
     def wait_ready(self) -> None:

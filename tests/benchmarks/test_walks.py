@@ -96,13 +96,20 @@ def entry(function: str, *, time_ns: int = 0, role: str = "api", count: int = 1)
 def test_a_walk_holds_what_every_repetition_enters_and_idleness_does_not() -> None:
     seconds = {"api": 1.0, "engine": 1.0}
     first = [entry("second", time_ns=2), entry("first", time_ns=1), entry("once", time_ns=3)]
-    constant = [entry("poll", count=3), entry("read", count=30), entry("f.<lambda>")]
+    constant = [
+        entry("poll", count=9),
+        entry("count_up", count=2),
+        entry("read", count=30),
+        entry("f.<lambda>"),
+    ]
     in_engine = [entry("first", role="engine", time_ns=4)]
     repetitions = [
         Recording([*first, *constant, *in_engine], seconds),
         Recording([*first[:2], *constant, *in_engine], seconds),
     ]
-    idle = Recording([entry("poll", count=30), entry("read", count=30)], {"api": 10.0, "engine": 10.0})
+    idle = Recording(
+        [entry(name, count=50) for name in ("poll", "read", "count_up")], {"api": 10.0, "engine": 10.0}
+    )
 
     walk = count_walk("chat", repetitions, idle)
 
