@@ -6,26 +6,16 @@ import ast
 import inspect
 import os
 import re
-from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 import yaml
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from service.app import create_app, stores_over
-from service.generation.text import load_text_codec
-from service.settings import ServiceSettings
-from tessera.defaults import BUNDLED_MODEL
 from tessera.redis import keys
-from tessera.redis.client import connect
-from tessera.settings import CommonSettings
 from tests.deploy.exposed_metrics import service_registry, worker_registry
 from tests.docs.tables import SETTINGS, TABLES, marked, metrics_table, rendered, variables
-from tests.fakes import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 #: Every page but the log of decisions, which names what there was.
@@ -106,20 +96,6 @@ def test_every_alert_is_documented_with_its_severity():
 
     known = [rule for group in alerts["groups"] for rule in group["rules"] if "alert" in rule]
     assert told == {(f"`{rule['alert']}`", rule["labels"]["severity"]) for rule in known}
-
-
-@pytest_asyncio.fixture
-async def app(tmp_path: Path) -> AsyncIterator[FastAPI]:
-    """The application, of which only the schema is asked: its store is never called."""
-    async with connect("redis://127.0.0.1:1") as redis:
-        common = CommonSettings(data_dir=tmp_path)
-        yield create_app(
-            engine=FakeEngine(),
-            stores=stores_over(redis, common),
-            codec=load_text_codec(BUNDLED_MODEL),
-            settings=ServiceSettings(),
-            common=common,
-        )
 
 
 def test_every_route_has_a_heading(app):

@@ -66,3 +66,9 @@ def test_every_file_that_is_named_exists(page: str) -> None:
     rooms = [word for word in words if word.endswith("/") and not (ROOT / word).is_dir()]
 
     assert unknown + rooms == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = set(re.findall(r"\]\(([a-z-]+\.md)\)", read("docs/README.md")))
+
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
