@@ -2,7 +2,7 @@
 
 `EngineConfig` is what the engine itself reads. `EngineSettings` is the same read from TESSERA_ENGINE_*, with
 what concerns the process around the engine. The API process reads them, passes them on to the engine process
-through its environment, and never changes them. The table in `docs/operations.md` is checked against the
+through its environment, and never changes them. The table in `docs/settings.md` is checked against the
 descriptions. Imports neither the engine nor torch.
 """
 

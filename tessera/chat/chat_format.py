@@ -5,7 +5,7 @@ file.
 
 What is trained is what serving sees: for every answer the ids of its prompt, exactly as the chat endpoint
 sends them, and then what the model has to generate: the answer's text as its author wrote it, tokenised
-apart, and the token that ends a turn. See `docs/methods.md`, "Prompts and answers".
+apart, and the token that ends a turn. See `docs/training-data.md`, "What is learned".
 """
 
 from __future__ import annotations

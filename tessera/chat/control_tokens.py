@@ -10,7 +10,7 @@ them wherever they stand, also in what a user typed. Here the two are told apart
    over the same model, which knows the control tokens by their secret words only.
 
 So the ids are those that the tokenizer would give if it had overlooked the typed tokens, to the last merge. A
-rendering without marks never comes here. `docs/methods.md` ("Prompts and answers") has the limits.
+rendering without marks never comes here. `docs/training-data.md` ("Control tokens") has the limits.
 """
 
 from __future__ import annotations

@@ -161,3 +161,21 @@ def test_the_override_adds_gpus_to_services_that_exist(compose):
         assert device["capabilities"] == ["gpu"]
         assert service["image"] != compose["services"][name]["image"], "the two must not be mixed up"
         assert service["build"]["args"]["TORCH_INDEX_URL"] == "", "an index of CPU builds must not be kept"
+
+
+def test_every_variable_of_the_compose_files_is_documented_with_its_default(compose):
+    """Those with a default (`${NAME:-default}`), and those that are handed on if they are set (`NAME:`)."""
+    text = COMPOSE.read_text() + GPU_OVERRIDE.read_text()
+    known = {n: default or "empty" for n, default in re.findall(r"\$\{(\w+):-([^}]*)\}", text)}
+    for service in compose["services"].values():
+        known |= {name: "unset" for name, value in service.get("environment", {}).items() if value is None}
+
+    told = {}
+    for line in (ROOT / "deploy/README.md").read_text().split("\n## Settings\n")[1].splitlines():
+        if line.startswith("| `"):
+            names, defaults = (re.findall(r"`([^`]+)`|(unset|empty)", cell) for cell in line.split("|")[1:3])
+            values = [quoted or bare for quoted, bare in defaults]
+            told |= dict(zip([n for n, _ in names], values * (len(names) // len(values)), strict=True))
+        if line.startswith("## "):
+            break
+    assert told == known
