@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tessera.errors import InvalidInput
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.targets import Target
-from tessera.model.token_rows import by_sequence
+from tessera.model.sequence_rows import by_sequence
 
 #: Gradients of A and B are sums over few users, and noisy: the second moment needs a longer memory than 0.9.
 BETAS = (0.9, 0.99)
