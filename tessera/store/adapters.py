@@ -21,8 +21,7 @@ from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import adapter_scripts
-from tessera.store.adapter_records import AdapterRecord, AdapterVersion
-from tessera.store.adapter_scripts import PublishTarget
+from tessera.store.adapter_scripts import AdapterRecord, AdapterVersion, PublishTarget
 
 __all__ = ["AdapterRecord", "AdapterStore", "AdapterVersion"]
 

@@ -10,8 +10,7 @@ from tessera.errors import NotFound
 from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job
-from tessera.store.adapter_records import AdapterVersion
-from tessera.store.adapters import AdapterStore
+from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
 from trainer_worker.outcome import reports

@@ -7,8 +7,7 @@ import torch
 from tessera.formats.adapter import Adapter
 from tessera.queue.records import Job
 from tessera.store import publish
-from tessera.store.adapter_records import AdapterVersion
-from tessera.store.adapters import AdapterStore
+from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.ownership import PrivateBases
 
 

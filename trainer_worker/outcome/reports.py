@@ -11,7 +11,7 @@ from tessera.errors import TesseraError
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.queue.records import Job
-from tessera.store.adapter_records import AdapterVersion
+from tessera.store.adapters import AdapterVersion
 from trainer_worker.common.job_basis import JobBasis
 from trainer_worker.training.lora.form import LoraRun
 from trainer_worker.training.run import RunUpdate, TrainRun

@@ -23,8 +23,7 @@ from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_a
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus
 from tessera.redis import keys
-from tessera.store.adapter_records import AdapterVersion
-from tessera.store.adapters import AdapterStore
+from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
