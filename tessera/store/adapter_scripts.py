@@ -1,11 +1,12 @@
-"""The atomic steps of the adapter store, one typed function each around one Lua script.
+"""The record of an adapter in Redis and the atomic steps on it, one typed function around each Lua script.
 
-All keys of a script lie in the bucket of one adapter. Repeating a step changes nothing: a client whose
-connection broke may have been heard. The hash that is the record of an adapter:
+All keys of a script lie in the bucket of one adapter. Repeating a step changes nothing, because a client that
+lost its connection cannot know whether the server carried the step out. The record is a hash:
 
     active, latest, basis (of the active version), base_model_id, created_at, updated_at
     v:<n>         JSON of AdapterVersion        job:<id>  the version that this job published
-    call, called  the last publish without a job: its random token, its version
+    call, called  the last publish without a job: its random token and its version
+    checksum      "<active version>:<checksum of its blob>"
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ _VERSION_FIELD = b"v:"
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One immutable version. bytes: of its packed form; created_at: Unix time; metadata: the adapter's."""
+    """One immutable version of an adapter."""
 
     version: int
-    created_at: float
-    bytes: int
+    created_at: float  # Unix time
+    bytes: int  # size of the packed form
     basis_id: str
     rank: int
     dtype: str
-    job_id: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    job_id: str | None = None  # None if no job made it
+    metadata: dict[str, Any] = field(default_factory=dict)  # the adapter's own
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
@@ -49,25 +50,27 @@ class AdapterVersion:
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
-            raise CorruptRecord(f"unreadable description of an adapter version: {error}") from error
+            raise CorruptRecord(
+                f"the description of an adapter version in the store cannot be read: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """An adapter with all its versions, oldest first. created_at, updated_at: Unix times."""
+    """An adapter with all its versions."""
 
     tenant: str
     adapter_id: str
     active_version: int
     latest_version: int
-    created_at: float
-    updated_at: float
+    created_at: float  # Unix time
+    updated_at: float  # Unix time
     base_model_id: str
-    versions: tuple[AdapterVersion, ...]
+    versions: tuple[AdapterVersion, ...]  # oldest first
 
     @classmethod
     def from_hash(cls, tenant: str, adapter_id: str, fields: Mapping[bytes, bytes]) -> AdapterRecord:
-        """From the record's hash in Redis. Raises `CorruptRecord`."""
+        """Read the record from its hash in Redis. Raises `CorruptRecord`."""
         versions = [
             AdapterVersion.from_json(fields[name]) for name in fields if name.startswith(_VERSION_FIELD)
         ]
@@ -83,7 +86,9 @@ class AdapterRecord:
                 versions=tuple(sorted(versions, key=lambda version: version.version)),
             )
         except (ValueError, KeyError) as error:
-            raise CorruptRecord(f"unreadable record of adapter {adapter_id!r}: {error!r}") from error
+            raise CorruptRecord(
+                f"the record of adapter {adapter_id!r} in the store cannot be read: {error!r}"
+            ) from error
 
 
 _TOMBSTONE_FIELDS = f"local COUNT, LAST = '{keys.TOMBSTONE_COUNT}', '{keys.TOMBSTONE_LAST}'"
@@ -97,6 +102,8 @@ _PUBLISH = Script(
     + """
 local record, blob, tombstone, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local version, job, token, now = tonumber(ARGV[1]), ARGV[3], ARGV[4], ARGV[10]
+
+-- Was this very publish carried out before? Then return what it made.
 local prior
 if job ~= '' then
   prior = redis.call('HGET', record, job)
@@ -106,18 +113,26 @@ end
 if prior then
   return {'done', redis.call('HGET', record, 'v:' .. prior)}
 end
+
+-- Refuse work that began before the adapter was deleted.
 local fence = redis.call('HMGET', tombstone, COUNT, LAST)
 if tonumber(ARGV[2]) < tonumber(fence[1] or 0) then
   return {'deleted'}
 end
+
+-- Version numbers continue after a deletion; only the next one may be published.
 local latest = tonumber(redis.call('HGET', record, 'latest') or fence[2] or 0)
 if version ~= latest + 1 then
   return {'conflict', latest + 1}
 end
+
+-- Store the version and make it the active one.
 redis.call('SET', blob, ARGV[6])
 redis.call('HSETNX', record, 'created_at', now)
 redis.call('HSET', record, 'v:' .. ARGV[1], ARGV[5], 'active', ARGV[1], 'latest', ARGV[1],
            'basis', ARGV[7], 'base_model_id', ARGV[8], 'updated_at', now, 'checksum', ARGV[11])
+
+-- Remember who published it, so that a repetition is recognised.
 if job ~= '' then
   redis.call('HSET', record, job, ARGV[1])
 else
@@ -136,6 +151,7 @@ local description = redis.call('HGET', record, 'v:' .. version)
 if not description then
   return 0
 end
+-- Point the record to the version, with the basis and the checksum that belong to it.
 local basis = cjson.decode(description).basis_id
 local checksum = version .. ':' .. redis.call('GETRANGE', KEYS[2], ARGV[3], ARGV[4])
 redis.call('HSET', record, 'active', version, 'basis', basis, 'updated_at', ARGV[2], 'checksum', checksum)
@@ -143,21 +159,21 @@ return 1
 """)
 
 # KEYS: record, blob of the version. ARGV: version, first and last byte of the checksum in the blob.
-# Reply: {basis, checksum}, or nil if this version is not the active one. A store that takes no writes answers
-# all the same.
+# Reply: {basis, checksum}, or nil if this version is no longer the active one
 _NOTE_CHECKSUM = Script("""
 local known = redis.call('HMGET', KEYS[1], 'active', 'basis')
 if known[1] ~= ARGV[1] then
   return false
 end
 local checksum = redis.call('GETRANGE', KEYS[2], ARGV[2], ARGV[3])
+-- pcall: a store that refuses writes still answers.
 redis.pcall('HSET', KEYS[1], 'checksum', ARGV[1] .. ':' .. checksum)
 return {known[2], checksum}
 """)
 
-# KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id, the
-# life of a tombstone in s. Reply: 1; 0 if there is no such adapter; -1 if a version was published since.
-# The deletion count is the time in ms, so that it still grows after a tombstone has expired.
+# KEYS: record, tombstone, index, every blob. ARGV: the latest version that the caller saw, adapter id,
+# lifetime of a tombstone in s.
+# Reply: 1; 0 if there is no such adapter; -1 if a version was published since the caller looked
 _DELETE = Script(
     _TOMBSTONE_FIELDS
     + """
@@ -166,17 +182,24 @@ local latest = redis.call('HGET', record, 'latest')
 if not latest then
   return 0
 end
+-- A version that the caller has not seen has a blob that is not among the keys.
 if latest ~= ARGV[1] then
   return -1
 end
+
+-- The new deletion count is the time in ms, so that it still grows after a tombstone has expired.
 local now = redis.call('TIME')
 local deletion_count = math.max(now[1] * 1000 + math.floor(now[2] / 1000),
-                            tonumber(redis.call('HGET', tombstone, COUNT) or 0) + 1)
+                                tonumber(redis.call('HGET', tombstone, COUNT) or 0) + 1)
+
+-- Remove the blobs, the record and the entry in the index.
 for i = 4, #KEYS do
   redis.call('UNLINK', KEYS[i])
 end
 redis.call('DEL', record)
 redis.call('ZREM', index, ARGV[2])
+
+-- Leave a tombstone that refuses late publishes and keeps the version number.
 redis.call('HSET', tombstone, COUNT, string.format('%.0f', deletion_count), LAST, latest)
 redis.call('EXPIRE', tombstone, ARGV[3])
 return 1
@@ -186,21 +209,21 @@ return 1
 
 @dataclass(frozen=True)
 class PublishTarget:
-    """Where a publish goes, and what it is fenced by. token: names this one call among its repetitions."""
+    """Where a version is published, and what it is checked against."""
 
     tenant: str
     adapter_id: str
-    deletion_count: int
+    deletion_count: int  # the adapter's when the work on this version began
     base_model_id: str
-    token: str
+    token: str  # identifies this one call among its repetitions
 
 
 async def publish(
     redis: Client, target: PublishTarget, version: AdapterVersion, blob: bytes
 ) -> AdapterVersion | int:
-    """Store and activate `version`; gives what now exists, or the number to try if this one is not next.
+    """Store and activate `version`. Return the stored version, or the next number if this one is taken.
 
-    Raises `AdapterDeleted` if the adapter was deleted after the target's deletion count.
+    Raises `AdapterDeleted` if the adapter was deleted after the target's deletion count was read.
     """
     tenant, adapter_id = target.tenant, target.adapter_id
     names = [
@@ -222,7 +245,7 @@ async def publish(
 
 
 async def activate(redis: Client, tenant: str, adapter_id: str, version: int, *, now: float) -> bool:
-    """Point the alias of the adapter to `version`; False if there is no such version."""
+    """Point the adapter's alias to `version`. Return False if there is no such version."""
     names = [keys.adapter_record(tenant, adapter_id), keys.adapter_blob(tenant, adapter_id, version)]
     return bool(await _ACTIVATE(redis, keys=names, args=[version, now, *CHECKSUM_RANGE]))
 
@@ -230,8 +253,10 @@ async def activate(redis: Client, tenant: str, adapter_id: str, version: int, *,
 async def note_checksum(
     redis: Client, tenant: str, adapter_id: str, version: int
 ) -> tuple[str, bytes] | None:
-    """Basis and checksum of the active version, which a record of an earlier release does not name: from now
-    on it does. None if `version` is not the active one any more."""
+    """Read basis and checksum of the active version, and add the checksum to a record that lacks it.
+
+    Records of earlier releases lack it. Returns None if `version` is no longer the active one.
+    """
     names = [keys.adapter_record(tenant, adapter_id), keys.adapter_blob(tenant, adapter_id, version)]
     reply = await _NOTE_CHECKSUM(redis, keys=names, args=[version, *CHECKSUM_RANGE])
     return None if reply is None else (reply[0].decode(), reply[1])
@@ -240,7 +265,10 @@ async def note_checksum(
 async def delete(
     redis: Client, tenant: str, adapter_id: str, *, latest: bytes, versions: Sequence[int]
 ) -> bool | None:
-    """Delete all versions and the record. False: there is none; None: `latest` is not the latest any more."""
+    """Delete all versions and the record.
+
+    Returns False if there is no such adapter, and None if `latest` is no longer the latest version.
+    """
     names = [
         keys.adapter_record(tenant, adapter_id),
         keys.adapter_tombstone(tenant, adapter_id),

@@ -1,7 +1,7 @@
-"""Adapters in Redis: immutable versions, an alias to the active one, deletion that late writers cannot undo.
+"""Adapters in Redis: immutable versions, an alias to the active one, deletions that late writers cannot undo.
 
-One version is one string (`adapter.py`); the record of an adapter is a hash beside it (`adapter_scripts.py`).
-Knows nothing of jobs, HTTP or what a basis holds.
+Each version is one string (`tessera/formats/adapter.py`). The record of an adapter is a hash beside its
+versions (`adapter_scripts.py`). This module knows nothing of jobs, HTTP or the content of a basis.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ __all__ = ["AdapterRecord", "AdapterStore", "AdapterVersion"]
 
 log = logging.getLogger(__name__)
 
-#: A publish meets a newer version only if another writer of the same adapter won, and one wins each round.
+#: Attempts at a publish. One fails only if another writer of the same adapter won, and one wins each round.
 MAX_CONFLICTS = 64
-#: Buckets asked for in one pipeline.
+#: Buckets read in one pipeline.
 _PIPELINE_COMMANDS = 256
-#: Bases whose adapters' size is remembered: more than are in use at once, and users may have their own.
+#: Number of bases for which the size of an adapter is remembered. Users may have private bases, so there may
+#: be many; this is more than are in use at once.
 MAX_KNOWN_SIZES = 1024
 
 
@@ -40,7 +41,8 @@ class AdapterStore:
 
     def __init__(self, redis: Client) -> None:
         self._redis = redis
-        self._blob_bytes: dict[str, int] = {}  # by basis: its adapters are all of about one size
+        #: Size of an adapter by basis: all adapters of one basis are of about the same size.
+        self._blob_bytes: dict[str, int] = {}
 
     async def deletion_count(self, tenant: str, adapter_id: str) -> int:
         """Return a number that grows with every deletion of this name; 0 without one in TOMBSTONE_TTL_S.
@@ -84,7 +86,10 @@ class AdapterStore:
         raise _too_busy(adapter_id)
 
     async def _next_version(self, tenant: str, adapter_id: str) -> tuple[int, int]:
-        """The version that a publish would make now, and the deletion count; notes the bucket for `list`."""
+        """Return the version that a publish would make now, and the deletion count.
+
+        Also registers tenant and bucket, so that `list` and `count` find the adapter.
+        """
         with translate_errors():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.sadd(keys.tenants(), tenant)
@@ -108,8 +113,10 @@ class AdapterStore:
             return await self._redis.hgetall(_record(tenant, adapter_id))
 
     async def resolve(self, tenant: str, adapter_id: str, version: int | None = None) -> AdapterRef:
-        """Name one version and its content, the active one by default, in one round trip; once per adapter in
-        two, if an earlier release has published it. Raises `NotFound`."""
+        """Return a reference to one version (by default the active one) and its content, in one round trip.
+
+        An adapter that an earlier release has published takes a second round trip, once. Raises `NotFound`.
+        """
         record = _record(tenant, adapter_id)
         if version is not None:
             with translate_errors():
@@ -129,7 +136,7 @@ class AdapterStore:
             active, basis, noted = values
             if active is None or basis is None:
                 raise _not_found(adapter_id)
-            # An earlier release activates versions without noting their checksum.
+            # Earlier releases activate versions without noting their checksum.
             number, _, checksum = (noted or b"").partition(b":")
             if number == active:
                 return AdapterRef(tenant, adapter_id, int(active), basis.decode(), checksum.hex())
@@ -139,9 +146,10 @@ class AdapterStore:
         raise _too_busy(adapter_id)
 
     async def fetch(self, refs: Sequence[AdapterRef]) -> list[bytes | None]:
-        """The packed form of each version, None where it is gone. Not verified: `Adapter.from_bytes` does.
+        """Return the packed form of each version, None where it is gone.
 
-        One MGET for all that fits MAX_MGET_BYTES (on a cluster one per slot, in one pipeline per node).
+        The bytes are not verified here but in `Adapter.from_bytes`. Each MGET fetches up to MAX_MGET_BYTES
+        (on a cluster there is one MGET per slot, in one pipeline per node).
         """
         blobs: list[bytes | None] = []
         while len(blobs) < len(refs):
@@ -164,7 +172,10 @@ class AdapterStore:
             del self._blob_bytes[next(iter(self._blob_bytes))]
 
     def _next_chunk(self, refs: Sequence[AdapterRef]) -> Sequence[AdapterRef]:
-        """As many of the first refs as are expected to fit; the first one of an unknown basis goes alone."""
+        """Return as many of the first refs as are expected to fit into MAX_MGET_BYTES.
+
+        A basis of unknown size counts as that much, so its first adapter is fetched alone.
+        """
         total = 0
         for count, ref in enumerate(refs):
             total += self._blob_bytes.get(ref.basis_id, keys.MAX_MGET_BYTES)
@@ -173,7 +184,7 @@ class AdapterStore:
         return refs
 
     async def activate(self, tenant: str, adapter_id: str, version: int) -> AdapterRecord:
-        """Point the alias to an existing version (a rollback is this). Raises `NotFound`."""
+        """Point the alias to an existing version, for example to roll back. Raises `NotFound`."""
         if not keys.ADAPTER_ID.fullmatch(adapter_id) or not await adapter_scripts.activate(
             self._redis, tenant, adapter_id, version, now=time.time()
         ):
@@ -181,11 +192,15 @@ class AdapterStore:
         return await self.get(tenant, adapter_id)
 
     async def delete(self, tenant: str, adapter_id: str) -> bool:
-        """Delete all versions; a tombstone refuses the work begun before. False: there is no such adapter."""
+        """Delete all versions. Return False if there is no such adapter.
+
+        A tombstone refuses versions that late writers began before the deletion.
+        """
         if not keys.ADAPTER_ID.fullmatch(adapter_id):
             return False
         for _ in range(MAX_CONFLICTS):
-            fields = await self._fields(tenant, adapter_id)  # not parsed: a broken record can be deleted too
+            # The fields are not parsed, so that a corrupt record can be deleted too.
+            fields = await self._fields(tenant, adapter_id)
             deleted = await adapter_scripts.delete(
                 self._redis,
                 tenant,
@@ -198,7 +213,7 @@ class AdapterStore:
         raise _too_busy(adapter_id)
 
     async def count(self) -> int:
-        """Adapters of all tenants together."""
+        """Return the number of adapters of all tenants together."""
         total = 0
         with translate_errors():
             tenants: Any = await self._redis.smembers(keys.tenants())
@@ -231,9 +246,9 @@ class AdapterStore:
     async def list(
         self, tenant: str, *, after: str | None = None, limit: int = 20
     ) -> tuple[list[AdapterRecord], bool]:
-        """A page of adapters in the order of (bucket, name), and whether more follow.
+        """Return a page of adapters ordered by (bucket, name), and whether more follow.
 
-        A record that cannot be read is left out, and logged. Raises `InvalidInput` if `after` is no name.
+        A record that cannot be read is logged and left out. Raises `InvalidInput` if `after` is malformed.
         """
         if after is not None:
             _check_name(after, param="after")
@@ -246,11 +261,11 @@ class AdapterStore:
         records = []
         for name, fields in zip(names, hashes, strict=True):
             if not fields:
-                continue  # deleted since
+                continue  # deleted since the index was read
             try:
                 records.append(AdapterRecord.from_hash(tenant, name, fields))
             except CorruptRecord as error:
-                log.error("left out of the list of tenant %s: %s", tenant, error)
+                log.error("an adapter is left out of the list of tenant %s: %s", tenant, error)
         return records, has_more
 
 
@@ -273,21 +288,24 @@ def _pack(
 
 def _check_name(adapter_id: str, *, param: str) -> None:
     if not keys.ADAPTER_ID.fullmatch(adapter_id):
-        allowed = "1 to 64 of a-z, 0-9, '.', '_', '-'; the first a letter or digit"
-        raise InvalidInput(f"an adapter's name is {allowed}; got {adapter_id!r}", param=param)
+        raise InvalidInput(
+            "an adapter name consists of 1 to 64 of the characters a-z, 0-9, '.', '_' and '-', and begins "
+            f"with a letter or digit; got {adapter_id!r}",
+            param=param,
+        )
 
 
 def _record(tenant: str, adapter_id: str) -> str:
-    """The record's key. Raises `NotFound` for what cannot be a name."""
+    """Return the key of the record. Raises `NotFound` for a malformed name."""
     if not keys.ADAPTER_ID.fullmatch(adapter_id):
         raise _not_found(adapter_id)
     return keys.adapter_record(tenant, adapter_id)
 
 
 def _not_found(adapter_id: str, version: int | None = None) -> NotFound:
-    what = "adapter" if version is None else f"version {version} of adapter"
-    return NotFound(f"there is no {what} {adapter_id!r}", param="model", code="model_not_found")
+    missing = "adapter" if version is None else f"version {version} of adapter"
+    return NotFound(f"there is no {missing} {adapter_id!r}", param="model", code="model_not_found")
 
 
 def _too_busy(adapter_id: str) -> Conflict:
-    return Conflict(f"adapter {adapter_id!r} is being published by too many writers at once")
+    return Conflict(f"too many writers publish adapter {adapter_id!r} at once; try again later")

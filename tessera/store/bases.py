@@ -1,9 +1,10 @@
-"""Bases in Redis: a manifest, one string per module, a preconditioner; and the name of each built recipe.
+"""Bases in Redis: a manifest, one string per module and a preconditioner; and an index by recipe.
 
-A basis is found by what it was built from (`recipe_key`) and named by its digest. Factors are written before
-the manifest and the manifest before the name, so whoever finds a basis can read all of it. A copy on the disk
-saves the transfer; it is verified like the stored bytes. A basis that follows from its manifest (LoRAM) is
-that manifest, in the store and on the disk: its factors are made again by whoever reads it, and verified.
+The index finds a basis by what it was built from (`recipe_key`); its id is a digest of its bytes. Factors are
+written before the manifest and the manifest before the index entry, so a basis that can be found can be read
+completely. A copy on the disk saves the transfer and is verified like the stored bytes. A basis that follows
+from its manifest alone (LoRAM) is stored as that manifest, in Redis and on the disk: every reader computes
+its factors again, and verifies them.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: A file of the disk cache: manifest length, manifest as JSON, factors of each module, preconditioner; or
-#: only the first two.
+#: A file of the disk cache consists of the length of the manifest, the manifest as JSON, and (unless the
+#: factors follow from the manifest) the factors of each module and the preconditioner.
 _LENGTH_BYTES = 8
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 
@@ -54,7 +55,7 @@ def recipe_key(
     calibration_digest: str | None = None,
     **options: Any,
 ) -> str:
-    """One name for one way to build a basis; the order of the patterns and of the options does not matter."""
+    """Return the name of one way to build a basis. The order of patterns and options does not matter."""
     recipe: dict[str, Any] = {
         "model_id": model_id,
         "method": method,
@@ -78,10 +79,11 @@ async def ensure_basis(
     calibration: CalibrationSet | None = None,
     **options: Any,
 ) -> Basis:
-    """The basis of this recipe, for all: found, or built in a thread and stored; racers end with one.
+    """Find the shared basis of this recipe, or build it in a thread and store it.
 
-    A stored basis that cannot be read is built again: where that gives the same bytes, it is mended. Raises
-    `InvalidInput`, `UnsupportedModel`, `CorruptRecord`, `StoreUnavailable`, `StoreFull`.
+    Processes that do this at the same time end with the same basis. A stored basis that cannot be read is
+    built again; if that gives the same bytes, the stored one is repaired. Raises `InvalidInput`,
+    `UnsupportedModel`, `CorruptRecord`, `StoreUnavailable`, `StoreFull`.
     """
     recipe: dict[str, Any] = {"method": method, "rank": rank, "target_modules": target_modules, **options}
     digest = None if calibration is None else calibration.digest
@@ -96,28 +98,31 @@ async def ensure_basis(
 
 
 async def read_if_sound(store: BasisStore, basis_id: str | None) -> Basis | None:
-    """The stored basis of this id; None if there is no id, or it cannot be read and should be built again."""
+    """Return the stored basis. None if there is no id, or if it cannot be read and should be built again."""
     if basis_id is None:
         return None
     try:
         return await store.get(basis_id)
     except (NotFound, CorruptRecord) as error:
-        log.error("basis %s is built again: %s", basis_id, error)
+        log.error("basis %s cannot be read and is built again: %s", basis_id, error)
         return None
 
 
 class BasisStore:
-    """The bases of all base models. Every method raises `StoreUnavailable`, `put` also `StoreFull`."""
+    """The bases of all base models.
+
+    Every method raises `StoreUnavailable`; methods that write also raise `StoreFull`.
+    """
 
     def __init__(self, redis: Client, *, cache_dir: Path | None = None) -> None:
         self._redis = redis
         self._cache = None if cache_dir is None else _DiskCache(cache_dir)
 
     async def put(self, basis: Basis, *, recipe_key: str | None = None) -> str:
-        """Store a basis for all; returns the one that the recipe names, an earlier one if there is one."""
+        """Store a shared basis. Return the id that the recipe stands for, which may be an earlier basis."""
         basis_id = basis.basis_id
         name = f"id:{basis_id}" if recipe_key is None else recipe_key
-        await self._share(basis_id)  # before the factors: they must stay
+        await self._share(basis_id)  # before the factors, so that no private owner deletes them
         await self._write(basis)
         await self._share(basis_id)  # a tenant may have become the first owner before the manifest was there
         with translate_errors():
@@ -126,16 +131,17 @@ class BasisStore:
         return str(winner.decode())
 
     async def _share(self, basis_id: str) -> None:
-        """Let a basis that tenants own be everybody's too."""
+        """Make a basis that tenants own a shared one too."""
         with translate_errors():
             if await self._redis.exists(keys.basis_owners(basis_id)):
                 await self._redis.hset(keys.basis_owners(basis_id), EVERYBODY, "")
 
     async def put_private(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
-        """Store a private basis, owned by `PrivateBases.reserve`. No list shows it and no disk keeps it.
+        """Store a private basis under the ownership that `PrivateBases.reserve` returned.
 
-        step: [M, r, r], what `build_basis_and_step` found with it. Raises `BasisDeleted` if that ownership
-        has ended; nothing of this call is left then.
+        No list shows a private basis, and no disk cache keeps it. step: [M, r, r], the first step that
+        `build_basis_and_step` found with it. Raises `BasisDeleted` if the ownership has ended, in which case
+        nothing of this call remains.
         """
         manifest = replace(basis.manifest, recipe={**basis.manifest.recipe, "is_own": True})
         if step is not None:
@@ -144,7 +150,7 @@ class BasisStore:
         await self._write(replace(basis, manifest=manifest), ownership)
 
     async def step(self, basis: Basis) -> Tensor | None:
-        """The step that was stored with an own basis, [M, r, r] float32; None if there is none."""
+        """Return the step that was stored with a private basis, [M, r, r] float32, or None."""
         with translate_errors():
             content: Any = await self._redis.get(keys.basis_step(basis.basis_id))
         shape = (basis.num_modules, basis.rank, basis.rank)
@@ -153,7 +159,7 @@ class BasisStore:
         return torch.frombuffer(bytearray(content), dtype=torch.float32).view(shape)
 
     async def keep_factors(self, basis: Basis) -> None:
-        """Store the factors of a basis that is in the store as a manifest only; else do nothing."""
+        """Store the factors too, if the store holds only the manifest of this basis."""
         if not basis.manifest.is_regenerated and (await self.manifest(basis.basis_id)).is_regenerated:
             await self._write(basis)
 
@@ -168,7 +174,7 @@ class BasisStore:
         await self._set(basis_id, {keys.basis_manifest(basis_id): manifest}, ownership)
 
     async def _set(self, basis_id: str, content: dict[str, bytes], ownership: Ownership | None) -> None:
-        """Raises `BasisDeleted` if the ownership has ended."""
+        """Write the keys of one basis. Raises `BasisDeleted` if the ownership has ended."""
         if ownership is not None:
             names, args = [keys.basis_owners(basis_id), *content], [ownership.tenant, ownership.token]
             if not await ownership_scripts.WRITE(self._redis, keys=names, args=[*args, *content.values()]):
@@ -181,13 +187,13 @@ class BasisStore:
             await pipeline.execute()
 
     async def find(self, recipe_key: str) -> str | None:
-        """The id of the basis that this recipe gave."""
+        """Return the id of the shared basis of this recipe, None if it has not been built."""
         with translate_errors():
             basis_id: Any = await self._redis.hget(keys.basis_index(), recipe_key)
         return None if basis_id is None else basis_id.decode()
 
     async def manifest(self, basis_id: str) -> BasisManifest:
-        """Raises `NotFound`, `CorruptRecord`."""
+        """Read the manifest. Raises `NotFound`, `CorruptRecord`."""
         if not keys.BASIS_ID.fullmatch(basis_id):
             raise basis_not_found(basis_id)
         with translate_errors():
@@ -208,7 +214,7 @@ class BasisStore:
         else:
             modules, preconditioner = await self._factors(manifest)
             basis = await asyncio.to_thread(Basis.from_bytes, manifest, modules, preconditioner)
-        if self._cache is not None and not manifest.is_own:  # deleting it must leave no copy
+        if self._cache is not None and not manifest.is_own:  # deleting a private basis must leave no copy
             await asyncio.to_thread(self._cache.save, basis)
         return basis
 
@@ -224,12 +230,14 @@ class BasisStore:
         if preconditioner is None:
             missing.append("preconditioner")
         if missing:
-            await self.manifest(basis_id)  # not found if it was deleted between the two reads
-            raise CorruptRecord(f"basis {basis_id} has lost {', '.join(missing[:5])}")
+            await self.manifest(basis_id)  # raises NotFound if it was deleted between the two reads
+            raise CorruptRecord(
+                f"basis {basis_id} lacks the factors of {', '.join(missing[:5])} in the store"
+            )
         return modules, preconditioner
 
     async def list(self) -> list[BasisManifest]:
-        """The manifests of all bases, by method and rank."""
+        """Return the manifests of all shared bases, ordered by model, method and rank."""
         with translate_errors():
             ids: Any = await self._redis.hvals(keys.basis_index())
         manifests = [await self.manifest(basis_id.decode()) for basis_id in sorted(set(ids))]
@@ -237,7 +245,7 @@ class BasisStore:
 
 
 class _DiskCache:
-    """Bases as files named by their digest. A file that fails its digest is dropped."""
+    """Bases as files named by their digest. A file that fails verification is deleted."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -255,13 +263,13 @@ class _DiskCache:
         except FileNotFoundError:
             return None
         except (OSError, CorruptRecord) as error:
-            log.warning("dropping %s from the cache: %s", path, error)
+            log.warning("deleted the cached basis %s, which cannot be read: %s", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
 
     def save(self, basis: Basis) -> None:
-        """Best effort: a full disk costs a transfer next time, nothing else."""
+        """Save the basis if the disk allows it; a failure only costs a transfer next time."""
         manifest = basis.manifest.to_json().encode()
         part = self._folder / f"{basis.basis_id}.{secrets.token_hex(4)}.part"
         try:
@@ -274,19 +282,19 @@ class _DiskCache:
                     file.write(basis.preconditioner_bytes())
             part.replace(self._folder / f"{basis.basis_id}.basis")
         except OSError as error:
-            log.warning("basis %s is not cached: %s", basis.basis_id, error)
+            log.warning("basis %s was not saved in the disk cache: %s", basis.basis_id, error)
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
 
 
 def _module_sizes(manifest: BasisManifest) -> list[int]:
-    """Bytes of A and B per module."""
+    """Return the bytes of A and B together, for each module."""
     item = DTYPES[manifest.dtype].itemsize
     return [manifest.rank * (m.d_in + m.d_out) * item for m in manifest.modules]
 
 
 def _batches(items: Iterable[T], manifest: BasisManifest) -> Iterator[list[T]]:
-    """Groups of per-module items, so that the factors of one group stay within MAX_MGET_BYTES."""
+    """Group per-module items, so that the factors of one group stay within MAX_MGET_BYTES."""
     size = max(1, keys.MAX_MGET_BYTES // max(_module_sizes(manifest)))
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
@@ -296,5 +304,5 @@ def _batches(items: Iterable[T], manifest: BasisManifest) -> Iterator[list[T]]:
 def _parse_manifest(basis_id: str, text: bytes) -> BasisManifest:
     manifest = BasisManifest.from_json(text)
     if manifest.basis_id != basis_id or manifest.dtype not in DTYPES or not manifest.modules:
-        raise CorruptRecord(f"the manifest of basis {basis_id} is not its own")
+        raise CorruptRecord(f"the manifest stored for basis {basis_id} describes another basis, or none")
     return manifest

@@ -1,7 +1,7 @@
-"""Uploaded files in Redis: a record, the content as one string, an index per tenant by time of upload.
+"""Uploaded files in Redis: a record, the content as one string, and an index per tenant by time of upload.
 
-Contents of tens of MB travel in pieces, so that neither the server nor a time-out notices the size. A file is
-visible only when all of it is there: an upload that breaks off leaves a content that expires, and no record.
+Contents of tens of MB travel in pieces, so that they neither block the server nor run into a time-out. A file
+becomes visible only when it is complete: an interrupted upload leaves content that expires, and no record.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tessera.redis import keys
 from tessera.redis.client import Argument, Client, Script, translate_errors
 
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
-#: Of content, per command. The longest of an upload of 32 MB holds up the other clients for 3 ms; of 4 MB at
-#: a time, for 25, and takes the store twice the time.
+#: Bytes of content per command. During an upload of 32 MB the longest command blocks other clients for 3 ms.
+#: With pieces of 4 MB it blocks them for 25 ms, and the whole upload takes the store twice as long.
 CHUNK_BYTES = 256 * 1024
-#: An upload that takes longer than this between two pieces is gone.
+#: An upload expires if it pauses for longer than this between two pieces.
 UPLOAD_TTL_S = 600
 
-# KEYS: content. ARGV: offset, piece, lifetime in s. Reply: 1, or 0 if what comes before the offset expired
-# (SETRANGE alone would put zeros there).
+# KEYS: content. ARGV: offset, piece, lifetime in s. Reply: 1, or 0 if the earlier pieces have expired
 _WRITE_PIECE = Script("""
+-- SETRANGE alone would fill the place of expired pieces with zeros.
 if redis.call('STRLEN', KEYS[1]) < tonumber(ARGV[1]) then
   return 0
 end
@@ -38,31 +38,36 @@ return 1
 """)
 
 # KEYS: record, content, index. ARGV: file id, created_at, bytes, when it expires in Unix seconds or "", then
-# the fields of the record. Reply: 1, or 0 if the content has expired.
+# the fields of the record. Reply: 1, or 0 if the content has expired
 _FINISH = Script("""
 local record, content, index = KEYS[1], KEYS[2], KEYS[3]
+-- All bytes must still be there.
 if redis.call('STRLEN', content) ~= tonumber(ARGV[3]) then
   return 0
 end
+-- Keep the content for good, or until the file expires with its record.
 redis.call('PERSIST', content)
 redis.call('HSET', record, unpack(ARGV, 5))
 if ARGV[4] ~= '' then
   redis.call('EXPIREAT', content, ARGV[4])
   redis.call('EXPIREAT', record, ARGV[4])
 end
+-- Only now is the file listed.
 redis.call('ZADD', index, ARGV[2], ARGV[1])
 return 1
 """)
 
-# KEYS: record, content, index. ARGV: file id. Reply: how many records there were.
+# KEYS: record, content, index. ARGV: file id. Reply: the number of records deleted, 0 or 1
 _DELETE = Script("""
 redis.call('UNLINK', KEYS[2])
 redis.call('ZREM', KEYS[3], ARGV[1])
 return redis.call('DEL', KEYS[1])
 """)
 
-# KEYS: index. ARGV: the file id to go on after or "", how many, "asc" or "desc". Reply: ids.
+# KEYS: index. ARGV: the file id to continue after or "", how many, "asc" or "desc"
+# Reply: ids, or nil if there is no such file id
 _PAGE = Script("""
+-- The commands of sorted sets have a second form for the reverse order: ZREVRANK, ZREVRANGE.
 local back = ARGV[3] == 'desc' and 'REV' or ''
 local first = 0
 if ARGV[1] ~= '' then
@@ -74,24 +79,23 @@ if ARGV[1] ~= '' then
 end
 return redis.call('Z' .. back .. 'RANGE', KEYS[1], first, first + ARGV[2] - 1)
 """)
-#: Files that are looked at between two calls of the store, where only some are wanted.
+#: File ids read at a time while a page of files is filled.
 _PAGE_SIZE = 100
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """An uploaded file without its content. created_at, expires_at: Unix time (None: never). num_examples:
-    None if nobody counted."""
+    """An uploaded file without its content."""
 
     file_id: str
     tenant: str
     filename: str
     purpose: str
     bytes: int
-    created_at: float
-    num_examples: int | None
+    created_at: float  # Unix time
+    num_examples: int | None  # None if they were not counted
     sha256: str
-    expires_at: int | None = None
+    expires_at: int | None = None  # Unix time; None: never
 
 
 _Records: TypeAlias = list[FileRecord]
@@ -113,7 +117,7 @@ class FileStore:
         num_examples: int | None = None,
         lifetime_s: int | None = None,
     ) -> FileRecord:
-        """Store a file under a new id. lifetime_s: when it is deleted by itself; None: never."""
+        """Store a file under a new id. lifetime_s: seconds until it expires; None: never."""
         now = time.time()
         record = FileRecord(
             file_id=f"file-{secrets.token_hex(12)}",
@@ -129,7 +133,9 @@ class FileStore:
         with translate_errors():
             await self._redis.sadd(keys.tenants(), tenant)
         if not await self._upload(record, content):
-            raise StoreUnavailable(f"the upload of {filename!r} was interrupted for over {UPLOAD_TTL_S} s")
+            raise StoreUnavailable(
+                f"the upload of {filename!r} paused for over {UPLOAD_TTL_S} s; upload it again"
+            )
         return record
 
     async def _upload(self, record: FileRecord, content: bytes) -> bool:
@@ -153,15 +159,16 @@ class FileStore:
         return _from_fields(tenant, file_id, fields)
 
     async def content(self, tenant: str, file_id: str) -> bytes:
-        """All bytes, verified. Raises `NotFound`, `CorruptRecord`."""
+        """Return all bytes, verified. Raises `NotFound`, `CorruptRecord`."""
         record = await self.get(tenant, file_id)
         content = b"".join([piece async for piece in self._pieces(record)])
         await self._check(record, await asyncio.to_thread(_sha256, content))
         return content
 
     async def verified_pieces(self, tenant: str, file_id: str) -> AsyncIterator[bytes]:
-        """The bytes in pieces, which are read as they are asked for, after all of them have been verified
-        once: for a reader who may be slow. Raises `NotFound`, `CorruptRecord`.
+        """Verify the whole content, then return it in pieces that are read when the caller needs them.
+
+        For callers that may consume it slowly. Raises `NotFound`, `CorruptRecord`.
         """
         record = await self.get(tenant, file_id)
         digest = hashlib.sha256()
@@ -178,13 +185,13 @@ class FileStore:
             yield piece
 
     async def _check(self, record: FileRecord, digest: str) -> None:
-        """Raises `CorruptRecord`, `NotFound`."""
+        """Raise `CorruptRecord` if the digest differs, `NotFound` if the file was deleted meanwhile."""
         if digest != record.sha256:
-            await self.get(record.tenant, record.file_id)  # it was deleted while it was read
-            raise CorruptRecord(f"the content of {record.file_id} fails its checksum")
+            await self.get(record.tenant, record.file_id)  # raises NotFound
+            raise CorruptRecord(f"the content of {record.file_id} does not match its checksum")
 
     async def delete(self, tenant: str, file_id: str) -> bool:
-        """False: there is no such file."""
+        """Delete the file. Return False if there is no such file."""
         if not FILE_ID.fullmatch(file_id):
             return False
         return bool(await _DELETE(self._redis, keys=_names(tenant, file_id), args=[file_id]))
@@ -198,9 +205,9 @@ class FileStore:
         purpose: str | None = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[_Records, bool]:
-        """A page of files by time of upload, and whether more follow; purpose: only those that have it.
+        """Return a page of files ordered by time of upload, and whether more follow.
 
-        Raises `NotFound` if `after` is gone.
+        purpose: list only files with this purpose. Raises `NotFound` if the file `after` no longer exists.
         """
         if after is not None and not FILE_ID.fullmatch(after):
             raise _not_found(after, param="after")
@@ -217,17 +224,20 @@ class FileStore:
         return found[:limit], len(found) > limit
 
     async def _records(self, tenant: str, file_ids: Sequence[str]) -> _Records:
-        """Those that are still there. Files that have expired are taken out of the index, but for the last of
-        the ids, after which a page may go on."""
+        """Return the records that still exist, and remove expired files from the index.
+
+        The last id stays in the index even if it has expired, because the next page continues after it.
+        """
         with translate_errors():
             pipeline = self._redis.pipeline(transaction=False)
             for file_id in file_ids:
                 pipeline.hgetall(keys.file_record(tenant, file_id))
             hashes = await pipeline.execute()
-            gone = [i for i, fields in zip(file_ids[:-1], hashes[:-1], strict=True) if not fields]
-            if gone:
-                await self._redis.zrem(keys.file_index(tenant), *gone)
-        return [_from_fields(tenant, i, fields) for i, fields in zip(file_ids, hashes, strict=True) if fields]
+            found = dict(zip(file_ids, hashes, strict=True))
+            expired = [file_id for file_id in file_ids[:-1] if not found[file_id]]
+            if expired:
+                await self._redis.zrem(keys.file_index(tenant), *expired)
+        return [_from_fields(tenant, file_id, fields) for file_id, fields in found.items() if fields]
 
 
 def _names(tenant: str, file_id: str) -> list[str]:
@@ -235,9 +245,12 @@ def _names(tenant: str, file_id: str) -> list[str]:
 
 
 def _to_fields(record: FileRecord) -> list[str | int | float]:
-    """Field, value, field, value … of the record's hash; what is None is left out."""
-    values = {name: value for name, value in asdict(record).items() if name not in ("file_id", "tenant")}
-    return [part for pair in values.items() if pair[1] is not None for part in pair]
+    """Flatten the record to field, value, field, value …, without the fields that are None."""
+    flat: list[str | int | float] = []
+    for name, value in asdict(record).items():
+        if name not in ("file_id", "tenant") and value is not None:
+            flat += [name, value]
+    return flat
 
 
 def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> FileRecord:
@@ -255,7 +268,7 @@ def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> Fi
             expires_at=None if expires_at is None else int(expires_at),
         )
     except (ValueError, KeyError) as error:
-        raise CorruptRecord(f"unreadable record of {file_id}: {error!r}") from error
+        raise CorruptRecord(f"the record of {file_id} in the store cannot be read: {error!r}") from error
 
 
 def _sha256(content: bytes) -> str:

@@ -1,11 +1,11 @@
-"""What keeps a tenant's own basis beside the adapters in it: a job that works with it, or its owner's wish.
+"""Holds: what keeps a private basis in the store besides the adapters that use it.
 
-    job     from the moment that it has the basis until it ends; so nothing deletes the basis under it
-    pin     a basis that its owner had built by a job of its own stays until its owner deletes it
+    job     holds the basis from the moment it has it until the job ends, so that nothing deletes it meanwhile
+    pin     keeps a basis that its owner had built by a job, until the owner deletes it
 
-Both are users of the basis in `ownership.py`, under names that no adapter can have. What a worker leaves when
-it dies with a job's last attempt is found and dropped when somebody wants the room. Also remembers from which
-recipe a tenant's basis was made, so that nothing is built twice.
+Both are users of the basis in `ownership.py`, under names that no adapter can have. A worker that dies during
+the last attempt at a job leaves a stale hold, which is dropped when the tenant needs the quota. This module
+also finds the basis that a recipe has given, so that nothing is built twice.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def source_key(
     calibration: str | None,
     sha256: str,
 ) -> str:
-    """A name for a recipe by the file that it reads instead of the tokens in it.
+    """Name a recipe by the file that it reads, not by the tokens in that file.
 
-    For processes that do not encode: whether a basis of this recipe is stored already. sha256: of the file,
-    "" if none is read.
+    With this name a process that does not encode text can tell whether a basis of the recipe is stored.
+    sha256: digest of the file, "" if the recipe reads none.
     """
     data = OWN_DATA if calibration == OWN_DATA else "file"
     parts = [method, rank, dict(options), sorted(set(target_modules or [])), data, sha256]
@@ -47,13 +47,13 @@ def source_key(
 
 
 class BasisHolds:
-    """The holds of all tenants on their own bases. Every method raises `StoreUnavailable`."""
+    """The holds of all tenants on their private bases. Every method raises `StoreUnavailable`."""
 
     def __init__(self, redis: Client, private_bases: PrivateBases) -> None:
         self._redis, self._private_bases = redis, private_bases
 
     async def find(self, tenant: str, recipe_key: str) -> str | None:
-        """The tenant's own basis of this recipe."""
+        """Return the id of the tenant's private basis of this recipe, None if there is none."""
         with translate_errors():
             found: Any = await self._redis.hget(keys.tenant_recipes(tenant), recipe_key)
         if found is None or found.decode() not in await self._private_bases.of_tenant(tenant):
@@ -61,10 +61,10 @@ class BasisHolds:
         return str(found.decode())
 
     async def hold_found(self, tenant: str, recipe_key: str, job_id: str) -> str | None:
-        """Hold the tenant's own basis of this recipe for a job, and give its id.
+        """Hold the tenant's private basis of this recipe for a job, and return its id.
 
-        None if there is none, or if its deletion came first. A basis that is held is not deleted, so it is to
-        be held before it is read.
+        Returns None if there is no such basis, or if it was deleted first. Hold a basis before reading it:
+        one that is held cannot be deleted.
         """
         basis_id = await self.find(tenant, recipe_key)
         if basis_id is None:
@@ -84,8 +84,11 @@ class BasisHolds:
         reservation_id: str = "",
         recipe_keys: Sequence[str] = (),
     ) -> Ownership | None:
-        """`PrivateBases.reserve`, and hold the basis for the job in the same step: equal bytes may belong to
-        another job's basis, which ends with that job unless this one holds it."""
+        """Call `PrivateBases.reserve`, and hold the basis for the job in the same step.
+
+        The same bytes may be the basis of another job, which would delete it at its end unless this job holds
+        it as well.
+        """
         return await self._private_bases.reserve(
             tenant,
             manifest,
@@ -109,19 +112,22 @@ class BasisHolds:
             )
 
     async def hold(self, tenant: str, basis_id: str, job_id: str) -> None:
-        """Keep the basis for a job. One that is everybody's needs none. Raises `BasisDeleted`."""
+        """Keep the basis while the job lasts. A shared basis needs no hold. Raises `BasisDeleted`."""
         await self._private_bases.use(tenant, basis_id, _JOB + job_id, deletion_count=_HELD)
 
     async def let_go(self, tenant: str, job_id: str) -> None:
-        """The job has ended: the bases that nothing else keeps are deleted."""
+        """Drop the holds of a job that has ended, and delete the bases that nothing else keeps."""
         await self._private_bases.release(tenant, _JOB + job_id, deletion_count=_ENDED)
 
     async def pin(self, tenant: str, basis_id: str) -> None:
-        """Keep the basis until `delete`. Raises `BasisDeleted`."""
+        """Keep the basis until its owner calls `delete`. Raises `BasisDeleted`."""
         await self._private_bases.use(tenant, basis_id, _PIN + basis_id, deletion_count=_HELD)
 
     async def delete(self, tenant: str, basis_id: str) -> None:
-        """Raises `NotFound` if the tenant does not own it, `Conflict` while adapters or jobs use it."""
+        """Delete the tenant's basis and its pin.
+
+        Raises `NotFound` if the tenant does not own it, `Conflict` while adapters or jobs use it.
+        """
         if basis_id not in await self._private_bases.of_tenant(tenant):
             raise basis_not_found(basis_id)
         await self.drop_stale(tenant)
@@ -129,12 +135,12 @@ class BasisHolds:
         while not await self._private_bases.discard(tenant, basis_id, pin=pin):
             users = await self._private_bases.users(tenant, basis_id) - {pin}
             if users:
-                shown = ", ".join(sorted(name.removeprefix(_JOB) for name in users)[:5])
-                message = f"basis {basis_id} is needed by {len(users)} adapter(s) or job(s): {shown}"
+                first_names = ", ".join(sorted(name.removeprefix(_JOB) for name in users)[:5])
+                message = f"basis {basis_id} is used by {len(users)} adapter(s) or job(s): {first_names}"
                 raise Conflict(message, code="basis_in_use", param="basis_id")
 
     async def check_quota(self, tenant: str, num_bytes: int) -> None:
-        """Raises `QuotaExceeded` if the tenant may not own a basis of this size beside its others."""
+        """Raise `QuotaExceeded` if the tenant has no quota left for a basis of this size."""
         max_bytes = self._private_bases.max_bytes
         if await self._owned_bytes(tenant) + num_bytes <= max_bytes:
             return
@@ -144,7 +150,7 @@ class BasisHolds:
             raise quota_exceeded(num_bytes, owned_bytes, max_bytes, param="adapter.basis")
 
     async def drop_stale(self, tenant: str) -> None:
-        """Drop the holds of jobs that have ended without letting go: their workers died."""
+        """Drop the holds of jobs that have ended without dropping them, because their worker died."""
         for basis_id in await self._private_bases.of_tenant(tenant):
             with translate_errors():
                 cursor = self._redis.hscan_iter(keys.basis_users(tenant, basis_id), match=f"{_JOB}*")

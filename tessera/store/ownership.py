@@ -1,10 +1,11 @@
-"""Bases that belong to tenants: who owns them, what they count against the quota, which adapters need them.
+"""Private bases: who owns them, how many bytes count against a tenant's quota, which adapters use them.
 
     reserve (quota, owner) → write the factors → use (an adapter) → publish … release (the adapter is deleted)
 
-A basis is named by its bytes, so two tenants may own the same one; each is charged for it, and its factors go
-with the last owner. Each step is atomic on one slot; what a crash leaves between two steps is a basis without
-an adapter, which its owner sees and can delete. Knows no factors and no adapter records.
+The id of a basis is a digest of its bytes, so two tenants may own the same basis. Each is charged for it, and
+its factors are deleted with the last owner. Each step is atomic on one slot. A crash between two steps leaves
+a basis without an adapter, which its owner sees and can delete. This module knows no factors and no adapter
+records.
 """
 
 from __future__ import annotations
@@ -20,26 +21,27 @@ from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import ownership_scripts
 
-#: The owner of a basis that everybody may use although tenants have stored the same bytes.
+#: Listed as an owner of a shared basis of which tenants have stored the same bytes.
 EVERYBODY = "*"
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """One life of a basis as a tenant's own. Writes of its factors name it, and are refused after its end."""
+    """One lifetime of a tenant's private basis. Its factors can be written only while it lasts."""
 
     tenant: str
-    token: str
+    token: str  # identifies this lifetime
 
 
 class PrivateBases:
-    """Whose the bases are. max_bytes: what one tenant may own, all factors together.
+    """The private bases of all tenants and their users.
 
-    Every method raises `StoreUnavailable`, those that write also `StoreFull`.
+    Every method raises `StoreUnavailable`; methods that write also raise `StoreFull`.
     """
 
     def __init__(self, redis: Client, *, max_bytes: int) -> None:
         self._redis = redis
+        #: Quota of one tenant, for the factors of all its private bases together.
         self.max_bytes = max_bytes
 
     async def reserve(
@@ -52,17 +54,19 @@ class PrivateBases:
         deletion_count: int = 0,
         recipe_keys: Sequence[str] = (),
     ) -> Ownership | None:
-        """Make the tenant an owner, before the factors are written. None: it is stored and everybody's.
+        """Make the tenant an owner of the basis before its factors are written.
 
-        reservation_id: that of an earlier `reserve_quota`, whose bytes the basis takes over. user: a name
-        that uses the basis (as with `use`) from the same moment on, so that no release of another user
-        deletes it in between. recipe_keys: names under which `BasisHolds.find` finds it. Repeating it changes
-        nothing. Raises `QuotaExceeded`; nothing has changed then.
+        Returns None if the basis is stored and shared. Repeating the call changes nothing.
+
+        reservation_id: id of an earlier `reserve_quota` that this basis takes over. user: a name that uses
+        the basis (as with `use`) from the same moment on, so that a release by another user cannot delete it
+        in between. recipe_keys: names under which `BasisHolds.find` finds the basis. Raises `QuotaExceeded`,
+        in which case nothing has changed.
         """
         basis_id = manifest.basis_id
         if await self._is_shared(basis_id):
             return None
-        # The number of modules goes with the token, so that a deletion finds those of a half-written basis.
+        # The token carries the number of modules, so that a deletion finds those of a half-written basis.
         token = await self._claim(
             tenant, basis_id, manifest.stored_bytes, f"{secrets.token_hex(8)}.{len(manifest.modules)}",
             reservation_id, user, deletion_count, *recipe_keys,
@@ -79,19 +83,20 @@ class PrivateBases:
     async def reserve_quota(
         self, tenant: str, reservation_id: str, num_bytes: int, *, user: str = "", deletion_count: int = 0
     ) -> None:
-        """Count a basis that is yet to be made, under an id that no basis has, until that is released.
+        """Charge the tenant for a basis that will be made later, until the reservation is released.
 
-        It is used and released like a basis. Repeating it changes nothing. Raises `QuotaExceeded`.
+        reservation_id must differ from every basis id. A reservation is used and released like a basis.
+        Repeating the call changes nothing. Raises `QuotaExceeded`.
         """
         await self._claim(
             tenant, reservation_id, num_bytes, f"{secrets.token_hex(8)}.0", "", user, deletion_count
         )
 
     async def use(self, tenant: str, basis_id: str, adapter_id: str, *, deletion_count: int) -> None:
-        """Note, before it is published, that a version of the adapter is in this basis.
+        """Note that the adapter uses this basis, before a version in it is published.
 
-        deletion_count: the one that the publish will be checked against. A basis that is everybody's needs no
-        note. Raises `BasisDeleted`.
+        A shared basis needs no note. deletion_count: the count that the publish will be checked against.
+        Raises `BasisDeleted`.
         """
         if await self._is_shared(basis_id):
             return
@@ -102,52 +107,55 @@ class PrivateBases:
             raise BasisDeleted(f"basis {basis_id} has been deleted", param="basis_id")
 
     async def release(self, tenant: str, adapter_id: str, *, deletion_count: int) -> list[str]:
-        """After an adapter was deleted: delete the bases that no adapter needs any more; return their ids.
+        """After an adapter was deleted, delete the bases that nothing uses any more, and return their ids.
 
-        deletion_count: the adapter's, read after the deletion. Also finishes deletions that were cut off.
+        deletion_count: the adapter's count, read after the deletion. Interrupted deletions are finished too.
         """
         deleted = []
-        for basis_id in await self.of_tenant(tenant, dying=True):
+        for basis_id in await self.of_tenant(tenant, include_deleting=True):
             if await self._release(tenant, basis_id, adapter_id, deletion_count):
                 deleted.append(basis_id)
         return deleted
 
     async def delete(self, tenant: str, basis_id: str) -> None:
-        """Raises `NotFound` if the tenant does not own it, `Conflict` while adapters are in it."""
+        """Delete the tenant's basis. Raises `NotFound` if it has none, `Conflict` while adapters use it."""
         if basis_id not in await self.of_tenant(tenant):
             raise basis_not_found(basis_id)
         if not await self.discard(tenant, basis_id):
             users = await self.users(tenant, basis_id)
-            named = ", ".join(sorted(users)[:5])
+            first_names = ", ".join(sorted(users)[:5])
             raise Conflict(
-                f"basis {basis_id} is needed by {len(users)} adapter(s), {named}: delete them first",
+                f"basis {basis_id} is used by {len(users)} adapter(s), {first_names}: delete them first",
                 code="basis_in_use",
                 param="basis_id",
             )
 
     async def discard(self, tenant: str, basis_id: str, *, pin: str = "") -> bool:
-        """Delete a basis of the tenant's that nothing uses, or only `pin`. False: something else does."""
+        """Delete the tenant's basis if nothing but `pin` uses it. Return False if something else does."""
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
         token: Any = await ownership_scripts.END(self._redis, keys=names, args=[basis_id, pin])
         if token:
             await self._delete_stored(tenant, basis_id, token.decode())
         return token is not None
 
-    async def of_tenant(self, tenant: str, *, dying: bool = False) -> dict[str, int]:
-        """The tenant's bases with their bytes; with `dying` also those whose deletion was cut off."""
+    async def of_tenant(self, tenant: str, *, include_deleting: bool = False) -> dict[str, int]:
+        """Return the bytes of each private basis of the tenant.
+
+        include_deleting: also list bases with an interrupted deletion, with 0 bytes.
+        """
         with translate_errors():
             owned: Any = await self._redis.hgetall(keys.tenant_bases(tenant))
         found = {basis_id.decode(): int(value.split(b":")[0]) for basis_id, value in owned.items()}
-        return {basis_id: size for basis_id, size in found.items() if size or dying}
+        return {basis_id: size for basis_id, size in found.items() if size or include_deleting}
 
     async def users(self, tenant: str, basis_id: str) -> set[str]:
-        """The tenant's adapters that are in this basis of its own."""
+        """Return what uses this private basis: names of adapters, and of holds (`holds.py`)."""
         with translate_errors():
             names: Any = await self._redis.hkeys(keys.basis_users(tenant, basis_id))
         return {name.decode() for name in names}
 
     async def check_access(self, tenant: str, basis_id: str) -> None:
-        """Raises `NotFound` for a basis that belongs to others only, as for one that does not exist."""
+        """Raise `NotFound` if the basis belongs to other tenants only, as if it did not exist."""
         if not keys.BASIS_ID.fullmatch(basis_id):
             raise basis_not_found(basis_id)
         with translate_errors():
@@ -164,7 +172,10 @@ class PrivateBases:
         return bool(is_stored) and (not owners or EVERYBODY.encode() in owners)
 
     async def _claim(self, tenant: str, basis_id: str, num_bytes: int, token: str, *more: str | int) -> str:
-        """The token in force: `token`, or that of the life that goes on. more: the rest for `RESERVE`."""
+        """Return the token in force: `token`, or that of a lifetime that goes on.
+
+        more: the remaining arguments of the script `RESERVE`.
+        """
         reply: bytes | int = await ownership_scripts.RESERVE(
             self._redis,
             keys=[keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id), keys.tenant_recipes(tenant)],
@@ -175,7 +186,7 @@ class PrivateBases:
         return reply.decode()
 
     async def _release(self, tenant: str, basis_id: str, user: str, deletion_count: int) -> bool:
-        """Take the user out of the basis, and the basis out of the store if it was the last."""
+        """Remove the user from the basis, and the basis from the store if that was its last user."""
         names = [keys.tenant_bases(tenant), keys.basis_users(tenant, basis_id)]
         token: Any = await ownership_scripts.RELEASE(
             self._redis, keys=names, args=[basis_id, user, deletion_count]
@@ -186,7 +197,7 @@ class PrivateBases:
         return True
 
     async def _delete_stored(self, tenant: str, basis_id: str, token: str) -> None:
-        """After the end of a life was noted: delete the factors unless others own them, then the note."""
+        """After a lifetime has ended, delete the factors unless others own them, then the ownership."""
         stored = [
             keys.basis_owners(basis_id),
             keys.basis_manifest(basis_id),
@@ -198,10 +209,10 @@ class PrivateBases:
         await ownership_scripts.FORGET(self._redis, keys=[keys.tenant_bases(tenant)], args=[basis_id, token])
 
     async def _num_modules(self, basis_id: str, token: str) -> int:
-        _, _, noted = token.partition(".")
-        if noted:
-            return int(noted)
-        with translate_errors():  # the token is of an earlier release
+        _, _, num_modules = token.partition(".")
+        if num_modules:
+            return int(num_modules)
+        with translate_errors():  # tokens of earlier releases do not carry the number
             text: Any = await self._redis.get(keys.basis_manifest(basis_id))
         return 0 if text is None else len(BasisManifest.from_json(text).modules)
 

@@ -1,6 +1,6 @@
-"""Publishing an adapter in whatever basis it is in, so that a basis of a tenant's own never outlives its use.
+"""Publishing an adapter with a note that it uses its basis, so that no private basis outlives its use.
 
-Knows neither jobs nor HTTP; both publish through here.
+Jobs and imports both publish through this function. It knows neither jobs nor HTTP.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ async def publish(
     job_id: str | None = None,
     base_model_id: str = "",
 ) -> AdapterVersion:
-    """`AdapterStore.publish`, with a note in the basis before it. Repeating it changes nothing.
+    """Note the adapter as a user of its basis, then publish it. Repeating this changes nothing.
 
-    Raises what that raises, and `BasisDeleted`. If it fails for good, the note is
-    taken back, and the basis goes if nobody else needs it.
+    Raises what `AdapterStore.publish` raises, and `BasisDeleted`. After a permanent failure the note is
+    withdrawn, and the basis is deleted if nothing else uses it.
     """
     basis_id = adapter.basis_id
-    # What cannot be stored fails before the note: taking that back could take back the note of another job
-    # that is just publishing an adapter of the same name.
+    # Values that cannot be stored must fail before the note is made: withdrawing it could withdraw the note
+    # of another job that is publishing an adapter of the same name.
     adapter.to_bytes(version=1, dtype=dtype)
     await private_bases.use(tenant, basis_id, adapter_id, deletion_count=deletion_count)
     try:
@@ -41,7 +41,7 @@ async def publish(
             base_model_id=base_model_id,
         )  # fmt: skip
     except Unavailable:
-        raise  # it may have been stored, and will be tried again
+        raise  # the version may have been stored; the caller tries again
     except TesseraError:
         try:
             await adapters.get(tenant, adapter_id)

@@ -174,14 +174,16 @@ async def test_a_big_batch_is_asked_for_in_pieces(store: AdapterStore, redis: Re
     refs = [await store.resolve(ALICE, f"a{i}") for i in range(6)]
     await redis.config_resetstat()
     assert None not in await store.fetch(refs)
-    assert (await redis.info("commandstats"))["cmdstat_mget"]["calls"] == 3  # 1 to learn the size, 3, 2
+    assert (await redis.info("commandstats"))["cmdstat_mget"][
+        "calls"
+    ] == 3  # one to learn the size, then 3 and 2 adapters
     await redis.config_resetstat()
     assert None not in await store.fetch(refs)
     assert (await redis.info("commandstats"))["cmdstat_mget"]["calls"] == 2
 
 
 async def commands_of(redis: Redis, *calls: Awaitable[AdapterRef]) -> tuple[list[AdapterRef], dict[str, int]]:
-    """What the calls return, and how often each command was run for them."""
+    """Return the results of the calls, and how often each command was run for them."""
     await redis.config_resetstat()
     refs = [await call for call in calls]
     stats = (await redis.info("commandstats")).items()
@@ -194,7 +196,7 @@ async def test_resolve_is_one_round_trip(store: AdapterStore, redis: Redis) -> N
     _, commands = await commands_of(redis, store.resolve(ALICE, "a"))
     assert commands == {"hmget": 1}
     refs, commands = await commands_of(redis, store.resolve(ALICE, "a"), store.resolve(ALICE, "a", 1))
-    assert commands == {"hmget": 1, "hget": 1, "getrange": 1}  # the last two in one pipeline
+    assert commands == {"hmget": 1, "hget": 1, "getrange": 1}  # hget and getrange in one pipeline
     assert refs[0] == refs[1]
 
 
@@ -210,7 +212,7 @@ async def test_a_record_of_an_earlier_release_learns_its_checksum_once(
     assert refs == [expected] * 3
     assert (commands["hmget"], commands["getrange"]) == (3 + 1, 1)  # one of them inside the script
 
-    await redis.hset(record, "active", "1")  # what an earlier release's rollback writes
+    await redis.hset(record, "active", "1")  # as the rollback of an earlier release writes it
     assert await store.resolve(ALICE, "a") == await store.resolve(ALICE, "a", 1) != expected
 
 
@@ -339,7 +341,7 @@ async def test_a_new_adapter_of_the_name_goes_on_counting(store: AdapterStore) -
     deletion_count = await store.deletion_count(ALICE, "a")
     assert deletion_count > 0
     version = await publish(store, deletion_count=deletion_count, job_id="ftjob-new")
-    assert version.version == 3  # caches know versions 1 and 2 of this name
+    assert version.version == 3  # caches may hold versions 1 and 2 of this name
     await store.delete(ALICE, "a")
     assert await store.deletion_count(ALICE, "a") > deletion_count
     assert (await publish(store)).version == 4
@@ -407,7 +409,7 @@ async def proxy(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[C
 async def test_a_publish_whose_reply_is_lost_happens_once(
     store: AdapterStore, proxy: CuttingProxy, job_id: str | None
 ) -> None:
-    await publish(store)  # the script is known, so that the first EVALSHA is the one that works
+    await publish(store)  # loads the script, so that the first EVALSHA succeeds
     async with connect(proxy.url) as client:
         proxy.cut_after(b"EVALSHA")
         version = await publish(AdapterStore(client), job_id=job_id)
@@ -428,7 +430,7 @@ async def test_a_deletion_whose_reply_is_lost_is_done(store: AdapterStore, proxy
         await store.get(ALICE, "a")
 
 
-# Against a model of what should be
+# Against a model of the expected state
 
 
 Operation = tuple[str, str, object]
@@ -444,12 +446,12 @@ operations = st.lists(
 
 
 class Expected:
-    """One adapter as it should be."""
+    """The expected state of one adapter."""
 
     def __init__(self) -> None:
         self.versions: list[int] = []
         self.active = 0
-        self.last = 0  # ever used
+        self.last = 0  # highest version number ever used
         self.jobs: dict[str, int] = {}
         self.deletion_counts = [0]
 

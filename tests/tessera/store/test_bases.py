@@ -1,4 +1,4 @@
-"""The basis store on a real server: written in order, verified on the way back, cached on disk, raced for."""
+"""The basis store on a real server: order of writes, verification, disk cache, races."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_the_first_basis_of_a_recipe_wins(store: BasisStore) -> None:
     assert await store.put(first, recipe_key="recipe") == first.basis_id
     assert await store.put(second, recipe_key="recipe") == first.basis_id
     assert await store.find("recipe") == first.basis_id
-    assert_same(await store.get(second.basis_id), second)  # whoever has its id can still read it
+    assert_same(await store.get(second.basis_id), second)  # it can still be read by its id
 
 
 async def test_a_basis_needs_no_recipe(store: BasisStore) -> None:
@@ -88,7 +88,7 @@ async def test_what_is_not_there_is_not_found(redis: Redis, tmp_path: Path, basi
 
 
 async def test_big_factors_travel_in_pieces(store: BasisStore, redis: Redis) -> None:
-    basis = small_basis(width=200_000, rank=2)  # 1.6 MB a module: two fit one reply
+    basis = small_basis(width=200_000, rank=2)  # 1.6 MB per module: two fit into one reply
     await store.put(basis)
     await redis.config_resetstat()
     assert_same(await store.get(basis.basis_id), basis)
@@ -218,7 +218,7 @@ async def test_ensure_builds_once_and_then_finds(store: BasisStore, redis: Redis
 async def test_racers_end_with_the_same_basis(redis_url: str, redis: Redis, tiny: BaseModel) -> None:
     async def race(with_sigma: bool, client: Client) -> Basis:
         store = BasisStore(client)
-        # Different bytes for one recipe, as two machines may get: the options differ, the name does not.
+        # Two machines may get different bytes for one recipe: here the options differ, but not the name.
         other = await ensure_basis(BasisStore(redis), tiny, **OPTIONS, with_sigma=with_sigma)
         winner = await store.put(other, recipe_key="shared")
         return await store.get(winner)

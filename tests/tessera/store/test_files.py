@@ -1,4 +1,4 @@
-"""Uploaded files on a real server: whole or not at all, verified, listed newest first."""
+"""Uploaded files on a real server: complete or absent, verified, listed newest first."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ async def test_a_changed_or_shortened_content_is_refused(store: FileStore, redis
     with pytest.raises(CorruptRecord):
         await store.content(ALICE, record.file_id)
     await redis.hdel(keys.file_record(ALICE, record.file_id), "bytes")
-    with pytest.raises(CorruptRecord, match="unreadable record"):
+    with pytest.raises(CorruptRecord, match="cannot be read"):
         await store.get(ALICE, record.file_id)
 
 
 async def beginning_of_an_upload(redis: Redis) -> bytes:
-    """The key of a content of many pieces, as soon as the first is there."""
+    """Return the key of a content of many pieces, as soon as the first piece is stored."""
     while not (names := await redis.keys(f"{keys.file_content(ALICE, 'file-')}*")):
         pass  # no sleep: only a few ms are left until the last piece
     return names[0]
@@ -115,7 +115,8 @@ async def test_an_upload_that_breaks_off_is_invisible_and_expires(store: FileSto
     upload = asyncio.create_task(put(store, os.urandom(256 * CHUNK_BYTES)))
     name = await beginning_of_an_upload(redis)
     while not upload.done():
-        upload.cancel()  # redis-py loses one that comes together with a reply, as `wait_for` does before 3.12
+        # redis-py loses a cancellation that arrives with a reply, as `wait_for` does before Python 3.12.
+        upload.cancel()
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await upload

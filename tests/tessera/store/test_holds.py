@@ -1,4 +1,4 @@
-"""What keeps a tenant's own basis beside its adapters: jobs, and the owner's wish; and the room there is."""
+"""Holds on private bases by jobs and by their owners' pins, and the check of the quota."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def world(redis: Redis) -> World:
 
 async def test_a_basis_goes_with_the_last_job_that_held_it(world: World) -> None:
     basis, jobs = await world.put(), [await world.submit(), await world.submit()]
-    for job_id in [*jobs, jobs[0]]:  # twice is once
+    for job_id in [*jobs, jobs[0]]:  # the second hold changes nothing
         await world.holds.hold(TENANT, basis.basis_id, job_id)
 
     await world.holds.let_go(TENANT, jobs[0])
@@ -124,7 +124,7 @@ async def test_the_step_is_stored_beside_the_basis(world: World) -> None:
 
 
 async def test_room_is_made_by_dropping_what_ended_jobs_held(world: World) -> None:
-    """Their workers died with the last attempt; what living jobs hold stays."""
+    """The workers of those jobs died in the last attempt. The holds of living jobs stay."""
     kept, left = await world.put(0), await world.put(1)
     alive, dead = await world.submit(), await world.submit()
     await world.holds.hold(TENANT, kept.basis_id, alive)
@@ -133,7 +133,7 @@ async def test_room_is_made_by_dropping_what_ended_jobs_held(world: World) -> No
     used = sum((await world.own.of_tenant(TENANT)).values())
 
     await world.holds.check_quota(TENANT, LIMIT - used)
-    assert await world.owned() == {kept.basis_id, left.basis_id}  # there was room
+    assert await world.owned() == {kept.basis_id, left.basis_id}  # the quota sufficed, so nothing was dropped
     await world.holds.check_quota(TENANT, LIMIT - used + 1)
     assert await world.owned() == {kept.basis_id}
     with pytest.raises(QuotaExceeded, match=f"exceed {LIMIT} bytes"):
