@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.walks.counting import Entry, Recording
 from benchmarks.walks.recorder.sitecustomize import ROLE_NAMES
-from tessera.processes.child_process import end_with_parent
+from tessera.processes.child_process import start_child
 
 RECORDER = Path(__file__).parent / "recorder"
 START_TIMEOUT_S = 300.0
@@ -54,14 +54,11 @@ class RecordingStack:
             "TESSERA_WORKER_METRICS_PORT": "0",
         }
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = start_child(
                 [sys.executable, "-m", "service.local"],
-                cwd=root,
-                env=inherited | own,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                preexec_fn=end_with_parent,
+                environment=inherited | own,
+                output=log,
+                working_directory=root,
             )
 
     def wait_ready(self) -> None:

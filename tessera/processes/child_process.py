@@ -1,8 +1,8 @@
 """Start a process that does not outlive the one that started it.
 
-What has to happen between fork and exec (ask the kernel to end the child with its parent, take a lock that
-lives as long as the child) must not run in the forked copy of a threaded process, so this file is also a
-script, run in between; standard library only.
+Two things have to happen between fork and exec: ask the kernel to end the child with its parent, and take a
+lock that lives as long as the child. Neither may run in the forked copy of a threaded process, so this file
+is also a script that runs in between. It needs only the standard library.
 
     python -I -S child_process.py <pid of the parent> <lock file or ""> <program> <argument> ...
 """
@@ -27,20 +27,23 @@ def start_child(
     output: int | IO[bytes] | None = None,
     lock_file: Path | None = None,
     pass_fds: Sequence[int] = (),
+    working_directory: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`; on Linux it gets SIGTERM when the calling *thread* ends, however that ends.
+    """Start `command`. On Linux it receives SIGTERM when the calling *thread* ends, for whatever reason.
 
-    So call it from a thread that lives as long as the child should. The child gets its own session: Ctrl-C
-    reaches the parent alone, which then stops its children in order. lock_file: locked (flock) before the
-    program begins and until it ends; waited for. pass_fds: inherited under their numbers. command[0] is an
-    absolute path. Raises `FileNotFoundError` if that is no program.
+    So call this from a thread that lives as long as the child should. The child gets its own session: Ctrl-C
+    reaches only the parent, which then stops its children in order. command[0] must be an absolute path.
+    lock_file: a file that is locked (flock) from before the program begins until it ends; the child waits for
+    the lock. pass_fds: descriptors that the child inherits under the same numbers. Raises `FileNotFoundError`
+    if command[0] cannot be run.
     """
     if not os.access(command[0], os.X_OK):
-        raise FileNotFoundError(f"{command[0]} is no program that can be run")
+        raise FileNotFoundError(f"{command[0]} does not exist or is not executable")
     launcher = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(lock_file or "")]
     return subprocess.Popen(
         [*launcher, *command],
         env=environment,
+        cwd=working_directory,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -50,19 +53,19 @@ def start_child(
 
 
 def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the thread that started it ends (Linux alone)."""
+    """Have the kernel send this process SIGTERM when the thread that started it ends (on Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
 
 
 def main(parent: int, lock_file: str, command: list[str]) -> None:
-    """Replace this process by `command`; return instead if the parent is gone already."""
-    end_with_parent()  # on other systems the child must look after its parent by itself
+    """Replace this process by `command`, or return if the parent has already ended."""
+    end_with_parent()  # on other systems the child must watch its parent itself
     if os.getppid() != parent:
         return
     if lock_file:
         lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the one before this may still be writing its last bytes
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the previous child may still be writing its last bytes
         os.set_inheritable(lock, True)
     os.execv(command[0], command)
 
