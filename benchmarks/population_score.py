@@ -19,10 +19,10 @@ from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import LoraFactors
-from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.plan import TrainingPlan, auto_batch_size, auto_epochs
 from trainer_worker.training.run import TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer
 
 WARMUP_SHARE = 0.05
 #: LoRA's trained numbers at once, about 20 bytes each.
@@ -96,7 +96,7 @@ def train_cores(
     runs = []
     for job in jobs:
         data = job.data()
-        runs.append(TrainRun(job.name, data, job.plan(len(data.train)), basis, start=start(job)))
+        runs.append(CoreRun(job.name, data, job.plan(len(data.train)), basis, start=start(job)))
     trainer = Trainer(base, basis, max_runs=len(runs), token_budget=token_budget)
     for run in runs:
         trainer.join(run)
@@ -152,6 +152,6 @@ def base_losses(
     trainer = Trainer(base, basis, max_runs=len(newcomers), token_budget=token_budget)
     for newcomer in newcomers:
         data = TrainingData(newcomer.test, newcomer.test, digest="")
-        trainer.join(TrainRun(newcomer.name, data, TrainingPlan(1, 1, 0, 0.0, 0), basis))
+        trainer.join(CoreRun(newcomer.name, data, TrainingPlan(1, 1, 0, 0.0, 0), basis))
     trainer.step()
     return [run.progress.valid_loss or 0.0 for run in trainer.runs]

@@ -23,9 +23,10 @@ from tessera.methods.bases import CalibrationSet, Population, build_basis
 from tessera.methods.init import make_start
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
+from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
-from trainer_worker.training.lora.form import LoraRun, LoraTrainer
-from trainer_worker.training.plan import BasisKind, TrainingPlan
+from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
+from trainer_worker.training.plan import TrainingPlan
 
 #: The LoRA for a head start: passes over the population, batch, rate.
 POOLED_EPOCHS, POOLED_BATCH, POOLED_RATE = 3, 32, 1e-3

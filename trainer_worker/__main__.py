@@ -1,4 +1,4 @@
-"""`python -m trainer_worker`: train queued jobs until SIGTERM or SIGINT, then hand back the unfinished."""
+"""`python -m trainer_worker`: train queued jobs until SIGTERM or SIGINT, then give back the unfinished."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from tessera.store.ownership import PrivateBases
 from trainer_worker.common.health import HealthServer, Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
-from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
-from trainer_worker.outcome.publication import Publisher
+from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.preparing.basis_source import BasisSource
-from trainer_worker.preparing.lora_jobs import LoraPreparation
+from trainer_worker.preparing.lora import LoraPreparation
 from trainer_worker.preparing.preparation import Preparation
-from trainer_worker.session import Tools
+from trainer_worker.session import WorkerServices
 from trainer_worker.settings import WorkerSettings, read_settings
 from trainer_worker.train_loop import TrainLoop
 from trainer_worker.trainer_pool import TrainerPool
@@ -122,11 +121,10 @@ def make_worker(
         max_tokens=worker_settings.max_tokens,
     )
     dtype = DTYPE_NAMES[settings.adapter_dtype]
-    publisher = Publisher(adapters, own, dtype=dtype, base_model_id=base.model_id)
-    tools = Tools(
+    services = WorkerServices(
+        base=base,
         leases=JobLeases(redis),
-        publisher=publisher,
-        dedicated=DedicatedPublisher(base, publisher, adapters=adapters, bases=store, holds=holds),
+        publisher=Publisher(adapters, store, own, holds, dtype=dtype, base_model_id=base.model_id),
         holds=holds,
         preparation=preparation,
         loop=loop,
@@ -135,7 +133,7 @@ def make_worker(
         checkpoint_every_s=worker_settings.checkpoint_every_s,
         report_every_s=worker_settings.report_every_s,
     )
-    return Worker(tools, worker_settings, heartbeat=heartbeat)
+    return Worker(services, worker_settings, heartbeat=heartbeat)
 
 
 async def serve(

@@ -1,7 +1,7 @@
-"""The training thread, seen from the event loop.
+"""The training thread, as the event loop sees it.
 
-One thread does all that touches tensors; what is asked of it (join, leave, snapshot, tick) queues up behind
-the running step, so everything happens between two steps. The event loop never waits for a step.
+One thread does everything that touches the runs' tensors. Calls (join, leave, snapshot, tick) wait for the
+running step, so everything happens between two steps, and the event loop never waits for a step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tessera.formats.basis import Basis
 from trainer_worker.common.health import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
@@ -21,12 +20,12 @@ from trainer_worker.training.run import RunUpdate, TrainRun
 
 T = TypeVar("T")
 
-#: Called in the event loop with what a tick brought a run, or with what broke it.
+#: Called in the event loop with each update of a run, or with the error that broke its step.
 Listener = Callable[[RunUpdate | Exception], None]
 
 
 class TrainLoop:
-    """Ticks as long as somebody is resident."""
+    """Makes one step after the other for as long as a run is resident."""
 
     def __init__(
         self, pool: TrainerPool, model_lock: ModelLock, *, metrics: TrainerMetrics, heartbeat: Heartbeat
@@ -34,30 +33,30 @@ class TrainLoop:
         self._pool, self._model_lock, self._metrics, self._heartbeat = pool, model_lock, metrics, heartbeat
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
         self._listeners: dict[str, Listener] = {}
-        self._somebody = asyncio.Event()
+        self._has_runs = asyncio.Event()
 
     async def run(self) -> None:
-        """For ever: a tick, then its news to the listeners."""
+        """Step and notify the listeners, forever."""
         while True:
-            await self._somebody.wait()
+            await self._has_runs.wait()
             async with self._model_lock:
                 tick = await self._in_thread(self._timed_tick)
             self._measure(tick)
             for update in tick.updates:
-                self._tell(update.run_id, update)
+                self._notify(update.run_id, update)
             for run_id, error in tick.failures.items():
-                self._tell(run_id, error)
+                self._notify(run_id, error)
                 self._forget(run_id)
 
-    async def join(self, run: TrainRun, basis: Basis | None, listener: Listener) -> None:
-        """From the next tick on the run is trained. Raises `BasisMismatch`, `UnsupportedModel`.
+    async def join(self, run: TrainRun, listener: Listener) -> None:
+        """Train the run from the next tick on. Raises `BasisMismatch`, `UnsupportedModel`.
 
-        Waits for the model lock, because it may put layers into the model.
+        Waits for the model lock, because joining may put layers into the model.
         """
         async with self._model_lock:
-            await self._in_thread(lambda: self._pool.join(run, basis))
+            await self._in_thread(lambda: self._pool.join(run))
         self._listeners[run.run_id] = listener
-        self._somebody.set()
+        self._has_runs.set()
 
     async def leave(self, run_id: str) -> TrainRun | None:
         """The run with its tensors, after the running step; None if it is not resident."""
@@ -69,7 +68,7 @@ class TrainLoop:
         return await self._in_thread(lambda: self._pool.snapshot(run_id))
 
     async def close(self) -> None:
-        """After the running step."""
+        """End the thread, after the running step."""
         await asyncio.to_thread(self._thread.shutdown)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
@@ -92,13 +91,13 @@ class TrainLoop:
         metrics.nonfinite.inc(sum(len(update.warnings) for update in tick.updates))
         metrics.resident_jobs.set(len(self._listeners))
 
-    def _tell(self, run_id: str, news: RunUpdate | Exception) -> None:
+    def _notify(self, run_id: str, news: RunUpdate | Exception) -> None:
         listener = self._listeners.get(run_id)
-        if listener is not None:  # it may have left while the tick ran
+        if listener is not None:  # the run may have left during the tick
             listener(news)
 
     def _forget(self, run_id: str) -> None:
         self._listeners.pop(run_id, None)
         self._metrics.resident_jobs.set(len(self._listeners))
         if not self._listeners:
-            self._somebody.clear()
+            self._has_runs.clear()

@@ -20,7 +20,7 @@ from tessera.methods.init import make_start
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.run import RunUpdate, TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def train_case(
             for rate in sweep.rates:
                 plan = settings.plan(data, rate=rate, seed=seed)
                 run_id = f"{data.name}/{seed}/{rate:g}"
-                runs.append(TrainRun(run_id, data.data, plan, basis, start=built.start(rate)))
+                runs.append(CoreRun(run_id, data.data, plan, basis, start=built.start(rate)))
                 where[run_id] = (data.name, seed, rate)
     trainer = Trainer(base, basis, max_runs=len(runs), token_budget=settings.token_budget)
     for run in runs:

@@ -13,7 +13,7 @@ from tessera.methods.bases import METHODS
 from tessera.methods.forms import LORA_PRESETS, LoraPreset
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
-from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 
 #: The rate at which LoRA forms are compared untuned.
 SMALL_RATE = 1e-4

@@ -21,7 +21,7 @@ from tessera.methods.forms import LORA_PRESETS
 from tessera.methods.init import make_start
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.lora.factors import initial_factors
-from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 
 #: Of LoRA-XS, tables 6 to 8.
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "ffn_in": ("gate_proj", "up_proj")}

@@ -18,6 +18,7 @@ from tessera.model.base_model import BaseModel, load_tokenizer
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import TrainRun
+from trainer_worker.training.trainer import CoreRun
 
 DATA = Path(__file__).parents[1] / "data"
 VOCABULARY = 97
@@ -74,6 +75,6 @@ def make_run(small_basis: Basis) -> MakeRun:
             random_examples(seed, num_train), random_examples(seed + 1, num_valid), digest=run_id
         )
         fields = {"num_epochs": 1, "batch_size": 4, "total_steps": 9, "learning_rate": 1e-2, "seed": 3}
-        return TrainRun(run_id, data, TrainingPlan(**{**fields, **plan}), basis)
+        return CoreRun(run_id, data, TrainingPlan(**{**fields, **plan}), basis)
 
     return make

@@ -55,7 +55,7 @@ async def test_a_job_that_breaks_the_step_costs_the_one_beside_it_one_attempt(wo
     bad = await world.submit(adapter_id="bad", epochs=50, training_file=file_id, **long)
     good = await world.submit(adapter_id="good", epochs=10, **long)
     together = world.make_worker()
-    with poisonous(world, lambda: together._tools.loop._pool.num_runs > 1):
+    with poisonous(world, lambda: together._services.loop._pool.num_runs > 1):
         assert await asyncio.wait_for(together.run(), 100) == EXIT_FAILED
     for job_id in (bad, good):
         job = await world.job(job_id)
@@ -85,7 +85,7 @@ async def test_a_broken_step_counts_also_where_the_worker_ends_before_the_sessio
     running = asyncio.create_task(worker.run())
     await world.under_way(job_id)
     [session] = worker.sessions
-    session.command(Command.RELEASE)
+    session.commands.give(Command.RELEASE)
     session._on_news(RuntimeError("CUDA error: an illegal memory access"))
     assert await asyncio.wait_for(running, 100) == EXIT_FAILED
     job = await world.job(job_id)

@@ -12,7 +12,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from tessera.chat.chat_format import ChatFormat
-from tessera.errors import StoreUnavailable
+from tessera.errors import StoreUnavailable, Unavailable
 from tessera.model.base_model import BaseModel
 from tessera.queue.client import Job, JobEvent, JobQueue, JobSpec
 from tessera.settings import CommonSettings
@@ -26,6 +26,16 @@ from trainer_worker.settings import WorkerSettings
 from trainer_worker.worker import EXIT_OK, Worker
 
 TENANT = "acme"
+
+
+class SilentListener:
+    """A listener to the preparation of a job that ignores everything."""
+
+    def note_modules(self, done: int, total: int) -> None:
+        pass
+
+    def note_outage(self, error: Unavailable) -> None:
+        pass
 
 
 class World:

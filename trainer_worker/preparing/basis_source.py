@@ -1,18 +1,20 @@
 """The basis of a job: stored already, found by its recipe, or built now.
 
-A basis that follows from the base model, a method and a rank alone is everybody's. One that is built from
-somebody's data, or with options of somebody's choice, is the tenant's own and counts against its quota
-(`ownership.py`). Either is named by its recipe, with the digest of the data, so a job that is tried again,
-or another one like it, gets what was built before.
+A basis that depends only on the base model, a method and a rank is shared by all tenants. One that is built
+from a tenant's data, or with options of its choice, belongs to the tenant and counts against its quota
+(`ownership.py`). Both kinds are named by their recipe and the digest of the data, so a second attempt, or
+another job with the same recipe, finds what was built before.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from tessera.errors import QuotaExceeded, Unavailable
 from tessera.formats.basis import DTYPES, Basis, storage_dtype
@@ -23,33 +25,72 @@ from tessera.queue.records import Job, JobSpec
 from tessera.store.bases import BasisStore, read_if_sound, recipe_key
 from tessera.store.holds import BasisHolds, source_key
 from tessera.store.ownership import PrivateBases
-from trainer_worker.common.commands import until_available
-from trainer_worker.common.job_basis import JobBasis
 from trainer_worker.common.model_lock import ModelLock, Progress
+from trainer_worker.common.store_retry import retrying
 
 #: Bases kept in memory between jobs; one of an 8B model at r = 16 is 84 MB.
 MAX_CACHED_BASES = 4
 
 
+class PreparationListener(Protocol):
+    """Follows the preparation of a job. In a worker this is the session's `JobReporter`."""
+
+    def note_modules(self, done: int, total: int) -> None:
+        """So many modules of a basis or an initialization are done."""
+
+    def note_outage(self, error: Unavailable) -> None:
+        """The store did not answer; the call is repeated."""
+
+
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a job, as those who prepare it see it. on_progress(done, total) counts modules."""
+    """One attempt at a job."""
 
     job: Job
-    on_progress: Progress
-    note_outage: Callable[[Unavailable], None]
+    listener: PreparationListener
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a basis is built of. sha256: of the file that the examples are from."""
+    """The data that a basis is built from."""
 
     examples: CalibrationSet
+    #: SHA-256 of the file with the examples.
     sha256: str
 
 
+@dataclass(frozen=True)
+class JobBasis:
+    """The basis that a job trains in, and where it came from."""
+
+    basis: Basis
+    #: Named by its id, found by its recipe, or built for this job.
+    origin: Literal["stored", "found", "built"]
+    #: [M, r, r], the first step that the method computed from the same data; None if it computes none.
+    step: Tensor | None = None
+
+    @property
+    def message(self) -> str:
+        """The basis in a sentence for the job's owner."""
+        manifest = self.basis.manifest
+        origin = {"stored": "as asked for", "found": "built before", "built": "built now"}[self.origin]
+        return f"Basis {manifest.basis_id[:12]}: {manifest.method}, rank {manifest.rank}, {origin}"
+
+    def to_result(self, *, building_s: float) -> dict[str, Any]:
+        """The result of a job that only builds a basis."""
+        manifest = self.basis.manifest
+        return {
+            "basis_id": manifest.basis_id,
+            "origin": self.origin,
+            "bytes": manifest.stored_bytes,
+            "num_modules": len(manifest.modules),
+            "building_s": round(building_s, 2),
+            "calibration": manifest.recipe.get("calibration"),
+        }
+
+
 class BasisSource:
-    """Finds and builds."""
+    """Finds the bases of jobs, and builds those that are not stored."""
 
     def __init__(
         self,
@@ -68,7 +109,7 @@ class BasisSource:
         self._cached: OrderedDict[str, Basis] = OrderedDict()
 
     async def of(self, attempt: Attempt, calibration: Calibration | None) -> JobBasis:
-        """The basis that the job's specification asks for; an own one is held for the job.
+        """The basis of the job's specification. A basis of the tenant's own is held for the job.
 
         Raises `InvalidInput`, `UnsupportedModel`, `NotFound`, `QuotaExceeded`, and `BasisDeleted` if a basis
         that the job names was deleted while it was read.
@@ -77,26 +118,26 @@ class BasisSource:
         if job.spec.basis_id is not None:
             basis = await self.get(job.tenant, job.spec.basis_id)
             await self._holds.hold(job.tenant, basis.basis_id, job.job_id)
-            await self._bases.manifest(basis.basis_id)  # what another job is building again is not there yet
+            await self._bases.manifest(basis.basis_id)  # raises if another job is still building it again
             return JobBasis(basis, "stored")
         recipe = self._recipe(job.spec)
         if is_shared(job.spec, self._target_modules):
-            found = await self._everybodys(attempt, recipe)
+            found = await self._get_shared(attempt, recipe)
         else:
-            found = await self._tenants(attempt, recipe, calibration)
-        self._keep(found.basis)
+            found = await self._get_private(attempt, recipe, calibration)
+        self._cache(found.basis)
         return found
 
     async def get(self, tenant: str, basis_id: str) -> Basis:
         """A stored basis that the tenant may use. Raises `NotFound`, `CorruptRecord`."""
         await self._own.check_access(tenant, basis_id)
         if basis_id not in self._cached:
-            self._keep(await self._bases.get(basis_id))
+            self._cache(await self._bases.get(basis_id))
         self._cached.move_to_end(basis_id)
         return self._cached[basis_id]
 
     def _recipe(self, spec: JobSpec) -> dict[str, Any]:
-        """Raises `InvalidInput`: what cannot work must not wait for the model."""
+        """Raises `InvalidInput`, so that a recipe that cannot work does not wait for the model."""
         fill_options(spec.method, find_method(spec.method).options, spec.basis_options)
         return {
             "method": spec.method,
@@ -105,54 +146,56 @@ class BasisSource:
             **spec.basis_options,
         }
 
-    async def _everybodys(self, attempt: Attempt, recipe: dict[str, Any]) -> JobBasis:
+    async def _get_shared(self, attempt: Attempt, recipe: dict[str, Any]) -> JobBasis:
         name = recipe_key(self._base.model_id, **recipe)
         found = await read_if_sound(self._bases, await self._bases.find(name))
         if found is not None:
             return JobBasis(found, "found")
         built = await self._build(attempt, recipe, None)
-        winner = await until_available(
-            lambda: self._bases.put(built.basis, recipe_key=name), attempt.note_outage
-        )
+        bases = retrying(self._bases, attempt.listener.note_outage)
+        winner = await bases.put(built.basis, recipe_key=name)
         if winner == built.basis.basis_id:
             return JobBasis(built.basis, "built", built.step)
         return JobBasis(await self._bases.get(winner), "found")
 
-    async def _tenants(
+    async def _get_private(
         self, attempt: Attempt, recipe: dict[str, Any], calibration: Calibration | None
     ) -> JobBasis:
         job = attempt.job
         examples = None if calibration is None else calibration.examples
         digest = None if examples is None else await asyncio.to_thread(lambda: examples.digest)
         name = recipe_key(self._base.model_id, calibration_digest=digest, **recipe)
-        for is_last_look in (False, True):
+        for is_last_try in (False, True):
             held_id = await self._holds.hold_found(job.tenant, name, job.job_id)
-            found = await self._read_own(held_id)
+            found = await self._read_private(held_id)
             if found is not None:
                 return found
             if held_id is not None:
-                break  # not readable, perhaps not yet; it is counted already
+                break  # it cannot be read, perhaps not yet, but it already counts against the quota
             try:
                 await self._check_quota(job)
                 break
-            except QuotaExceeded:  # another job may have reserved this very basis since the look
-                if is_last_look:
+            except QuotaExceeded:  # another job may have reserved this very basis in between
+                if is_last_try:
                     raise
         built = await self._build(attempt, recipe, examples)
         names = [name, _source_key(job.spec, calibration)]
-        return await until_available(lambda: self._store_own(job, names, built), attempt.note_outage)
+        return await retrying(self, attempt.listener.note_outage).store_private(job, names, built)
 
-    async def _read_own(self, held_id: str | None) -> JobBasis | None:
-        """A basis that the job holds; None if it holds none, or the basis has to be built again."""
+    async def _read_private(self, held_id: str | None) -> JobBasis | None:
+        """The basis that the job holds; None if it holds none, or if the basis has to be built again."""
         found = await read_if_sound(self._bases, held_id)
         return None if found is None else JobBasis(found, "found", await self._bases.step(found))
 
-    async def _store_own(self, job: Job, names: list[str], built: BuiltBasis) -> JobBasis:
-        """The basis that was built, or the one that another job has stored meanwhile, which may differ in its
-        rounding. Repeating it changes nothing. Raises `QuotaExceeded`."""
+    async def store_private(self, job: Job, names: list[str], built: BuiltBasis) -> JobBasis:
+        """Store a basis under the names of its recipe, and hold it for the job.
+
+        If another job has stored it meanwhile, returns that one, which may differ in its rounding. Repeating
+        the call changes nothing. Raises `QuotaExceeded`.
+        """
         basis_id = built.basis.basis_id
         held_id = await self._holds.hold_found(job.tenant, names[0], job.job_id)
-        found = None if held_id == basis_id else await self._read_own(held_id)
+        found = None if held_id == basis_id else await self._read_private(held_id)
         if found is not None:
             return found
         ownership = await self._holds.reserve(job.tenant, built.basis.manifest, job.job_id, recipe_keys=names)
@@ -172,19 +215,19 @@ class BasisSource:
                 self._base, calibration=calibration, dtype=self._dtype, progress=progress, **recipe
             )
 
-        return await self._model_lock.run(work, modules=modules, on_progress=attempt.on_progress)
+        return await self._model_lock.run(work, modules=modules, on_progress=attempt.listener.note_modules)
 
     async def _check_quota(self, job: Job) -> None:
         """Raises `QuotaExceeded`."""
         if find_method(job.spec.method).stores_factors(job.spec.basis_options):
-            await self._holds.check_quota(job.tenant, self._size(job.spec))
+            await self._holds.check_quota(job.tenant, self._num_bytes(job.spec))
 
-    def _size(self, spec: JobSpec) -> int:
+    def _num_bytes(self, spec: JobSpec) -> int:
         modules = iter_target_modules(self._base.model, spec.target_modules or self._target_modules)
         width = sum(m.in_features + m.out_features for _, m in modules)
         return DTYPES[self._dtype].itemsize * spec.rank * width
 
-    def _keep(self, basis: Basis) -> None:
+    def _cache(self, basis: Basis) -> None:
         self._cached[basis.basis_id] = basis
         self._cached.move_to_end(basis.basis_id)
         while len(self._cached) > MAX_CACHED_BASES:
@@ -203,6 +246,6 @@ def _source_key(spec: JobSpec, calibration: Calibration | None) -> str:
 
 
 def is_shared(spec: JobSpec, target_modules: Sequence[str]) -> bool:
-    """Whether the basis follows from the base model, a method and a rank alone."""
+    """Whether the basis depends only on the base model, a method and a rank."""
     has_default_targets = spec.target_modules is None or tuple(spec.target_modules) == tuple(target_modules)
     return spec.calibration is None and not spec.basis_options and has_default_targets

@@ -1,6 +1,6 @@
-"""From a claimed job to a run that can be trained: files, examples, basis, plan, where to start.
+"""From a claimed job to a run that can be trained: files, examples, basis, plan, initialization.
 
-Also what is left of that for a job that only builds a basis.
+Also prepares the basis of a job that only builds one.
 """
 
 from __future__ import annotations
@@ -9,47 +9,48 @@ import asyncio
 import hashlib
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import parse_examples
-from tessera.errors import Conflict, CorruptRecord, InvalidInput, InvalidTrainingData, NotFound
+from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.methods.bases import CalibrationSet, Population
-from tessera.methods.init import Start
+from tessera.methods.init import Start, find_start
+from tessera.methods.init.method import StartRequest
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import OWN_DATA, Job, JobSpec
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
-from trainer_worker.common.job_basis import JobBasis
 from trainer_worker.common.model_lock import ModelLock, Progress
-from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration
-from trainer_worker.preparing.lora_jobs import LoraPreparation
-from trainer_worker.preparing.starting import StartChoice, StartSources, make_start
+from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration, JobBasis
+from trainer_worker.preparing.initialization import InitChoice, init_message
+from trainer_worker.preparing.lora import LoraPreparation, form_message
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData, encode_data
-from trainer_worker.training.lora.dedicated import LORA
-from trainer_worker.training.plan import BasisKind, TrainingPlan, make_plan, max_example_tokens
+from trainer_worker.training.learning_rates import BasisKind
+from trainer_worker.training.lora.factors import LORA
+from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens
 from trainer_worker.training.run import TrainRun
+from trainer_worker.training.trainer import CoreRun
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may join its trainer. warnings: (code, sentence) for the job's events.
-
-    basis: None for a LoRA form. start: how the run came to its first R; None if it continues from a
-    checkpoint. is_start_costly: it took passes through the model, so it is worth keeping.
-    """
+    """A run that may join its trainer."""
 
     run: TrainRun
-    basis: JobBasis | None
-    start: Start | None
-    is_start_costly: bool = False
+    #: How it was prepared, for the job's owner: a sentence and the data of its event.
+    messages: list[tuple[str, dict[str, Any] | None]]
+    #: Whether the initialization took passes through the model, so that its result is worth a checkpoint.
+    is_init_costly: bool = False
+    #: For the job's owner, as (code, sentence).
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Preparation:
-    """What is needed to prepare jobs: the base model, its chat format, and the stores."""
+    """Prepares jobs, with the base model, its chat format and the stores."""
 
     def __init__(
         self,
@@ -68,15 +69,11 @@ class Preparation:
         self._lora = lora
         self._max_tokens = min(max_tokens, base.max_position)
 
-    @property
-    def model_id(self) -> str:
-        return self._base.model_id
-
     async def prepare(self, attempt: Attempt, saved: bytes | None) -> Prepared:
         """The run, in the state of the checkpoint `saved` if it fits.
 
         Raises `InvalidInput`, `InvalidTrainingData`, `NotFound`, `Conflict` for what the job's owner must
-        mend, `Unavailable` for what time mends, `TesseraError` (out_of_memory).
+        correct, `Unavailable` for what another attempt may solve, `TesseraError` (out_of_memory).
         """
         job, spec = attempt.job, attempt.job.spec
         self._check_model(spec)
@@ -85,40 +82,42 @@ class Preparation:
         if spec.form == LORA:
             lora, warnings = await self._lora.prepare(attempt, data, saved)
             is_costly = lora.progress.step == 0 and lora.factors.preset.method is not None
-            return Prepared(lora, None, None, is_costly, [*data_warnings(data), *warnings])
+            messages: list[tuple[str, dict[str, Any] | None]] = [(form_message(lora), None)]
+            return Prepared(lora, messages, is_costly, [*data_warnings(data), *warnings])
         if spec.calibration == OWN_DATA:
             calibration: Calibration | None = await asyncio.to_thread(own_calibration, data, training)
         else:
             calibration = await self._calibration(job)
-        basis = await self._bases.of(attempt, calibration)
-        choice = StartChoice.of(spec)
+        found = await self._bases.of(attempt, calibration)
+        init = InitChoice.of(spec)
         plan = make_plan(
             spec.hyperparameters,
             spec.early_stopping,
             num_examples=data.num_train,
-            kind=BasisKind.of(basis.basis, start=choice.method),
+            kind=BasisKind.of(found.basis, start=init.method),
             seed=spec.seed,
         )
-        warnings = data_warnings(data)
+        warnings, messages = data_warnings(data), [(found.message, None)]
         if saved is not None:
-            run = TrainRun(job.job_id, data, plan, basis.basis)
-            try:
-                await asyncio.to_thread(checkpoint.restore, run, saved)
-                return Prepared(run, basis, None, warnings=warnings)
-            except (CorruptRecord, Conflict) as error:
-                warnings.append(("checkpoint_unusable", f"training starts afresh: {error.message}"))
-        start = await self._start(attempt, choice, basis, data, plan)
-        stored = basis.basis.fold(start.R0.double())
-        run = TrainRun(job.job_id, data, plan, basis.basis, start=stored)
+            run = CoreRun(job.job_id, data, plan, found.basis)
+            unusable = await asyncio.to_thread(checkpoint.try_restore, run, saved)
+            if not unusable:
+                return Prepared(run, messages, warnings=warnings)
+            warnings += unusable
+        start = await self._initialize(attempt, init, found, data, plan)
+        run = CoreRun(job.job_id, data, plan, found.basis, start=found.basis.fold(start.R0.double()))
         run.start_notes = start.notes
-        return Prepared(run, basis, start, choice.needs_model, warnings)
+        messages.append((init_message(start), start.notes))
+        return Prepared(run, messages, init.needs_model, warnings)
 
     async def build(self, attempt: Attempt) -> JobBasis:
-        """The basis of a job that is about nothing else. Raises as `prepare`."""
+        """The basis of a job that only builds one. Raises the same errors as `prepare`."""
         spec = attempt.job.spec
         self._check_model(spec)
         if spec.calibration == OWN_DATA:
-            raise InvalidInput("a job without training data has no own calibration data", param="calibration")
+            raise InvalidInput(
+                "a job without training data cannot use it for calibration", param="calibration"
+            )
         return await self._bases.of(attempt, await self._calibration(attempt.job))
 
     def _check_model(self, spec: JobSpec) -> None:
@@ -147,7 +146,7 @@ class Preparation:
             raise NotFound(f"{param}: {error.message}", param=param, code=error.code) from error
 
     async def _calibration(self, job: Job) -> Calibration | None:
-        """The examples of the file that the basis is built of; None if it needs none."""
+        """The examples that the basis is built from; None if it is built from the weights alone."""
         if job.spec.calibration is None or job.spec.basis_id is not None:
             return None
         content = await self._content(job.tenant, job.spec.calibration, "calibration")
@@ -159,57 +158,63 @@ class Preparation:
                 error.errors, param="calibration", code=error.code, num_problems=error.num_problems
             ) from error
 
-    async def _start(
-        self,
-        attempt: Attempt,
-        choice: StartChoice,
-        basis: JobBasis,
-        data: TrainingData,
-        plan: TrainingPlan,
+    async def _initialize(
+        self, attempt: Attempt, init: InitChoice, found: JobBasis, data: TrainingData, plan: TrainingPlan
     ) -> Start:
+        """R_0 in trained coordinates. Holds the model lock if it takes passes through the model."""
         spec = attempt.job.spec
-        options = choice.filled(plan)
-        adapter, adapter_basis = await self._adapter_to_go_on_from(attempt.job.tenant, spec, basis.basis)
-        examples = CalibrationSet.from_encoded(data.train)
-        sources = StartSources(self._base, examples, adapter, adapter_basis)
+        options = init.fill_options(plan)
+        adapter, adapter_basis = await self._warm_start_adapter(attempt.job.tenant, spec, found.basis)
 
         def work(progress: Progress) -> Start:
-            return make_start(choice, options, spec=spec, basis=basis, sources=sources, progress=progress)
+            request = StartRequest(
+                basis=found.basis,
+                base=self._base,
+                calibration=CalibrationSet.from_encoded(data.train),
+                step=init.step_of(found, spec, options),
+                adapter=adapter,
+                adapter_basis=adapter_basis,
+                progress=progress,
+            )
+            return find_start(request, method=init.method, **options)
 
-        if not choice.needs_model:
+        if not init.needs_model:
             return await asyncio.to_thread(work, lambda done, total: None)
-        modules = [module.name for module in basis.basis.manifest.modules]
-        return await self._model_lock.run(work, modules=modules, on_progress=attempt.on_progress)
+        modules = [module.name for module in found.basis.manifest.modules]
+        return await self._model_lock.run(work, modules=modules, on_progress=attempt.listener.note_modules)
 
-    async def _adapter_to_go_on_from(
+    async def _warm_start_adapter(
         self, tenant: str, spec: JobSpec, basis: Basis
     ) -> tuple[Adapter | None, Basis | None]:
-        """`<id>` or `<id>@<version>`, with its basis if it is another one than the job's."""
+        """The adapter that training continues, named `<id>` or `<id>@<version>`.
+
+        Returned with its basis, unless that is the job's.
+        """
         if spec.warm_start_from is None:
             return None, None
         adapter_id, _, version = spec.warm_start_from.partition("@")
         if version and not version.isdecimal():
-            raise InvalidInput(f"{version!r} is no version of an adapter", param="model")
+            raise InvalidInput(f"{version!r} is not a version number", param="model")
         ref = await self._adapters.resolve(tenant, adapter_id, int(version) if version else None)
         [blob] = await self._adapters.fetch([ref])
-        # If the version was replaced since it was resolved, the caller asks again (`AdapterReplaced`).
+        # Raises `AdapterReplaced` if the version was replaced in between; then the caller repeats the call.
         adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)
         other = None if ref.basis_id == basis.basis_id else await self._bases.get(tenant, ref.basis_id)
         return adapter, other
 
 
 def chat_of(chat: ChatFormat, job: Job) -> ChatFormat:
-    """With the date of the job's creation: a template that asks for it must not change a later attempt."""
+    """The chat format with the date of the job's creation, so that every attempt encodes the same tokens."""
     return chat.at(datetime.fromtimestamp(job.created_at, UTC))
 
 
 def own_calibration(data: TrainingData, content: bytes) -> Calibration:
-    """The examples to train on as calibration data; content: of their file."""
+    """The training examples as calibration data. content: of their file."""
     return Calibration(CalibrationSet.from_encoded(data.train), hashlib.sha256(content).hexdigest())
 
 
 def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Calibration:
-    """All examples of a file; a `Population` if it says whose they are. Raises `InvalidTrainingData`."""
+    """All examples of a file, as a `Population` if they name their users. Raises `InvalidTrainingData`."""
     examples = parse_examples(content, with_users=True)
     data = encode_data(chat, examples, max_tokens=max_tokens, validation=[])
     calibration = own_calibration(data, content)
@@ -225,22 +230,27 @@ def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Ca
 def read_data(
     chat: ChatFormat, training: bytes, validation: bytes | None, *, max_tokens: int
 ) -> TrainingData:
-    """Parse, encode and hold some back to validate. Raises `InvalidTrainingData`."""
+    """Parse and encode the files. Without a validation file, some examples are held back.
+
+    Raises `InvalidTrainingData`.
+    """
     examples = parse_examples(training)
-    checks = None if validation is None else parse_examples(validation)
-    return encode_data(chat, examples, max_tokens=max_tokens, validation=checks)
+    held_out = None if validation is None else parse_examples(validation)
+    return encode_data(chat, examples, max_tokens=max_tokens, validation=held_out)
 
 
 def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
-    """What the owner of the data should know before training, as (code, sentence)."""
+    """What the owner of the data should know, as (code, sentence)."""
     warnings = []
     if data.num_truncated:
         message = f"{data.num_truncated} example(s) were too long and have been truncated"
         warnings.append(("truncated", message))
     if data.num_overlapping:
-        message = f"{data.num_overlapping} example(s) of the validation file are in the training file too"
+        message = f"{data.num_overlapping} example(s) of the validation file are also in the training file"
         warnings.append(("validation_overlap", message))
     if not data.valid:
-        message = "too few examples to hold some back: the last state is published, not the best"
+        message = (
+            "too few examples to hold some back for validation: the last state is published, not the best"
+        )
         warnings.append(("no_validation", message))
     return warnings

@@ -1,11 +1,11 @@
-"""A run's state as bytes: safetensors with the progress as JSON in its metadata. Never pickle.
+"""Checkpoints: the state of a run in safetensors, with its progress as JSON in the metadata. Never pickle.
 
-    tensors    R, m, v, best_R   [M, r, r], float32 (float64 for a model in float64); of a LoRA form [2, P],
-                                 with its initial factors and the state of its local rules
+    tensors    R, m, v, best_R   [M, r, r], float32 (float64 for a model in float64). For a LoRA form [2, P],
+                                 with its initial factors and the state of its local rules.
     metadata   tessera_run       {"format": 1, "fingerprint": …, "progress": {…}, "start": {…} or null}
 
-The order of the data follows from the seed and the step, so no generator has to be kept. The fingerprint
-covers what the state is only valid with: basis, data and plan.
+The order of the data follows from the seed and the step, so no random generator is stored. A checkpoint is
+valid only for the basis, data and plan that the fingerprint covers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def to_bytes(run: TrainRun) -> bytes:
 
 
 def restore(run: TrainRun, content: bytes) -> None:
-    """Put a run that is not resident into the state that `to_bytes` saw.
+    """Put a run that is not resident into the state that `to_bytes` has stored.
 
     Raises `CorruptRecord`, or `Conflict` if the state belongs to other data, another basis or another plan.
-    A run that has more state than its cores (`TrainRun.more_state`) is of no use then, others are unchanged.
+    Afterwards a run with more state than its cores (`TrainRun.more_state`) is unusable, others are unchanged.
     """
     try:
         state = _metadata(content)
@@ -67,14 +67,23 @@ def restore(run: TrainRun, content: bytes) -> None:
     run.start_notes = state.get("start")
 
 
+def try_restore(run: TrainRun, content: bytes) -> list[tuple[str, str]]:
+    """Like `restore`; instead of raising, returns a warning as (code, sentence) if the state is unusable."""
+    try:
+        restore(run, content)
+    except (CorruptRecord, Conflict) as error:
+        return [("checkpoint_unusable", f"training starts afresh: {error.message}")]
+    return []
+
+
 def fingerprint(run: TrainRun) -> str:
-    """SHA-256 over everything that makes two runs the same."""
+    """SHA-256 over everything that two runs must have in common to share a checkpoint."""
     parts: list[Any] = [run.identity, run.data.digest, asdict(run.plan)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _metadata(content: bytes) -> dict[str, Any]:
-    """The JSON in the header of a safetensors file, which `safetensors.torch.load` passes over."""
+    """The JSON in the header of a safetensors file, which `safetensors.torch.load` does not return."""
     (length,) = _LENGTH.unpack_from(content)
     header: dict[str, Any] = json.loads(content[_LENGTH.size : _LENGTH.size + length])
     state: dict[str, Any] = json.loads(header["__metadata__"][_KEY])

@@ -12,9 +12,6 @@ from typing import Any, Protocol
 
 from tessera.errors import InvalidInput
 from tessera.queue.records import HYPERPARAMETERS
-from trainer_worker.training.learning_rates import BasisKind, LoraKind
-
-__all__ = ["BasisKind", "LoraKind", "TrainingPlan", "make_plan", "max_example_tokens"]
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256

@@ -1,112 +1,174 @@
-"""One job's training, apart from the model: what it is at, what a step or an evaluation makes of it.
+"""The state of one job's training, whatever its form, and the rules by which it ends.
 
-Knows no model, no Redis and no clock. The rules for the best checkpoint, for stopping early and for losses
-that are not finite stand here.
+The rules for the best state, for early stopping and for losses that are not finite are here. Knows no model,
+no Redis and no clock. The two forms: `CoreRun` (`trainer.py`) and `LoraRun` (`lora/trainer.py`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from tessera.chat.chat_format import EncodedExample
-from tessera.errors import InvalidInput
+from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
+from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 
 
 @dataclass
 class Progress:
-    """How far a run is: JSON fields only, all of them in its checkpoint.
+    """How far a run has come. All fields are JSON and part of the run's checkpoint."""
 
-    step: optimisation steps made or skipped. num_updates: steps of the optimiser since its moments were zero.
-    evaluated_at: the step of the last evaluation. finish_reason: "completed", "early_stop", "diverged".
-    """
-
+    #: Optimization steps that were made or left out.
     step: int = 0
+    #: Steps of the optimizer since its moments were zero.
     num_updates: int = 0
     trained_tokens: int = 0
+    #: Losses are in nats per token.
     train_loss: float | None = None
     valid_loss: float | None = None
     initial_valid_loss: float | None = None
     best_valid_loss: float | None = None
     best_step: int = 0
+    #: The step of the last evaluation.
     evaluated_at: int | None = None
+    #: Evaluations since the best one.
     num_bad_evaluations: int = 0
+    #: Steps with a loss or a gradient that was not finite.
     num_nonfinite: int = 0
+    #: Factor on the plan's learning rate, halved when the run goes back to its best state.
     learning_rate_factor: float = 1.0
+    #: "completed", "early_stop" or "diverged"; None while the run goes on.
     finish_reason: str | None = None
 
 
 @dataclass
 class RunUpdate:
-    """An evaluation of a run or an optimisation step, and where the run stands after it.
-
-    Losses in nats per token, None where none was measured. learning_rate: of the step made, 0 at evaluations.
-    warnings: (code, sentence) of what the user should know.
-    """
+    """One evaluation or one optimization step of a run, and where the run stands after it."""
 
     run_id: str
     step: int = 0
     total_steps: int = 0
+    #: Of the step that was made; 0 for an evaluation.
     learning_rate: float = 0.0
     trained_tokens: int = 0
+    #: Losses are in nats per token, None where none was measured.
     train_loss: float | None = None
     train_accuracy: float | None = None
     valid_loss: float | None = None
     valid_accuracy: float | None = None
     finish_reason: str | None = None
+    #: What the job's owner should know, as (code, sentence).
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
-class TrainRun:
-    """The whole state of one job's training.
+@dataclass
+class TokenCounts:
+    """Tokens that went through the model."""
 
-    R (the trained core R' of `Basis.fold`), m, v: [M, r, r]; views of the trainer's memory while resident.
-    best_R: the R of the lowest validation loss so far; the last one if there is no validation data.
-    """
+    train: int = 0
+    eval: int = 0
+    pad: int = 0
 
-    def __init__(
-        self,
-        run_id: str,
-        data: TrainingData,
-        plan: TrainingPlan,
-        basis: Basis,
-        *,
-        start: Tensor | None = None,
-    ) -> None:
-        """start: the stored core to begin with, [M, r, r]; None begins with the base model.
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.train + other.train, self.eval + other.eval, self.pad + other.pad)
 
-        Raises `InvalidInput` for a start of another shape.
-        """
-        shape = (basis.num_modules, basis.rank, basis.rank)
-        if start is not None and tuple(start.shape) != shape:
-            message = f"the adapter to start from has R {list(start.shape)}, the basis needs {list(shape)}"
-            raise InvalidInput(message, param="warm_start_from")
-        self.run_id, self.data, self.plan, self.basis_id = run_id, data, plan, basis.basis_id
-        self.R = torch.zeros(shape) if start is None else basis.unfold(start.double()).float()
-        self.m, self.v = torch.zeros(shape), torch.zeros(shape)
-        self.best_R = self.R.clone()
-        self.progress = Progress()
-        #: How it came to its first R, as JSON; None: from the base model or an adapter as it was.
-        self.start_notes: dict[str, Any] | None = None
+    def __sub__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.train - other.train, self.eval - other.eval, self.pad - other.pad)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The best state of a run in stored form."""
+
+    adapter: Adapter
+    #: The basis that was trained together with the adapter; None if the adapter uses a stored one.
+    own_basis: Basis | None = None
+
+
+class RunTrainer(Protocol):
+    """Trains one run or several at once, in shared passes through the model."""
+
+    #: Everything that went through the model so far.
+    tokens: TokenCounts
 
     @property
+    def runs(self) -> Sequence[TrainRun]: ...
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether further runs can join after all have left."""
+
+    def try_join(self, run: TrainRun) -> bool:
+        """Make the run resident if it can train with the others; returns whether it did."""
+
+    def leave(self, run_id: str) -> TrainRun | None:
+        """Take a run out, with its tensors; None if it is not resident."""
+
+    def step(self) -> list[RunUpdate]:
+        """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
+
+
+class TrainRun(ABC):
+    """The whole state of one job's training. Subclasses say what is trained and how it is stored."""
+
+    #: The trained numbers and Adam's moments, all of one shape. While the run is resident in a trainer, these
+    #: three are views of the trainer's memory.
+    R: Tensor
+    m: Tensor
+    v: Tensor
+    #: R at the lowest validation loss so far; the last R if there is no validation data.
+    best_R: Tensor
+    #: How the run came to its first R, as JSON; None: from the base model or an adapter as it was.
+    start_notes: dict[str, Any] | None
+
+    def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, *, R: Tensor) -> None:
+        """R: what training begins with, on the CPU."""
+        self.run_id, self.data, self.plan = run_id, data, plan
+        self.R, self.m, self.v = R, R.new_zeros(R.shape), R.new_zeros(R.shape)
+        self.best_R = R.clone()
+        self.progress = Progress()
+        self.start_notes = None
+
+    @property
+    @abstractmethod
+    def basis_id(self) -> str:
+        """Id of the stored basis that the run trains in; "" if it trains a basis of its own."""
+
+    @property
+    @abstractmethod
     def identity(self) -> str:
-        """What a checkpoint of this run is only valid with, beside its data and its plan."""
-        return self.basis_id
+        """A checkpoint is valid only for a run with the same identity, data and plan."""
+
+    @property
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """How the run's adapter was made, as JSON for the adapter's metadata."""
+
+    @abstractmethod
+    def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> RunTrainer:
+        """A trainer in which this run is resident. max_runs: how many may train together.
+
+        token_budget: tokens with padding in one pass. Raises `BasisMismatch`, `UnsupportedModel`.
+        """
+
+    @abstractmethod
+    def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
+        """The best state in stored form. metadata: of the adapter."""
 
     def more_state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside R, m, v, best_R and the progress."""
         return {}
 
-    def restore_more(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `more_state` gave. Raises `KeyError` or `ValueError`; the run is of no use then."""
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - most runs have no more
+        """Restore what `more_state` returned. Raises `KeyError` or `ValueError`; the run is unusable then."""
 
     @property
     def is_finished(self) -> bool:
@@ -114,7 +176,7 @@ class TrainRun:
 
     @property
     def tokens_per_step(self) -> int:
-        """About how many tokens an optimisation step of this run has."""
+        """Estimated tokens of one optimization step."""
         return max(1, self.data.num_train_tokens * self.plan.batch_size // self.data.num_train)
 
     @property
@@ -131,10 +193,13 @@ class TrainRun:
         return self.data.batch(self.progress.step, batch_size=self.plan.batch_size, seed=self.plan.seed)
 
     def record_evaluation(self, valid_loss: float | None) -> None:
-        """Keep R if it is the best so far; decide whether the run has ended. None: nothing to validate on."""
+        """Keep R if it is the best so far, and decide whether the run has ended.
+
+        valid_loss: None if there is no validation data; then every R is the best so far.
+        """
         progress = self.progress
         if valid_loss is not None and not math.isfinite(valid_loss):
-            valid_loss = math.inf  # NaN is neither above nor below anything
+            valid_loss = math.inf  # NaN compares as neither larger nor smaller than anything
         progress.evaluated_at = progress.step
         progress.valid_loss = valid_loss
         if valid_loss is None:
@@ -152,14 +217,14 @@ class TrainRun:
             progress.finish_reason = "early_stop"
 
     def record_step(self, train_loss: float, num_tokens: int) -> None:
-        """After a step of the optimiser."""
+        """Count a step of the optimizer."""
         self.progress.step += 1
         self.progress.num_updates += 1
         self.progress.trained_tokens += num_tokens
         self.progress.train_loss = train_loss
 
     def record_nonfinite(self) -> tuple[str, str]:
-        """After a step whose loss or gradient is not finite: what is done about it, as (code, sentence).
+        """React to a step with a loss or gradient that is not finite; returns a warning as (code, sentence).
 
         The first time the step is left out (a single bad batch happens in half precision). The second time
         the run goes back to its best R with half the learning rate. The third time it has diverged.
@@ -178,7 +243,7 @@ class TrainRun:
             self.v.zero_()
             return (
                 "nonfinite_rolled_back",
-                f"{where} again; back to the best R at half the rate",
+                f"{where} again; training went back to the best state and continues at half the rate",
             )
         progress.finish_reason = "diverged"
         return "training_diverged", f"{where} for the third time; try a smaller learning_rate_multiplier"
@@ -186,7 +251,7 @@ class TrainRun:
     def update(
         self, *, learning_rate: float = 0.0, warnings: list[tuple[str, str]] | None = None
     ) -> RunUpdate:
-        """The state as news; what was measured is to be added."""
+        """The current state as an update, to which the trainer adds what it has measured."""
         return RunUpdate(
             self.run_id,
             step=self.progress.step,

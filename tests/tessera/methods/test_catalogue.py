@@ -22,8 +22,7 @@ from tests.tessera.methods.matrices import random_matrix, small_model
 from tests.tessera.methods.populations import SHORT
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
-from trainer_worker.training.run import TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer
 
 CATALOGUE = {"g": 9, "xs": 4, "sb": 8, "da": 8, "m": 6, "l": 7, "b": 7}
 
@@ -52,7 +51,7 @@ def test_g7_users_in_one_batch_train_as_alone(small: BaseModel, calibration: Cal
         for index, part in enumerate(parts):
             data = TrainingData(examples[part], (), digest=str(index))
             plan = TrainingPlan(1, 2, total_steps=2, learning_rate=1e-2, seed=index)
-            trainer.join(TrainRun(str(index), data, plan, basis))
+            trainer.join(CoreRun(str(index), data, plan, basis))
         first = trainer.runs[0]
         while not first.is_finished:
             trainer.step()

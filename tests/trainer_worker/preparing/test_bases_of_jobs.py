@@ -21,7 +21,7 @@ from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
 from tests.job_checks import check_queue, expire_lease
 from tests.trainer_worker.conftest import DATA
-from tests.trainer_worker.world import TENANT, World, messages
+from tests.trainer_worker.world import TENANT, SilentListener, World, messages
 from tests.waiting import wait_until
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.training import checkpoint
@@ -150,10 +150,9 @@ async def test_a_job_tried_again_gives_the_same_adapter_from_one_basis(world: Wo
 
 async def die_prepared(world: World, *, with_checkpoint: str) -> None:
     """What a worker leaves that dies when it has prepared its jobs, one of them with a checkpoint."""
-    leases, preparation = JobLeases(world.redis), world.make_worker()._tools.preparation
+    leases, preparation = JobLeases(world.redis), world.make_worker()._services.preparation
     for lease in await leases.claim("dead", limit=2, lease_s=60):
-        attempt = Attempt(lease.job, on_progress=lambda done, total: None, note_outage=lambda error: None)
-        prepared = await preparation.prepare(attempt, None)
+        prepared = await preparation.prepare(Attempt(lease.job, SilentListener()), None)
         if lease.job.job_id == with_checkpoint:
             await leases.checkpoint(lease, checkpoint.to_bytes(prepared.run))
         await expire_lease(world.redis, lease.job.job_id)

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import BasisDeleted, Conflict, InvalidInput, NotFound, TesseraError
 from tessera.formats.adapter import Adapter
-from tessera.formats.manifest import ModuleShape
+from tessera.formats.basis import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus
@@ -28,11 +28,11 @@ from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
 from tests.stepping import Gate, Stepped, SteppedRedis
-from trainer_worker.common.job_basis import JobBasis
+from tests.trainer_worker.world import SilentListener
 from trainer_worker.common.model_lock import ModelLock
-from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
-from trainer_worker.outcome.publication import Publisher
-from trainer_worker.preparing.basis_source import Attempt, BasisSource
+from trainer_worker.outcome.publisher import Publisher
+from trainer_worker.preparing.basis_source import Attempt, BasisSource, JobBasis
+from trainer_worker.training.run import RunResult
 
 TENANT = "acme"
 JOBS = ("ftjob-a", "ftjob-b")
@@ -54,9 +54,8 @@ class Worker:
         self.own, self.store = PrivateBases(self.redis, max_bytes=max_bytes), BasisStore(self.redis)
         self.holds = BasisHolds(self.redis, self.own)
         adapters = AdapterStore(self.redis)
-        self.publisher = Publisher(adapters, self.own, dtype=torch.float16, base_model_id=base.model_id)
-        self.dedicated = DedicatedPublisher(
-            base, self.publisher, adapters=adapters, bases=self.store, holds=self.holds
+        self.publisher = Publisher(
+            adapters, self.store, self.own, self.holds, dtype=torch.float16, base_model_id=base.model_id
         )
         self.source = BasisSource(
             base, ModelLock(base), bases=self.store, own=self.own, holds=self.holds,
@@ -64,7 +63,7 @@ class Worker:
         )  # fmt: skip
 
     async def get(self, job: Job) -> JobBasis:
-        return await self.source.of(Attempt(job, lambda done, total: None, lambda error: None), None)
+        return await self.source.of(Attempt(job, SilentListener()), None)
 
     async def get_and_end(self, job: Job) -> None:
         await self.get(job)
@@ -213,12 +212,13 @@ def trained() -> SingleAdapter:
 async def test_a_result_is_published_although_its_twin_is_just_failing(redis: Redis, tiny: BaseModel) -> None:
     """Two LoRA jobs have trained the same; one holds the basis and gives it up when it cannot publish."""
     made = trained()
+    result = RunResult(made.adapter, made.basis)
 
     async def begin(race: Race) -> Any:
         ownership = await race.free.holds.reserve(TENANT, made.basis.manifest, "ftjob-a")
         assert ownership is not None
         await race.free.store.put_private(made.basis, ownership)
-        return race.first.dedicated.publish(job_of("b"), made), race.other.holds.let_go(TENANT, "ftjob-a")
+        return race.first.publisher.publish(job_of("b"), result), race.other.holds.let_go(TENANT, "ftjob-a")
 
     async def check(race: Race, outcome: Any) -> None:
         assert isinstance(outcome, AdapterVersion), outcome
@@ -236,14 +236,15 @@ async def test_what_cannot_be_published_does_not_take_the_basis_from_its_namesak
     basis = trained().basis
 
     async def publish_overflowing(worker: Worker) -> None:
+        too_large = Adapter(basis.basis_id, torch.full((2, 2, 2), 1e6))
         with pytest.raises(InvalidInput):
-            await worker.publisher.publish(job_of("b"), Adapter(basis.basis_id, torch.full((2, 2, 2), 1e6)))
+            await worker.publisher.publish(job_of("b"), RunResult(too_large))
 
     async def begin(race: Race) -> Any:
         ownership = await race.free.holds.reserve(TENANT, basis.manifest, "ftjob-b")
         assert ownership is not None
         await race.free.store.put_private(basis, ownership)
-        good = Adapter(basis.basis_id, torch.ones(2, 2, 2))
+        good = RunResult(Adapter(basis.basis_id, torch.ones(2, 2, 2)))
         return race.first.publisher.publish(job_of("b"), good), publish_overflowing(race.other)
 
     async def check(race: Race, outcome: Any) -> None:

@@ -24,13 +24,14 @@ from tests.job_checks import check_queue
 from tests.trainer_worker.conftest import random_examples
 from tests.trainer_worker.world import TENANT, World, messages
 from tests.waiting import wait_until
-from trainer_worker.outcome.dedicated_publisher import DedicatedPublisher
-from trainer_worker.outcome.publication import Publisher
+from trainer_worker.outcome import payloads
+from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
-from trainer_worker.training.lora.form import LoraRun, LoraTrainer
+from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.run import RunResult
 
 LORA = {"form": "lora", "rank": 4}
 
@@ -255,16 +256,21 @@ async def test_a_second_attempt_that_trained_otherwise_publishes_nothing(
     redis: Redis, small: BaseModel, own: PrivateBases, world: World
 ) -> None:
     bases, holds = BasisStore(redis), BasisHolds(redis, own)
-    publisher = Publisher(world.adapters, own, dtype=torch.float16, base_model_id=small.model_id)
-    dedicated = DedicatedPublisher(small, publisher, adapters=world.adapters, bases=bases, holds=holds)
+    publisher = Publisher(
+        world.adapters, bases, own, holds, dtype=torch.float16, base_model_id=small.model_id
+    )
     job = await submitted(world)
-    first = dedicated.make(trained(small, "lora"), job)
-    version = await dedicated.publish(job, first)
-    other = dedicated.make(trained(small, "lora", seed=1), job)
-    assert other.basis.basis_id != first.basis.basis_id
-    assert await dedicated.publish(job, other) == version
+
+    def result_of(run: LoraRun) -> RunResult:
+        return run.to_result(small, payloads.adapter_metadata(run, job))
+
+    first = result_of(trained(small, "lora"))
+    version = await publisher.publish(job, first)
+    other = result_of(trained(small, "lora", seed=1))
+    assert other.adapter.basis_id != first.adapter.basis_id
+    assert await publisher.publish(job, other) == version
     await holds.let_go(TENANT, job.job_id)
-    assert list(await own.of_tenant(TENANT)) == [first.basis.basis_id]
+    assert list(await own.of_tenant(TENANT)) == [first.adapter.basis_id]
     assert len((await world.adapters.get(TENANT, "ada")).versions) == 1
 
 

@@ -14,7 +14,7 @@ from tests.trainer_worker.conftest import MakeRun
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.run import TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import Trainer
 
 
 def train(small: BaseModel, basis: Basis, run: TrainRun, *, steps: int | None = None) -> TrainRun:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tessera.errors import InvalidInput
-from trainer_worker.training.plan import BasisKind, TrainingPlan, make_plan, max_example_tokens
+from trainer_worker.training.learning_rates import BasisKind
+from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens
 
 XS = BasisKind("lora_xs", rank=16, gain=3.0)
 

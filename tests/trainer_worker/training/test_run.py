@@ -11,6 +11,7 @@ from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis
 from tests.trainer_worker.conftest import MakeRun
 from trainer_worker.training.run import TrainRun
+from trainer_worker.training.trainer import CoreRun
 
 
 def evaluate(run: TrainRun, *losses: float) -> None:
@@ -93,5 +94,5 @@ def test_three_steps_that_are_not_finite(make_run: MakeRun) -> None:
 def test_a_start_of_another_shape_is_refused(make_run: MakeRun, small_basis: Basis) -> None:
     like = make_run("a")
     with pytest.raises(InvalidInput) as caught:
-        TrainRun("x", like.data, like.plan, small_basis, start=torch.zeros(2, 3, 3))
+        CoreRun("x", like.data, like.plan, small_basis, start=torch.zeros(2, 3, 3))
     assert caught.value.param == "warm_start_from"

@@ -1,6 +1,6 @@
-"""The factors that a LoRA form begins with, for every target module, and where they lie in one vector.
+"""The initial factors of a LoRA form for every target module, and their layout in one tensor.
 
-Knows no optimiser and no loss.
+Knows no optimizer and no loss.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ from tessera.methods.building.targets import find_targets
 from tessera.methods.forms import Given, LoraPreset, find_preset
 from tessera.model.base_model import BaseModel
 
+#: The form of such a job in its specification.
+LORA = "lora"
+
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """A[i]: [r, d_in], B[i]: [d_out, r] float32 on the CPU for module i; s = `scale`. recipe: JSON."""
+    """The factors A and B of every module."""
 
     preset: LoraPreset
     rank: int
     seed: int
     modules: tuple[ModuleShape, ...]
+    #: Per module [r, d_in], float32 on the CPU.
     A: tuple[Tensor, ...]
+    #: Per module [d_out, r], float32 on the CPU.
     B: tuple[Tensor, ...]
+    #: How the factors were made, as JSON.
     recipe: dict[str, Any]
 
     @property
@@ -41,7 +47,7 @@ class LoraFactors:
 
     @property
     def num_trained(self) -> int:
-        """How many numbers the gradient trains."""
+        """Number of parameters trained by the gradient."""
         width = sum(m.d_out + (m.d_in if self.preset.trains_A else 0) for m in self.modules)
         return self.rank * width
 
@@ -57,11 +63,12 @@ def initial_factors(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> LoraFactors:
-    """A_0 and B_0 of one LoRA form. options: of its method, before the preset's own. progress(done, total)
-    counts the modules of a method.
+    """A_0 and B_0 of one LoRA form.
 
-    Raises `InvalidInput` and `UnsupportedModel` as `build_basis`, and for a rank at which the result could
-    not be stored: a subtracted product needs 2 r directions.
+    options: of its method; the preset's own take precedence. progress(done, total) is called after each
+    module that the method decomposes. Raises `InvalidInput` and `UnsupportedModel` like `build_basis`, and
+    `InvalidInput` for a rank at which the result could not be stored: a subtracted product needs 2 r
+    directions.
     """
     chosen = find_preset(preset) if isinstance(preset, str) else preset
     shapes = form_modules(base, chosen, rank=rank, target_modules=target_modules)
@@ -99,7 +106,7 @@ def initial_factors(
 def form_modules(
     base: BaseModel, preset: LoraPreset, *, rank: int, target_modules: Sequence[str]
 ) -> tuple[ModuleShape, ...]:
-    """The modules that the form changes. Raises as `initial_factors`."""
+    """The modules that the form changes. Raises the same errors as `initial_factors`."""
     shapes = tuple(target.shape for target in find_targets(base.model, target_modules, rank))
     side, narrow = min((min(shape.d_in, shape.d_out), shape.name) for shape in shapes)
     if preset.stored_rank(rank) > side:
@@ -116,10 +123,10 @@ def form_modules(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where A and B of each module lie in one tensor [2, P]: row 0 all A's, row 1 all B's, zeros at the end.
+    """The place of each module's A and B in one tensor [2, P]: A's in row 0, B's in row 1, padded with zeros.
 
-    Two rows, because the two may have their own learning rates, and one tensor, because one kernel then steps
-    all modules of all runs.
+    There are two rows because A and B may have different learning rates, and one tensor so that one kernel
+    can step all modules of all runs.
     """
 
     modules: tuple[ModuleShape, ...]

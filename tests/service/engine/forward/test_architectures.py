@@ -26,8 +26,7 @@ from tessera.peft.exporting import to_peft
 from tests.service.engine.driver import Driver
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
-from trainer_worker.training.run import TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer
 
 #: What a case is about: type, fields of its configuration, a target module that must carry adapters.
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -118,7 +117,7 @@ def test_a_gpt2_is_trained_served_and_exported(tmp_path: Path) -> None:
     ids = prompt + answer
     example = EncodedExample(ids, [index >= len(prompt) for index in range(len(ids))])
     plan = TrainingPlan(num_epochs=1, batch_size=1, total_steps=60, learning_rate=0.1, seed=1)
-    run = TrainRun("a", TrainingData((example,), (), digest="a"), plan, basis)
+    run = CoreRun("a", TrainingData((example,), (), digest="a"), plan, basis)
     trainer = Trainer(base, basis, max_runs=1, token_budget=64)
     trainer.join(run)
     while not run.is_finished:

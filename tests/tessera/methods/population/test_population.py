@@ -20,8 +20,7 @@ from tests.tessera.methods.matrices import small_calibration, small_model
 from tests.tessera.methods.populations import SHORT, personal
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
-from trainer_worker.training.run import TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def loss_of_newcomers(base: BaseModel, basis: Basis, start: Tensor | None) -> tu
     for seed in range(100, 104):
         examples = [EncodedExample(list(ids), list(mask)) for ids, mask in personal(seed, 48).examples]
         data = TrainingData(tuple(examples[:24]), tuple(examples[24:]), digest="")
-        runs.append(TrainRun(str(seed), data, plan, basis, start=start))
+        runs.append(CoreRun(str(seed), data, plan, basis, start=start))
         trainer.join(runs[-1])
     while not all(run.is_finished for run in runs):
         trainer.step()

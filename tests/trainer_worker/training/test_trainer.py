@@ -24,7 +24,7 @@ from trainer_worker.training.adamw import BETAS
 from trainer_worker.training.data import TrainingData, micro_batches
 from trainer_worker.training.loss import token_losses
 from trainer_worker.training.run import RunUpdate, TrainRun
-from trainer_worker.training.train import Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer
 
 
 def finish(trainer: Trainer, *runs: TrainRun) -> list[RunUpdate]:
@@ -270,7 +270,7 @@ def test_a_warm_start_begins_where_the_adapter_stands(
     first = alone(small, small_basis, make_run("a", patience=None))
     stored = small_basis.fold(first.R).float()
     template = make_run("a", total_steps=1)
-    second = TrainRun("again", first.data, template.plan, small_basis, start=stored)
+    second = CoreRun("again", first.data, template.plan, small_basis, start=stored)
     torch.testing.assert_close(second.R, first.R.float(), atol=1e-5, rtol=1e-4)
     alone(small, small_basis, second)
     assert second.progress.initial_valid_loss == pytest.approx(first.progress.valid_loss, abs=1e-4)

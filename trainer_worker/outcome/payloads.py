@@ -1,4 +1,4 @@
-"""What the outside world is told of a run: events, progress, the result, the adapter's provenance.
+"""What is written about a job, as sentences and as JSON: events, progress, the result, errors.
 
 The names in metrics events are OpenAI's where OpenAI has one.
 """
@@ -8,26 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from tessera.errors import TesseraError
-from tessera.formats.adapter import Adapter
-from tessera.formats.basis import Basis
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
-from trainer_worker.common.job_basis import JobBasis
-from trainer_worker.training.lora.form import LoraRun
 from trainer_worker.training.run import RunUpdate, TrainRun
 
 
-def lora_begin_message(run: LoraRun) -> str:
-    """What is trained, in a sentence."""
-    preset, shapes = run.factors.preset, run.factors.modules
-    what = "A and B" if preset.trains_A else "B, with A by a local rule" if preset.online else "B"
-    return (
-        f"LoRA form {preset.name}, rank {run.factors.rank}: trains {what} of {len(shapes)} modules, "
-        f"{run.factors.num_trained} numbers"
-    )
-
-
-def begin_message(run: TrainRun) -> str:
+def start_message(run: TrainRun) -> str:
+    """What the training consists of, or where it continues."""
     plan, data = run.plan, run.data
     if run.progress.step:
         return f"Training continues at step {run.progress.step} of {plan.total_steps}"
@@ -36,31 +23,6 @@ def begin_message(run: TrainRun) -> str:
         f"{plan.num_epochs} epoch(s), {plan.total_steps} steps of {plan.batch_size}, "
         f"learning rate {plan.learning_rate:g}"
     )
-
-
-def basis_message(found: JobBasis) -> str:
-    """Where a job's basis came from."""
-    manifest = found.basis.manifest
-    said = {"stored": "as asked for", "found": "built before", "built": "built now"}[found.origin]
-    return f"Basis {manifest.basis_id[:12]}: {manifest.method}, rank {manifest.rank}, {said}"
-
-
-def building_progress(done: int, total: int) -> dict[str, Any]:
-    """The job's progress while its basis is built or its start found."""
-    return {"phase": "preparing", "modules_done": done, "modules": total}
-
-
-def basis_result(found: JobBasis, *, building_s: float) -> dict[str, Any]:
-    """The result of a job that was about a basis alone."""
-    manifest = found.basis.manifest
-    return {
-        "basis_id": manifest.basis_id,
-        "origin": found.origin,
-        "bytes": manifest.stored_bytes,
-        "num_modules": len(manifest.modules),
-        "building_s": round(building_s, 2),
-        "calibration": manifest.recipe.get("calibration"),
-    }
 
 
 def metrics_message(update: RunUpdate) -> str:
@@ -73,7 +35,7 @@ def metrics_message(update: RunUpdate) -> str:
 
 
 def metrics_data(update: RunUpdate) -> dict[str, Any]:
-    """The data of a metrics event; what was not measured is left out."""
+    """The data of a metrics event, without what was not measured."""
     values = {
         "step": update.step,
         "total_steps": update.total_steps,
@@ -87,8 +49,13 @@ def metrics_data(update: RunUpdate) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def progress_of(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
-    """The job's progress, as of this update."""
+def building_progress(done: int, total: int) -> dict[str, Any]:
+    """The job's progress while its basis is built or its initialization is computed."""
+    return {"phase": "preparing", "modules_done": done, "modules": total}
+
+
+def training_progress(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
+    """The job's progress at the time of an update."""
     progress, plan = run.progress, run.plan
     steps_per_epoch = max(1, plan.total_steps // plan.num_epochs)
     return {
@@ -107,32 +74,26 @@ def progress_of(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
     }
 
 
-def finish_warnings(run: TrainRun) -> list[tuple[str, str]]:
-    """What the owner should know of the outcome, as (code, sentence)."""
+def result_warnings(run: TrainRun) -> list[tuple[str, str]]:
+    """What the owner should know about the result, as (code, sentence)."""
     progress = run.progress
     initial, best = progress.initial_valid_loss, progress.best_valid_loss
     if initial is not None and best is not None and best >= initial:
         message = (
-            f"training did not improve on the start (validation loss {initial:.4f}): the adapter published "
+            f"training did not improve on the start (validation loss {initial:.4f}): the published adapter "
             "behaves like what it started from; try more or other examples, or another learning rate"
         )
         return [("no_improvement", message)]
     return []
 
 
-def make_adapter(run: TrainRun, basis: Basis, job: Job) -> Adapter:
-    """The best state of a run in stored form: R = P_out R' P_in, float32."""
-    R = basis.fold(run.best_R.double()).float().contiguous()
-    return Adapter(basis.basis_id, R, provenance(run, job, basis.manifest.method))
-
-
-def provenance(run: TrainRun, job: Job, method: str) -> dict[str, Any]:
-    """What is kept with an adapter of where it comes from. method: of its basis."""
+def adapter_metadata(run: TrainRun, job: Job) -> dict[str, Any]:
+    """The provenance that is stored with the adapter."""
     progress = run.progress
     return {
         "job_id": job.job_id,
         "base_model": job.spec.base_model,
-        "method": method,
+        **run.provenance,
         "start": None if run.start_notes is None else run.start_notes.get("method"),
         "seed": job.spec.seed,
         "training_file": job.spec.training_file,
@@ -145,17 +106,17 @@ def provenance(run: TrainRun, job: Job, method: str) -> dict[str, Any]:
     }
 
 
-def problem_of(error: Exception) -> dict[str, Any]:
-    """Why a job failed, as its owner is told."""
+def error_payload(error: Exception) -> dict[str, Any]:
+    """Why a job failed, for its owner."""
     if isinstance(error, TesseraError):
         return {"code": error.code, "message": error.message, "param": error.param}
     return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}
 
 
-def result_of(
+def training_result(
     run: TrainRun, version: AdapterVersion, job: Job, *, training_s: float, warnings: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """The result of a job that succeeded."""
+    """The result of a job that has published a version."""
     progress, plan, data = run.progress, run.plan, run.data
     return {
         "adapter": {"id": job.spec.adapter_id, "version": version.version},

@@ -1,7 +1,4 @@
-"""Jobs of the LoRA form: how A and B come into a run. How they leave it: `outcome/dedicated_publisher.py`.
-
-Everything between is as for other jobs (`session.py`): the run is a `TrainRun` like any other.
-"""
+"""Preparation of jobs of a LoRA form: the factors A and B that training begins with."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import asyncio
 
 import torch
 
-from tessera.errors import Conflict, CorruptRecord
 from tessera.formats.basis import DTYPES
 from tessera.methods.bases import CalibrationSet
 from tessera.methods.forms import find_preset
@@ -17,17 +13,19 @@ from tessera.model.base_model import BaseModel
 from tessera.queue.records import JobSpec
 from tessera.store.holds import BasisHolds
 from trainer_worker.common.model_lock import ModelLock, Progress
+from trainer_worker.outcome.publisher import reservation_id
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData
-from trainer_worker.training.lora.dedicated import LORA, reservation_id, storage_dtype
-from trainer_worker.training.lora.factors import LoraFactors, form_modules, initial_factors
-from trainer_worker.training.lora.form import LoraRun
-from trainer_worker.training.plan import LoraKind, make_plan
+from trainer_worker.training.learning_rates import LoraKind
+from trainer_worker.training.lora.factors import LORA, LoraFactors, form_modules, initial_factors
+from trainer_worker.training.lora.single_adapter import storage_dtype
+from trainer_worker.training.lora.trainer import LoraRun
+from trainer_worker.training.plan import make_plan
 
 
 class LoraPreparation:
-    """From a job and its examples to a run of its LoRA form."""
+    """Prepares runs of LoRA forms."""
 
     def __init__(
         self,
@@ -48,11 +46,12 @@ class LoraPreparation:
         Raises `InvalidInput`, `UnsupportedModel`, `QuotaExceeded` (before any work), `TesseraError`
         (out_of_memory).
         """
-        spec = attempt.job.spec
+        job, spec = attempt.job, attempt.job.spec
         blank = self._blank_factors(spec)
-        job, num_bytes = attempt.job, self._stored_bytes(blank)
-        # Now, so that publishing cannot fail for lack of room.
-        await self._holds.reserve_quota(job.tenant, reservation_id(job), num_bytes, job.job_id)
+        # Reserve quota for the result now, so that publishing cannot fail for lack of room.
+        await self._holds.reserve_quota(
+            job.tenant, reservation_id(job), self._stored_bytes(blank), job.job_id
+        )
         plan = make_plan(
             spec.hyperparameters,
             spec.early_stopping,
@@ -60,19 +59,17 @@ class LoraPreparation:
             kind=LoraKind(spec.method, spec.rank),
             seed=spec.seed,
         )
-        warnings = []
+        warnings: list[tuple[str, str]] = []
         if saved is not None:
-            run = LoraRun(attempt.job.job_id, data, plan, blank)
-            try:
-                await asyncio.to_thread(checkpoint.restore, run, saved)
+            run = LoraRun(job.job_id, data, plan, blank)
+            warnings = await asyncio.to_thread(checkpoint.try_restore, run, saved)
+            if not warnings:
                 return run, []
-            except (CorruptRecord, Conflict) as error:
-                warnings.append(("checkpoint_unusable", f"training starts afresh: {error.message}"))
         factors = await self._initial(attempt, CalibrationSet.from_encoded(data.train))
-        return LoraRun(attempt.job.job_id, data, plan, factors), warnings
+        return LoraRun(job.job_id, data, plan, factors), warnings
 
     def _blank_factors(self, spec: JobSpec) -> LoraFactors:
-        """Of the right shapes, to be filled from a checkpoint."""
+        """Zero factors of the right shapes, to be restored from a checkpoint."""
         preset = find_preset(spec.method)
         preset.check_options(spec.basis_options)
         targets = spec.target_modules or self._target_modules
@@ -103,4 +100,14 @@ class LoraPreparation:
         if preset.method is None:
             return await asyncio.to_thread(work, lambda done, total: None)
         names = [module.name for module in modules]
-        return await self._model_lock.run(work, modules=names, on_progress=attempt.on_progress)
+        return await self._model_lock.run(work, modules=names, on_progress=attempt.listener.note_modules)
+
+
+def form_message(run: LoraRun) -> str:
+    """What is trained, in a sentence for the job's owner."""
+    preset, shapes = run.factors.preset, run.factors.modules
+    trained = "A and B" if preset.trains_A else "B, with A by a local rule" if preset.online else "B"
+    return (
+        f"LoRA form {preset.name}, rank {run.factors.rank}: trains {trained} of {len(shapes)} modules, "
+        f"{run.factors.num_trained} numbers"
+    )

@@ -20,14 +20,17 @@ from tessera.methods.building.hebbian import HebbianRule
 from tessera.methods.building.losses import attached
 from tessera.methods.forms import LORA_PRESETS
 from tessera.model.base_model import BaseModel
+from tessera.queue.records import Job, JobSpec, JobStatus
 from tests.service.engine.driver import Driver
 from tests.trainer_worker.conftest import random_examples
+from trainer_worker.outcome.payloads import adapter_metadata
 from trainer_worker.training.data import TrainingData
-from trainer_worker.training.lora.dedicated import METHOD, dedicated, train_lora
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
-from trainer_worker.training.lora.form import LoraRun, LoraTrainer
 from trainer_worker.training.lora.linear import RowLinear
+from trainer_worker.training.lora.single_adapter import METHOD, to_single_adapter
+from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.run import RunResult
 
 RANK = 4
 #: One of every kind: random A, scaled, two rates, A frozen, subtracted, frozen and subtracted, from data.
@@ -60,6 +63,23 @@ def run_to_end(base: BaseModel, runs: list[LoraRun]) -> dict[str, list[float]]:
             if update.train_loss is not None:
                 losses[update.run_id].append(update.train_loss)
     return losses
+
+
+def train_lora(
+    base: BaseModel, data: TrainingData, plan: TrainingPlan, preset: str
+) -> tuple[RunResult, LoraRun]:
+    """Train one run to its end; returns its stored form, as a job publishes it."""
+    calibration = CalibrationSet.from_encoded(data.train)
+    factors = initial_factors(base, preset, rank=RANK, calibration=calibration, seed=plan.seed)
+    run = LoraRun("lora", data, plan, factors)
+    run_to_end(base, [run])
+    spec = JobSpec(adapter_id="ada", training_file="file-1", base_model=base.name, form="lora", method=preset)
+    job = Job(
+        job_id="ftjob-1", tenant="acme", spec=spec, status=JobStatus.RUNNING, created_at=0.0, started_at=0.0,
+        finished_at=None, attempt=1, epoch=1, cost=1, progress={}, result=None, error=None,
+        queue_position=None,
+    )  # fmt: skip
+    return run.to_result(base, adapter_metadata(run, job)), run
 
 
 class ReferenceLora(nn.Module):
@@ -155,7 +175,13 @@ def trained_logits(base: BaseModel, run: LoraRun, ids: Tensor) -> Tensor:
 
 
 def assert_same_logits(base: BaseModel, run: LoraRun, ids: Tensor) -> None:
-    stored = dedicated(base, run, packed=run.R)
+    stored = to_single_adapter(
+        run.factors,
+        run.trained(run.R),
+        model_id=base.model_id,
+        learning_rate=run.plan.learning_rate,
+        metadata={},
+    )
     assert stored.basis.rank == run.factors.preset.stored_rank(RANK)
     assert stored.basis.manifest.method == METHOD
     with attached(base, stored.basis, stored.adapter.R):
@@ -249,20 +275,21 @@ def test_row_linear_gradients() -> None:
 def test_the_engine_serves_what_was_trained(small: BaseModel, data: TrainingData) -> None:
     """A dedicated basis of rank 2 r and its adapter, through the engine's own path, in float32."""
     base = BaseModel(small.name, small.model_id, copy.deepcopy(small.model).float())
-    stored, run = train_lora(base, data, plan(learning_rate=5e-2), preset="pissa", rank=RANK)
+    stored, run = train_lora(base, data, plan(learning_rate=5e-2), "pissa")
+    assert stored.own_basis is not None
     assert run.progress.valid_loss < run.progress.initial_valid_loss
     assert stored.adapter.metadata["preset"] == "pissa"
     merged = copy.deepcopy(base.model)
-    for i, shape in enumerate(stored.basis.manifest.modules):
-        change = stored.basis.B[i] @ stored.adapter.R[i] @ stored.basis.A[i]
+    for i, shape in enumerate(stored.own_basis.manifest.modules):
+        change = stored.own_basis.B[i] @ stored.adapter.R[i] @ stored.own_basis.A[i]
         merged.get_submodule(shape.name).weight.data += change
     prompt = [5, 9, 2, 40]
     expected: list[int] = []
     while len(expected) < 12:
         expected.append(int(merged(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
     engine = Engine(BaseModel(base.name, base.model_id, copy.deepcopy(base.model)), EngineConfig(num_slots=2))
-    ref = AdapterRef("default", "mine", 1, stored.basis.basis_id)
-    driver = Driver(engine, {ref: stored.adapter}, {stored.basis.basis_id: stored.basis})
+    ref = AdapterRef("default", "mine", 1, stored.own_basis.basis_id)
+    driver = Driver(engine, {ref: stored.adapter}, {stored.own_basis.basis_id: stored.own_basis})
     answer = driver.submit(prompt, adapter=ref)
     bare = driver.submit(prompt)
     driver.run()
@@ -272,11 +299,11 @@ def test_the_engine_serves_what_was_trained(small: BaseModel, data: TrainingData
 
 def test_the_best_evaluation_is_what_is_published(small: BaseModel, data: TrainingData) -> None:
     wild = plan(learning_rate=3.0, max_grad_norm=100.0, evaluate_every=1, patience=2, total_steps=40)
-    stored, run = train_lora(small, data, wild, preset="lora", rank=RANK)
+    stored, run = train_lora(small, data, wild, "lora")
     assert run.progress.finish_reason == "early_stop"
     assert run.progress.best_valid_loss < run.progress.valid_loss
     assert stored.adapter.metadata["valid_loss"] == run.progress.best_valid_loss
-    assert torch.equal(dedicated(small, run).adapter.R, stored.adapter.R)
+    assert torch.equal(run.to_result(small, {}).adapter.R, stored.adapter.R)
 
 
 def test_trained_parameters_are_counted(small: BaseModel) -> None:

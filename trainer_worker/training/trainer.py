@@ -1,8 +1,8 @@
-"""The training step: one optimisation step of every resident user, in one pass through the frozen model.
+"""Training of r × r cores: one optimization step of every resident user in one pass through the frozen model.
 
-Knows no Redis, no clock and no asyncio. Runs join and leave between steps. What a run becomes does not depend
-on who shares its batches, but for rounding: a user's loss is the sum over the tokens to learn divided by the
-user's own number of them, and only the step in the rank knows users apart.
+Knows no Redis, no clock and no asyncio. Runs join and leave between steps. Except for rounding, the result of
+a run does not depend on who shares its batches: a user's loss is the sum over the tokens to learn divided by
+the user's own number of them, and only the product with R distinguishes users.
 """
 
 from __future__ import annotations
@@ -10,46 +10,80 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera.chat.chat_format import EncodedExample
-from tessera.errors import BasisMismatch
+from tessera.errors import BasisMismatch, InvalidInput
+from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
-from trainer_worker.training.data import GPU_MIN_TOKENS, micro_batches
+from trainer_worker.training.data import GPU_MIN_TOKENS, TrainingData, micro_batches
 from trainer_worker.training.loss import token_losses
-from trainer_worker.training.run import RunUpdate, TrainRun
+from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
 
 
-@dataclass
-class TokenCounts:
-    """Tokens that went through the model."""
+class CoreRun(TrainRun):
+    """A run that trains cores R' (`Basis.fold`) in a stored basis. R, m, v, best_R: [M, r, r]."""
 
-    train: int = 0
-    eval: int = 0
-    pad: int = 0
+    def __init__(
+        self,
+        run_id: str,
+        data: TrainingData,
+        plan: TrainingPlan,
+        basis: Basis,
+        *,
+        start: Tensor | None = None,
+    ) -> None:
+        """start: the stored core to begin with, [M, r, r]; None begins with the base model.
 
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(self.train + other.train, self.eval + other.eval, self.pad + other.pad)
+        Raises `InvalidInput` if start has another shape.
+        """
+        shape = (basis.num_modules, basis.rank, basis.rank)
+        if start is not None and tuple(start.shape) != shape:
+            message = f"the adapter to start from has R {list(start.shape)}, the basis needs {list(shape)}"
+            raise InvalidInput(message, param="warm_start_from")
+        R = torch.zeros(shape) if start is None else basis.unfold(start.double()).float()
+        super().__init__(run_id, data, plan, R=R)
+        self.basis = basis
 
-    def __sub__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(self.train - other.train, self.eval - other.eval, self.pad - other.pad)
+    @property
+    def basis_id(self) -> str:
+        return self.basis.basis_id
+
+    @property
+    def identity(self) -> str:
+        return self.basis_id
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {"method": self.basis.manifest.method}
+
+    def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> Trainer:
+        trainer = Trainer(base, self.basis, max_runs=max_runs, token_budget=token_budget)
+        trainer.join(self)
+        return trainer
+
+    def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
+        """R = P_out R' P_in, float32."""
+        R = self.basis.fold(self.best_R.double()).float().contiguous()
+        return RunResult(Adapter(self.basis_id, R, metadata))
 
 
 class Trainer:
     """The runs that are trained together, all in one basis.
 
     Its memory for K = `max_runs` users: R', m, v, the gradient and the folded core, each [K, M, r, r] (in
-    float32 1.1 MB per user for an 8B Llama at r = 16), and A and B on the model's device. `token_budget`:
-    tokens with padding in one pass through the model.
+    float32 1.1 MB per user for an 8B Llama at r = 16), and A and B on the model's device.
     """
 
     def __init__(self, base: BaseModel, basis: Basis, *, max_runs: int, token_budget: int) -> None:
+        """token_budget: tokens with padding in one pass through the model. Raises `BasisMismatch`."""
         if basis.manifest.model_id != base.model_id:
             raise BasisMismatch(f"basis {basis.basis_id} belongs to model {basis.manifest.model_id}")
         self.base, self.basis, self.token_budget = base, basis, token_budget
@@ -61,7 +95,7 @@ class Trainer:
         self._runs: list[TrainRun | None] = [None] * max_runs
         self._optimizer = BatchedAdamW((max_runs, M, r, r), dtype=dtype, device=device)
         self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
-        # Module-major: each layer's part is contiguous, and all layers' gradients gather in one tensor.
+        # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
         self._core = torch.zeros(M, max_runs, r, r, dtype=dtype, device=device)
         self._grad = torch.zeros_like(self._core)
         self._owners = RowOwners(torch.zeros(0, dtype=torch.int64, device=device))
@@ -78,6 +112,17 @@ class Trainer:
     def has_room(self) -> bool:
         return None in self._runs
 
+    @property
+    def is_reusable(self) -> bool:
+        return True
+
+    def try_join(self, run: TrainRun) -> bool:
+        """Make a run resident if it trains in this basis and there is room; returns whether it did."""
+        if run.basis_id != self.basis.basis_id or not self.has_room:
+            return False
+        self.join(run)
+        return True
+
     def join(self, run: TrainRun) -> None:
         """Make a run resident. Raises `BasisMismatch`."""
         if run.basis_id != self.basis.basis_id:
@@ -91,7 +136,7 @@ class Trainer:
             setattr(run, name, memory)
 
     def leave(self, run_id: str) -> TrainRun | None:
-        """Take a run out, with its tensors; None if it is not resident. Its slot keeps no trace of it."""
+        """Take a run out, with its tensors; None if it is not resident. Its slot is zeroed."""
         for slot, run in enumerate(self._runs):
             if run is None or run.run_id != run_id:
                 continue
@@ -104,7 +149,7 @@ class Trainer:
         return None
 
     def step(self) -> list[RunUpdate]:
-        """Evaluate the runs that are due, then make one optimisation step of all that go on."""
+        """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
         with self._attached():
             updates = self._evaluate([slot for slot, run in self._active() if run.needs_evaluation])
             updates += self._train([slot for slot, _ in self._active()])
@@ -153,7 +198,7 @@ class Trainer:
     ) -> tuple[list[float], list[float]]:
         """Mean loss and token accuracy per slot, both [K], over (slot, example) pairs.
 
-        With `learn` the gradient of each slot's loss with respect to its core is left in `_grad`.
+        With `learn`, `_grad` holds the gradient of each slot's loss with respect to its core afterwards.
         """
         K, device = len(self._runs), self.base.device
         num_tokens = torch.zeros(K)
@@ -178,7 +223,7 @@ class Trainer:
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        """The model with this basis and the current cores in its layers; afterwards the base model again."""
+        """Put this basis and the current cores into the model's layers, and take them out afterwards."""
         with torch.no_grad():
             core = self._P_out @ self._optimizer.R @ self._P_in
             self._core.copy_(core.transpose(0, 1))
@@ -191,7 +236,7 @@ class Trainer:
                 layer.delta = None
 
     def _leaf(self, module: int) -> Tensor:
-        """R of one module for all users, [K, r, r]: a leaf whose gradient is a part of `_grad`."""
+        """R of one module for all users, [K, r, r], as a leaf whose gradient is a part of `_grad`."""
         leaf = self._core[module].requires_grad_()
         leaf.grad = self._grad[module]
         return leaf

@@ -1,8 +1,8 @@
 """Training in the papers' own form: B, or A and B, of every target module, for one run or several at once.
 
-Knows no Redis and no clock. Several runs share the passes through the frozen model as users do in `train.py`
-(a sweep of learning rates costs little more than one run); what a run becomes does not depend on the others.
-The rules for evaluations, early stopping and losses that are not finite are those of `TrainRun`.
+Knows no Redis and no clock. Several runs share the passes through the frozen model, as the users of
+`training/trainer.py` do (a sweep of learning rates costs little more than one run), and the result of a run
+does not depend on the others. Evaluations, early stopping and losses that are not finite follow `TrainRun`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,28 +23,28 @@ from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
-from trainer_worker.training.data import TrainingData, micro_batches
-from trainer_worker.training.lora.factors import Layout, LoraFactors
+from trainer_worker.training.data import GPU_MIN_TOKENS, TrainingData, micro_batches
+from trainer_worker.training.lora.factors import LORA, Layout, LoraFactors
 from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
+from trainer_worker.training.lora.single_adapter import METHOD, storage_dtype, to_single_adapter
 from trainer_worker.training.loss import token_losses
 from trainer_worker.training.plan import TrainingPlan
-from trainer_worker.training.run import Progress, RunUpdate, TrainRun
-from trainer_worker.training.train import TokenCounts
+from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 
 
 class LoraRun(TrainRun):
-    """One run of a LoRA form. R, m, v, best_R: [2, P], all A's and all B's (`Layout`), instead of cores."""
+    """A run of a LoRA form. R, m, v, best_R: [2, P], all A's and all B's (`Layout`), instead of cores."""
 
     def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, factors: LoraFactors) -> None:
-        self.run_id, self.data, self.plan, self.basis_id = run_id, data, plan, ""
         self.factors = factors
         self.layout = Layout(factors.modules, factors.rank)
-        self.R = self.layout.pack(factors.A, factors.B)
-        self.m, self.v = torch.zeros_like(self.R), torch.zeros_like(self.R)
-        self.best_R = self.R.clone()
-        self.progress = Progress()
+        super().__init__(run_id, data, plan, R=self.layout.pack(factors.A, factors.B))
         self.start_notes = {"method": factors.preset.name}
         self.rules = [self._make_rule(index) for index in range(len(factors.modules))]
+
+    @property
+    def basis_id(self) -> str:
+        return ""
 
     @property
     def identity(self) -> str:
@@ -51,9 +52,34 @@ class LoraRun(TrainRun):
         names = [shape.name for shape in factors.modules]
         return json.dumps(["lora", factors.preset.name, factors.rank, factors.seed, names])
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {"method": METHOD, "form": LORA, "preset": self.factors.preset.name}
+
+    def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> LoraTrainer:
+        """The run trains alone: its A and B are as large as a basis, so sharing a pass would save little."""
+        min_tokens = 0 if base.device.type == "cpu" else GPU_MIN_TOKENS
+        if self.factors.preset.online is not None:  # a local rule learns from every pass, so make few of them
+            min_tokens = token_budget
+        return LoraTrainer(base, [self], token_budget=token_budget, min_tokens=min_tokens)
+
+    def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
+        """The best factors as a basis of their own and its adapter. Takes a QR of every module's factors."""
+        made = to_single_adapter(
+            self.factors,
+            self.trained(),
+            model_id=base.model_id,
+            learning_rate=self.plan.learning_rate,
+            metadata=metadata,
+            dtype=storage_dtype(base),
+        )
+        return RunResult(made.adapter, made.basis)
+
     def more_state(self) -> dict[str, Tensor]:
-        """The initial factors, if they are taken off: another device or library would find others. And the
-        state of the local rules."""
+        """The state of the local rules, and the initial factors if their product is subtracted.
+
+        The factors are stored because another device or library version would compute different ones.
+        """
         tensors = {}
         if self.factors.preset.is_subtracted:
             tensors["initial"] = self.layout.pack(self.factors.A, self.factors.B)
@@ -77,7 +103,7 @@ class LoraRun(TrainRun):
                 rule.A = A.clone()
 
     def _make_rule(self, index: int) -> HebbianRule | None:
-        """The local rule from which A of this module learns, if it has one."""
+        """The local rule that trains A of this module, if the form has one."""
         config = self.factors.preset.online
         if config is None:
             return None
@@ -88,11 +114,11 @@ class LoraRun(TrainRun):
         return rule
 
     def trained(self, packed: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each module: of the best evaluation, or of `packed` [2, P]."""
+        """A and B of each module, at the best evaluation or from `packed` [2, P]."""
         return list(self.layout.views(self.best_R if packed is None else packed))
 
     def steps(self, slot: int, rate: float, clip: float) -> list[UserStep]:
-        """What the optimiser does to the run's two rows, 2 slot (A) and 2 slot + 1 (B)."""
+        """The optimizer's steps for the run's two rows, 2 slot (A) and 2 slot + 1 (B)."""
         preset, count = self.factors.preset, self.progress.num_updates
         rows = [(2 * slot, rate)] if preset.trains_A else []
         rows.append((2 * slot + 1, rate * preset.b_rate))
@@ -100,19 +126,21 @@ class LoraRun(TrainRun):
 
 
 class LoraTrainer:
-    """The runs of one model that are trained together: equal target modules and rank, any LoRA forms.
+    """A fixed group of runs that are trained together: equal target modules and rank, any LoRA forms.
 
     Its memory for K runs: A, B, their gradient and moments, 4 P numbers each with P = 2 r Σ max(d_in, d_out),
-    and the initial factors of those that subtract them. `token_budget`: tokens with padding in one pass;
-    `min_tokens`: a pass is not cut for equal lengths below so many.
-
-    Local rules (LoLoRA) learn from every pass: give such runs a budget that holds a whole step of all of
-    them, or what they learn depends on how a step is cut.
+    and the initial factors of the runs that subtract them.
     """
 
     def __init__(
         self, base: BaseModel, runs: Sequence[LoraRun], *, token_budget: int, min_tokens: int = 0
     ) -> None:
+        """token_budget: tokens with padding in one pass. min_tokens: a pass smaller than this is not split to
+        save padding.
+
+        Local rules (LoLoRA) learn from every pass, so what they learn depends on how a step is split. Give
+        such runs a budget and a minimum that hold a whole step of all of them.
+        """
         first = runs[0].factors
         if any((run.factors.modules, run.factors.rank) != (first.modules, first.rank) for run in runs):
             raise InvalidInput("runs that train together need the same target modules and rank", param="rank")
@@ -136,8 +164,25 @@ class LoraTrainer:
     def is_finished(self) -> bool:
         return all(run.is_finished for run in self.runs)
 
+    @property
+    def is_reusable(self) -> bool:
+        return False
+
+    def try_join(self, run: TrainRun) -> bool:
+        """Always False: the group is fixed when the trainer is made."""
+        return False
+
+    def leave(self, run_id: str) -> LoraRun | None:
+        """End the training of a run that is alone in its trainer; None if it is not this one."""
+        if run_id not in [run.run_id for run in self.runs]:
+            return None
+        [run] = self.runs
+        self.release()
+        self.runs = []
+        return run
+
     def step(self) -> list[RunUpdate]:
-        """Evaluate the runs that are due, then make one optimisation step of all that go on."""
+        """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
         active = self._active()
         updates = {slot: RunUpdate(self.runs[slot].run_id) for slot in active}
         with self.attached():
@@ -151,18 +196,21 @@ class LoraTrainer:
         return list(updates.values())
 
     def release(self) -> None:
-        """Give the runs tensors of their own again. The trainer is of no more use."""
+        """Give the runs tensors of their own again. The trainer cannot be used afterwards."""
         for run in self.runs:
             for name in ("R", "m", "v"):
                 setattr(run, name, getattr(run, name).detach().cpu().clone())
 
     @contextmanager
     def attached(self, rows: Tensor | None = None) -> Iterator[None]:
-        """The model with the runs' factors in its layers. rows: int64 [S], the owners of the next pass."""
-        self._owners.tokens = None  # only a training step teaches local rules
+        """Put the runs' factors into the model's layers, and take them out afterwards.
+
+        rows: int64 [S], the owners of the rows of the next pass.
+        """
+        self._owners.tokens = None  # local rules learn only in training steps
         if rows is not None:
             self._owners.rows, self._owners.length = rows, None
-        self._take_learned()
+        self._copy_learned()
         handles = [
             self.base.model.get_submodule(delta.name).register_forward_hook(delta) for delta in self._deltas
         ]
@@ -180,7 +228,7 @@ class LoraTrainer:
         offsets = self._offsets()
         leaves, grads = layout.views(self._packed.detach()), layout.views(self._grad)
         deltas = []
-        self._leaves: list[tuple[Tensor, Tensor]] = []  # with the part of `_grad` that is theirs
+        self._leaves: list[tuple[Tensor, Tensor]] = []  # each with its part of `_grad`
         for index, ((A, B), (grad_A, grad_B)) in enumerate(zip(leaves, grads, strict=True)):
             A.requires_grad_(trains_A)
             B.requires_grad_()
@@ -201,15 +249,15 @@ class LoraTrainer:
         return list(self.runs[0].layout.views(packed))
 
     def _rules_of(self, index: int) -> list[HebbianRule]:
-        """The local rules of one module, for a trainer whose runs all have one."""
+        """The local rules of one module, one per run; empty if no run has any."""
         rules = [rule for run in self.runs if (rule := run.rules[index]) is not None]
         if len(rules) not in (0, len(self.runs)):
             raise InvalidInput("runs with and without a local rule cannot train together", param="init")
         return rules
 
     @torch.no_grad()
-    def _take_learned(self) -> None:
-        """What the local rules have made of A, into the factors."""
+    def _copy_learned(self) -> None:
+        """Copy the A's that the local rules have learned into the factors."""
         for delta in self._deltas:
             for slot, rule in enumerate(delta.rules):
                 delta.A[slot].copy_(rule.A)
@@ -247,7 +295,7 @@ class LoraTrainer:
     def _pass(
         self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
     ) -> tuple[list[float], list[float]]:
-        """Mean loss and token accuracy per slot, both [K]; with `learn`, gradients are left in `_grad`."""
+        """Mean loss and token accuracy per slot, both [K]. With `learn`, `_grad` holds the gradients."""
         K, device = len(self.runs), self.base.device
         num_tokens = torch.zeros(K)
         for slot, example in items:
@@ -255,7 +303,7 @@ class LoraTrainer:
         num_tokens = num_tokens.to(device).clamp_min(1)
         sums = torch.zeros(2, K, dtype=torch.float64, device=device)
         self._grad.zero_()
-        # Rows come by falling length, each once: so their owners and lengths are known without the batch.
+        # `micro_batches` yields the rows by falling length, so the rows of each pass are known here.
         ordered = sorted(items, key=lambda item: -len(item[1].token_ids))
         first = 0
         for batch in micro_batches(items, token_budget=self.token_budget, min_tokens=self.min_tokens):
@@ -272,12 +320,12 @@ class LoraTrainer:
                 self._add_gradients((losses / num_tokens[batch.owners]).sum())
             sums.index_add_(1, batch.owners, torch.stack([losses.detach(), is_correct]).double())
             if learns_online:
-                self._take_learned()
+                self._copy_learned()
         mean_loss, accuracy = (sums / num_tokens).tolist()
         return mean_loss, accuracy
 
     def _add_gradients(self, loss: Tensor) -> None:
-        """Not `.grad`: torch wants that dense, and the parts of one tensor for all modules are not."""
+        """Add the gradients to `_grad`. `.grad` must be dense, which parts of one tensor are not."""
         gradients = torch.autograd.grad(loss, [leaf for leaf, _ in self._leaves])
         for (_, part), gradient in zip(self._leaves, gradients, strict=True):
             part += gradient

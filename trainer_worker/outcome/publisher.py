@@ -1,0 +1,83 @@
+"""Publishing the result of a run: as the adapter's next version, after its own basis if it has one."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from tessera.errors import NotFound
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import Basis
+from tessera.queue.records import Job
+from tessera.store import publish
+from tessera.store.adapters import AdapterStore, AdapterVersion
+from tessera.store.bases import BasisStore
+from tessera.store.holds import BasisHolds
+from tessera.store.ownership import PrivateBases
+from trainer_worker.training.run import RunResult
+
+
+def reservation_id(job: Job) -> str:
+    """Id of the quota that is reserved for the result of a job with a basis of its own."""
+    return hashlib.sha256(f"room of {job.job_id}".encode()).hexdigest()
+
+
+class Publisher:
+    """Publishes what jobs have trained."""
+
+    def __init__(
+        self,
+        adapters: AdapterStore,
+        bases: BasisStore,
+        own: PrivateBases,
+        holds: BasisHolds,
+        *,
+        dtype: torch.dtype,
+        base_model_id: str,
+    ) -> None:
+        """dtype: of a stored R in a shared basis. An R in a basis of its own is stored in float32."""
+        self._adapters, self._bases, self._own, self._holds = adapters, bases, own, holds
+        self._dtype, self._base_model_id = dtype, base_model_id
+
+    async def publish(self, job: Job, result: RunResult) -> AdapterVersion:
+        """The job's one version. Repeating the call changes nothing.
+
+        Raises `QuotaExceeded`, `AdapterDeleted`, `BasisDeleted`, `InvalidInput`, `StaleLease`.
+        """
+        if result.own_basis is None:
+            return await self._publish_adapter(job, result.adapter, self._dtype)
+        # If another attempt has published, its version counts, and no second basis is stored.
+        published = await self._published_version(job)
+        if published is not None:
+            return published
+        await self._store_basis(job, result.own_basis)
+        return await self._publish_adapter(job, result.adapter, torch.float32)
+
+    async def _published_version(self, job: Job) -> AdapterVersion | None:
+        try:
+            record = await self._adapters.get(job.tenant, job.spec.adapter_id)
+        except NotFound:
+            return None
+        return next((version for version in record.versions if version.job_id == job.job_id), None)
+
+    async def _store_basis(self, job: Job, basis: Basis) -> None:
+        """Store the basis in its reserved quota. If publishing fails, the job's end drops it again."""
+        ownership = await self._holds.reserve(
+            job.tenant, basis.manifest, job.job_id, reservation_id=reservation_id(job)
+        )
+        if ownership is not None:
+            await self._bases.put_private(basis, ownership)
+
+    async def _publish_adapter(self, job: Job, adapter: Adapter, dtype: torch.dtype) -> AdapterVersion:
+        return await publish.publish(
+            self._adapters,
+            self._own,
+            job.tenant,
+            job.spec.adapter_id,
+            adapter,
+            dtype=dtype,
+            deletion_count=job.spec.deletion_count,
+            job_id=job.job_id,
+            base_model_id=self._base_model_id,
+        )

@@ -1,0 +1,92 @@
+"""Where a job's training begins: which initialization, with which options, and from which first step.
+
+Knows no Redis. The initializations themselves are in `tessera/methods/init`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tessera.errors import InvalidInput
+from tessera.methods.building.method import fill_options
+from tessera.methods.init import START_METHODS, Start
+from tessera.queue.records import OWN_DATA, JobSpec
+from trainer_worker.preparing.basis_source import JobBasis
+from trainer_worker.training.plan import TrainingPlan
+
+#: By method, the initialization that computes the same step as the method does while it builds its basis, and
+#: the options that must agree for that.
+_SAME_STEP: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "lora_sb": ("sb_step", ("soft_sign",)),
+    "lora_da": ("da_step", ("mode", "form", "damping", "damping_mode", "normalise", "use_fisher")),
+    "lora_one": ("gradient", ()),
+    "gradient_svd": ("gradient", ()),
+}
+#: The value of "normalise" with which "gradient" computes the step of the method.
+_NORMALISE = {"lora_one": "spectral", "gradient_svd": "none"}
+
+
+@dataclass(frozen=True)
+class InitChoice:
+    """An initialization by name, with the options of the job's specification."""
+
+    method: str
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> InitChoice:
+        """The specified one; otherwise the adapter that the job continues, or the base model."""
+        if spec.start is not None:
+            return cls(str(spec.start.get("method")), dict(spec.start.get("options") or {}))
+        return cls("zero" if spec.warm_start_from is None else "warm", {})
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it runs the user's examples through the base model."""
+        return self.method in START_METHODS and START_METHODS[self.method].needs_calibration != "none"
+
+    def fill_options(self, plan: TrainingPlan) -> dict[str, Any]:
+        """All options, of which learning rate and number of steps are the plan's unless they are specified.
+
+        Raises `InvalidInput` for an unknown initialization or option.
+        """
+        if self.method not in START_METHODS:
+            raise InvalidInput(f"unknown start {self.method!r}", param="init")
+        known = START_METHODS[self.method].options
+        planned = {"learning_rate": plan.learning_rate, "total_steps": plan.total_steps}
+        given = {name: value for name, value in self.options.items() if value is not None}
+        return fill_options(
+            f"start {self.method}",
+            known,
+            {name: planned[name] for name in planned if name in known} | given,
+        )
+
+    def step_of(self, found: JobBasis, spec: JobSpec, options: Mapping[str, Any]) -> Tensor | None:
+        """The step that was computed with the basis, if this initialization would compute the same one."""
+        method = found.basis.manifest.method
+        same_init, shared_options = _SAME_STEP.get(method, ("", ()))
+        if found.step is None or spec.calibration != OWN_DATA or self.method != same_init:
+            return None
+        built_with = found.basis.manifest.recipe.get("options", {})
+        if any(built_with.get(name) != options.get(name) for name in shared_options):
+            return None
+        normalise = options.get("normalise", "none")
+        return found.step if normalise == _NORMALISE.get(method, normalise) else None
+
+
+def init_message(start: Start) -> str:
+    """The initialization in a sentence for the job's owner."""
+    notes = start.notes
+    details = []
+    if "eta" in notes:
+        details.append(f"step size {notes['eta']:.4g}")
+    losses = notes.get("losses")
+    if losses:
+        details.append(f"loss {losses['0']:.4f} -> {min(losses.values()):.4f}")
+    if notes.get("relative_loss"):
+        details.append(f"{notes['relative_loss']:.1%} lost in moving it to this basis")
+    return f"Start {notes['method']}" + (f": {', '.join(details)}" if details else "")
