@@ -21,12 +21,6 @@ ROOT = Path(__file__).parents[2]
 #: Every page but the log of decisions, which names what there was.
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "decisions.md")
 
-#: Who reads the frames of a direction.
-FRAMES = {
-    "to the engine": "service/engine/process/server.py",
-    "from the engine": "service/engine/client/connection.py",
-}
-
 #: What the arguments of the functions in `keys.py` are called in the documentation, and a value for each.
 ARGUMENTS = {
     "tenant": "acme",
@@ -123,20 +117,6 @@ def test_every_key_is_documented():
 
     assert [key for key, found in zip(told, matches, strict=True) if len(found) != 1] == []
     assert {key for found in matches for key in found} == stored_keys()
-
-
-def test_every_frame_is_documented():
-    section = read("protocol.md").split("\n## Service and engine\n", 1)[1]
-    told = {direction: {row[1] for row in rows(section) if row[0] == direction} for direction in FRAMES}
-
-    known = {direction: handled_types(ROOT / path) for direction, path in FRAMES.items()}
-    known["from the engine"].add("`pong`")  # needs no handling: every frame is a sign of life
-    assert told == known
-
-
-def handled_types(path: Path) -> set[str]:
-    """The types of message that a reader of frames acts on."""
-    return {f"`{name}`" for name in re.findall(r'case "(\w+)"', path.read_text(encoding="utf-8"))}
 
 
 def test_every_decision_is_in_the_index():

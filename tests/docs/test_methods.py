@@ -1,4 +1,4 @@
-"""docs/methods.md names every method, start, preset and LoRA form, and tests that exist."""
+"""docs/methods.md names every method, initialization, preset and LoRA form, and tests that exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def first_cells(heading: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("heading", "names"),
-    [("Bases", METHODS), ("Starts", START_METHODS), ("Presets", PRESETS), ("The LoRA form", LORA_PRESETS)],
+    [
+        ("Bases", METHODS),
+        ("Initializations", START_METHODS),
+        ("Presets", PRESETS),
+        ("The LoRA form", LORA_PRESETS),
+    ],
 )
 def test_every_name_has_a_row(heading: str, names: dict[str, object]) -> None:
     assert first_cells(heading) == set(names)
