@@ -16,6 +16,7 @@ from service.processes.memory import favour_event_loop, return_freed_memory
 from service.processes.twin import Twin
 from service.settings import ServiceSettings, refuse_open_door
 from tessera.errors import TesseraError
+from tessera.processes.log_setup import set_up_logging
 from tessera.processes.tasks import new_event_loop
 from tessera.redis.client import connect
 from tessera.redis.embedded import store_url
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def main() -> int:
     """Serve. Exit status 0 after an orderly stop, 2 for unusable settings, 1 for what cannot be started."""
     return_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging("service")
     try:
         common, settings = CommonSettings(), ServiceSettings()
         EngineSettings()  # read where the engine is started; refused here
@@ -35,7 +36,7 @@ def main() -> int:
             CommonSettings, ServiceSettings, EngineSettings, sections=("TESSERA_SERVICE_", "TESSERA_ENGINE_")
         )
         refuse_open_door(settings)
-        logging.getLogger().setLevel(common.log_level)
+        set_up_logging("service", level=common.log_level, log_format=common.log_format)
     except (TesseraError, ValueError) as error:
         logger.error("%s", error)
         return 2

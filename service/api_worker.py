@@ -23,6 +23,7 @@ from service.processes.memory import favour_event_loop, return_freed_memory
 from service.processes.twin import Twin
 from service.settings import ServiceSettings
 from tessera.errors import TesseraError
+from tessera.processes.log_setup import set_up_logging
 from tessera.processes.tasks import new_event_loop
 from tessera.redis.client import connect
 from tessera.settings import CommonSettings
@@ -37,10 +38,10 @@ def main() -> int:
     parser.add_argument("--engine-socket", type=Path, required=True, help="where the engine listens")
     arguments = parser.parse_args()
     return_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging("api_worker")
     try:
         common = CommonSettings()
-        logging.getLogger().setLevel(common.log_level)
+        set_up_logging("api_worker", level=common.log_level, log_format=common.log_format)
         codec, twin = load_text(common, close_fds=[arguments.listen_fd])
         place = (arguments.listen_fd, arguments.engine_socket)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -18,6 +18,7 @@ from types import FrameType
 
 from service.processes.supervised_process import TendedChild
 from tessera.errors import TesseraError
+from tessera.processes.log_setup import set_up_logging
 from tessera.redis.embedded import store_url
 from tessera.settings import CommonSettings
 
@@ -60,7 +61,7 @@ def is_ready(base_url: str) -> bool:
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging("local")
     stopping = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -70,7 +71,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
-        stack = LocalStack(CommonSettings())
+        settings = CommonSettings()
+        # Always at INFO, so that the line with the address is written.
+        set_up_logging("local", log_format=settings.log_format)
+        stack = LocalStack(settings)
     except (TesseraError, ValueError) as error:
         logger.error("%s", error)
         return 1

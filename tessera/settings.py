@@ -18,12 +18,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS, SELF_BUILDING
 from tessera.errors import InvalidInput
+from tessera.processes.log_setup import LogFormat
 
 PREFIX = "TESSERA_"
 #: Sections owned by one process each; the others pass them over.
 SECTIONS = ("TESSERA_SERVICE_", "TESSERA_ENGINE_", "TESSERA_WORKER_")
 
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
+LogFormatSetting = Annotated[LogFormat, BeforeValidator(str.lower)]
 
 
 class CommonSettings(BaseSettings):
@@ -60,6 +62,9 @@ class CommonSettings(BaseSettings):
         1024**3, ge=0, description="bases of one tenant's own, all factors together"
     )
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormatSetting = Field(
+        "text", description="text, or json for one JSON object per line, tracebacks included"
+    )
 
     @field_validator("method")
     @classmethod

@@ -13,6 +13,7 @@ from tessera.chat.chat_format import ChatFormat, load_chat_format
 from tessera.errors import InvalidInput, TesseraError
 from tessera.formats.adapter import DTYPE_NAMES
 from tessera.model.base_model import BaseModel, load_base_model
+from tessera.processes.log_setup import drop_library_handlers, set_up_logging
 from tessera.queue.leases import JobLeases
 from tessera.redis.client import Client, connect
 from tessera.redis.embedded import store_url
@@ -40,14 +41,13 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     """The exit status: 0 after a signal, 1 for a configuration or a device that does not work."""
+    set_up_logging("trainer")
     try:
         settings, worker_settings = read_settings()
     except (TesseraError, ValueError) as error:
-        print(f"trainer_worker: {error}", file=sys.stderr)  # noqa: T201 - there is no logging yet
+        logger.error("%s", error)
         return EXIT_FAILED
-    logging.basicConfig(
-        level=settings.log_level, format="%(asctime)s %(levelname)s trainer %(name)s: %(message)s"
-    )
+    set_up_logging("trainer", level=settings.log_level, log_format=settings.log_format)
     store = None
     try:
         url, store = store_url(settings)
@@ -70,6 +70,7 @@ def load(settings: CommonSettings, worker_settings: WorkerSettings) -> tuple[Bas
     if worker_settings.threads is not None:
         torch.set_num_threads(worker_settings.threads)
     source, revision = settings.base_model, settings.base_model_revision
+    drop_library_handlers()  # transformers is imported by now
     base = load_base_model(
         source,
         revision=revision,

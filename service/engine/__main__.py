@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from tessera.processes.log_setup import set_up_logging
 from tessera.processes.tasks import new_event_loop
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="process with which this one ends")
     parser.add_argument("--restarts", type=int, default=0, help="engine processes before this one")
     arguments = parser.parse_args()
+    set_up_logging("engine")
     if os.getppid() != arguments.parent:
         sys.exit(f"process {arguments.parent} did not start this one, or is gone")
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -37,9 +39,7 @@ async def run(socket: Path, parent: int, restarts: int) -> None:
 
     refuse_unknown_variables(CommonSettings, EngineSettings, sections=(PREFIX,))
     settings = CommonSettings()
-    logging.basicConfig(
-        level=settings.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s"
-    )
+    set_up_logging("engine", level=settings.log_level, log_format=settings.log_format)
     status = await EngineProcess(settings, EngineSettings(), restarts=restarts).run(socket, parent=parent)
     logging.shutdown()
     # Not sys.exit: that waits for the threads, and one may be loading a model or be stuck in a CUDA call.

@@ -27,6 +27,7 @@ from service.http.errors import response_of
 from service.metrics.service_metrics import Metrics
 from service.processes.fair_gate import FairGate
 from tessera.errors import TesseraError
+from tessera.processes.log_setup import add_to_log_context, log_context
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,10 @@ class RequestContext:
             return
         inbound = Headers(scope=scope).get("x-request-id", "")
         request_id = inbound if _REQUEST_ID.fullmatch(inbound) else f"req_{uuid.uuid4().hex}"
+        with log_context(request_id=request_id):
+            await self._answer(request_id, scope, receive, send)
+
+    async def _answer(self, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
         started_at, status = time.monotonic(), 0
 
         async def send_named(message: Message) -> None:
@@ -139,6 +144,7 @@ class Authentication:
                 await response_of(error)(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
+            add_to_log_context(tenant=tenant)
         await self._app(scope, receive, send)
 
 

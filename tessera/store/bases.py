@@ -231,9 +231,7 @@ class BasisStore:
             missing.append("preconditioner")
         if missing:
             await self.manifest(basis_id)  # raises NotFound if it was deleted between the two reads
-            raise CorruptRecord(
-                f"basis {basis_id} lacks the factors of {', '.join(missing[:5])} in the store"
-            )
+            raise CorruptRecord(f"basis {basis_id} lacks {', '.join(missing[:5])} in the store")
         return modules, preconditioner
 
     async def list(self) -> list[BasisManifest]:

@@ -111,7 +111,7 @@ async def test_lost_factors_are_named(store: BasisStore, redis: Redis) -> None:
     basis = small_basis()
     await store.put(basis)
     await redis.delete(keys.basis_module(basis.basis_id, 1))
-    with pytest.raises(CorruptRecord, match=r"lost layer\.1\.q_proj"):
+    with pytest.raises(CorruptRecord, match=r"lacks layer\.1\.q_proj"):
         await store.get(basis.basis_id)
     await redis.delete(keys.basis_preconditioner(basis.basis_id))
     with pytest.raises(CorruptRecord, match="preconditioner"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
+import logging
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -18,7 +21,9 @@ from service.__main__ import main
 from service.app import create_app, stores_over
 from service.engine.wire.messages import EngineStats
 from service.generation.text import TextCodec
+from service.http.auth import DEFAULT_TENANT
 from service.settings import ServiceSettings
+from tessera.processes.log_setup import JsonFormatter
 from tessera.redis.client import connect
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
@@ -192,9 +197,28 @@ async def test_the_documentation_is_served(client: httpx.AsyncClient) -> None:
     assert version["version"] == schema["info"]["version"]
 
 
+async def test_the_log_line_of_a_request_names_it_and_its_tenant_in_json(client: httpx.AsyncClient) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter("service"))
+    logger = logging.getLogger("service.http.middleware")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        await client.get("/v1/models", headers={"x-request-id": "req_mine"})
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+    [line] = map(json.loads, stream.getvalue().splitlines())
+    assert (line["request_id"], line["tenant"]) == ("req_mine", DEFAULT_TENANT)
+    assert line["message"].startswith("req_mine GET /v1/models 200")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
+        ("TESSERA_LOG_FORMAT", "xml", "log_format"),
         ("TESSERA_SERVICE_PROT", "9000", "TESSERA_SERVICE_PORT"),
         ("TESSERA_SERVICE_PORT", "many", "port"),
         ("TESSERA_SERVICE_HOST", "0.0.0.0", "API keys"),
