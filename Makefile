@@ -21,11 +21,10 @@ export PIP_ARGS
 .PHONY: demo serve test check bench format constraints clean
 
 demo: $(RUNTIME)
-	$(BIN)/python -m examples.demo --report demo-report.json $(if $(MODEL),--model "$(MODEL)")
+	exec $(BIN)/tessera demo --report demo-report.json $(if $(MODEL),--model "$(MODEL)")
 
 serve: $(RUNTIME)
-	$(if $(MODEL),TESSERA_BASE_MODEL="$$($(BIN)/python -m examples.base_models "$(MODEL)")" && \
-	export TESSERA_BASE_MODEL &&) exec env TESSERA_SERVICE_PORT=$(PORT) $(BIN)/python -m service.local
+	exec $(BIN)/tessera serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -48,7 +47,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[embedded,demo]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[service,embedded,demo]'
 	touch $@
 
 $(DEV): $(RUNTIME)

@@ -1,7 +1,8 @@
 """Split what Tessera needs into files that an image can install as layers of their own.
 
 Reads pyproject.toml and constraints.txt of the working directory; writes pip.txt and torch.txt (exactly the
-version tested) and requirements.txt (the other dependencies, to be installed with the constraints).
+version tested) and requirements.txt (what else the library and the applications need, to be installed with
+the constraints).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def split_requirements(directory: Path) -> None:
     project = tomllib.loads((directory / "pyproject.toml").read_text())["project"]
     for package in ("pip", "torch"):
         (directory / f"{package}.txt").write_text(pinned(package, constraints) + "\n")
-    (directory / "requirements.txt").write_text("\n".join(project["dependencies"]) + "\n")
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["service"]]
+    (directory / "requirements.txt").write_text("\n".join(requirements) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tessera.processes.log_setup import set_up_logging
 from tessera.processes.tasks import new_event_loop
 from tessera.redis.client import connect
 from tessera.redis.embedded import store_url
-from tessera.settings import CommonSettings, refuse_unknown_variables
+from tessera.settings import CommonSettings, refuse_unknown_variables, settings_parser
 
 logger = logging.getLogger(__name__)
 
@@ -81,4 +81,11 @@ async def serve(
 
 
 if __name__ == "__main__":
+    settings_parser(
+        "python -m service",
+        "Serve the HTTP API; starts the engine process and, without TESSERA_STORE_URL, an embedded store.",
+        ServiceSettings,
+        EngineSettings,
+        CommonSettings,
+    ).parse_args()
     sys.exit(main())

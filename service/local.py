@@ -20,7 +20,7 @@ from service.processes.supervised_process import TendedChild
 from tessera.errors import TesseraError
 from tessera.processes.log_setup import set_up_logging
 from tessera.redis.embedded import store_url
-from tessera.settings import CommonSettings
+from tessera.settings import CommonSettings, settings_parser
 
 logger = logging.getLogger(__name__)
 
@@ -94,4 +94,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    settings_parser(
+        "python -m service.local",
+        "Run store, service and trainer worker on this machine until SIGTERM or SIGINT. The settings of the "
+        "two processes that it starts: `python -m service --help` and `python -m trainer_worker --help`.",
+        CommonSettings,
+    ).parse_args()
     sys.exit(main())

@@ -7,8 +7,12 @@ not silently be the default.
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
 import os
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -96,15 +100,46 @@ def refuse_unknown_variables(*known: type[BaseSettings], sections: tuple[str, ..
 
     Variables of sections other than `sections` belong to another process and are passed over.
     """
-    names = {
-        f"{cls.model_config.get('env_prefix', '')}{field}".upper()
-        for cls in known
-        for field in cls.model_fields
-    }
+    for variable, hint in unknown_variables(*known, sections=sections):
+        raise InvalidInput(f"unknown environment variable {variable}{hint}", param=variable)
+
+
+def unknown_variables(*known: type[BaseSettings], sections: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Each variable that `refuse_unknown_variables` refuses, with "; did you mean X?" where X is near."""
+    names = {variable_of(cls, field) for cls in known for field in cls.model_fields}
     foreign = tuple(section for section in SECTIONS if section not in sections)
     for variable in sorted(os.environ):
         if not variable.startswith(PREFIX) or variable.startswith(foreign) or variable in names:
             continue
         nearest = difflib.get_close_matches(variable, names, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise InvalidInput(f"unknown environment variable {variable}{hint}", param=variable)
+        yield variable, f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def variable_of(cls: type[BaseSettings], field: str) -> str:
+    """The environment variable that a field is read from."""
+    return f"{cls.model_config.get('env_prefix', '')}{field}".upper()
+
+
+def settings_parser(prog: str, description: str, *known: type[BaseSettings]) -> argparse.ArgumentParser:
+    """A parser of a command line without arguments, whose help lists the variables of `known`."""
+    lines = ["settings, read from the environment once:"]
+    for cls in known:
+        for name, field in cls.model_fields.items():
+            default = "" if field.default is None else f" [{_short(field.default)}]"
+            about = f"{field.description}{default}"
+            lines.append(f"  {variable_of(cls, name)}")
+            lines += textwrap.wrap(about, 94, initial_indent="      ", subsequent_indent="      ")
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=f"[TESSERA_…=value …] {prog} [-h]",
+        description=textwrap.fill(description, 94),
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _short(default: object) -> str:
+    """A default as one sets it."""
+    if isinstance(default, bool):
+        return str(int(default))
+    return json.dumps(default) if isinstance(default, tuple) else str(default)

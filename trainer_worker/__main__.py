@@ -17,7 +17,7 @@ from tessera.processes.log_setup import drop_library_handlers, set_up_logging
 from tessera.queue.leases import JobLeases
 from tessera.redis.client import Client, connect
 from tessera.redis.embedded import store_url
-from tessera.settings import CommonSettings
+from tessera.settings import CommonSettings, settings_parser
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
@@ -173,4 +173,10 @@ def open_health(
 
 
 if __name__ == "__main__":
+    settings_parser(
+        "python -m trainer_worker",
+        "Train queued jobs until SIGTERM or SIGINT, then hand back the unfinished ones.",
+        WorkerSettings,
+        CommonSettings,
+    ).parse_args()
     sys.exit(main())

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from tessera.defaults import LLAMA_LINEARS
+from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model import quantised
 from tessera.model.pretrained import load_weights
@@ -145,6 +145,12 @@ def model_folder(source: str | Path, *, revision: str | None = None) -> Path:
     """The local directory of a model, fetched from the hub if `source` is no directory."""
     if Path(source).is_dir():
         return Path(source)
+    if str(source) == str(BUNDLED_MODEL):
+        raise UnsupportedModel(
+            "the bundled model is in the repository, not in the package: name a base model, by a directory "
+            "in transformers' format or a hub id (TESSERA_BASE_MODEL for the service and the worker)",
+            param="base_model",
+        )
     try:
         from huggingface_hub import snapshot_download
 

@@ -20,21 +20,8 @@ _CONFIG_KEYS = ("quantization_config", "compression_config")
 _DEQUANTISED_AT_LOAD = ("fp8", "mxfp4")
 
 
-def check_before_load(source: str | Path, folder: Path) -> None:
-    """Raises `UnsupportedModel` if quantised weights in `folder` would stay so, whatever is installed."""
-    method = _method(folder)
-    if method is not None and method not in _DEQUANTISED_AT_LOAD:
-        raise _refusal(source, method)
-
-
-def check_loaded(source: str | Path, folder: Path, model: nn.Module) -> None:
-    """Raises `UnsupportedModel` if the weights of the model from `folder` have stayed quantised."""
-    method = _method(folder)
-    if method is not None and getattr(model, "is_quantized", True):
-        raise _refusal(source, method)
-
-
-def _method(folder: Path) -> str | None:
+def quantisation_of(folder: Path) -> str | None:
+    """The method by which config.json says that the weights in `folder` are quantised, or None."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
         parts = [config, config.get("text_config") or {}]
@@ -42,6 +29,20 @@ def _method(folder: Path) -> str | None:
         return str(found[0].get("quant_method", "by a method without a name")) if found else None
     except (OSError, ValueError, AttributeError):
         return None  # transformers says what is wrong with the file
+
+
+def check_before_load(source: str | Path, folder: Path) -> None:
+    """Raises `UnsupportedModel` if quantised weights in `folder` would stay so, whatever is installed."""
+    method = quantisation_of(folder)
+    if method is not None and method not in _DEQUANTISED_AT_LOAD:
+        raise _refusal(source, method)
+
+
+def check_loaded(source: str | Path, folder: Path, model: nn.Module) -> None:
+    """Raises `UnsupportedModel` if the weights of the model from `folder` have stayed quantised."""
+    method = quantisation_of(folder)
+    if method is not None and getattr(model, "is_quantized", True):
+        raise _refusal(source, method)
 
 
 def _refusal(source: str | Path, method: str) -> UnsupportedModel:

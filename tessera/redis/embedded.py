@@ -103,7 +103,7 @@ class EmbeddedStore:
             self._thread = threading.Thread(target=self._supervise, name="embedded-store", daemon=True)
             self._thread.start()
         waited_s, looked_at = 0.0, time.monotonic()
-        while not _answers(self._socket):
+        while not answers(self._socket):
             failure = self._failure
             before, looked_at = looked_at, time.monotonic()
             waited_s += min(looked_at - before, _MAX_LOOK_S)
@@ -182,7 +182,7 @@ class EmbeddedStore:
         """Spawn the server and wait until it ends; returns its exit status."""
         self._failure = None
         binary = find_binary(self._binary)
-        if self._server is None and _answers(self._socket):
+        if self._server is None and answers(self._socket):
             _shut_down(self._socket)  # its parent was killed on a system without PR_SET_PDEATHSIG
         place = ["--dir", str(self._folder), "--unixsocket", str(self._socket)]
         with (self._folder / "server.log").open("ab") as output, self._server_guard:
@@ -230,13 +230,13 @@ def socket_path(folder: Path) -> Path:
     return short / "redis.sock"
 
 
-def _restart_delay() -> RestartDelay:
-    return RestartDelay(first_s=_FIRST_BACKOFF_S, max_s=_MAX_BACKOFF_S, stable_s=_STARTED_S)
-
-
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
     """Whether a server listens and has loaded its data."""
     return _inline_command(path, b"PING\r\n").startswith(b"+PONG")
+
+
+def _restart_delay() -> RestartDelay:
+    return RestartDelay(first_s=_FIRST_BACKOFF_S, max_s=_MAX_BACKOFF_S, stable_s=_STARTED_S)
 
 
 def _shut_down(path: Path) -> None:

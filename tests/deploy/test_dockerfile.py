@@ -92,6 +92,17 @@ def test_every_package_of_the_distribution_is_copied(instructions):
     assert set(packages) <= copied
 
 
+def test_both_applications_are_where_python_looks_for_them(instructions):
+    (variables,) = [a for k, a in stages(instructions)["runtime"] if k == "ENV"]
+    folder = dict(pair.split("=", 1) for pair in variables.split())["PYTHONPATH"]
+    copied = dict(
+        a.split() for k, a in stages(instructions)["builder"] if k == "COPY" and len(a.split()) == 2
+    )
+    assert folder.startswith("/opt/tessera/"), "what the runtime stage takes over from the builder"
+    for name in ("service", "trainer_worker"):
+        assert copied[name] == f"{folder}/{name}"
+
+
 def test_requirements_are_split_into_layers(tmp_path):
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -100,6 +111,7 @@ def test_requirements_are_split_into_layers(tmp_path):
     assert re.fullmatch(r"pip==[\d.]+\n", (tmp_path / "pip.txt").read_text())
     requirements = (tmp_path / "requirements.txt").read_text().splitlines()
     assert "redis[hiredis]>=6.4" in requirements
+    assert "fastapi>=0.120" in requirements
     constraints = (tmp_path / "constraints.txt").read_text().lower().replace("_", "-")
     for requirement in requirements:
         name = re.match(r"[\w-]+", requirement)[0]
