@@ -32,8 +32,7 @@ from trainer_worker.preparing.lora import LoraPreparation
 from trainer_worker.preparing.preparation import Preparation
 from trainer_worker.session import WorkerServices
 from trainer_worker.settings import WorkerSettings, read_settings
-from trainer_worker.train_loop import TrainLoop
-from trainer_worker.trainer_pool import TrainerPool
+from trainer_worker.train_loop import TrainerPool, TrainLoop
 from trainer_worker.worker import EXIT_FAILED, Worker
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.bases import CalibrationSet
 from tessera.model.base_model import BaseModel, iter_target_modules
 from trainer_worker.training.data import micro_batches
-from trainer_worker.training.loss import token_losses
 from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.trainer import token_losses
 
 #: PEFT's names of initialisations; all with r = alpha.
 PEERS = ("lora", "pissa", "olora", "eva", "corda", "lora_ga")

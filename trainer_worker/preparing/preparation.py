@@ -170,7 +170,7 @@ class Preparation:
             request = StartRequest(
                 basis=found.basis,
                 base=self._base,
-                calibration=CalibrationSet.from_encoded(data.train),
+                calibration=CalibrationSet.from_encoded(data.train) if init.needs_model else None,
                 step=init.step_of(found, spec, options),
                 adapter=adapter,
                 adapter_basis=adapter_basis,

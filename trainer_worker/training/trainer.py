@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from tessera.chat.chat_format import EncodedExample
 from tessera.errors import BasisMismatch, InvalidInput
@@ -21,8 +23,7 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
-from trainer_worker.training.data import GPU_MIN_TOKENS, TrainingData, micro_batches
-from trainer_worker.training.loss import token_losses
+from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData, micro_batches
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
@@ -248,3 +249,28 @@ class Trainer:
         run = self._runs[slot]
         assert run is not None
         return run
+
+
+def token_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """-log p of each token to learn, float32 or wider [N], and whether it was the most likely one, bool [N].
+
+    The output head gets only the N hidden states that predict a token to learn: with a vocabulary of 128,000,
+    the logits of all tokens would be the largest tensor of the step. A hook in front of the head selects the
+    states, so that whatever the model does to its logits afterwards (soft caps, scales) is applied as usual.
+    """
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+
+    def select(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        hidden: Tensor = inputs[0]  # [S, L, d]
+        return (hidden.flatten(0, 1).index_select(0, batch.positions)[None],)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        logits = model(input_ids=batch.token_ids, use_cache=False).logits[0]  # [N, V]
+    finally:
+        hook.remove()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    with torch.no_grad():
+        is_correct = logits.argmax(-1) == batch.targets
+    return F.cross_entropy(logits, batch.targets, reduction="none"), is_correct

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import BasisDeleted, Conflict, InvalidInput, NotFound, TesseraError
 from tessera.formats.adapter import Adapter
-from tessera.formats.basis import ModuleShape
+from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus

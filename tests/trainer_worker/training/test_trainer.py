@@ -22,9 +22,8 @@ from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun, random_examples
 from trainer_worker.training.adamw import BETAS
 from trainer_worker.training.data import TrainingData, micro_batches
-from trainer_worker.training.loss import token_losses
 from trainer_worker.training.run import RunUpdate, TrainRun
-from trainer_worker.training.trainer import CoreRun, Trainer
+from trainer_worker.training.trainer import CoreRun, Trainer, token_losses
 
 
 def finish(trainer: Trainer, *runs: TrainRun) -> list[RunUpdate]:

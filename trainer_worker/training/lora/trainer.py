@@ -27,9 +27,9 @@ from trainer_worker.training.data import GPU_MIN_TOKENS, TrainingData, micro_bat
 from trainer_worker.training.lora.factors import LORA, Layout, LoraFactors
 from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
 from trainer_worker.training.lora.single_adapter import METHOD, storage_dtype, to_single_adapter
-from trainer_worker.training.loss import token_losses
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
+from trainer_worker.training.trainer import token_losses
 
 
 class LoraRun(TrainRun):
