@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.report import print_table, save
 from service.engine.adapters.packed_adapter import SlotFormat
-from service.engine.adapters.slot_loads import SlotLoads
+from service.engine.adapters.slots import SlotLoads
 from tessera.formats.adapter import Adapter
 
 WARM_UP = 3

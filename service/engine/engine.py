@@ -1,7 +1,7 @@
 """The engine: requests in, tokens out, one step at a time.
 
-A synchronous core. It drives an unmodified transformers model on one device and knows no network, no Redis,
-no text and no thread: its owner calls `step` while there is work, fetches what is missing, and provides it.
+A synchronous core that drives an unmodified transformers model on one device. It knows no network, no Redis,
+no text and no thread: its owner calls `step` while there is work, fetches what is missing and provides it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ import itertools
 import logging
 import os
 
-from service.engine.adapters.host_cache import AdapterCache
 from service.engine.adapters.packed_adapter import PackedAdapter
-from service.engine.adapters.residency import Residency
+from service.engine.adapters.residency import AdapterCache, Residency
 from service.engine.adapters.resident_bases import ResidentBases
 from service.engine.attention.reference import implementation_of
-from service.engine.in_flight import InFlight
-from service.engine.kv.blocks import BlockPool
+from service.engine.kv.blocks import BlockPool, root_key
 from service.engine.kv.cache import PagedKV
 from service.engine.kv.memory import add_remainder, module_bytes, num_kv_blocks
 from service.engine.sampling.sampler import make_generator
-from service.engine.scheduling.limits import RequestLimits
-from service.engine.scheduling.prefix_keys import root_key
-from service.engine.scheduling.request import EngineRequest
+from service.engine.scheduling.request import EngineRequest, RequestLimits
 from service.engine.scheduling.scheduler import Scheduler
 from service.engine.settings import EngineConfig
-from service.engine.step_loop import StepLoop
+from service.engine.step_loop import InFlight, StepLoop
 from service.engine.steps.runner import ModelRunner
 from service.engine.trial.model_trial import install_and_try
 from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
@@ -40,12 +36,12 @@ __all__ = ["Engine", "EngineConfig"]
 
 logger = logging.getLogger(__name__)
 
-#: Logits of prompt positions computed in one step: bounds their memory, in the model's dtype.
+#: Bounds the memory of the logits of prompt positions in one step, in the model's dtype.
 MAX_LOGITS_BYTES = 256 * 1024**2
 
 
 class Engine:
-    """Serves one base model and any number of adapters. Takes the model over until `close`.
+    """Serves one base model and any number of adapters. Owns the model until `close`.
 
     Raises `UnsupportedModel` for a model that cannot be served, `InvalidInput` for a configuration that has
     no room for one block.
@@ -58,7 +54,8 @@ class Engine:
         self._attention_before = implementation_of(base.model)
         self._rotations_before = pin_rotations(base.model, base.max_position)
         facts, unfit = install_and_try(base)
-        device, dtype = base.model.device, base.model.dtype
+        device, dtype = base.device, base.model.dtype
+        self._device = device
         num_blocks = num_kv_blocks(
             facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
         )
@@ -80,31 +77,39 @@ class Engine:
         self.runner = ModelRunner(base.model, facts, self.kv, self.bases, config, max_model_len=max_model_len)
         self._in_flight = InFlight(self.scheduler)
         self._orders = itertools.count()
-        looks_ahead = config.lookahead == "on" or (config.lookahead == "auto" and device.type == "cuda")
-        self.loop = StepLoop(self.scheduler, self.runner, self._in_flight, looks_ahead=looks_ahead)
+        self._looks_ahead = config.lookahead == "on" or (config.lookahead == "auto" and device.type == "cuda")
+        self.loop = StepLoop(self.scheduler, self.runner, self._in_flight)
 
     def step(self) -> list[TokenOutput]:
-        """One iteration: decode, prefill and admit as much as fits, and return what steps brought whom.
+        """Run one iteration: decode, prefill and admit as much as fits. Return the outputs that became ready.
 
-        Raises nothing but an accelerator's own errors: after one of them the process is of no more use.
+        Raises only an accelerator's own errors, after which the process cannot serve any more.
         """
-        self.loop.turn()
+        self._in_flight.expire()
+        plan = self.scheduler.schedule()
+        started = self.loop.start(plan)
+        self.loop.finish_previous()  # while the device works on the step that was started
+        if started is not None:
+            if self._looks_ahead and started.can_wait:
+                self.loop.finish_later(started)
+            else:
+                self.loop.finish(started)
         return self._in_flight.take_outputs()
 
     @property
     def has_work(self) -> bool:
-        """Whether `step`, or fetching what is missing, would get something on. A request that waits for an
-        adapter on its way is no work until its deadline has passed, so ask at least once a second."""
+        """Whether `step`, or fetching what is missing, would make progress. A request that waits for an
+        adapter being fetched is no work until its deadline has passed, so ask at least once a second."""
         return (
             self._in_flight.has_news
-            or self.loop.is_under_way
+            or self.loop.unfinished is not None
             or self.scheduler.has_work
             or self.residency.has_missing
         )
 
     def submit(self, request: GenerationRequest) -> None:
-        """Let a request wait for its turn. Raises `InvalidInput`, `EngineOverloaded` or `TenantOverloaded`,
-        and nothing waits."""
+        """Queue a request. Raises `InvalidInput`, `EngineOverloaded` or `TenantOverloaded` if it is
+        refused."""
         self._limits.check(request)
         if request.request_id in self._in_flight:
             raise InvalidInput(f"request {request.request_id} is in flight already", param="request_id")
@@ -112,8 +117,8 @@ class Engine:
         ref = request.adapter
         if ref is not None and not self.bases.can_ever_hold(ref.basis_id):
             raise InvalidInput(
-                f"the basis of adapter {ref.adapter_id} is not resident and may not become so: all "
-                f"{self._config.max_resident_bases} places are taken for good",
+                f"the basis of adapter {ref.adapter_id} is not resident and cannot become so: all "
+                f"{self._config.max_resident_bases} places are taken permanently",
                 param="model",
                 code="basis_not_resident",
             )
@@ -121,31 +126,32 @@ class Engine:
             request,
             order=next(self._orders),
             root_key=root_key(self._base.model_id, request.tenant, ref),
-            generator=make_generator(request.sampling, self._base.device),
+            generator=make_generator(request.sampling, self._device),
         )
         self._in_flight.add(engine_request)
-        self.scheduler.submit(engine_request)
+        self.scheduler.enqueue(engine_request)
         if ref is not None:
             self._wake_or_fail(ref)
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its last output says so. Nothing happens if it has ended already."""
+        """End a request; its last output says so. Does nothing if it has ended already."""
         self._in_flight.cancel(request_id)
 
     def missing_adapters(self) -> list[AdapterRef]:
-        """Adapters that requests wait for and nobody has been asked for yet."""
+        """The adapters that requests wait for and that have not been returned here before."""
         return self.residency.take_missing()
 
     def missing_bases(self) -> list[str]:
-        """Bases that requests wait for, that there is place for, and nobody has been asked for yet."""
+        """The bases that requests wait for, that have a place, and that have not been returned here
+        before."""
         return self.bases.take_missing()
 
     def holds(self, ref: AdapterRef) -> bool:
-        """Whether an adapter is here already. Any thread may ask, in order to fetch ahead; it is a hint."""
+        """Whether an adapter is here already. A hint for fetching ahead; any thread may ask."""
         return self.residency.holds(ref)
 
     def provide_adapter(self, ref: AdapterRef, adapter: Adapter | PackedAdapter | TesseraError) -> None:
-        """Hand over what was missing, or why it cannot be had: then the requests that wait for it fail."""
+        """Provide an adapter that was missing, or the error that fails the requests that wait for it."""
         try:
             self.residency.provide(ref, adapter)
         except TesseraError as error:
@@ -154,7 +160,7 @@ class Engine:
             self._wake_or_fail(ref)
 
     def provide_basis(self, basis_id: str, basis: Basis | TesseraError) -> None:
-        """Hand over what was missing, or why it cannot be had: then the requests that wait for it fail."""
+        """Provide a basis that was missing, or the error that fails the requests that wait for it."""
         waiting = self.scheduler.waiting.parked_refs(basis_id)
         try:
             self.bases.provide(basis_id, basis)
@@ -166,7 +172,8 @@ class Engine:
                 self._wake_or_fail(ref)
 
     def add_basis(self, basis: Basis) -> None:
-        """Make a basis resident for good. Raises `BasisMismatch`, or `InvalidInput` if there is no place."""
+        """Make a basis resident permanently. Raises `BasisMismatch`, or `InvalidInput` if there is no
+        place."""
         self.bases.add(basis, is_permanent=True)
         self.runner.prepare()
 
@@ -176,7 +183,7 @@ class Engine:
         self.scheduler.unload(tenant, adapter_id)
 
     def close(self) -> None:
-        """Give the model back as it was. The engine is of no more use."""
+        """Give the model back as it was. The engine cannot be used any more."""
         self.runner.close()
         self.bases.close()
         self._base.model.set_attn_implementation(self._attention_before)
@@ -188,7 +195,7 @@ class Engine:
             model_id=self._base.model_id,
             vocab_size=self._limits.vocab_size,
             max_model_len=self._limits.max_model_len,
-            device=str(self._base.device),
+            device=str(self._device),
             dtype=str(self._base.model.dtype).removeprefix("torch."),
             default_basis_id=self.bases.default_id,
             forward_mode=self.runner.forward_mode,
@@ -217,7 +224,7 @@ class Engine:
             host_cache_bytes=cache.num_bytes,
             host_cache_entries=len(cache),
             resident_bases=len(bases),
-            memory_bytes=add_remainder(used, self._base.device),
+            memory_bytes=add_remainder(used, self._device),
             steps_total=self.loop.num_steps,
             prompt_tokens_total=scheduler.num_prompt_tokens,
             generation_tokens_total=self._in_flight.num_generated,
@@ -230,12 +237,12 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Assert that everything that is owned is owned once, and that all of it is accounted for."""
+        """Assert that every block, slot and request has exactly one owner, and that all are accounted for."""
         self.scheduler.check_integrity()
         self._in_flight.check_integrity()
 
     def _wake_or_fail(self, ref: AdapterRef) -> None:
-        """Something arrived that requests wait for: let them go on if all is there now."""
+        """Let the requests that wait for an adapter go on if it and its basis have arrived."""
         try:
             self.scheduler.wake_if_ready(ref)
         except TesseraError as error:

@@ -1,16 +1,15 @@
-"""Which adapters and bases are where, from a request's point of view: wanted, cached, resident, pinned.
+"""The tiers of adapters above the store: host memory, and slots on the device.
 
     retain (a request waits) → is_ready → pin (it runs) → release (it has ended)
 
-What is not there is listed once as missing; the owner of the engine fetches it from the store and provides
-it. Knows no request and no queue, only how many of them refer to an adapter.
+An adapter that is in neither tier is listed once as missing; the owner of the engine fetches it from the
+store and provides it. Knows no request and no queue, only how many requests refer to an adapter.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
-from service.engine.adapters.host_cache import AdapterCache
 from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.adapters.resident_bases import ResidentBases
 from tessera.errors import BasisMismatch, TesseraError
@@ -18,8 +17,77 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef
 
 
+class AdapterCache:
+    """Adapters in host memory, packed for the slots: at most `max_bytes` of them, besides those in demand.
+
+    When the bytes exceed the limit, the least recently used adapters go first, but never one that a waiting
+    request needs: it would have to be fetched again before that request could start. So the cache may exceed
+    its limit by what the waiting requests need.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.num_loads = self.num_evictions = 0
+        self._adapters: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()  # least recently used first
+        self._retained: Counter[AdapterRef] = Counter()
+
+    def __contains__(self, ref: AdapterRef) -> bool:
+        return ref in self._adapters
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    @property
+    def refs(self) -> list[AdapterRef]:
+        return list(self._adapters)
+
+    def get(self, ref: AdapterRef) -> PackedAdapter | None:
+        adapter = self._adapters.get(ref)
+        if adapter is not None:
+            self._adapters.move_to_end(ref)
+        return adapter
+
+    def put(self, ref: AdapterRef, adapter: PackedAdapter) -> None:
+        self.drop(ref)
+        self._adapters[ref] = adapter
+        self.num_bytes += adapter.nbytes
+        self.num_loads += 1
+        self._evict()
+
+    def drop(self, ref: AdapterRef) -> None:
+        adapter = self._adapters.pop(ref, None)
+        if adapter is not None:
+            self.num_bytes -= adapter.nbytes
+
+    def retain(self, ref: AdapterRef) -> None:
+        """Note that one more waiting request needs `ref`."""
+        self._retained[ref] += 1
+
+    def release(self, ref: AdapterRef) -> None:
+        """Note that one waiting request fewer needs `ref`."""
+        self._retained[ref] -= 1
+        if self._retained[ref] == 0:
+            del self._retained[ref]
+            self._evict()
+
+    def check_integrity(self) -> None:
+        assert self.num_bytes == sum(adapter.nbytes for adapter in self._adapters.values())
+        assert all(count > 0 for count in self._retained.values())
+        assert self.num_bytes <= self.max_bytes or all(ref in self._retained for ref in self._adapters)
+
+    def _evict(self) -> None:
+        if self.num_bytes <= self.max_bytes:
+            return
+        for ref in [ref for ref in self._adapters if ref not in self._retained]:
+            self.drop(ref)
+            self.num_evictions += 1
+            if self.num_bytes <= self.max_bytes:
+                return
+
+
 class Residency:
-    """The tiers of adapters above the store: host cache and slots."""
+    """Knows for every adapter whether it is missing, requested, cached, resident or pinned."""
 
     def __init__(self, bases: ResidentBases, cache: AdapterCache) -> None:
         self.bases = bases
@@ -28,21 +96,21 @@ class Residency:
         self._users: Counter[AdapterRef] = Counter()
         self._missing: dict[AdapterRef, None] = {}
         self._requested: set[AdapterRef] = set()
-        self._unloaded: set[AdapterRef] = set()  # to be dropped once unused
+        self._unloaded: set[AdapterRef] = set()  # to be dropped when no longer used
 
     @property
     def has_missing(self) -> bool:
         return bool(self._missing) or self.bases.has_missing
 
     def retain(self, ref: AdapterRef) -> None:
-        """A request that needs `ref` begins to wait."""
+        """Note that a request which needs `ref` waits."""
         self._users[ref] += 1
         self.bases.retain(ref.basis_id)
         self.cache.retain(ref)
         self.request(ref)
 
     def release(self, ref: AdapterRef, *, pinned_slot: int | None) -> None:
-        """A request that needed `ref` has ended, waiting (None) or with the slot that it had pinned."""
+        """Note that a request which needed `ref` has ended, while waiting (None) or with a pinned slot."""
         if pinned_slot is None:
             self.cache.release(ref)
         else:
@@ -55,19 +123,19 @@ class Residency:
                 self._drop(ref)
 
     def request(self, ref: AdapterRef) -> None:
-        """Have `ref` and its basis fetched, unless they are there or on their way."""
+        """List `ref` and its basis as missing, unless they are here or being fetched."""
         self.bases.request(ref.basis_id)
         if ref not in self._requested and not self.holds(ref):
             self._requested.add(ref)
             self._missing[ref] = None
 
     def holds(self, ref: AdapterRef) -> bool:
-        """Whether `ref` need not be fetched. Any thread may ask: each look-up is one operation on a dict; the
-        answer may be true no more when it arrives."""
+        """Whether `ref` need not be fetched. Any thread may ask, because each look-up is one operation on a
+        dict; the answer may be outdated when it arrives."""
         return ref in self.cache or self.is_resident(ref)
 
     def is_resident(self, ref: AdapterRef) -> bool:
-        """Whether `ref` has a slot, so that `pin` succeeds whatever the others do."""
+        """Whether `ref` has a slot, so that `pin` succeeds even if all slots are pinned."""
         resident = self.bases.find(ref.basis_id)
         return resident is not None and ref in resident.slots
 
@@ -90,25 +158,25 @@ class Residency:
         return adapter is not None
 
     def pin(self, ref: AdapterRef) -> int | None:
-        """The slot of an adapter that is ready, pinned; None while every slot of its basis is pinned."""
+        """Pin an adapter that is ready and return its slot; None while every slot of its basis is pinned."""
         slot = self.bases.use(ref.basis_id).pin(ref, self.cache.get(ref))
         if slot is not None:
             self.cache.release(ref)
         return slot
 
     def load(self) -> None:
-        """Start the loads of everything that was pinned since the last call."""
+        """Start loading everything that was pinned since the last call."""
         for table in self.bases.tables.values():
             table.load()
 
     def take_missing(self) -> list[AdapterRef]:
-        """Adapters to be fetched, each returned once until it is provided."""
+        """The adapters to fetch. Each is returned once until it is provided."""
         missing = list(self._missing)
         self._missing.clear()
         return missing
 
     def provide(self, ref: AdapterRef, adapter: Adapter | PackedAdapter | TesseraError) -> None:
-        """Take what was fetched into the cache. Raises the error that came instead, or `BasisMismatch`."""
+        """Put a fetched adapter into the cache. Raises the error that came instead, or `BasisMismatch`."""
         self._requested.discard(ref)
         self._missing.pop(ref, None)
         is_unwanted = ref in self._unloaded and ref not in self._users
@@ -125,8 +193,9 @@ class Residency:
             self.cache.put(ref, adapter)
 
     def unload(self, tenant: str, adapter_id: str) -> None:
-        """Drop every version of an adapter: from the cache and the slots now, though requests in flight keep
-        theirs; what is on its way when it has arrived and nobody needs it."""
+        """Drop every version of an adapter. The cache and the slots drop it now, except that requests in
+        flight keep their slots; one that is being fetched is dropped once it has arrived and nobody needs
+        it."""
         known = {*self.cache.refs, *self._requested, *self._users}
         for table in self.bases.tables.values():
             known.update(table.refs)

@@ -26,7 +26,7 @@ from service.engine.attention.reference import (
 from service.engine.kv.block_tables import BlockTables
 from service.engine.kv.blocks import NULL_BLOCK
 from service.engine.kv.cache import PagedKV
-from service.engine.kv.transfer import Ints
+from service.engine.kv.memory import Ints
 from service.engine.scheduling.plan import Chunk
 
 #: Tables up to this many blocks are not split for the sake of shorter sequences among them.

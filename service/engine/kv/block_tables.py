@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.engine.kv.transfer import Ints
+from service.engine.kv.memory import Ints
 
 
 @dataclass(eq=False)

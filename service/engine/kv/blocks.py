@@ -1,20 +1,49 @@
-"""The pool of KV blocks: who holds which, and which may be shared by content.
+"""The pool of KV blocks, and the keys by which requests share blocks with the same prefix.
 
-Knows neither tensors nor tokens: blocks are numbers, contents are prefix keys (`prefix_keys.py`). A block is
+A block is
 
-    free        nobody's, holds nothing worth keeping
-    held        referenced by one sequence or more
-    cached      unreferenced, but registered under a key: shared again if asked for, else taken, oldest first
+    free        held by nobody, and not worth keeping
+    held        referenced by one request or more
+    cached      unreferenced, but registered under a key: shared again when its key is matched, else reused,
+                oldest first
 
-Block 0 is the null block: always zeros, what tables are padded with, never handed out.
+Block 0 is the null block: it is always zeros, pads the block tables, and is never handed out. The pool knows
+blocks as numbers and contents as prefix keys. A prefix key is a SHA-256 chain over tokens, and its root says
+who may share the block:
+
+    root  = H(model id, tenant, the adapter's owner | id | version | basis | checksum, or "base")
+    key_i = H(key_(i-1) | tokens of block i)
+
+Two tenants, two adapters, two versions of one adapter or two contents under one version number have different
+roots, so they never share a block, whatever their tokens are. With 256 bits, equal keys are taken for equal
+contents without comparing tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import astuple
+
+import numpy as np
+
+from tessera.formats.adapter_ref import AdapterRef
 
 NULL_BLOCK = 0
+
+
+def root_key(model_id: str, tenant: str, adapter: AdapterRef | None) -> bytes:
+    """The root of the prefix keys of one tenant's requests for one adapter version, or for the base model."""
+    owner = "base" if adapter is None else astuple(adapter)
+    # JSON, because plain concatenation would confuse ("ab", "c") with ("a", "bc").
+    return hashlib.sha256(json.dumps([model_id, tenant, owner]).encode()).digest()
+
+
+def chain_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of a block with these tokens behind the block with the key `parent`."""
+    return hashlib.sha256(parent + np.asarray(token_ids, np.int64).tobytes()).digest()
 
 
 class BlockPool:
@@ -33,7 +62,7 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `acquire` can hand out."""
+        """Number of blocks that `acquire` can hand out."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -45,10 +74,11 @@ class BlockPool:
         return self.num_blocks - self.num_available
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Number of blocks that hold this many tokens."""
         return -(-num_tokens // self.block_size)
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks registered under the longest known prefix of `keys`. Takes no reference."""
+        """The blocks that are registered under the longest known prefix of `keys`. Takes no reference."""
         blocks = []
         for key in keys:
             if (block := self._block_of.get(key)) is None:
@@ -57,8 +87,10 @@ class BlockPool:
         return blocks
 
     def acquire(self, shared: Sequence[int], num_new: int, *, reserve: int = 0) -> list[int] | None:
-        """References to the `shared` blocks and `num_new` others, or None, and nothing is changed, if that
-        would leave fewer than `reserve` available."""
+        """Take references to the `shared` blocks and to `num_new` others, and return them in this order.
+
+        Returns None and changes nothing if that would leave fewer than `reserve` blocks available.
+        """
         idle = sum(self._refs[block] == 0 for block in shared)
         if self.num_available - idle - num_new < reserve:
             return None
@@ -68,7 +100,7 @@ class BlockPool:
         return [*shared, *(self._take() for _ in range(num_new))]
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up one reference to each. The end of a chain is the first to be evicted: it is worth least."""
+        """Give up one reference to each block. The end of a chain, which is worth least, is evicted first."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             assert self._refs[block] >= 0
@@ -79,8 +111,8 @@ class BlockPool:
                     self._free.append(block)
 
     def register(self, block: int, key: bytes, owner: Hashable = None) -> None:
-        """Let others share a held block, which must be full and computed, until `forget(owner)`. The first
-        under a key stays."""
+        """Let others share a held block, which must be full and computed, until `forget(owner)`. If the key
+        is registered already, its first block stays."""
         assert self._refs[block] > 0
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
@@ -90,7 +122,7 @@ class BlockPool:
                 self._blocks_of.setdefault(owner, set()).add(block)
 
     def forget(self, owner: Hashable) -> None:
-        """Share no block of this owner's any more; those that nobody holds are free."""
+        """Stop sharing this owner's blocks. Those that nobody holds become free."""
         for block in list(self._blocks_of.get(owner, ())):
             self._unregister(block)
             if block in self._cached:
@@ -98,7 +130,8 @@ class BlockPool:
                 self._free.append(block)
 
     def check_integrity(self, holders: Iterable[Sequence[int]] | None = None) -> None:
-        """Assert that the books balance; with `holders`, the blocks of every sequence, the references too."""
+        """Assert that the books balance. With `holders`, the blocks of every running request, also check the
+        references."""
         free, cached = set(self._free), set(self._cached)
         held = {block for block in range(1, self.num_blocks + 1) if self._refs[block] > 0}
         assert len(free) == len(self._free)

@@ -1,23 +1,23 @@
-"""Log-probabilities to report: of the model's own distribution, before temperature, penalties and bias.
+"""Log-probabilities to report, of the model's own distribution: before temperature, penalties and bias.
 
-Computed on the device when a step is launched, read when its results are: a read waits for the device.
+They are computed on the device when a step is launched, and read together with its results, because a read
+waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from service.engine.wire.messages import TokenLogprobs
 
-#: Rows turned into float32 log-probabilities at once: 32 MB at a vocabulary of 128 Ki.
+#: Rows that are turned into float32 log-probabilities at once: 32 MB with a vocabulary of 128 Ki.
 _ROWS_AT_ONCE = 64
 
 
 class PendingLogprobs:
-    """For each row the log-probability of its token and of its `num_top` most likely ones.
+    """For each row the log-probability of its token and of its `num_top` most likely tokens.
 
     logits: [N, V], any dtype;  token_ids: int64 [N]. Neither is kept.
     """
@@ -34,7 +34,7 @@ class PendingLogprobs:
             self._parts.append((chosen_ids, chosen, top_ids, top_values))
 
     def reports(self) -> list[TokenLogprobs]:
-        """One per row; waits for the device."""
+        """One report per row. Waits for the device."""
         rows = [
             row for part in self._parts for row in zip(*(column.tolist() for column in part), strict=True)
         ]
@@ -45,11 +45,5 @@ class PendingLogprobs:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """`PendingLogprobs`, at once."""
+    """The reports of `PendingLogprobs`, at once."""
     return PendingLogprobs(logits, token_ids, num_top).reports()
-
-
-def finite_rows(logits: Tensor) -> Tensor:
-    """Which rows hold only finite numbers: bool [N]. logits: [N, V]."""
-    low, high = torch.aminmax(logits, dim=-1)  # both are NaN if anything is; one pass, no mask of [N, V]
-    return torch.isfinite(low) & torch.isfinite(high)

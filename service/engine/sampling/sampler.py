@@ -1,11 +1,18 @@
-"""From logits to tokens, each row by its own request's parameters, and by a random generator of its own if
-the request has a seed.
+"""From logits to tokens: each row by the parameters of its own request.
 
     token = argmax_v  p[v] / e[v],   e ~ Exp(1)       is a draw from p   (the exponential-noise trick)
 
-A row's result depends on its logits, its parameters and its generator, never on the other rows of the batch;
-requests without a seed share a generator, for which nobody can tell.
-Order: rules (`logit_rules.py`), temperature, top_k, top_p, min_p.
+The result of a row depends on its logits, its parameters and its generator, never on the other rows of the
+batch. A request with a seed has a random generator of its own; all others share one, which nobody can notice.
+
+Order: rules, temperature, top_k, top_p, min_p. The rules change the model's logits, each in float32 and on
+its own row only, in this order:
+
+    repetition   z[v] = z[v] / p if z[v] > 0 else z[v] * p   for v in prompt or output (arXiv 1909.05858)
+    frequency    z[v] -= f * (number of times v occurs in the output)
+    presence     z[v] -= p * (v occurs in the output)
+    bias         z[v] += bias[v]
+    min_tokens   z[v] = -inf for the stop tokens, while the output is shorter
 """
 
 from __future__ import annotations
@@ -17,12 +24,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.engine.kv.transfer import to_device
-from service.engine.sampling.logit_rules import apply_rules, has_rules
+from service.engine.kv.memory import to_device
 from service.engine.scheduling.request import EngineRequest
 from service.engine.wire.messages import SamplingParams
 
-#: Below this a temperature is greedy: dividing by it would overflow float32.
+#: Temperatures below this are greedy, because dividing by them would overflow float32.
 MIN_TEMPERATURE = 1e-5
 
 
@@ -37,7 +43,7 @@ def make_generator(sampling: SamplingParams, device: torch.device) -> torch.Gene
 
 @functools.cache
 def _unseeded_generator(device: torch.device) -> torch.Generator:
-    """That of all requests without a seed: one call draws for all of them."""
+    """The generator of all requests without a seed: one call draws for all of them."""
     return torch.Generator(device).manual_seed(secrets.randbits(63))
 
 
@@ -51,7 +57,7 @@ def is_plain_greedy(request: EngineRequest) -> bool:
 
 
 def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """The next token of each request, int64 [N]. logits: float32 [N, V], left as they are."""
+    """The next token of each request, int64 [N]. logits: float32 [N, V], not changed."""
     logits = apply_rules(logits, requests)
     tokens = logits.argmax(-1)
     drawn = [index for index, request in enumerate(requests) if request.generator is not None]
@@ -61,8 +67,61 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     return tokens
 
 
+def apply_rules(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
+    """The logits from which tokens are chosen. logits: float32 [N, V]; returns a copy if a row has rules."""
+    ruled = [index for index, request in enumerate(requests) if has_rules(request)]
+    if not ruled:
+        return logits
+    logits = logits.clone()
+    for index in ruled:
+        _apply_to_row(logits[index], requests[index])
+    return logits
+
+
+def has_rules(request: EngineRequest) -> bool:
+    """Whether a request's logits are changed, for which its last token may be needed."""
+    return request.has_rules or _must_continue(request)
+
+
+def _must_continue(request: EngineRequest) -> bool:
+    sampling = request.sampling
+    return (
+        sampling.min_tokens > 0 and request.num_output < sampling.min_tokens and bool(sampling.stop_token_ids)
+    )
+
+
+def _apply_to_row(row: Tensor, request: EngineRequest) -> None:
+    """row: [V], changed in place."""
+    sampling, counts = request.sampling, request.output_counts
+    if sampling.repetition_penalty != 1:
+        seen = _ids(row, request.prompt_set.union(counts))
+        values = row[seen]
+        penalty = sampling.repetition_penalty
+        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if counts and (sampling.frequency_penalty != 0 or sampling.presence_penalty != 0):
+        times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
+        row[_ids(row, counts)] -= sampling.frequency_penalty * times + sampling.presence_penalty
+    if sampling.logit_bias:
+        bias = torch.tensor(list(sampling.logit_bias.values()), device=row.device, dtype=row.dtype)
+        row[_ids(row, sampling.logit_bias)] += bias
+    if _must_continue(request):
+        row[_ids(row, [token for token in sampling.stop_token_ids if token < len(row)])] = float("-inf")
+
+
+def _ids(
+    row: Tensor, token_ids: Sequence[int] | frozenset[int] | dict[int, float] | dict[int, int]
+) -> Tensor:
+    return torch.tensor(list(token_ids), device=row.device, dtype=torch.int64)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Which rows hold only finite numbers, bool [N]. logits: [N, V]."""
+    low, high = torch.aminmax(logits, dim=-1)  # both are NaN if anything is; one pass, no mask of [N, V]
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
 def _draw(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """logits: [N, V] of requests that all have a generator; returns int64 [N]."""
+    """Draw the next tokens, int64 [N]. logits: [N, V] of requests that all have a generator."""
     temperature = _column([s.sampling.temperature for s in requests], logits)
     probs = _truncate((logits / temperature).softmax(-1), [s.sampling for s in requests])
     noise = torch.empty_like(probs)
@@ -85,7 +144,7 @@ def _truncate(probs: Tensor, samplings: Sequence[SamplingParams]) -> Tensor:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(vocab_size, device=probs.device)
         ranked = ranked.masked_fill(rank >= top_k, 0)
-        # of what top_k left, the fewest tokens that reach top_p of its mass; the first always stays
+        # of what top_k left, keep the fewest tokens that reach top_p of its mass, and always the first
         mass_before = ranked.cumsum(-1) - ranked
         is_cut = (mass_before >= top_p * ranked.sum(-1, keepdim=True)) & (top_p < 1) & (rank > 0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ranked.masked_fill(is_cut, 0))

@@ -1,1 +1,1 @@
-"""Which requests run, and which of their tokens the next step computes."""
+"""The scheduler: which requests run, fairly between tenants, and which of their tokens a step computes."""

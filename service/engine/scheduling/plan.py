@@ -15,12 +15,10 @@ _is_plain = operator.attrgetter("is_plain")
 
 
 class Chunk:
-    """The tokens start .. end - 1 of a request, whose KV is to be computed; length: their number.
+    """The tokens start .. end - 1 of a request: the step computes their KV.
 
-    What follows from the request as it is when the chunk is made, for it changes before the results are in:
-    is_last: every known token is computed after this chunk. is_pending: the last of its tokens is sampled but
-    not known yet. samples: its last logits choose the next token. is_plain: they do no more than that, by
-    their largest. prompt_positions: positions whose logits are scored against the next prompt token.
+    The other fields follow from the request at the time when the chunk is made, because the request changes
+    before the results arrive.
     """
 
     # One per request and step. A dataclass with these fields takes twice as long to make, a frozen one five
@@ -46,10 +44,15 @@ class Chunk:
         self.start = start
         self.length = length
         self.end = end
+        #: Whether every token of the request so far is computed after this chunk.
         self.is_last = is_last
+        #: Whether the last token of the chunk is sampled but not known yet.
         self.is_pending = is_last and token_ids[-1] == PENDING
+        #: Whether the last logits of the chunk choose the next token.
         self.samples = samples
+        #: Whether they do nothing else, and choose the largest logit.
         self.is_plain = samples and request.is_plain
+        #: Positions whose logits are scored against the next prompt token.
         self.prompt_positions = _NOTHING
         if request.needs_prompt_logprobs:
             self.prompt_positions = range(start, min(end, request.num_prompt - 1))
@@ -57,10 +60,11 @@ class Chunk:
 
 @dataclass
 class StepPlan:
-    """chunks: those of one token first, longest context first, then the others; they stay as they are.
-    fresh_blocks: KV blocks that were another's before, to be cleared."""
+    """One step."""
 
+    #: First the chunks of one token, longest context first, then the others. They do not change any more.
     chunks: list[Chunk] = field(default_factory=list)
+    #: KV blocks to be cleared, because they belonged to another request before.
     fresh_blocks: list[int] = field(default_factory=list)
 
     @property
@@ -69,13 +73,13 @@ class StepPlan:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether every chunk only samples, and the largest logit at that: the usual step, and the one that
-        is to take the least time."""
+        """Whether every chunk samples the largest logit and does nothing else. This is the usual step, and
+        the one that must take the least time."""
         return all(map(_is_plain, self.chunks))
 
     @cached_property
     def is_decode(self) -> bool:
-        """Whether every chunk is one token that samples, and scores nothing."""
+        """Whether every chunk is one token that samples and scores nothing."""
         has_long = bool(self.chunks) and self.chunks[-1].length > 1
         return not has_long and (
             self.is_plain or all(c.samples and not c.prompt_positions for c in self.chunks)
@@ -83,12 +87,13 @@ class StepPlan:
 
     @cached_property
     def basis_ids(self) -> set[str | None]:
-        """Whose adapters are in the step; None for the base model alone."""
+        """The bases of the adapters in the step; None stands for the base model alone."""
         return {chunk.request.basis_id for chunk in self.chunks}
 
     @cached_property
     def num_distinct(self) -> int:
-        """Different models in the step: adapter versions, and the base model if it is among them."""
+        """Number of different models in the step: adapter versions, and the base model if it is among
+        them."""
         return len({chunk.request.model_name for chunk in self.chunks})
 
 
@@ -103,17 +108,18 @@ class StepBuilder:
         self._long: list[Chunk] = []
 
     def add_decodes(self, requests: Sequence[EngineRequest]) -> None:
-        """The one token that each of them has to compute: it scores nothing, its prompt being over."""
+        """Add the one token that each request has to compute. It scores nothing, since the prompt is done."""
         self._single += [Chunk(request, request.num_computed, 1) for request in requests]
         self.num_tokens_left -= len(requests)
 
     def add_prefill(self, request: EngineRequest, *, is_alone: bool) -> None:
-        """As many tokens as are left; half of them if others could use some, so that a long prompt does not
-        hold up short ones that come after it."""
+        """Add as many tokens of a request as are left; half of them if others could use some, so that a long
+        prompt does not delay the short ones that come after it."""
         share = self.num_tokens_left if is_alone else -(-self.num_tokens_left // 2)
         if request.needs_prompt_logprobs:  # one row of logits per token
             share = min(share, max(1, self._num_logit_rows_left))
-        chunk = Chunk(request, request.num_computed, min(request.num_uncomputed, share))
+        num_uncomputed = len(request.token_ids) - request.num_computed
+        chunk = Chunk(request, request.num_computed, min(num_uncomputed, share))
         (self._single if chunk.length == 1 else self._long).append(chunk)
         self.num_tokens_left -= chunk.length
         self._num_logit_rows_left -= len(chunk.prompt_positions)

@@ -1,13 +1,15 @@
-"""Which requests run, and which tokens of theirs the next step computes.
+"""Which requests run, and which of their tokens the next step computes.
 
     1. decode     every running request with one token to compute, oldest first; if no block is free for it,
-                  the newest running request is preempted: its blocks go, its tokens and random state stay
-    2. prefill    the others that run, in chunks
-    3. admission  waiting requests in the order of their tenants' turns, as far as tokens, blocks, slots go
+                  the newest running request is preempted: it loses its blocks, and keeps its tokens and
+                  random state
+    2. prefill    the other running requests, in chunks
+    3. admission  waiting requests in the order of the fair queue, while there are tokens, blocks and slots
 
-It never deadlocks: the oldest running request is preempted only by its own lack of blocks when it is alone,
-and then they suffice, because longer requests are refused at submission. Nobody waits for ever: admission
-stops at the first request that lacks blocks, and one that has long lacked a slot closes its basis to others.
+It never deadlocks: the oldest running request could only be preempted when it runs alone and lacks blocks,
+and then the pool suffices, because longer requests are refused at submission. Nobody waits for ever:
+admission stops at the first request that lacks blocks, and a request that has long lacked a slot closes its
+basis to others.
 """
 
 from __future__ import annotations
@@ -20,34 +22,35 @@ from collections.abc import Iterable, Iterator
 from service.engine.adapters.residency import Residency
 from service.engine.adapters.resident_bases import MAX_BLOCKED_PASSES
 from service.engine.kv.blocks import BlockPool
+from service.engine.scheduling.fair_queue import FairQueue
 from service.engine.scheduling.plan import Chunk, StepBuilder, StepPlan
 from service.engine.scheduling.request import PENDING, EngineRequest
-from service.engine.scheduling.waiting_line import WaitingLine
 from service.engine.settings import EngineConfig
 from tessera.errors import EngineOverloaded, TenantOverloaded
 from tessera.formats.adapter_ref import AdapterRef
 
-#: While others run, admission leaves this share of the pool for them to grow into, or each admission would
-#: soon cost a preemption.
+#: While requests run, admission leaves this share of the pool for them to grow into. Without it each
+#: admission would soon cost a preemption.
 RESERVED_SHARE = 0.01
 
 
 class Scheduler:
-    """Owns the requests from submission to their end."""
+    """Owns the requests from submission to their end, and what they hold: blocks and pins."""
 
     def __init__(
         self, config: EngineConfig, pool: BlockPool, residency: Residency, *, max_logit_rows: int
     ) -> None:
-        self.waiting = WaitingLine(config.tenant_weights)
+        self.waiting = FairQueue(config.tenant_weights)
         self.running: list[EngineRequest] = []  # oldest first, by order
         self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
         self._config = config
+        self._max_running = config.max_running
         self._pool = pool
         self._residency = residency
         self._max_logit_rows = max_logit_rows
         self._num_passes = 0
-        self._full_bases: set[str] = set()  # in this pass
-        self._starved: dict[str, EngineRequest] = {}  # per basis who gets its next slot, before anyone else
+        self._full_bases: set[str] = set()  # those without a free slot in this pass
+        self._starved: dict[str, EngineRequest] = {}  # by basis, the request that gets its next slot
 
     @property
     def has_work(self) -> bool:
@@ -55,39 +58,40 @@ class Scheduler:
         return bool(self.running or self.waiting.num_in_line)
 
     def check_queue_limit(self, tenant: str) -> None:
-        """Raises `EngineOverloaded` or `TenantOverloaded` where one request more of the tenant's must not
-        wait."""
+        """Raises `EngineOverloaded` or `TenantOverloaded` if another request of the tenant must not wait."""
         if len(self.waiting) >= self._config.max_waiting:
-            raise EngineOverloaded(f"{self._config.max_waiting} requests are waiting already")
+            raise EngineOverloaded(f"{self._config.max_waiting} requests are waiting already (the limit)")
         if self.waiting.num_waiting(tenant) >= self._config.max_waiting_per_tenant:
             limit = self._config.max_waiting_per_tenant
-            raise TenantOverloaded(f"{limit} requests of yours are waiting already, as many as may")
+            raise TenantOverloaded(f"this tenant already has {limit} waiting requests (the limit)")
 
-    def submit(self, request: EngineRequest) -> None:
+    def enqueue(self, request: EngineRequest) -> None:
+        """Let a new request wait for its place, and for its adapter if it has one."""
         if request.adapter is not None:
             self._residency.retain(request.adapter)
         self.waiting.enter(request, parked_for=request.adapter)
 
     def wake_if_ready(self, ref: AdapterRef) -> None:
-        """Let those that are parked for `ref` join their lines if it is ready. Raises `BasisMismatch`."""
+        """Let the requests that are parked for `ref` join the queue if it is ready. Raises
+        `BasisMismatch`."""
         if self._residency.is_ready(ref):
             self.waiting.wake(ref)
         elif self.waiting.parked(ref):
-            self._residency.request(ref)  # the other half may have been evicted meanwhile
+            self._residency.request(ref)  # of adapter and basis, one may have been evicted meanwhile
 
     def schedule(self) -> StepPlan:
         """Decide on the next step."""
         step = StepBuilder(self._config.max_batch_tokens, self._max_logit_rows)
         prefills, has_preempted = self._schedule_decodes(step)
         self._schedule_prefills(prefills, step)
-        if not has_preempted:  # else the victim would come back at once
+        if not has_preempted:  # otherwise the preempted request would come back at once
             self._admit(step)
         self._residency.load()  # now, so that the copies run while the step's tensors are made
         return step.finish()
 
     def advance(self, plan: StepPlan) -> None:
-        """The step is under way: plan the next one as if it was computed, with tokens that are not known yet.
-        Requests that ended meanwhile are left alone."""
+        """Treat a step that has been started as computed, so that the next one can be planned: its tokens are
+        pending. Skips requests that have ended meanwhile."""
         for chunk in plan.chunks:
             request = chunk.request
             if request.is_running:
@@ -96,17 +100,17 @@ class Scheduler:
                     request.token_ids.append(PENDING)
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
-        """The chunks are computed, and their tokens are known: full blocks may be shared from now on."""
+        """Note that the chunks are computed and their tokens known. Full blocks may be shared from now on."""
         has_cache, block_size = self._config.enable_prefix_cache, self._pool.block_size
         for chunk in chunks:
             request = chunk.request
-            if request.is_running:  # else preempted meanwhile
+            if request.is_running:  # otherwise it was preempted meanwhile
                 request.num_computed = chunk.end
                 if has_cache and request.may_share and chunk.end // block_size > request.num_registered:
                     self._register(request, chunk.end // block_size)
 
     def remove(self, request: EngineRequest) -> None:
-        """The request has ended: free all that it holds."""
+        """Free everything that a request holds, because it has ended."""
         if request.is_running:
             self._stop(request)
         else:
@@ -118,8 +122,8 @@ class Scheduler:
             self._residency.release(request.adapter, pinned_slot=request.slot if request.is_pinned else None)
 
     def unload(self, tenant: str, adapter_id: str) -> None:
-        """Drop every version of an adapter, and its prefix blocks. Requests in flight go on with what they
-        have, which they share with nobody any more."""
+        """Drop every version of an adapter, and its prefix blocks. Requests in flight continue with what they
+        have, and no longer share it."""
         owner = (tenant, adapter_id)
         for request in (*self.running, *self.waiting):
             if request.owner == owner:
@@ -140,9 +144,10 @@ class Scheduler:
         assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
 
     def _schedule_decodes(self, step: StepBuilder) -> tuple[list[EngineRequest], bool]:
-        """Returns the running requests that have more than one token to compute, and whether one was
-        preempted."""
-        # Every step goes through all that run: no call for one that has its block, nor a property.
+        """Add the decodes. Returns the running requests with more than one token to compute, and whether any
+        request was preempted."""
+        # Every step goes through all running requests, so one that has its block costs no call and no
+        # property.
         decodes: list[EngineRequest] = []
         prefills: list[EngineRequest] = []
         has_preempted = False
@@ -161,7 +166,7 @@ class Scheduler:
             if request.is_running:
                 decodes.append(request)
         step.add_decodes(decodes)
-        # not those that an older one has preempted, or that are computed but for the results
+        # Leave out those that an older one has preempted, and those that only wait for their results.
         return [s for s in prefills if s.is_running and s.num_uncomputed > 1], has_preempted
 
     def _schedule_prefills(self, prefills: list[EngineRequest], step: StepBuilder) -> None:
@@ -175,7 +180,7 @@ class Scheduler:
         self._num_passes += 1
         self._full_bases.clear()
         closing_basis = self._residency.bases.begin_pass()
-        for request in self.waiting.in_turn() if self._has_room(step) else ():
+        for request in self.waiting.candidates() if self._has_room(step) else ():
             if not self._try_pin(request, closing_basis):
                 continue
             if not self._try_start(request, step):
@@ -185,15 +190,16 @@ class Scheduler:
                 return
 
     def _has_room(self, step: StepBuilder) -> bool:
-        return step.num_tokens_left > 0 and len(self.running) < self._config.max_running
+        return step.num_tokens_left > 0 and len(self.running) < self._max_running
 
     def _try_pin(self, request: EngineRequest, closing_basis: str | None) -> bool:
-        """Whether its adapter is here and has, or now gets, a slot. Parks it if the adapter is gone."""
+        """Pin the request's adapter to a slot. Returns whether it has one; parks the request if the adapter
+        is gone."""
         ref = request.adapter
         if ref is None or request.is_pinned:
             return True
         if ref.basis_id in self._full_bases and not self._residency.is_resident(ref):
-            self._note_lack_of_slot(request, ref.basis_id)  # cheap, for the many that wait for a slot
+            self._note_lack_of_slot(request, ref.basis_id)  # cheap, since many may wait for a slot
             return False
         if not self._residency.is_ready(ref):
             self.waiting.park(request, ref)
@@ -217,9 +223,10 @@ class Scheduler:
             self._starved[basis_id] = request
 
     def _try_start(self, request: EngineRequest, step: StepBuilder) -> bool:
-        """Give it its blocks, shared ones first. False, and it stays in line, if they do not suffice."""
+        """Run the request with blocks for all its tokens, shared ones first. Returns False, and it keeps its
+        place in line, if there are too few."""
         shared = self._pool.match(self._readable_keys(request))
-        num_new = self._pool.blocks_for(request.num_tokens) - len(shared)
+        num_new = self._pool.blocks_for(len(request.token_ids)) - len(shared)
         reserve = math.ceil(self._pool.num_blocks * RESERVED_SHARE) if self.running else 0
         blocks = self._pool.acquire(shared, num_new, reserve=reserve)
         if blocks is None:
@@ -232,21 +239,21 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed
             self.num_prompt_tokens += request.num_prompt
             self.num_cached_tokens += request.num_computed
-        self.waiting.take(request)
+        self.waiting.start(request)
         bisect.insort(self.running, request, key=lambda s: s.order)
         request.is_running = True
         return True
 
     def _readable_keys(self, request: EngineRequest) -> Iterator[bytes]:
-        """Prefix keys of the blocks that it may take from the cache. Its last token must be computed, for its
-        logits are wanted; for log-probabilities of the prompt all of them must."""
+        """Prefix keys of the blocks that the request may take from the cache. Its last token must be
+        computed, because its logits are needed; for log-probabilities of the prompt all tokens must be."""
         may_share = self._config.enable_prefix_cache and request.may_share
         if may_share and not request.needs_prompt_logprobs:
             for index in range((request.num_tokens - 1) // self._pool.block_size):
                 yield request.block_key(index, self._pool.block_size)
 
     def _grow(self, request: EngineRequest, step: StepBuilder) -> bool:
-        """Another block, for its last token. False if none is free."""
+        """Give the request another block for its last token. Returns False if none is free."""
         blocks = self._pool.acquire([], 1)
         if blocks is None:
             return False
@@ -255,14 +262,15 @@ class Scheduler:
         return True
 
     def _register(self, request: EngineRequest, num_full: int) -> None:
-        """Let others share its first `num_full` blocks."""
+        """Let others share the first `num_full` blocks of the request."""
         for index in range(request.num_registered, num_full):
             key = request.block_key(index, self._pool.block_size)
             self._pool.register(request.blocks[index], key, request.owner)
         request.num_registered = num_full
 
     def _preempt(self, request: EngineRequest) -> None:
-        """Back to the front of its line; it keeps its slot, and with it the version it began with."""
+        """Put a running request back at the front of its line. It keeps its slot, and with it the version of
+        its adapter."""
         self._stop(request)
         self.waiting.push_front(request)
         self.num_preemptions += 1

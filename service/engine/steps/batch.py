@@ -1,7 +1,8 @@
 """From a plan to tensors: everything that the model, the attention and the sampler read of a step.
 
-All small integers of a step travel to the device in one copy. Rows of the batch are tokens, in the order of
-the plan's chunks; those of one token come first and attend together.
+All small integers of a step go to the device in one copy. Rows of the batch are tokens, in the order of the
+plan's chunks; chunks of one token come first and attend together. The ids of pending tokens are not known to
+the host yet: the step before sampled them, and they are taken on the device.
 """
 
 from __future__ import annotations
@@ -17,25 +18,67 @@ from torch import Tensor
 from service.engine.attention.layout import AttentionLayout
 from service.engine.attention.reference import AttentionStep, TokenRows
 from service.engine.kv.cache import PagedKV
-from service.engine.kv.transfer import Ints, upload
+from service.engine.kv.memory import Ints, upload
 from service.engine.scheduling.plan import Chunk, StepPlan
-from service.engine.steps.token_sources import TokenSources
+from service.engine.scheduling.request import PENDING, EngineRequest
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The tokens that a step sampled."""
+
+    #: int64 [n], on the device.
+    tokens: Tensor
+    #: The requests to which they belong.
+    requests: Sequence[EngineRequest]
+
+
+@dataclass(frozen=True)
+class TokenSources:
+    """Where the pending tokens of a step come from."""
+
+    #: int64 [T], for every token of the step its row in `tokens`; 0 if the host knows the token.
+    rows: Ints
+    #: int64 [n], on the device.
+    tokens: Tensor
+
+    def fill_in(self, input_ids: Tensor, rows: Tensor) -> Tensor:
+        """The complete ids. input_ids: int64 [T], PENDING where unknown; rows: `self.rows` on the device."""
+        return torch.where(input_ids == PENDING, self.tokens.index_select(0, rows), input_ids)
+
+
+def find_sources(chunks: Sequence[Chunk], sampled: SampledTokens | None) -> TokenSources | None:
+    """The sources of the pending tokens of a step; None if it has none."""
+    pending = [chunk.is_pending for chunk in chunks]
+    if True not in pending:
+        return None
+    assert sampled is not None
+    if chunks[-1].length == 1 and [chunk.request for chunk in chunks] == sampled.requests:
+        return TokenSources(np.arange(len(chunks)), sampled.tokens)  # all continue to decode: the usual step
+    row_of = {id(request): row for row, request in enumerate(sampled.requests)}
+    rows = np.zeros(sum(chunk.length for chunk in chunks), np.int64)
+    last = -1
+    for chunk, is_pending in zip(chunks, pending, strict=True):
+        last += chunk.length
+        if is_pending:
+            rows[last] = row_of[id(chunk.request)]
+    return TokenSources(rows, sampled.tokens)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The tensors of one step, all int64 on the model's device.
-
-    logit_rows: rows whose logits are wanted, first those whose next token is sampled, then those that are
-    scored against a prompt token; prompt_targets: [P], these tokens. fresh_blocks: [n]. slots: [T] per basis
-    with adapter rows.
-    """
+    """The tensors of one step, all int64 on the model's device."""
 
     rows: TokenRows
     attention: AttentionStep
+    #: Rows whose logits are needed: first those that sample their next token, then those that are scored
+    #: against a prompt token.
     logit_rows: Tensor
+    #: [P], the prompt tokens that the latter are scored against.
     prompt_targets: Tensor
+    #: [n]
     fresh_blocks: Tensor
+    #: For each basis with adapter rows the slots of all tokens, [T].
     slots: dict[str, Tensor]
 
 
@@ -46,7 +89,7 @@ def build_batch(
     device: torch.device,
     sources: TokenSources | None = None,
 ) -> StepBatch:
-    """sources: of the ids that are not known to the host yet."""
+    """The batch of a step. sources: of its pending tokens, if it has any."""
     chunks, block_size = plan.chunks, kv.block_size
     starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
     token_ids = list(itertools.chain.from_iterable(c.request.token_ids[c.start : c.end] for c in chunks))
@@ -85,7 +128,8 @@ def build_batch(
 
 
 def _places(chunks: Sequence[Chunk], block_size: int) -> tuple[Ints, Ints]:
-    """Position and block of every token, int64 [T] each. Chunks of prompts are long: no loop over tokens."""
+    """Position and block of every token, int64 [T] each. Without a loop over tokens, since prompts are
+    long."""
     num_single = sum(chunk.length == 1 for chunk in chunks)
     single, long = chunks[:num_single], chunks[num_single:]
     positions = [np.asarray([chunk.start for chunk in single], np.int64)]
@@ -100,16 +144,17 @@ def _places(chunks: Sequence[Chunk], block_size: int) -> tuple[Ints, Ints]:
 
 
 def _slots(chunks: Sequence[Chunk]) -> dict[str, Ints]:
-    """Per basis that the step needs, every row's slot: 0 for rows of other bases and of the base model."""
-    basis_ids = [chunk.request.adapter.basis_id if chunk.request.adapter else None for chunk in chunks]
+    """For each basis that the step needs the slot of every row: 0 for rows of other bases and the base
+    model."""
+    basis_ids = [chunk.request.basis_id for chunk in chunks]
     lengths = [chunk.length for chunk in chunks]
     return {
-        wanted: np.repeat(
-            [c.request.slot if own == wanted else 0 for c, own in zip(chunks, basis_ids, strict=True)],
+        basis_id: np.repeat(
+            [c.request.slot if own == basis_id else 0 for c, own in zip(chunks, basis_ids, strict=True)],
             lengths,
         )
-        for wanted in dict.fromkeys(basis_ids)
-        if wanted is not None
+        for basis_id in dict.fromkeys(basis_ids)
+        if basis_id is not None
     }
 
 

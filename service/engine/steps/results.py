@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from service.engine.kv.transfer import to_device
-from service.engine.sampling.logprobs import PendingLogprobs, finite_rows
-from service.engine.sampling.sampler import is_plain_greedy, sample
+from service.engine.kv.memory import to_device
+from service.engine.sampling.logprobs import PendingLogprobs
+from service.engine.sampling.sampler import finite_rows, is_plain_greedy, sample
 from service.engine.scheduling.plan import StepPlan
 from service.engine.wire.messages import TokenLogprobs
 

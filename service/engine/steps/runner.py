@@ -21,11 +21,10 @@ from service.engine.forward.forward_pass import ForwardPass, ModelFacts
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import StepPlan
 from service.engine.settings import EngineConfig
-from service.engine.steps.batch import StepBatch, build_batch
+from service.engine.steps.batch import SampledTokens, StepBatch, TokenSources, build_batch, find_sources
 from service.engine.steps.results import PendingResults, StepLogits
 from service.engine.steps.static_steps import StaticSteps
 from service.engine.steps.step_attention import StepAttention
-from service.engine.steps.token_sources import SampledTokens, TokenSources, find_sources
 
 
 class StepNotComputed(Exception):

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from service.engine.attention.query_tiles import query_tiles
-from service.engine.kv.transfer import Ints
+from service.engine.kv.memory import Ints
 from service.engine.scheduling.plan import Chunk, StepPlan
 
 _Integers = TypeVar("_Integers", Ints, Tensor)

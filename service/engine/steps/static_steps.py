@@ -23,13 +23,13 @@ from service.engine.adapters.slots import SlotTable
 from service.engine.attention.reference import TokenRows
 from service.engine.forward.layers import FusedModel
 from service.engine.kv.cache import PagedKV
-from service.engine.kv.transfer import upload
-from service.engine.sampling.logprobs import finite_rows
+from service.engine.kv.memory import upload
+from service.engine.sampling.sampler import finite_rows
 from service.engine.scheduling.plan import StepPlan
+from service.engine.steps.batch import TokenSources
 from service.engine.steps.results import StepLogits
 from service.engine.steps.shapes import ShapeLimits, StepShape, lay_out, pieces
 from service.engine.steps.step_attention import StepAttention
-from service.engine.steps.token_sources import TokenSources
 
 logger = logging.getLogger(__name__)
 

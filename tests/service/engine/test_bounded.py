@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from redis.asyncio import Redis
 
-from service.engine.in_flight import MAX_PAST_DEADLINES
+from service.engine.step_loop import MAX_PAST_DEADLINES
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef

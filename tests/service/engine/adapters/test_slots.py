@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.adapters.host_cache import AdapterCache
 from service.engine.adapters.linear import AdapterLinear, attach, detach
 from service.engine.adapters.packed_adapter import PackedAdapter, SlotFormat
+from service.engine.adapters.residency import AdapterCache
 from service.engine.adapters.slots import SlotTable
 from service.engine.process.store_reader import parse_adapter
 from tessera.errors import AdapterReplaced, BasisMismatch, CorruptRecord, NotFound

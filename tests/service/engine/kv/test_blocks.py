@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from service.engine.kv.blocks import NULL_BLOCK, BlockPool
-from service.engine.scheduling.prefix_keys import chain_key, root_key
+from service.engine.kv.blocks import NULL_BLOCK, BlockPool, chain_key, root_key
 from tessera.formats.adapter_ref import AdapterRef
 
 REF = AdapterRef("t", "a", 1, "basis")

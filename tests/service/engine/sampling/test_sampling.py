@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.engine.sampling.logit_rules import apply_rules
 from service.engine.sampling.logprobs import token_logprobs
-from service.engine.sampling.sampler import make_generator, sample
+from service.engine.sampling.sampler import apply_rules, make_generator, sample
 from service.engine.scheduling.request import EngineRequest
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tests.service.engine.driver import Driver

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from service.engine.scheduling.fair_queue import MAX_LOOKAHEAD, FairQueue
 from service.engine.scheduling.request import EngineRequest
-from service.engine.scheduling.waiting_line import MAX_LOOKAHEAD, WaitingLine
 from service.engine.settings import EngineConfig
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.errors import EngineOverloaded, TenantOverloaded
@@ -30,7 +30,7 @@ class Line:
     """A waiting line whose requests run as soon as they are taken, and end when told."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
-        self.line = WaitingLine(weights)
+        self.line = FairQueue(weights)
         self.running: list[EngineRequest] = []
         self.num_made = 0
 
@@ -44,9 +44,9 @@ class Line:
 
     def take(self) -> EngineRequest | None:
         """Run the next one."""
-        request = next(self.line.in_turn(), None)
+        request = next(self.line.candidates(), None)
         if request is not None:
-            self.line.take(request)
+            self.line.start(request)
             request.is_running = True
             self.running.append(request)
         self.check()
@@ -168,7 +168,7 @@ def test_a_preempted_request_is_charged_once_and_comes_back_first() -> None:
     line.running.remove(first)
     first.is_running = False
     line.line.push_front(first)
-    assert list(line.line.in_turn()) == [first, second]
+    assert list(line.line.candidates()) == [first, second]
     line.take()
     other = line.submit("b")
 
@@ -182,8 +182,8 @@ def test_a_tenant_that_could_not_run_does_not_keep_others_out_afterwards() -> No
     blocked = [line.submit("blocked", (50, 50)) for _ in range(20)]
     others = [line.submit("other", (50, 50)) for _ in range(40)]
     for _ in range(20):  # its requests are passed over, as if all slots were pinned
-        request = next(s for s in line.line.in_turn() if s.tenant == "other")
-        line.line.take(request)
+        request = next(s for s in line.line.candidates() if s.tenant == "other")
+        line.line.start(request)
         request.is_running = True
         line.running.append(request)
 
@@ -199,7 +199,7 @@ def test_passing_over_a_long_line_is_bounded() -> None:
         line.submit("crowd")
     line.submit("other")
 
-    seen = Counter(request.tenant for request in line.line.in_turn())
+    seen = Counter(request.tenant for request in line.line.candidates())
 
     assert seen == {"crowd": MAX_LOOKAHEAD, "other": 1}
 

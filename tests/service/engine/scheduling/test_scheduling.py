@@ -90,7 +90,7 @@ def test_the_newest_is_preempted_and_comes_back_first(micro: Served, start: Star
     while driver.engine.stats().preemptions_total == 0:
         driver.step()
     later = driver.submit([3] * 2)
-    [waiting, _] = driver.engine.scheduler.waiting.in_turn()
+    [waiting, _] = driver.engine.scheduler.waiting.candidates()
     assert waiting.request_id == driver.id_of(new)
     before = list(new.token_ids)
     driver.run()

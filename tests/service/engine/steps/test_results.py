@@ -11,8 +11,8 @@ import torch
 from service.engine.sampling.sampler import make_generator
 from service.engine.scheduling.plan import Chunk, StepPlan
 from service.engine.scheduling.request import PENDING, EngineRequest
+from service.engine.steps.batch import SampledTokens, find_sources
 from service.engine.steps.results import PendingResults, StepLogits
-from service.engine.steps.token_sources import SampledTokens, find_sources
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter_ref import AdapterRef
 
