@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 import time
 from collections import Counter
@@ -183,7 +184,7 @@ class Soak:
             "idle_at_the_end": is_idle,
             **self._slopes(),
             **latencies([o for o in self._outcomes if not o.is_cancelled], 50, 99),
-            "engine": {} if self._idle is None else self._idle.to_map(),
+            "engine": {} if self._idle is None else dataclasses.asdict(self._idle),
         }
 
     def _slopes(self) -> dict[str, float]:

@@ -219,7 +219,7 @@ async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerato
             async for piece in only:
                 yield piece
         return
-    # Bounded: what a slow reader does not fetch waits in one place, where it is counted (`output_stream.py`).
+    # Bounded: what a slow reader does not fetch waits in one place, where it is counted (`connection.py`).
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(len(sources))
     tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
     running = len(tasks)

@@ -1,7 +1,7 @@
-"""The engine for an API process that does not own it: found at its socket, lost and found again.
+"""The engine for an API process that does not own it: found at its socket, and found again when lost.
 
-Whoever started the engine process watches it and starts it again, at the same socket. Here its death is a
-connection that is cut: requests in flight raise `EngineUnavailable`, and the next engine is connected to as
+The process that started the engine watches it and starts it again, at the same socket. Here the death of the
+engine is a cut connection: requests in flight raise `EngineUnavailable`, and the next engine is connected as
 soon as it listens.
 """
 
@@ -20,25 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 class AttachedEngine(EngineConnection):
-    """The engine behind `socket`. `start` and `close` frame the connection, in one event loop.
-
-    restarts_total: of the engine process, by its own word, so that every API process tells the same.
-    """
+    """Keeps a connection to the engine behind `socket` between `start` and `close`, in one event loop."""
 
     def __init__(self, socket: Path, *, heartbeat_timeout_s: float) -> None:
         super().__init__(Heartbeat(heartbeat_timeout_s), heartbeat_timeout_s=heartbeat_timeout_s)
+        #: As the engine process reports it, so that every API process reports the same number.
         self.restarts_total = 0
         self._socket = socket
         self._talking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to look for the engine. Returns at once; see `wait_ready`."""
+        """Start to look for the engine. Returns at once; see `wait_ready`."""
         assert self._talking is None, "started twice"
         self.starting_error = "the engine has not been found yet"
         self._talking = asyncio.create_task(self._keep_talking())
 
     async def close(self) -> None:
-        """Hang up: the engine cancels what is in flight here."""
+        """Close the connection. The engine cancels the requests in flight here."""
         if self._talking is not None:
             self._talking.cancel()
             await asyncio.gather(self._talking, return_exceptions=True)
@@ -53,7 +51,7 @@ class AttachedEngine(EngineConnection):
             await asyncio.sleep(CONNECT_POLL_S)
 
     async def _talk_until_lost(self) -> str:
-        """Talk until the engine is silent for too long or speaks nonsense; returns which."""
+        """Talk until the engine is silent for too long or breaks the protocol. Returns which."""
         talk = asyncio.create_task(self.talk(self._socket))
         silent = asyncio.create_task(self.silent(self._engine_pid))
         try:

@@ -1,7 +1,8 @@
-"""The engine for the process that owns it: a connection, and an engine process kept alive behind it.
+"""The engine for the process that owns it: a connection, and the engine process that is kept alive behind it.
 
-The process is started, watched and started again when it dies, hangs or speaks nonsense. Its death costs the
-requests in flight (`EngineUnavailable`), never the API. Knows nothing of HTTP, text or the store's content.
+The process is started, watched, and started again when it dies, hangs or breaks the protocol. Its death fails
+the requests in flight (`EngineUnavailable`), but never the API. Knows nothing of HTTP, text or the content of
+the store.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from service.engine.client.connection import EngineConnection
 from service.engine.client.supervisor import (
@@ -33,16 +33,16 @@ from tessera.settings import CommonSettings
 
 logger = logging.getLogger(__name__)
 
-#: Silence allowed before the engine is ready: importing torch on a busy machine takes tens of seconds. It
-#: speaks once a second from then on, also while it loads a model or waits for the store.
+#: How long the engine may be silent before its first message: importing torch on a busy machine takes tens of
+#: seconds. From then on it sends one per second, also while it loads a model or waits for the store.
 START_TIMEOUT_S = 180.0
 
 
 class EngineClient(EngineConnection):
-    """The engine, for the routes and for supervision. `start` and `close` frame its life, in one event loop.
+    """Owns the engine process between `start` and `close`, which must run in one event loop.
 
-    restarts_total: processes started after the first. command: what is started. socket: where all of them
-    listen, one after the other, so that other API processes find them; None: a new place for each.
+    command: starts the engine. socket: where all engine processes listen, one after another, so that other
+    API processes find them; None takes a new path for each.
     """
 
     def __init__(
@@ -55,7 +55,12 @@ class EngineClient(EngineConnection):
         socket: Path | None = None,
     ) -> None:
         engine_settings = engine_settings or EngineSettings()
-        super().__init__(Heartbeat(START_TIMEOUT_S), heartbeat_timeout_s=engine_settings.heartbeat_timeout_s)
+        super().__init__(
+            Heartbeat(START_TIMEOUT_S),
+            heartbeat_timeout_s=engine_settings.heartbeat_timeout_s,
+            max_stalled_s=engine_settings.heartbeat_timeout_s,
+        )
+        #: Number of processes that were started after the first.
         self.restarts_total = 0
         self._socket = socket
         self._data_dir = settings.data_dir
@@ -68,13 +73,14 @@ class EngineClient(EngineConnection):
         self._supervision: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to keep an engine process alive. Returns at once; see `wait_ready`."""
+        """Start to keep an engine process alive. Returns at once; see `wait_ready`."""
         assert self._supervision is None, "started twice"
         self.starting_error = "the engine process is being started"
         self._supervision = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
-        """End the engine process; requests in flight raise `EngineUnavailable`. Leaves no process behind."""
+        """End the engine process. Requests in flight raise `EngineUnavailable`, and no process is left
+        behind."""
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.gather(self._supervision, return_exceptions=True)
@@ -91,7 +97,7 @@ class EngineClient(EngineConnection):
             self.restarts_total += 1
 
     async def _run_child(self) -> str:
-        """Start one engine process and attend to it until it is gone; returns why it is."""
+        """Start one engine process and watch it until it has ended. Returns why it ended."""
         try:
             socket = self._socket or socket_path(self._data_dir)
             child = EngineChild(self._command, self._environment, socket)
@@ -102,19 +108,19 @@ class EngineClient(EngineConnection):
         logger.info("engine process %d started", child.pid)
         reason, kill = "the engine is being closed", False
         try:
-            reason, kill = await self._attend(child)
+            reason, kill = await self._watch(child)
         except (ipc.FrameError, EngineUnavailable) as error:
             reason, kill = str(error), True
-        except Exception as error:  # whatever it is, it must not end the supervision
-            logger.exception("attending to engine process %d failed", child.pid)
-            reason, kill = f"attending to the engine process failed: {error!r}", True
+        except Exception as error:  # whatever happens, it must not end the supervision
+            logger.exception("watching engine process %d failed", child.pid)
+            reason, kill = f"watching the engine process failed: {error!r}", True
         finally:
             self.disconnect(reason)
             await child.end(kill=kill)
         return reason
 
-    async def _attend(self, child: EngineChild) -> tuple[str, bool]:
-        """Talk to the process until it ends or has to be ended: why, and whether it must be killed."""
+    async def _watch(self, child: EngineChild) -> tuple[str, bool]:
+        """Talk to the process until it ends or must be ended. Returns the reason, and whether to kill it."""
         self.failure = None
         self._heartbeat.timeout_s = START_TIMEOUT_S
         exited = asyncio.create_task(child.exited())
@@ -131,16 +137,8 @@ class EngineClient(EngineConnection):
             ending = f"the engine process ended with status {exited.result()}"
             return f"{ending}: {self.failure}" if self.failure else ending, False
         if not talk.cancelled():
-            talk.result()  # raises: the process speaks nonsense or is stuck
+            talk.result()  # raises, because the process breaks the protocol or is stuck
         return f"the engine process has been silent for {self._heartbeat.timeout_s:g} s", True
-
-    def _on_message(self, message: dict[str, Any]) -> None:
-        """Raises `EngineUnavailable` if the engine says that it is stuck in a step."""
-        super()._on_message(message)
-        if self.stats is not None and self.stalled_s > self._heartbeat_timeout_s:
-            raise EngineUnavailable(
-                f"the engine has not come to the end of a step for {self.stalled_s:.0f} s"
-            )
 
     def _on_ready(self, info: EngineInfo) -> None:
         super()._on_ready(info)

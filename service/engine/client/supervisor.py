@@ -1,6 +1,7 @@
-"""The engine process as its parent sees it: where it listens, how it is started and ended, whether it lives.
+"""The engine process as its parent sees it: where it listens, how it is started and ended, whether it is
+alive.
 
-Knows nothing of what is said over the socket.
+Knows nothing of the messages on the socket.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ COMMAND = (sys.executable, "-m", "service.engine")
 
 #: `sun_path` holds 108 bytes on Linux, 104 on macOS.
 MAX_SOCKET_PATH_BYTES = 100
-#: The end of the connection tells of the process' death first; this finds the cases without a connection.
+#: The end of the connection usually reveals the death of the process; this finds it without a connection.
 EXIT_POLL_S = 0.1
-#: From SIGTERM to SIGKILL. The process itself gives a running step 3 s.
+#: Seconds from SIGTERM to SIGKILL. The process itself gives a running step 3 s.
 END_TIMEOUT_S = 5.0
 FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.2, 10.0
-#: A process that was ready for this long did not fail at its start: the next one is started without delay.
+#: A process that was ready for this long did not fail at its start, so the next one is started without delay.
 STABLE_S = 60.0
-#: Silence is counted in looks, not read off the clock: after a pause of the whole API process (a suspended
-#: machine) it is one look long, however long the pause was.
+#: Seconds between two looks. Silence is counted in looks, not read off the clock: a pause of the whole API
+#: process (a suspended machine) counts as one look, however long it was.
 LOOK_S = 0.25
-#: An engine that was silent for too long is asked for a sign of life before it is replaced, and has so long
-#: to answer: after a pause its first message may need a moment.
+#: An engine that was silent for too long gets a ping before it is replaced, and this many seconds to answer:
+#: after a pause its first message may need a moment.
 ANSWER_S = 1.0
-#: Page-locked when the engine is built; a larger host cache is page-locked adapter by adapter beyond it.
+#: Bytes that are page-locked when the engine is built. A larger host cache is page-locked adapter by adapter.
 MAX_RESERVED_BYTES = 2**30
-#: Where torch reads its allocator's settings, newest name first: the first that is set counts.
+#: The variables from which torch reads the settings of its allocator, newest name first: the first that is
+#: set counts.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _RESERVE = "pinned_reserve_segment_size_mb"
 
@@ -60,9 +62,9 @@ class EngineChild:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, restarts: int = 0) -> None:
-        """Start the process. It dies with the calling *thread*, so call this from one that lives on.
+        """Start the process. It dies with the calling *thread*, so that thread must live on.
 
-        restarts: how many there were before it, for it to tell.
+        restarts: number of earlier processes, which it reports.
         """
         place = ["--socket", str(self.socket), "--parent", str(os.getpid()), "--restarts", str(restarts)]
         self._process = start_child([*self._command, *place], environment=self._environment)
@@ -72,14 +74,16 @@ class EngineChild:
         return self._process.pid if self._process is not None else None
 
     async def exited(self) -> int:
-        """Wait for the end of the process; its exit status, negative if a signal ended it."""
+        """Wait for the end of the process. Returns its exit status, which is negative if a signal ended
+        it."""
         assert self._process is not None
         while (status := self._process.poll()) is None:  # noqa: ASYNC110 - the only portable way
             await asyncio.sleep(EXIT_POLL_S)
         return status
 
     async def end(self, *, kill: bool = False) -> None:
-        """SIGTERM, and SIGKILL after END_TIMEOUT_S or at once; returns when the process is gone."""
+        """Send SIGTERM, and SIGKILL after END_TIMEOUT_S, or at once with `kill`. Returns when the process has
+        ended."""
         if self._process is None:
             return
         try:
@@ -88,7 +92,7 @@ class EngineChild:
                 async with asyncio.timeout(END_TIMEOUT_S):
                     await self.exited()
         except TimeoutError:
-            logger.warning("engine process %d does not end; killed", self._process.pid)
+            logger.warning("engine process %d does not end and is killed", self._process.pid)
         finally:
             self._process.kill()
         await self.exited()
@@ -96,17 +100,15 @@ class EngineChild:
 
 
 class Heartbeat:
-    """Notices silence. `timeout_s` may be changed at any time. sleep: passes the time between two looks."""
+    """Notices silence. `timeout_s` may be changed at any time. sleep: waits between two looks."""
 
     def __init__(
         self, timeout_s: float, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         self.timeout_s = timeout_s
         self._sleep = sleep
-        self._beats = 0
-
-    def beat(self) -> None:
-        self._beats += 1
+        #: Number of messages so far. Whoever reads them counts.
+        self.num_beats = 0
 
     async def missed(
         self, *, pid: Callable[[], int | None], is_idle: Callable[[], bool], ask: Callable[[], None]
@@ -114,16 +116,17 @@ class Heartbeat:
         """Return once there has been no beat for `timeout_s`, and none for ANSWER_S after `ask` was called.
 
         pid: of the engine, if it is known. is_idle: whether nobody waits for the engine. Only time in which
-        both sides could run counts; an idle engine that somebody has stopped is left alone until it goes on.
+        both sides could run counts. An idle engine that somebody has stopped is left alone until it
+        continues.
         """
-        seen, silent_s, is_asked = self._beats, 0.0, False
+        seen, silent_s, is_asked = self.num_beats, 0.0, False
         runnable = RunnableTime(pid())
         while True:
             await self._sleep(LOOK_S)
             if runnable.pid != pid():
                 runnable = RunnableTime(pid())
-            if seen != self._beats:
-                seen, silent_s, is_asked = self._beats, 0.0, False
+            if seen != self.num_beats:
+                seen, silent_s, is_asked = self.num_beats, 0.0, False
                 continue
             silent_s += runnable.since_last_look_s(LOOK_S, may_be_stopped=is_idle())
             if silent_s < self.timeout_s:
@@ -137,7 +140,7 @@ class Heartbeat:
 def child_environment(
     settings: CommonSettings, engine_settings: EngineSettings, store_url: str
 ) -> dict[str, str]:
-    """This process' environment with the engine's settings, and without those of other processes."""
+    """The environment of this process with the engine's settings, and without those of other processes."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     inherited |= _reserve_pinned(inherited, engine_settings.host_cache_bytes)
     own = to_environment([settings, engine_settings])
@@ -146,8 +149,8 @@ def child_environment(
 
 
 def _reserve_pinned(environment: Mapping[str, str], host_cache_bytes: int) -> dict[str, str]:
-    """The allocator's setting by which torch page-locks the host cache at once, and not adapter by adapter:
-    300 of 115 kB took 23 ms, one of them 1.8 ms; with it 0.6 ms, at most 0.03 (H200)."""
+    """The setting that makes torch page-lock the host cache at once, and not adapter by adapter: without it
+    300 adapters of 115 kB took 23 ms, the slowest 1.8 ms; with it 0.6 ms, the slowest 0.03 ms (H200)."""
     name = next((name for name in _ALLOCATOR_SETTINGS if name in environment), _ALLOCATOR_SETTINGS[0])
     chosen = environment.get(name, "")
     if _RESERVE in chosen or host_cache_bytes == 0:
@@ -157,10 +160,10 @@ def _reserve_pinned(environment: Mapping[str, str], host_cache_bytes: int) -> di
 
 
 def socket_path(data_dir: Path) -> Path:
-    """A new path for the engine's socket, in a private folder; sockets of dead parents there are removed.
+    """A new path for the engine's socket, in a private folder. Removes sockets of dead parents there.
 
-    `<data_dir>/run/engine-<pid>-<random>.sock`, or a short one under the system's temporary folder where that
-    is too long for a socket. Raises `EngineUnavailable` if the folder is open to other users.
+    The path is `<data_dir>/run/engine-<pid>-<random>.sock`, or a shorter one under the system's temporary
+    folder if that is too long for a socket. Raises `EngineUnavailable` if the folder is open to other users.
     """
     folder = data_dir.resolve() / "run"
     name = f"engine-{os.getpid()}-{secrets.token_hex(3)}.sock"

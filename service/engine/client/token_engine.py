@@ -1,6 +1,6 @@
-"""What the HTTP side asks of an engine: the seam at which the tests put a fake one.
+"""The interface of an engine for the HTTP side, which tests implement with a fake.
 
-`service/engine/client/engine_client.py` fills it with the engine process.
+`engine_client.py` and `attachment.py` implement it with the engine process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TokenEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats | None:
-        """The newest figures, None before the first."""
+        """The latest statistics; None before the first."""
 
     @property
     def is_ready(self) -> bool: ...
@@ -29,9 +29,9 @@ class TokenEngine(Protocol):
     def restarts_total(self) -> int: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
-        """The outputs of one request; the last one has a finish_reason. Closing it cancels the request.
+        """The outputs of one request; the last has a finish_reason. Closing the iterator cancels the request.
 
-        Raises `EngineUnavailable` if the engine is not there, or dies meanwhile.
+        Raises `EngineUnavailable` if there is no engine, or it dies meanwhile.
         """
 
     async def unload(self, tenant: str, adapter_id: str) -> None: ...

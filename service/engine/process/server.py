@@ -1,8 +1,9 @@
-"""The engine's side of the socket: several API connections, one engine thread between them.
+"""The engine's side of the socket: several API connections share one engine thread.
 
-Every connection is greeted with the state (starting or ready), may submit, cancel, unload, check and ping,
-gets all that one step brought it in one frame. What a connection does wrong costs that connection alone; when
-it goes, its requests are cancelled. Knows nothing of Redis or of how the engine starts.
+Every connection is greeted with the state (starting or ready), and may submit, cancel, unload, check and
+ping. It gets everything that one step produced for it in one frame. A connection that breaks the protocol is
+cut, and no other is affected; when a connection ends, its requests are cancelled. Knows nothing of Redis or
+of how the engine starts.
 """
 
 from __future__ import annotations
@@ -14,39 +15,40 @@ import os
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from service.engine.engine import Engine
-from service.engine.process.engine_thread import STATS_INTERVAL_S, Command, EngineThread, Turn
+from service.engine.process.adapter_fetcher import AdapterFetcher
+from service.engine.process.engine_thread import STATS_INTERVAL_S, Command, Delivery, EngineThread
 from service.engine.wire import ipc
 from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
 from tessera.errors import EngineUnavailable, RequestFailed, TesseraError
-from tessera.formats.adapter_ref import AdapterRef
 
 logger = logging.getLogger(__name__)
 
-#: What may wait for a connection that does not read. Above it the connection is cut, because the engine's
-#: memory is not the place to keep what a stopped API process does not fetch.
+#: Bytes that may wait for a connection that does not read. Above it the connection is cut: the engine's
+#: memory is not the place to keep what a stopped API process does not read.
 MAX_BACKLOG_BYTES = 2 * ipc.MAX_FRAME_BYTES
 _FLUSH_POLL_S = 0.02
 
 
 class _Connection:
-    """One API process: its number, its requests in flight, its end of the stream."""
+    """The connection of one API process."""
 
     def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
         self.number = number
+        #: Its requests in flight, by the ids that the engine knows them by.
         self.requests: set[str] = set()
         self._writer = writer
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame. Nothing happens if the connection is closing."""
+        """Queue one frame. Does nothing if the connection is closing."""
         if self._writer.is_closing():
             return
         if self._writer.transport.get_write_buffer_size() + len(frame) > MAX_BACKLOG_BYTES:
-            logger.error("connection %d does not read its frames; cut", self.number)
+            logger.error("connection %d does not read its frames and is cut", self.number)
             self.abort()
             return
         self._writer.write(frame)
@@ -60,42 +62,40 @@ class _Connection:
 
 
 class EngineServer:
-    """Connections on one side, the engine thread on the other. Lives in the asyncio loop.
+    """Passes messages between the connections and the engine thread. Lives in the asyncio loop."""
 
-    on_adapter: told what each request that was posted to the engine needs, so that it can be fetched ahead.
-    """
-
-    def __init__(self, *, on_adapter: Callable[[AdapterRef], None]) -> None:
-        self._on_adapter = on_adapter
+    def __init__(self) -> None:
         self._connections: dict[int, _Connection] = {}
         self._num_accepted = 0
         self._thread: EngineThread | None = None
-        self._greeting = ipc.encode("starting", reason="the engine process has begun")
+        self._fetcher: AdapterFetcher | None = None
+        self._greeting = ipc.encode("starting", reason="the engine process has started")
         self._stats = EngineStats()
         self._stats_sent_at = 0.0
         self._server: asyncio.Server | None = None
 
     async def listen(self, path: Path) -> None:
-        """Accept connections at a unix socket in a folder that only this user may enter. Replaces a stale
-        socket."""
+        """Accept connections at a unix socket, which replaces a stale one. Its folder must be open to this
+        user only."""
         self._server = await asyncio.start_unix_server(self._serve, path)
         os.chmod(path, 0o600)
 
     def announce_starting(self, reason: str) -> None:
-        logger.info("%s", reason)  # it may take minutes, in which nothing else is said
+        logger.info("%s", reason)  # it may take minutes, in which nothing else is logged
         self._greet(ipc.encode("starting", reason=reason))
 
     def announce_failure(self, error: TesseraError) -> None:
-        """The engine cannot start; the process is about to end."""
+        """Announce that the engine cannot start and the process is about to end."""
         self._greet(ipc.encode("failed", error=ipc.error_map(error)))
 
-    def announce_ready(self, info: EngineInfo, thread: EngineThread) -> None:
-        """From now on requests go to `thread`, which calls `deliver`."""
+    def announce_ready(self, info: EngineInfo, thread: EngineThread, fetcher: AdapterFetcher) -> None:
+        """From now on requests go to `thread`, which calls `deliver`, and `fetcher` brings what they need."""
         self._thread = thread
-        self._greet(ipc.encode("ready", info=info.to_map()))
+        self._fetcher = fetcher
+        self._greet(ipc.encode("ready", info=vars(info)))
 
     async def keep_beating(self) -> None:
-        """Once a second the state or the figures, to every connection, for ever."""
+        """Send the state or the statistics to every connection once a second, for ever."""
         while True:
             await asyncio.sleep(STATS_INTERVAL_S)
             if self._thread is None:
@@ -105,13 +105,14 @@ class EngineServer:
             if time.monotonic() - self._stats_sent_at >= 0.9 * STATS_INTERVAL_S:
                 self._send_stats()
 
-    def deliver(self, turn: Turn) -> None:
-        """Hand out what one turn of the engine brought: one frame per connection."""
-        for reply, error in turn.replies:
+    def deliver(self, delivery: Delivery) -> None:
+        """Send what the engine produced, in one frame per connection, and fetch what it lacks."""
+        for reply, error in delivery.replies:
             reply(error)
         rows: defaultdict[int, list[tuple[Any, ...]]] = defaultdict(list)
-        for output in turn.outputs:
-            number, request_id = _split_id(output.request_id)
+        for output in delivery.outputs:
+            prefix, _, request_id = output.request_id.partition("/")
+            number = int(prefix)
             connection = self._connections.get(number)
             if connection is None:
                 continue
@@ -121,9 +122,13 @@ class EngineServer:
         for number, own_rows in rows.items():
             for frame in _encode_outputs(own_rows):
                 self._connections[number].send(frame)
-        if turn.stats is not None:
-            self._stats = turn.stats
+        if delivery.stats is not None:
+            self._stats = delivery.stats
             self._send_stats()
+        if self._fetcher is not None and (delivery.missing_adapters or delivery.missing_bases):
+            self._fetcher.fetch(delivery.missing_adapters)
+            for basis_id in delivery.missing_bases:
+                self._fetcher.fetch_basis(basis_id)
 
     async def close(self) -> None:
         """Stop listening and cut every connection."""
@@ -133,7 +138,7 @@ class EngineServer:
             connection.abort()
 
     async def flush(self, *, timeout_s: float) -> None:
-        """Before the process ends: let somebody connect and hear why, and what has been sent leave."""
+        """Before the process ends, give a client time to connect and learn why, and let sent frames leave."""
         give_up_at = time.monotonic() + timeout_s
         while self._num_accepted == 0 or any(c.has_backlog for c in self._connections.values()):
             if time.monotonic() > give_up_at:
@@ -150,7 +155,7 @@ class EngineServer:
 
     def _send_stats(self) -> None:
         stalled_s = self._thread.stalled_s if self._thread else 0.0
-        self._broadcast(ipc.encode("stats", stats=self._stats.to_map(), stalled_s=stalled_s))
+        self._broadcast(ipc.encode("stats", stats=vars(self._stats), stalled_s=stalled_s))
         self._stats_sent_at = time.monotonic()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -162,7 +167,7 @@ class EngineServer:
             while (message := await ipc.read_frame(reader)) is not None:
                 self._handle(connection, message)
         except ipc.FrameError as error:
-            logger.warning("connection %d: %s; closed", connection.number, error)
+            logger.warning("connection %d: %s; it is closed", connection.number, error)
         except OSError as error:
             logger.info("connection %d is lost: %s", connection.number, error)
         finally:
@@ -170,11 +175,11 @@ class EngineServer:
             connection.abort()
 
     def _handle(self, connection: _Connection, message: dict[str, Any]) -> None:
-        """Act on one message. Raises `ipc.FrameError` if it is not one of ours."""
+        """Act on one message. Raises `ipc.FrameError` if it is not part of the protocol."""
         try:
             match message["type"]:
                 case "submit":
-                    self._submit(connection, GenerationRequest.from_map(message["request"]))
+                    self._submit(connection, ipc.request_from_map(message["request"]))
                 case "cancel":
                     self._cancel(f"{connection.number}/{message['request_id']}")
                 case "unload":
@@ -187,7 +192,7 @@ class EngineServer:
                 case _:
                     raise ValueError("unknown type")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ipc.FrameError(f"a {message['type']!r} message that cannot be read: {error!r}") from error
+            raise ipc.FrameError(f"unreadable {message['type']!r} message: {error!r}") from error
 
     def _submit(self, connection: _Connection, request: GenerationRequest) -> None:
         def reply(error: TesseraError | None) -> None:
@@ -197,7 +202,7 @@ class EngineServer:
                     ipc.encode("refused", request_id=request.request_id, error=ipc.error_map(error))
                 )
 
-        # Two API processes may use the same id: inside the engine it carries the connection's number.
+        # Two API processes may use the same id, so inside the engine it carries the connection's number.
         engine_id = f"{connection.number}/{request.request_id}"
         if engine_id in connection.requests:
             raise ValueError(f"request {request.request_id} is already in flight")
@@ -205,17 +210,17 @@ class EngineServer:
             reply(EngineUnavailable("the engine is starting"))
             return
         connection.requests.add(engine_id)
-        own = dataclasses.replace(request, request_id=engine_id)
-        self._thread.post(lambda engine: engine.submit(own), reply)
-        if own.adapter is not None:
-            self._on_adapter(own.adapter)
+        engine_request = dataclasses.replace(request, request_id=engine_id)
+        self._thread.post(lambda engine: engine.submit(engine_request), reply)
+        if request.adapter is not None and self._fetcher is not None:
+            self._fetcher.fetch_ahead(request.adapter)
 
     def _cancel(self, engine_id: str) -> None:
         if self._thread is not None:
             self._thread.post(lambda engine: engine.cancel(engine_id))
 
     def _call(self, connection: _Connection, number: int, command: Command) -> None:
-        """Have `command` run between two steps, and tell the sender that it is done."""
+        """Run `command` between two steps, and tell the sender when it is done."""
 
         def reply(error: TesseraError | None) -> None:
             connection.send(ipc.encode("done", id=number, error=error and ipc.error_map(error)))
@@ -232,7 +237,7 @@ class EngineServer:
 
 
 def _check_integrity(engine: Engine) -> None:
-    """Raises `RequestFailed` where the engine's books do not balance; it goes on all the same."""
+    """Raises `RequestFailed` if the engine's books do not balance. The engine continues to run."""
     try:
         engine.check_integrity()
     except AssertionError as error:
@@ -241,13 +246,8 @@ def _check_integrity(engine: Engine) -> None:
         raise RequestFailed(message, code="integrity_violated") from error
 
 
-def _split_id(engine_id: str) -> tuple[int, str]:
-    number, _, request_id = engine_id.partition("/")
-    return int(number), request_id
-
-
 def _encode_outputs(rows: list[tuple[Any, ...]]) -> Iterator[bytes]:
-    """`rows` in as few frames as the limit allows; an output that is too big alone becomes an error."""
+    """Encode `rows` in as few frames as the size limit allows. A single output above it becomes an error."""
     try:
         yield ipc.encode("outputs", outputs=rows)
     except ipc.FrameError:
@@ -257,7 +257,7 @@ def _encode_outputs(rows: list[tuple[Any, ...]]) -> Iterator[bytes]:
             return
         error = (
             "output_too_large",
-            "the output exceeds what one message may carry; ask for fewer log-probabilities",
+            "the output exceeds the size of one message; request fewer log-probabilities",
         )
         output = TokenOutput(rows[0][0], finish_reason="error", error=error)
         yield ipc.encode("outputs", outputs=[ipc.output_row(output, request_id=output.request_id)])

@@ -1,23 +1,23 @@
-"""Frames between the API and the engine process: how they are cut, packed and read.
+"""Frames between the API and the engine process: how they are delimited, packed and read.
 
     frame = length, 4 bytes big-endian | one msgpack map with a "type"
 
     API → engine    submit   request
                     cancel   request_id
                     unload   id, tenant, adapter_id
-                    check    id                              the engine's books, between two steps
-                    ping                                     asks for a sign of life
+                    check    id                              check the engine's books, between two steps
+                    ping                                     ask for a sign of life
     engine → API    starting reason                          once a second until ready
                     failed   error                           it cannot start, and exits
-                    ready    info                            first frame once it serves
+                    ready    info                            the first frame once it serves
                     stats    stats, stalled_s                once a second, and when the work is done
-                    outputs  outputs                         all that one step brought this connection
-                    refused  request_id, error               the request was not taken
-                    done     id, error                       of an unload or a check
+                    outputs  outputs                         all that one step produced for this connection
+                    refused  request_id, error               the request was refused
+                    done     id, error                       answers an unload or a check
                     pong                                     at once, whatever the engine does
 
 Outputs travel as rows without field names: at 256 sequences and 100 steps a second `dataclasses.asdict` alone
-would take half a core. Knows nothing of sockets, processes or queues. No pickle.
+would take half a core. Knows nothing of sockets, processes or queues. Uses no pickle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import msgpack
 
-from service.engine.wire.messages import GenerationRequest, TokenLogprobs, TokenOutput
+from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 from tessera.errors import (
     AdapterReplaced,
     BasisMismatch,
@@ -47,14 +47,15 @@ from tessera.errors import (
     Unavailable,
     UnsupportedModel,
 )
+from tessera.formats.adapter_ref import AdapterRef
 
-#: A prompt of 128k tokens is 0.6 MB, its log-probabilities with 20 alternatives each 40 MB. Above it the peer
-#: is broken, and its length must not make the reader reserve memory.
+#: The largest frame. A prompt of 128k tokens is 0.6 MB, and its log-probabilities with 20 alternatives each
+#: are 40 MB. A peer that announces more is broken, and must not make the reader reserve memory.
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 _LENGTH = struct.Struct(">I")
 
-#: The errors that keep their class on the way to the API; any other arrives as `RequestFailed`.
+#: The errors that keep their class on the way to the API. Any other arrives as `RequestFailed`.
 _ERRORS: dict[str, type[TesseraError]] = {
     cls.__name__: cls
     for cls in (
@@ -77,22 +78,22 @@ _ERRORS: dict[str, type[TesseraError]] = {
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame, or a message that makes none. The connection they came from is of no use."""
+    """Bytes that are no frame, or a message that makes none. The connection cannot be used any more."""
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """One frame. Raises `FrameError` for values msgpack does not know, and above MAX_FRAME_BYTES."""
+    """One frame. Raises `FrameError` for values that msgpack does not know, and above MAX_FRAME_BYTES."""
     try:
         body: bytes = msgpack.packb({"type": kind, **fields}, unicode_errors="backslashreplace")
     except (TypeError, ValueError, OverflowError) as error:
-        raise FrameError(f"a {kind} message that cannot be packed: {error}") from error
+        raise FrameError(f"cannot pack a {kind} message: {error}") from error
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"a {kind} message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + body
 
 
 async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message, or None where the stream ends between two frames. Raises `FrameError`."""
+    """The next message, or None if the stream ends between two frames. Raises `FrameError`."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
         if length > MAX_FRAME_BYTES:
@@ -117,7 +118,7 @@ def decode(body: bytes) -> dict[str, Any]:
 
 
 def request_map(request: GenerationRequest) -> dict[str, Any]:
-    """What `GenerationRequest.from_map` reads, sharing the token list instead of copying it."""
+    """A request for the wire. It shares the token list instead of copying it."""
     adapter = request.adapter
     return {
         **vars(request),
@@ -126,8 +127,18 @@ def request_map(request: GenerationRequest) -> dict[str, Any]:
     }
 
 
+def request_from_map(values: dict[str, Any]) -> GenerationRequest:
+    """The inverse of `request_map`. Raises TypeError or KeyError for unknown or missing fields."""
+    sampling, adapter = values["sampling"], values["adapter"]
+    known = {
+        "sampling": SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])}),
+        "adapter": AdapterRef(**adapter) if adapter else None,
+    }
+    return GenerationRequest(**{**values, **known})
+
+
 def output_row(output: TokenOutput, *, request_id: str) -> tuple[Any, ...]:
-    """An output without field names, under the id by which the receiver knows the request."""
+    """An output without field names. request_id: the id by which the receiver knows the request."""
     prompt = output.prompt_logprobs
     return (
         request_id,
@@ -156,7 +167,7 @@ def output_from_row(row: Sequence[Any]) -> TokenOutput:
             num_distinct,
         )
     except (TypeError, ValueError, IndexError) as error:
-        raise FrameError(f"an output that cannot be read: {error}") from error
+        raise FrameError(f"unreadable output: {error}") from error
 
 
 def _logprobs_row(entry: TokenLogprobs) -> tuple[Any, ...]:
@@ -169,7 +180,7 @@ def _logprobs_from_row(row: Sequence[Any]) -> TokenLogprobs:
 
 
 def error_map(error: TesseraError) -> dict[str, Any]:
-    """An error for the wire: its nearest class that the reader knows, code, message, parameter."""
+    """An error for the wire: the nearest class that the reader knows, code, message and parameter."""
     known = (cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _ERRORS)
     return {
         "class": next(known, RequestFailed.__name__),
@@ -185,4 +196,4 @@ def error_from_map(values: dict[str, Any]) -> TesseraError:
         cls = _ERRORS.get(values["class"], RequestFailed)
         return cls(str(values["message"]), param=values["param"], code=str(values["code"]))
     except (KeyError, TypeError) as error:
-        raise FrameError(f"an error that cannot be read: {error}") from error
+        raise FrameError(f"unreadable error: {error}") from error

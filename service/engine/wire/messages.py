@@ -1,171 +1,138 @@
-"""What travels between the API and the engine: requests in, tokens out, and the engine's own figures.
+"""The messages between the API and the engine: requests in, tokens out, and the engine's statistics.
 
-Plain dataclasses of JSON-like fields, sent as msgpack maps. Token ids only: text, templates and stop strings
-are the API's business.
+Plain dataclasses of JSON-like fields; `ipc.py` turns them into msgpack and back. They hold token ids only:
+text, templates and stop strings are the API's business.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field
 
 from tessera.formats.adapter_ref import AdapterRef
 
 
-class Message:
-    """Conversion to and from a msgpack map; unknown fields are refused by the constructor."""
-
-    def to_map(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
-
-    @classmethod
-    def from_map(cls, values: dict[str, Any]) -> Self:
-        return cls(**values)
-
-
 @dataclass(frozen=True)
-class SamplingParams(Message):
-    """How one sequence is continued. Already validated (`service/http/schemas/common.py`).
+class SamplingParams:
+    """How a request is continued. The API has validated it (`service/http/schemas/common.py`)."""
 
-    max_tokens 0 scores the prompt only. temperature 0 is greedy. top_k 0 and top_p 1.0 are off. seed None
-    draws one from the operating system. logprobs: how many of the most likely tokens to report beside the
-    chosen one (None: report nothing), from the model's own distribution, before temperature and penalties.
-    stop_token_ids end the sequence; eos is among them unless ignore_eos was asked for.
-    """
-
+    #: 0 scores the prompt only.
     max_tokens: int = 16
     min_tokens: int = 0
+    #: 0 is greedy.
     temperature: float = 1.0
+    #: 1.0 is off.
     top_p: float = 1.0
+    #: 0 is off.
     top_k: int = 0
+    #: 0 is off.
     min_p: float = 0.0
+    #: None takes random bits from the operating system.
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    #: How many of the most likely tokens to report beside the chosen one, from the model's own distribution,
+    #: before temperature and penalties. None reports nothing.
     logprobs: int | None = None
+    #: The same for the tokens of the prompt.
     prompt_logprobs: int | None = None
+    #: End the output; eos is among them unless ignore_eos was requested.
     stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class GenerationRequest(Message):
-    """One sequence to continue. adapter None means the base model alone. tenant salts the prefix cache and is
-    the unit of fairness. deadline_s: give up this many seconds after submission."""
+class GenerationRequest:
+    """One sequence to continue."""
 
     request_id: str
+    #: Separates prefix caches, and is the unit of fairness.
     tenant: str
     token_ids: list[int]
     sampling: SamplingParams
+    #: None means the base model alone.
     adapter: AdapterRef | None = None
+    #: Seconds after submission at which the engine gives up.
     deadline_s: float | None = None
-
-    @classmethod
-    def from_map(cls, values: dict[str, Any]) -> Self:
-        adapter = values["adapter"]
-        sampling = {**values["sampling"], "stop_token_ids": tuple(values["sampling"]["stop_token_ids"])}
-        return cls(
-            **{
-                **values,
-                "sampling": SamplingParams(**sampling),
-                "adapter": AdapterRef(**adapter) if adapter else None,
-            }
-        )
 
 
 @dataclass(frozen=True)
-class TokenLogprobs(Message):
-    """The log-probability of one token, and of the most likely ones: pairs (token id, log-probability)."""
+class TokenLogprobs:
+    """The log-probability of one token, and of the most likely ones."""
 
     token_id: int
     logprob: float
+    #: Pairs of token id and log-probability.
     top: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass  # one per request and step: not frozen, which takes three times as long
-class TokenOutput(Message):
-    """What one step brought one request.
-
-    token_ids: the new tokens, with the stop token that ended the sequence, if one did. finish_reason: None
-    while running, else "stop", "length", "cancelled" or "error". error: (code, message) where it is "error".
-    prompt_logprobs: for tokens 1.. of the prompt, sent once, with the first output. num_cached_tokens: prompt
-    tokens found in the prefix cache. num_distinct: how many different models (adapters, and the base if
-    present) shared the step.
-    """
+class TokenOutput:
+    """What one step produced for one request."""
 
     request_id: str
+    #: The new tokens, including the stop token that ended the output.
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    #: For the tokens of the prompt from the second on; sent once, with the first output.
     prompt_logprobs: list[TokenLogprobs] | None = None
+    #: None while the request runs, then "stop", "length", "cancelled" or "error".
     finish_reason: str | None = None
+    #: (code, message) if finish_reason is "error".
     error: tuple[str, str] | None = None
+    #: Prompt tokens that were found in the prefix cache.
     num_cached_tokens: int = 0
+    #: Number of different models (adapters, and the base model if present) that shared the step.
     num_distinct: int = 0
-
-    @classmethod
-    def from_map(cls, values: dict[str, Any]) -> Self:
-        prompt = values.get("prompt_logprobs")
-        error = values.get("error")
-        return cls(
-            **{
-                **values,
-                "logprobs": [_token_logprobs(v) for v in values.get("logprobs", [])],
-                "prompt_logprobs": None if prompt is None else [_token_logprobs(v) for v in prompt],
-                "error": tuple(error) if error else None,
-            }
-        )
-
-
-def _token_logprobs(values: dict[str, Any]) -> TokenLogprobs:
-    return TokenLogprobs(values["token_id"], values["logprob"], [(t, lp) for t, lp in values["top"]])
 
 
 @dataclass(frozen=True)
-class EngineInfo(Message):
-    """What the engine is, told once when it is ready. max_model_len: prompt plus output, in tokens. restarts:
-    engine processes of the same parent before this one."""
+class EngineInfo:
+    """What the engine is. Sent once, when it is ready."""
 
     model_name: str
     model_id: str
     vocab_size: int
+    #: Most tokens of a request, prompt and output together.
     max_model_len: int
     device: str
     dtype: str
     default_basis_id: str
     pid: int
+    #: How the model is run, "fused" or "generic", and why.
     forward_mode: str = ""
+    #: Engine processes of the same parent before this one.
     restarts: int = 0
 
 
 @dataclass(frozen=True)
-class EngineStats(Message):
-    """The engine's figures: gauges as they are now, counters since its start (names end in _total).
-
-    num_waiting includes num_waiting_for_adapter. slots: over all resident bases. adapter_loads_total,
-    adapter_evictions_total: by tier, "cached" (host memory) and "resident" (slots).
-    memory_bytes by kind: weights, kv, adapters (slots), bases, workspace, free (CUDA) or process_rss (CPU).
-    """
+class EngineStats:
+    """The engine's statistics: gauges of this moment, and counters since its start (`*_total`)."""
 
     num_running: int = 0
+    #: Includes num_waiting_for_adapter.
     num_waiting: int = 0
     num_waiting_for_adapter: int = 0
     kv_blocks: int = 0
     kv_blocks_used: int = 0
     kv_blocks_cached: int = 0
+    #: Of all resident bases, and so are the next two.
     slots: int = 0
     slots_resident: int = 0
     slots_pinned: int = 0
     host_cache_bytes: int = 0
     host_cache_entries: int = 0
     resident_bases: int = 0
+    #: By kind: weights, kv, adapters (slots), bases, workspace, and free (CUDA) or process_rss (CPU).
     memory_bytes: dict[str, int] = field(default_factory=dict)
     steps_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     cached_prompt_tokens_total: int = 0
     preemptions_total: int = 0
+    #: By tier: "cached" (host memory) and "resident" (slots).
     adapter_loads_total: dict[str, int] = field(default_factory=dict)
     adapter_load_failures_total: int = 0
+    #: By tier, like the loads.
     adapter_evictions_total: dict[str, int] = field(default_factory=dict)
     step_failures_total: int = 0

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from service.engine.client.connection import merge_outputs
 from service.engine.client.engine_client import EngineClient
-from service.engine.client.output_stream import merge_outputs
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenOutput
 from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef

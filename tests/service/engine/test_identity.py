@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 
 from service.engine.adapters.packed_adapter import PackedAdapter, SlotFormat
 from service.engine.engine import Engine
-from service.engine.process.store_reader import parse_adapter
+from service.engine.process.adapter_fetcher import parse_adapter
 from service.engine.settings import EngineConfig
 from tessera.errors import NotFound, TesseraError
 from tessera.formats.adapter import Adapter

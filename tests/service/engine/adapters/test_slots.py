@@ -13,7 +13,7 @@ from service.engine.adapters.linear import AdapterLinear, attach, detach
 from service.engine.adapters.packed_adapter import PackedAdapter, SlotFormat
 from service.engine.adapters.residency import AdapterCache
 from service.engine.adapters.slots import SlotTable
-from service.engine.process.store_reader import parse_adapter
+from service.engine.process.adapter_fetcher import parse_adapter
 from tessera.errors import AdapterReplaced, BasisMismatch, CorruptRecord, NotFound
 from tessera.formats.adapter import Adapter, delta, read_header
 from tessera.formats.adapter_ref import AdapterRef

@@ -25,6 +25,19 @@ LONG = 200
 MAX_WAITING = 4
 
 
+class Fetcher:
+    """Stands in for the fetcher of adapters: notes what it is asked for, and brings nothing."""
+
+    def __init__(self) -> None:
+        self.fetched_ahead: list[AdapterRef] = []
+
+    def fetch_ahead(self, ref: AdapterRef) -> None:
+        self.fetched_ahead.append(ref)
+
+    def fetch(self, refs: list[AdapterRef]) -> None:
+        pass
+
+
 class Served:
     """A real engine with a small model, behind a real socket."""
 
@@ -33,9 +46,9 @@ class Served:
         self.model = family("micro")
         self.engine = Engine(self.model.base, EngineConfig(max_waiting_per_tenant=MAX_WAITING))
         self.engine.add_basis(self.model.basis)
-        self.wanted: list[AdapterRef] = []
-        self.server = EngineServer(on_adapter=self.wanted.append)
-        self.thread = EngineThread(self.engine, on_turn=self.server.deliver, on_failure=self.fail)
+        self.fetcher = Fetcher()
+        self.server = EngineServer()
+        self.thread = EngineThread(self.engine, on_delivery=self.server.deliver, on_failure=self.fail)
         self._info = replace(self.engine.info(), restarts=restarts)
 
     def fail(self, error: BaseException) -> None:
@@ -46,7 +59,7 @@ class Served:
         await self.server.listen(self.path)
         beating = asyncio.create_task(self.server.keep_beating())
         self.thread.start()
-        self.server.announce_ready(self._info, self.thread)
+        self.server.announce_ready(self._info, self.thread, self.fetcher)  # type: ignore[arg-type]
         try:
             yield self
         finally:
@@ -158,7 +171,7 @@ async def test_what_a_request_needs_is_told_at_once(path: Path) -> None:
         ref = served.model.refs[0]
         stream = engine.generate(request("r", adapter=ref))
         first: asyncio.Task[TokenOutput] = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
-        await wait_until(lambda: served.wanted == [ref])
+        await wait_until(lambda: served.fetcher.fetched_ahead == [ref])
         assert not served.engine.holds(ref)
         adapter = served.model.adapters[ref]
         served.thread.post(lambda core: core.provide_adapter(ref, adapter))

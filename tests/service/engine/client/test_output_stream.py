@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.client.output_stream import MAX_APART, Backlog, OutputStream
+from service.engine.client.connection import MAX_APART, Backlog, OutputStream
 from service.engine.wire.messages import TokenLogprobs, TokenOutput
 from tessera.errors import RequestFailed
 from tests.service.engine.client.test_attachment import Served, attached, request

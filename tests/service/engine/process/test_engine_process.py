@@ -17,8 +17,8 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
+from service.engine.client.connection import merge_outputs
 from service.engine.client.engine_client import EngineClient
-from service.engine.client.output_stream import merge_outputs
 from service.engine.engine import Engine
 from service.engine.settings import EngineConfig, EngineSettings
 from service.engine.wire import ipc

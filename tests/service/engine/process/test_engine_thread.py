@@ -1,4 +1,4 @@
-"""The engine's thread, around a small engine whose steps do as they are told."""
+"""The engine's thread, around a small engine whose steps the test controls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from service.engine.process.engine_thread import EngineThread, Turn
+from service.engine.process.engine_thread import Delivery, EngineThread
 from service.engine.wire.messages import EngineStats, GenerationRequest, SamplingParams, TokenOutput
 from tessera.errors import EngineOverloaded, RequestFailed, TesseraError
 from tessera.formats.adapter import Adapter
@@ -73,33 +73,34 @@ class FakeEngine:
 
 
 class Desk:
-    """Collects what the thread hands to the asyncio loop."""
+    """Collects what the thread delivers to the asyncio loop."""
 
     def __init__(self) -> None:
-        self.turns: list[Turn] = []
+        self.deliveries: list[Delivery] = []
         self.failure: BaseException | None = None
 
-    def on_turn(self, turn: Turn) -> None:
-        for reply, error in turn.replies:
+    def on_delivery(self, delivery: Delivery) -> None:
+        for reply, error in delivery.replies:
             reply(error)
-        self.turns.append(turn)
+        self.deliveries.append(delivery)
 
     def on_failure(self, error: BaseException) -> None:
         self.failure = error
 
     @property
     def outputs(self) -> list[TokenOutput]:
-        return [output for turn in self.turns for output in turn.outputs]
+        return [output for delivery in self.deliveries for output in delivery.outputs]
 
     @property
     def last_stats(self) -> EngineStats | None:
-        return next((turn.stats for turn in reversed(self.turns) if turn.stats is not None), None)
+        return next((each.stats for each in reversed(self.deliveries) if each.stats is not None), None)
 
 
 @asynccontextmanager
 async def running(engine: FakeEngine) -> AsyncIterator[tuple[EngineThread, Desk]]:
     desk = Desk()
-    thread = EngineThread(engine, on_turn=desk.on_turn, on_failure=desk.on_failure)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    thread = EngineThread(engine, on_delivery=desk.on_delivery, on_failure=desk.on_failure)
     thread.start()
     try:
         yield thread, desk
@@ -117,10 +118,11 @@ async def test_outputs_come_in_one_hand_over_per_step() -> None:
     engine = FakeEngine()
     async with running(engine) as (thread, desk):
         # One command, so that both requests are there before the first step.
-        thread.post(lambda e: [e.submit(request("a")), e.submit(request("b"))])  # type: ignore[arg-type,return-value]
+        # type: ignore[arg-type,return-value]
+        thread.post(lambda e: [e.submit(request("a")), e.submit(request("b"))])
         await wait_until(lambda: len(desk.outputs) == 6)
 
-    assert [len(turn.outputs) for turn in desk.turns if turn.outputs] == [2, 2, 2]
+    assert [len(each.outputs) for each in desk.deliveries if each.outputs] == [2, 2, 2]
     assert [output.finish_reason for output in desk.outputs] == [None] * 4 + ["length"] * 2
 
 
@@ -166,11 +168,11 @@ async def test_a_request_of_wrong_types_costs_nobody_else() -> None:
     assert desk.failure is None
 
 
-async def test_missing_adapters_are_asked_for_with_the_turn() -> None:
+async def test_missing_adapters_are_delivered() -> None:
     ref = AdapterRef("t", "tone", 1, "00" * 32)
     async with running(FakeEngine()) as (thread, desk):
         thread.post(lambda e: e.submit(request("a", adapter=ref)))
-        await wait_until(lambda: any(turn.missing_adapters == [ref] for turn in desk.turns))
+        await wait_until(lambda: any(each.missing_adapters == [ref] for each in desk.deliveries))
 
 
 def stalled_s(thread: EngineThread) -> float:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.client.output_stream import OutputStream, merge_outputs
+from service.engine.client.connection import OutputStream, merge_outputs
 from service.engine.wire import ipc
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 from tessera.errors import (
@@ -130,7 +130,7 @@ def test_a_request_comes_out_as_it_went_in() -> None:
 
     message = ipc.decode(body_of(ipc.encode("submit", request=ipc.request_map(request))))
 
-    assert GenerationRequest.from_map(message["request"]) == request
+    assert ipc.request_from_map(message["request"]) == request
 
 
 def test_a_request_to_the_base_model_comes_out_as_it_went_in() -> None:
@@ -138,7 +138,7 @@ def test_a_request_to_the_base_model_comes_out_as_it_went_in() -> None:
 
     message = ipc.decode(body_of(ipc.encode("submit", request=ipc.request_map(request))))
 
-    assert GenerationRequest.from_map(message["request"]) == request
+    assert ipc.request_from_map(message["request"]) == request
 
 
 def test_an_output_comes_out_under_the_id_of_the_receiver() -> None:
