@@ -111,7 +111,7 @@ def test_prompt_logprobs_are_computed_a_bounded_number_of_rows_at_a_time(micro: 
     scheduler = Scheduler(EngineConfig(), engine.pool, engine.residency, max_logit_rows=10)
     wide = SamplingParams(prompt_logprobs=0)
     for name, params in {"first": wide, "second": wide, "plain": SamplingParams()}.items():
-        scheduler.submit(
+        scheduler.enqueue(
             EngineRequest(GenerationRequest(name, "t", [1] * 30, params), len(scheduler.waiting), b"")
         )
     plan = scheduler.schedule()
