@@ -92,7 +92,7 @@ class Layers:
         return out
 
     def torch_step(self) -> PagedAttention:
-        """The slow truth: every sequence in a tile of its own, for the memory's sake."""
+        """The reference implementation: every sequence in a tile of its own, for the memory's sake."""
         w = self.workload
         positions = torch.arange(w.context - w.queries, w.context, device=w.device)[None]
         tiles = [
@@ -126,7 +126,7 @@ class Layers:
         return TritonPagedAttention(self.kv, inputs, configs=configs)
 
     def check(self, out: Tensor, rows: Sequence[int]) -> None:
-        """Compare these sequences of the last layer's output with the slow truth."""
+        """Compare these sequences of the last layer's output with the reference implementation."""
         w = self.workload
         positions = torch.arange(w.context - w.queries, w.context, device=w.device)[None]
         nowhere = torch.empty(0, dtype=torch.int64, device=w.device)

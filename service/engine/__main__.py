@@ -1,6 +1,6 @@
-"""`python -m service.engine --socket PATH --parent PID`: what `EngineClient` starts.
+"""`python -m service.engine --socket PATH --parent PID`: the process that `EngineClient` starts.
 
-Settings come from the environment, in which the client put its own.
+It reads its settings from the environment, to which the client has added its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 async def run(socket: Path, parent: int, restarts: int) -> None:
-    # Only now, because it takes seconds: torch and transformers.
+    # Imported here because torch and transformers take seconds.
     from service.engine.process.engine_process import EngineProcess
     from service.engine.settings import PREFIX, EngineSettings
     from tessera.settings import CommonSettings, refuse_unknown_variables
@@ -42,7 +42,7 @@ async def run(socket: Path, parent: int, restarts: int) -> None:
     set_up_logging("engine", level=settings.log_level, log_format=settings.log_format)
     status = await EngineProcess(settings, EngineSettings(), restarts=restarts).run(socket, parent=parent)
     logging.shutdown()
-    # Not sys.exit: that waits for the threads, and one may be loading a model or be stuck in a CUDA call.
+    # Not sys.exit, which waits for the threads: one may be loading a model or be stuck in a CUDA call.
     os._exit(status)
 
 

@@ -2,8 +2,8 @@
 
     y[t] = W x[t] (+ bias) + Σ over resident bases b of  B_b R_b[slot_b[t]] A_b x[t]
 
-What a module needs of a step (which token has which slot) it reads from the slot tables that it was given, so
-there is no global "current batch". A basis for which a step has no adapter rows costs nothing.
+A module reads the slot of each token from the slot tables that it was given, so there is no global "current
+batch". A basis without adapter rows in a step costs nothing.
 """
 
 from __future__ import annotations
@@ -24,39 +24,43 @@ from tessera.model.base_model import replace_module
 
 @dataclass(frozen=True)
 class Factors:
-    """One basis' share in the module `name`. A: [r, d_in], B: [d_out, r], R_slots: [S, r, r], seen in
-    `slots`, where the module has number `index`."""
+    """The part of one basis in one module."""
 
+    #: Name of the module.
     name: str
+    #: [r, d_in]
     A: Tensor
+    #: [d_out, r]
     B: Tensor
+    #: [S, r, r], a view of `slots`.
     R_slots: Tensor
     slots: SlotTable
+    #: Number of the module in the basis.
     index: int
 
 
 class AdapterLinear(nn.Linear):
     """A linear layer with the weight of another, and the factors of every basis that targets it, by basis id.
 
-    A subclass that shares the weight, and not a wrapper round the module, so that names, `isinstance` and
-    `.weight` stay what the model and a builder of bases expect.
+    It is a subclass that shares the weight, rather than a wrapper around the module, so that names,
+    `isinstance` and `.weight` remain what the model and a builder of bases expect.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
-        self._original = (linear,)  # in a tuple, or nn.Module would register it as a child
+        self._original = (linear,)  # in a tuple, because nn.Module would register it as a child
         self.factors: dict[str, Factors] = {}
 
     @property
     def original(self) -> nn.Linear:
-        """The layer in whose place this one stands."""
+        """The layer that this one replaces."""
         return self._original[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_in], the T tokens of the batch in order, each with one row or with several of its own;
-        returns [..., d_out]. Raises `UnsupportedModel` if the rows are others."""
+        """x: [..., d_in], the T tokens of the batch in order, each with one row or several; returns [...,
+        d_out]. Raises `UnsupportedModel` if x has other rows."""
         y = super().forward(x)
         for factors in self.factors.values():
             token_slots = factors.slots.active
@@ -76,8 +80,8 @@ class AdapterLinear(nn.Linear):
 
 
 def rows_per_token(leading: Sequence[int], num_tokens: int) -> int | None:
-    """How many rows each token has in a tensor whose dimensions but the last are `leading`, if its rows are
-    those of all tokens one after the other: [1, T, d], [T, d], [1, T, heads, d]. None if they are not."""
+    """How many rows each token has in a tensor with these dimensions before the last, if it holds the rows of
+    all tokens one after another: [1, T, d], [T, d], [1, T, heads, d]. None if it does not."""
     so_far = 1
     for index, size in enumerate(leading):
         so_far *= size
@@ -87,7 +91,7 @@ def rows_per_token(leading: Sequence[int], num_tokens: int) -> int | None:
 
 
 def attach(model: nn.Module, basis: Basis, slots: SlotTable) -> None:
-    """Let every target module of `basis` serve it. Raises `BasisMismatch` before anything is changed."""
+    """Make every target module of `basis` serve it. Raises `BasisMismatch` before anything is changed."""
     shares = []
     for index, module in enumerate(basis.manifest.modules):
         linear = _target(model, module)
@@ -103,7 +107,7 @@ def attach(model: nn.Module, basis: Basis, slots: SlotTable) -> None:
 
 
 def detach(model: nn.Module, manifest: BasisManifest) -> None:
-    """Undo `attach`; a module that serves no basis any more becomes the linear layer that it was."""
+    """Undo `attach`. A module that serves no basis any more becomes the original linear layer again."""
     for module in manifest.modules:
         linear = model.get_submodule(module.name)
         assert isinstance(linear, AdapterLinear)
@@ -121,7 +125,9 @@ def _target(model: nn.Module, module: ModuleShape) -> nn.Linear:
         module.d_in,
         module.d_out,
     ):
-        raise BasisMismatch(f"module {module.name} is no linear layer from {module.d_in} to {module.d_out}")
+        raise BasisMismatch(
+            f"module {module.name} is not a linear layer from {module.d_in} to {module.d_out}"
+        )
     return linear
 
 

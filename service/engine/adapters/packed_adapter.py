@@ -1,7 +1,7 @@
-"""Adapters as slots want them: one tensor in the slots' dtype, in pinned memory where that makes a copy fast.
+"""Adapters in the form of the slots: one tensor in their dtype, in pinned memory if that makes a copy fast.
 
-Packing (dequantising int8, rounding to the slots' dtype) happens once, where an adapter arrives and not where
-a step waits for it: loading a slot is one copy of bytes.
+Packing (dequantising int8, rounding to the slots' dtype) happens once, when an adapter arrives and not when a
+step waits for it, so that loading a slot is a single copy of bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tessera.formats.adapter import Adapter
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """R: [M, r, r], in the dtype of the slots, contiguous, in host memory."""
+    """One adapter in host memory, ready to be copied into a slot."""
 
     basis_id: str
+    #: [M, r, r], in the dtype of the slots, contiguous.
     R: Tensor
 
     @property
@@ -36,16 +37,16 @@ class PackedAdapter:
 
 @dataclass(frozen=True)
 class SlotFormat:
-    """dtype: of the slots. is_pinned: whether host copies are page-locked, so that a copy to the device does
-    not wait for the device and the device does not wait for the host."""
+    """The form that slots need."""
 
     dtype: torch.dtype
+    #: Whether host copies are page-locked, so that host and device do not wait for each other during a copy.
     is_pinned: bool = False
 
     def pack(self, adapter: Adapter) -> PackedAdapter:
-        """May be called in any thread. Shares the adapter's memory where nothing has to be changed."""
+        """Pack an adapter. Any thread may call this. Shares the adapter's memory if nothing has to change."""
         if not self.is_pinned:
             return PackedAdapter(adapter.basis_id, adapter.R.to(self.dtype).contiguous())
-        # From the pinned memory that torch keeps for reuse: page-locking anew takes longer than the load.
+        # torch reuses pinned memory: page-locking new memory would take longer than the load.
         R = torch.empty(adapter.R.shape, dtype=self.dtype, pin_memory=True)
         return PackedAdapter(adapter.basis_id, R.copy_(adapter.R))

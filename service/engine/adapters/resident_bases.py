@@ -1,9 +1,9 @@
-"""The bases on the device, each with its slot table, and the ones that requests are waiting for.
+"""The bases on the device, each with its slot table, and the bases that requests are waiting for.
 
-At most `max_resident_bases` at once. A basis that the operator added stays. One that a request brought in
-makes place for another when no request needs it, least recently used first; where that does not happen, it is
-closed to new requests until it is idle. A basis is asked for only when there is place for it, because its
-factors are large (84 MB for an 8B model at rank 16).
+At most `max_resident_bases` are resident at once. A basis that the operator added stays. One that came with a
+request is evicted for another once no request needs it, the least recently used first. If that does not
+happen, a basis is closed to new requests until it is idle. A basis is fetched only when there is a place for
+it, because its factors are large (84 MB for an 8B model at rank 16).
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from tessera.errors import BasisMismatch, InvalidInput, RequestFailed, TesseraEr
 from tessera.formats.basis import Basis
 from tessera.formats.manifest import BasisManifest
 
-#: After so many scheduling passes without place for a wanted basis, the least recently used one takes no new
-#: requests until it is idle. At 10 to 30 ms a step this is about a second: long enough for bursts to end by
-#: themselves, short enough for the one who waits.
+#: After this many scheduling passes without a place for a missing basis, the least recently used one takes no
+#: new requests until it is idle. At 10 to 30 ms per step this is about a second: long enough for bursts to
+#: end by themselves, and short enough for the request that waits.
 MAX_BLOCKED_PASSES = 64
 
-#: Slots of a basis that belongs to one tenant, usually to one adapter of his: its versions, and a few more.
-#: 256 slots of rank 64 on an 8B model would take 470 MB beside 335 MB of factors.
+#: Slots of a basis that belongs to one tenant, usually to a single adapter: enough for its versions and a few
+#: more. 256 slots of rank 64 on an 8B model would take 470 MB beside 335 MB of factors.
 OWN_BASIS_SLOTS = 8
 
 
 @dataclass(frozen=True)
 class ResidentBasis:
-    """Its tensors are in the model's layers, on the device; of the host's copy only the manifest is kept."""
+    """A basis on the device. Its factors are in the model's layers; of the host's copy only the manifest is
+    kept."""
 
     manifest: BasisManifest
     slots: SlotTable
+    #: Whether it is never evicted.
     is_permanent: bool
+    #: Bytes of its factors on the device.
     factor_bytes: int
 
 
 class ResidentBases:
-    """The bases that `model`'s linear layers serve. default_id: the first permanent one, or "". slot_format:
-    of the slots of all of them. unfit: layers that cannot carry adapters, with the reason."""
+    """The bases that the linear layers of `model` serve. unfit: layers that cannot carry adapters, with the
+    reason."""
 
     def __init__(
         self,
@@ -69,9 +72,11 @@ class ResidentBases:
         self._users: Counter[str] = Counter()
         self._closing: str | None = None
         self._num_blocked_passes = 0
+        #: The first permanent basis, or "".
         self.default_id = ""
+        #: The form of the slots of all bases.
         self.slot_format = SlotFormat(dtype, is_pinned=device.type == "cuda")
-        self._num_slot_loads = self._num_slot_evictions = 0  # of bases that are gone
+        self._num_slot_loads = self._num_slot_evictions = 0  # of bases that were evicted
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -118,23 +123,24 @@ class ResidentBases:
             self.default_id = self.default_id or basis.basis_id
 
     def retain(self, basis_id: str) -> None:
-        """One request more needs the basis, waiting or running."""
+        """Note that one more request, waiting or running, needs the basis."""
         self._users[basis_id] += 1
 
     def release(self, basis_id: str) -> None:
-        """One request less needs the basis."""
+        """Note that one request fewer needs the basis."""
         self._users[basis_id] -= 1
         if self._users[basis_id] == 0:
             del self._users[basis_id]
             self._missing.pop(basis_id, None)
 
     def request(self, basis_id: str) -> None:
-        """Have the basis fetched when there is place, unless it is there or on its way."""
+        """List the basis as missing, unless it is resident or being fetched."""
         if basis_id not in self._resident and basis_id not in self._being_fetched:
             self._missing[basis_id] = None
 
     def provide(self, basis_id: str, basis: Basis | TesseraError) -> None:
-        """Take what was asked for. Raises the error that came instead, or why it cannot be resident."""
+        """Install a fetched basis. Raises the error that came instead, or why the basis cannot be
+        resident."""
         self._being_fetched.discard(basis_id)
         self._missing.pop(basis_id, None)
         if isinstance(basis, TesseraError):
@@ -152,7 +158,7 @@ class ResidentBases:
         return bool(self._missing) and (self._has_place() or self._evictable() is not None)
 
     def take_missing(self) -> list[str]:
-        """Wanted bases for which there is place now, each once; idle ones are evicted for them."""
+        """The missing bases that have a place now. Each is returned once; idle bases are evicted for them."""
         missing = []
         while self._missing and self._make_place():
             basis_id, _ = self._missing.popitem(last=False)
@@ -162,7 +168,7 @@ class ResidentBases:
 
     def begin_pass(self) -> str | None:
         """Count a scheduling pass. Returns the basis that must not take new requests, so that it becomes idle
-        and makes place for one that has been waiting for too long."""
+        and can be evicted for one that has been missing for too long."""
         self._num_blocked_passes = self._num_blocked_passes + 1 if self._missing else 0
         if self._num_blocked_passes <= MAX_BLOCKED_PASSES:
             self._closing = None
@@ -216,9 +222,9 @@ class ResidentBases:
         return len(self._resident) + len(self._being_fetched) < self._config.max_resident_bases
 
     def _evictable(self) -> str | None:
-        """The least recently used basis that nobody needs, or the one being closed once it is idle. Requests
-        that wait for an idle basis keep it otherwise, or two bases could evict each other before either is
-        used."""
+        """The least recently used basis that nobody needs, or the closed basis once it is idle. Otherwise
+        requests that wait for an idle basis keep it; without this, two bases could evict each other before
+        either is used."""
         for basis_id, resident in self._resident.items():
             is_needed = basis_id in self._users and basis_id != self._closing
             if not (resident.is_permanent or resident.slots.num_pinned or is_needed):

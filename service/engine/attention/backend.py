@@ -1,9 +1,9 @@
-"""Which implementation of attention a model gets on its device, and a trial of the fast one before its use.
+"""The choice of the attention implementation for a model and a device, with a trial of the fast one.
 
-    triton    `paged_attention.TritonPagedAttention`, on CUDA
-    torch     `attention.PagedAttention`, on any device: gathers K and V, slow, the truth
+    triton    `paged.TritonPagedAttention`, on CUDA
+    torch     `reference.PagedAttention`, on any device: the reference implementation, which gathers K and V
 
-The trial compares the two on random contexts with the model's own heads, windows and soft caps, which also
+The trial compares the two on random contexts with the heads, windows and soft caps of the model. It also
 compiles the kernels that serving needs.
 """
 
@@ -27,11 +27,11 @@ from tessera.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-#: Largest difference from the slow truth, as a share of a query's largest output. The slow truth rounds
-#: scores to the KV's dtype, the kernels do not: for scores of size 1 that alone makes up to 0.010 in bfloat16
-#: and 0.0016 in float16.
+#: Largest difference from the reference implementation, as a share of a query's largest output. The reference
+#: rounds scores to the KV's dtype and the kernels do not: for scores of size 1 this alone makes up to 0.010
+#: in bfloat16 and 0.0016 in float16.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-#: Contexts of the trial: single queries, among them one that is split and a padded row, then a chunk.
+#: Contexts of the trial: single queries, including one that is split and a padded row, then a chunk.
 _SINGLE_LENGTHS = (700, 65, 16, 1, 0)
 _CHUNK_START, _CHUNK_LENGTH = 83, 150
 
@@ -43,37 +43,38 @@ class AttentionKind(StrEnum):
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """kind: what is used. reason: why not Triton, "" if it is."""
+    """The implementation that is used."""
 
     kind: AttentionKind
+    #: Why it is not Triton; "" if it is.
     reason: str = ""
 
 
 def choose_attention(
-    kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions], *, wanted: str = "auto"
+    kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions], *, setting: str = "auto"
 ) -> AttentionChoice:
     """The fastest implementation that runs on the KV's device and passes its trial.
 
-    num_heads: query heads of every layer; options: of every layer. wanted: `auto`, or the one to be used.
-    Raises `UnsupportedModel` if that is `triton` and it cannot be.
+    num_heads: query heads of every layer. options: of every layer. setting: "auto", or the implementation to
+    use. Raises `UnsupportedModel` if that is "triton" and Triton cannot be used.
     """
     device = kv.pages_of(0)[0].device
-    if wanted == AttentionKind.TORCH:
-        return AttentionChoice(AttentionKind.TORCH, "it is set so")
-    reason = _obstacle(kv, device, is_forced=wanted == AttentionKind.TRITON)
+    if setting == AttentionKind.TORCH:
+        return AttentionChoice(AttentionKind.TORCH, "the setting says so")
+    reason = _obstacle(kv, device, is_forced=setting == AttentionKind.TRITON)
     if not reason:
         reason = _try_out(kv, num_heads, options)
         if reason:
             logger.error("the Triton attention kernels do not work here: %s", reason)
     if not reason:
         return AttentionChoice(AttentionKind.TRITON)
-    if wanted == AttentionKind.TRITON:
+    if setting == AttentionKind.TRITON:
         raise UnsupportedModel(f"attention cannot run on Triton: {reason}", param="attention")
     return AttentionChoice(AttentionKind.TORCH, reason)
 
 
 def _obstacle(kv: PagedKV, device: torch.device, *, is_forced: bool) -> str:
-    """Why Triton is out of the question; "" if it is not."""
+    """Why Triton cannot be used at all; "" if it may be."""
     dtype = kv.pages_of(0)[0].dtype
     widest = max(max(shape.key_dim, shape.value_dim) for shape in kv.shapes)
     if importlib.util.find_spec("triton") is None:
@@ -88,13 +89,16 @@ def _obstacle(kv: PagedKV, device: torch.device, *, is_forced: bool) -> str:
 
 
 def _try_out(kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions]) -> str:
-    """What is wrong with the kernels for one of the model's kinds of layers; "" if nothing is."""
+    """What is wrong with the kernels for one of the kinds of layers of the model; "" if nothing is."""
     try:
         kinds = {(shape, own, own.sinks is None): own for shape, own in zip(kv.shapes, options, strict=True)}
         for (shape, _, _), layer_options in kinds.items():
             difference = _trial_difference(kv, shape, num_heads, layer_options)
             if not difference <= _TOLERANCES[kv.pages_of(0)[0].dtype]:
-                return f"they differ from the slow truth by {difference:.2g} of its size ({layer_options})"
+                return (
+                    f"they differ from the reference implementation by {difference:.2g} of its size "
+                    f"({layer_options})"
+                )
     except Exception as error:  # whatever a compiler or a driver may raise
         return f"{type(error).__name__}: {error}"
     return ""
@@ -102,7 +106,8 @@ def _try_out(kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions]) -
 
 @torch.inference_mode()
 def _trial_difference(kv: PagedKV, shape: KVShape, num_heads: int, options: AttentionOptions) -> float:
-    """How far the kernels are from the slow truth in a mixed step, as `_TOLERANCES` measures it."""
+    """The difference between the kernels and the reference implementation in a mixed step, as `_TOLERANCES`
+    measures it."""
     like = kv.pages_of(0)[0]
     lengths = [*_SINGLE_LENGTHS, _CHUNK_START + _CHUNK_LENGTH]
     width = -(-max(lengths) // kv.block_size)
@@ -121,7 +126,7 @@ def _trial_difference(kv: PagedKV, shape: KVShape, num_heads: int, options: Atte
     num_tokens = len(_SINGLE_LENGTHS) + _CHUNK_LENGTH
     q = torch.empty(num_tokens, num_heads, shape.key_dim, device=like.device, dtype=like.dtype)
     q.normal_(generator=generator).mul_(shape.key_dim**-0.5 / options.scaling)  # scores of size 1
-    expected = _slow_output(trial, q, tables, options)
+    expected = _reference_output(trial, q, tables, options)
     worst = 0.0
     for can_split in (False, True):
         inputs = _trial_inputs(trial, tables, lengths, num_heads, can_split)
@@ -151,8 +156,8 @@ def _trial_inputs(
     )
 
 
-def _slow_output(kv: PagedKV, q: Tensor, tables: Tensor, options: AttentionOptions) -> Tensor:
-    """What `PagedAttention` gives, with zeros for padded rows."""
+def _reference_output(kv: PagedKV, q: Tensor, tables: Tensor, options: AttentionOptions) -> Tensor:
+    """The output of `PagedAttention`, with zeros for padded rows."""
     device = tables.device
     num_single = len(_SINGLE_LENGTHS)
     singles = torch.tensor([[max(0, length - 1)] for length in _SINGLE_LENGTHS], device=device)

@@ -1,10 +1,10 @@
-"""Which earlier tokens each layer of a model attends to, as the masks say that the model itself would build.
+"""Which earlier tokens each layer of a model attends to, read from the masks that the model itself would
+build.
 
-A model that attends through our function is asked for no mask. So a window that stands in the mask only
-(PhiMoE) would be lost, and one that stands in the arguments only (OLMoE, whose mask has none) would be
-invented. Here one token goes through the model under the name of an attention implementation that does take
-masks. transformers describes them by functions of two positions, so the pattern is read far beyond that
-token.
+A model that attends through our function builds no mask. So a window that is in the mask only (PhiMoE) would
+be lost, and a window that is in the arguments only (OLMoE has none in its mask) would be invented. Here one
+token goes through the model under the name of an attention implementation that does take masks. transformers
+describes masks by functions of two positions, so the pattern can be read far beyond that token.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from service.engine.attention.reference import NotPageable, implementation_of
 
 _NAME = "tessera_asks_for_masks"
 
-#: Two positions of queries. Windows are far shorter than either, and chunks begin at different distances.
+#: Two positions of queries. Windows are far shorter than either, and the two differ in their distance to the
+#: start of a chunk.
 _QUERIES = (2**20, 2**20 - 4099)
-#: Windows that are none: the pattern is something else, or lets tokens see later ones.
+#: Stand for patterns that are no window: something else, or one in which tokens see later ones.
 _ODD, _LATER = 0, -1
-#: Keys that are looked at before and behind the ends of a window.
+#: Number of keys to check before and behind each end of a window.
 _NUM_NEAR = 64
 
-#: What the masks of the pass that runs on this thread say: by layer, the window, None for all earlier tokens.
+#: For the pass that runs on this thread, the window of each layer according to its mask; None for all earlier
+#: tokens.
 _windows: ContextVar[dict[int, int | None] | None] = ContextVar("windows", default=None)
 
 
 class AttendsToLaterTokens(Exception):
-    """What a token gives depends on tokens behind it, so nothing can be kept of it."""
+    """The result of a token depends on later tokens, so nothing of it can be cached."""
 
 
 class _Mask(Tensor):
-    """A mask that knows its pattern, as long as the model hands it on as it is."""
+    """A mask that knows its pattern, as long as the model passes it on unchanged."""
 
     #: False where the pattern could not be read.
     is_known: bool
@@ -47,8 +49,9 @@ class _Mask(Tensor):
 
 @torch.inference_mode()
 def read_windows(model: PreTrainedModel) -> dict[int, int | None]:
-    """By layer, how many tokens back it attends, its own included; None for all. Layers whose mask was not
-    seen are left out, and so is every layer of a model that cannot be asked.
+    """For each layer the number of tokens it attends to, the query's own included; None for all earlier ones.
+
+    Leaves out layers with a mask that was not seen, and all layers of a model that cannot be run this way.
 
     Raises `AttendsToLaterTokens`, and `NotPageable` for a layer that attends in another pattern.
     """
@@ -72,11 +75,11 @@ def read_windows(model: PreTrainedModel) -> dict[int, int | None]:
 
 
 def _describe(*, mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
-    """In the place of a mask: an empty one that knows its pattern."""
+    """Stands in for building a mask: returns an empty one that knows its pattern."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(_Mask)
     try:
         mask.window, mask.is_known = _window(mask_function, device), True
-    except (IndexError, RuntimeError):  # it is defined for the tokens of the pass alone
+    except (IndexError, RuntimeError):  # it is defined for the tokens of this pass only
         mask.window, mask.is_known = None, False
     return mask
 
@@ -84,7 +87,7 @@ def _describe(*, mask_function: Callable[..., Tensor], device: torch.device, **_
 def _note(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
-    """In the place of attention: read the layer's mask. query: [1, Hq, 1, D_k]; returns [1, 1, Hq, D_v]."""
+    """Stands in for attention: reads the layer's mask. query: [1, Hq, 1, D_k]; returns [1, 1, Hq, D_v]."""
     windows = _windows.get()
     if windows is not None and isinstance(attention_mask, _Mask) and attention_mask.is_known:
         windows[int(module.layer_idx)] = attention_mask.window  # type: ignore[arg-type]
@@ -92,19 +95,19 @@ def _note(
 
 
 def _window(allows: Callable[..., Tensor], device: torch.device) -> int | None:
-    """The pattern of two queries if they have the same."""
+    """The window of two queries if they have the same pattern, otherwise `_ODD`."""
     first, second = (_window_of(allows, query, device) for query in _QUERIES)
     return first if first == second else _ODD
 
 
 def _window_of(allows: Callable[..., Tensor], query: int, device: torch.device) -> int | None:
-    """The window of one query by bisection, looked at round its ends and at many places between."""
+    """The window of one query, found by bisection and checked around its ends and at many places between."""
 
     def sees(keys: Tensor) -> Tensor:
         seen = allows(0, 0, torch.tensor(query, device=device), keys)
         return torch.as_tensor(seen, device=device).expand(keys.shape)
 
-    low, high = 0, query + 1  # the first key that is seen is in low .. high
+    low, high = 0, query + 1  # the first visible key is in low .. high
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if bool(sees(torch.tensor(middle, device=device))) else (middle + 1, high)

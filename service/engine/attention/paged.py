@@ -1,55 +1,62 @@
 """Attention of one step over the paged KV cache by Triton kernels: split contexts in decode, chunked prefill.
 
-Computes what `attention.PagedAttention` computes, and is tested against it. Decode rows go through one
-launch, all prefill tiles through another; both are grids of items that a kernel cuts from the lengths on the
-device (`paged_attention.py`), once a step. Triton is imported at the first launch.
+Computes the same as `reference.PagedAttention`, and is tested against it. All decode rows go through one
+launch, all prefill tiles through another. Both grids consist of items that a kernel cuts from the lengths on
+the device, once per step (`kernels/paged_attention.py`). Triton is imported at the first launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from service.engine.attention.query_tiles import few_programs, split_target
-from service.engine.attention.reference import AttentionOptions
+from service.engine.attention.query_tiles import few_programs, query_tiles, split_target
+from service.engine.attention.reference import AttentionOptions, AttentionStep, MakeStep, TokenRows
 from service.engine.kernels.paged_configs import MIN_BLOCK_M, KernelConfig, Phase, find_config, padded
+from service.engine.kv.block_tables import BlockTables
 from service.engine.kv.cache import KVShape, PagedKV
+from service.engine.kv.memory import Ints
+from service.engine.scheduling.plan import Chunk
 
-#: No window: farther back than any context reaches.
+#: Stands for no window: longer than any context.
 _NO_WINDOW = 1 << 30
-#: Tiles that the cutting kernel is compiled for, at least: few sizes, few compilations while serving.
+#: The smallest number of tiles that the cutting kernel is compiled for. Few sizes mean few compilations while
+#: serving.
 _MIN_TILES = 256
-#: Parts added up at a time.
+#: Number of parts that are added up at a time.
 _BLOCK_P = 16
-#: Multiprocessors that a device without any is taken to have: the interpreter's work is split, too.
+#: The assumed number of multiprocessors on a CPU, so that the interpreter's work is split too.
 _CPU_MULTIPROCESSORS = 8
 
 
 @dataclass(frozen=True)
 class PagedInputs:
-    """What the kernels read of a step: integer tensors of one dtype each, int32 or int64, on the KV's device.
+    """What the kernels read of a step: integer tensors on the KV's device, each int32 or int64.
 
-    tables: [N, blocks], the blocks of each sequence; entries past its length are never read. lengths: [N],
-    tokens of the context after the step. The first num_single sequences have one query each, and row n of the
-    batch belongs to sequence n; of these a length of 0 is a padded row, whose output is zeros. tiles: [P, 4],
-    the queries of the others, from `query_tiles.query_tiles` with queries_per_tile. can_split: whether long
-    contexts may be split over several programs, see `query_tiles.wants_split`; None: their number
-    decides. singles: [S, 4], tiles of one query each, where lengths and num_single are not read. Of tiles and
-    singles those without a query are padding; rows of the batch that are in none of them are left as they
+    Tiles and singles without a query are padding. Rows of the batch that are in none of them stay as they
     were allocated.
     """
 
+    #: [N, blocks], the blocks of each sequence. Entries past its length are never read.
     tables: Tensor
+    #: [N], tokens of each context after the step. A length of 0 is a padded row, and its output is zeros.
     lengths: Tensor
+    #: The first sequences have one query each, and row n of the batch belongs to sequence n.
     num_single: int
+    #: [P, 4], the queries of the other sequences, from `query_tiles.query_tiles` with queries_per_tile.
     tiles: Tensor | None = None
     queries_per_tile: int = 1
+    #: Whether long contexts may be split over several programs, see `query_tiles.wants_split`; with None the
+    #: number of tiles decides.
     can_split: bool | None = None
+    #: [S, 4], tiles of one query each; they replace lengths and num_single.
     singles: Tensor | None = None
 
     def of_phase(self, phase: Phase) -> Tensor:
@@ -61,9 +68,10 @@ class PagedInputs:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """shared_bytes: shared memory that one program may have, None if there is no limit."""
+    """What a device offers to a launch."""
 
     num_multiprocessors: int
+    #: The most shared memory of one program; None if there is no limit.
     shared_bytes: int | None
 
 
@@ -84,19 +92,19 @@ def launch_config(phase: Phase, shape: KVShape, dtype: torch.dtype, device: torc
 
 
 def queries_per_tile(kv: PagedKV, num_heads: int) -> int:
-    """Queries of one sequence that a prefill program takes, for a model with `num_heads` query heads."""
+    """Number of queries that a prefill program takes, for a model with `num_heads` query heads."""
     K, _ = kv.pages_of(0)
     config = launch_config(Phase.PREFILL, kv.shapes[0], K.dtype, K.device)
     return max(1, config.block_m // (num_heads // kv.shapes[0].num_kv_heads))
 
 
 def decode_split_target(kv: PagedKV) -> int:
-    """How many items fill the device in decode: what `query_tiles.wants_split` asks for."""
+    """Number of items that fill the device in decode, the `target` of `query_tiles.wants_split`."""
     return _split_limits(kv, Phase.DECODE)[0]
 
 
 def prefill_split_limits(kv: PagedKV) -> tuple[int, int]:
-    """The same in prefill, and the smallest part in tokens."""
+    """The same for prefill, and the smallest part in tokens."""
     return _split_limits(kv, Phase.PREFILL)
 
 
@@ -110,18 +118,21 @@ def _split_limits(kv: PagedKV, phase: Phase) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Work:
-    """items: int32 [num_items, 8]; parts: int32 [num_tiles, 4]; both as `paged_attention` has them."""
+    """The items of one launch, as `kernels/paged_attention.py` describes them."""
 
+    #: int32 [num_items, 8]
     items: Tensor
+    #: int32 [num_tiles, 4]
     parts: Tensor
     can_split: bool
 
 
 class TritonPagedAttention:
-    """The attention of one step. blocks, offsets: integers [T], where each token's KV belongs; not needed by
-    callers that write K and V themselves.
+    """The attention of one step.
 
-    For a CUDA graph, make one over static tensors and call `begin` at the top of the captured step.
+    blocks, offsets: integers [T], the places where the KV of the tokens belongs; callers that write K and V
+    themselves do not need them. For a CUDA graph, make one over static tensors and call `begin` at the start
+    of the captured step.
     """
 
     def __init__(
@@ -143,12 +154,12 @@ class TritonPagedAttention:
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def begin(self) -> None:
-        """A new step over the same tensors, whose lengths are others: work is cut anew."""
+        """Start a new step over the same tensors with other lengths, for which the work is cut again."""
         self._work.clear()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """Keep the tokens' K and V, and attend. q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v]; returns
-        [T, Hq, D_v]."""
+        """Store the K and V of the tokens, and attend. q: [Hq, T, D_k], k: [Hkv, T, D_k], v: [Hkv, T, D_v];
+        returns [T, Hq, D_v]."""
         assert self._blocks is not None
         assert self._offsets is not None
         shape = self._kv.shapes[layer]
@@ -162,7 +173,7 @@ class TritonPagedAttention:
         return self.attend_cached(layer, q.transpose(0, 1), options)
 
     def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
-        """Attend where the tokens' K and V are in the cache already. q: [T, Hq, D_k]; returns
+        """Attend when the K and V of the tokens are in the cache already. q: [T, Hq, D_k]; returns
         [T, Hq, D_v]."""
         q = _with_dense_heads(q)
         out = q.new_empty(q.shape[0], q.shape[1], self._kv.shapes[layer].value_dim)
@@ -178,11 +189,11 @@ class TritonPagedAttention:
         config = self._configs.get(phase) or launch_config(phase, shape, q.dtype, q.device)
         work = self._cut(phase, config, shape.num_kv_heads, options.sliding_window)
         num_items = len(work.items)
-        part_out, part_stats = out, out  # not touched
+        part_out, part_stats = out, out  # neither is touched
         if work.can_split:
             part_out, part_stats = self._part_buffers(num_items, shape.num_kv_heads, rows, shape.value_dim)
         table = self._inputs.tables
-        sinks = q if options.sinks is None else options.sinks  # q is not read there
+        sinks = q if options.sinks is None else options.sinks  # the kernel does not read q there
         _kernels().attend_items[(shape.num_kv_heads, num_items)](
             q, K, V, out, part_out, part_stats, table, work.items, sinks,
             options.scaling, options.softcap or 0.0, options.sliding_window or _NO_WINDOW,
@@ -201,7 +212,7 @@ class TritonPagedAttention:
             )  # fmt: skip
 
     def _cut(self, phase: Phase, config: KernelConfig, num_kv_heads: int, window: int | None) -> _Work:
-        """The items of all layers with this window, cut at the first of them."""
+        """The items of all layers with this window, cut when the first of them attends."""
         device = self._inputs.tables.device
         target = split_target(num_kv_heads, device_limits(device).num_multiprocessors, config.programs_per_sm)
         key = (phase, window or _NO_WINDOW, target, config.part_tokens)
@@ -227,7 +238,8 @@ class TritonPagedAttention:
         return work
 
     def _part_buffers(self, *size: int) -> tuple[Tensor, Tensor]:
-        """What parts leave, float32 [items, Hkv, rows, D_v] and [items, Hkv, rows, 2]: one for all layers."""
+        """Buffers for the parts, float32 [items, Hkv, rows, D_v] and [items, Hkv, rows, 2], shared by all
+        layers."""
         if size not in self._parts:
             device = self._inputs.tables.device
             self._parts[size] = (
@@ -235,6 +247,37 @@ class TritonPagedAttention:
                 torch.empty(*size[:-1], 2, dtype=torch.float32, device=device),
             )
         return self._parts[size]
+
+
+class PagedLayout:
+    """The layout of `TritonPagedAttention`. queries_per_tile: as its launch configuration says."""
+
+    def __init__(self, tables: BlockTables, queries_per_tile: int) -> None:
+        self._tables = tables
+        self._queries_per_tile = queries_per_tile
+
+    def lay_out(self, chunks: Sequence[Chunk], block_size: int) -> tuple[list[Ints], MakeStep]:
+        num_single = sum(chunk.length == 1 for chunk in chunks)
+        starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
+        rows, entries = self._tables.plan([chunk.request.blocks for chunk in chunks])
+        width = -(-max(chunk.end for chunk in chunks) // block_size)
+        tiles = query_tiles(
+            starts[num_single:-1],
+            [chunk.start for chunk in chunks[num_single:]],
+            [chunk.length for chunk in chunks[num_single:]],
+            first_sequence=num_single,
+            queries_per_tile=self._queries_per_tile,
+        )
+        lengths = np.asarray([chunk.end for chunk in chunks], np.int64)
+
+        def make(kv: PagedKV, token_rows: TokenRows, pieces: list[Tensor]) -> AttentionStep:
+            uploaded_rows, uploaded_entries, uploaded_lengths, uploaded_tiles = pieces
+            self._tables.write(uploaded_entries)
+            tables = self._tables.tables[:, :width].index_select(0, uploaded_rows)
+            inputs = PagedInputs(tables, uploaded_lengths, num_single, uploaded_tiles, self._queries_per_tile)
+            return TritonPagedAttention(kv, inputs, token_rows.blocks, token_rows.offsets)
+
+        return [np.asarray(rows, np.int64), entries, lengths, tiles], make
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""What of a step's attention the host decides, from lengths alone. Knows neither tensors nor kernels."""
+"""The decisions about a step's attention that the host makes, from lengths alone: tiles, and whether to
+split.
+
+Knows neither tensors nor kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,34 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-#: With more than this many programs for every one that the device holds at once, contexts of about one length
-#: balance themselves, and a second pass costs more than splitting brings.
+#: With more than this many programs for each one that the device holds at once, contexts of about the same
+#: length balance by themselves, and a second pass costs more than splitting gains.
 _ENOUGH_ROUNDS = 4
-#: A context is split if it is this many times what a program gets if all get the same, ...
+#: A context is split if it is this many times the equal share of a program, ...
 _LONG = 1.5
 #: ... and that is at least so many tokens.
 _SHORTEST_PART_TOKENS = 64
 
 
 def split_target(num_kv_heads: int, num_multiprocessors: int, programs_per_sm: int) -> int:
-    """How many items fill the device: one program runs an item for one KV head."""
+    """Number of items that fill the device. One program runs an item for one KV head."""
     return max(1, programs_per_sm * num_multiprocessors // num_kv_heads)
 
 
 def few_programs(num_tiles: int, target: int) -> bool:
-    """Whether tiles are so few for the device that some may have to be split, where nothing else is known."""
+    """Whether there are so few tiles for the device that some may have to be split, if nothing else is
+    known."""
     return num_tiles < _ENOUGH_ROUNDS * target
 
 
 def wants_split(
     lengths: Sequence[int] | Ints, target: int, *, part_tokens: int = _SHORTEST_PART_TOKENS
 ) -> bool:
-    """Whether any context of a step is to be split. lengths: of the contexts, one for each tile, [N]; target:
-    of `split_target`; part_tokens: the smallest part.
+    """Whether any context of a step should be split; if none, one pass suffices.
 
-    Where none is, one pass does it all. Part of the key of a CUDA graph: whether the second pass is in it
-    cannot depend on the lengths at replay.
+    lengths: [N], of the context of each tile. target: from `split_target`. part_tokens: the smallest part.
+    The result is part of the key of a CUDA graph, because the lengths at replay cannot decide whether the
+    graph has a second pass.
     """
     contexts = np.asarray(lengths)
     if contexts.size == 0:
@@ -52,11 +57,12 @@ def query_tiles(
     first_sequence: int,
     queries_per_tile: int,
 ) -> Ints:
-    """Tiles of the chunks of a step that hold more than one token, the ones with most keys first.
+    """The tiles of the chunks that hold more than one token, those with the most keys first.
 
-    first_rows: rows of the chunks' first tokens in the batch; starts: their positions; lengths: tokens of the
-    chunks; first_sequence: row of the first chunk in the block table, the others follow. Returns int64
-    [tiles, 4]: first row, number of queries, position of the first, row in the block table.
+    first_rows: the row of each chunk's first token in the batch. starts: the position of that token. lengths:
+    the number of tokens of each chunk. first_sequence: the row of the first chunk in the block table; the
+    others follow. Returns int64 [tiles, 4]: first row, number of queries, position of the first, row in the
+    block table.
     """
     tiles = np.asarray(
         [

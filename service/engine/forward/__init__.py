@@ -1,5 +1,6 @@
-"""Decoder layers of the Llama family run by our own fused ops, on the same weights as the model.
+"""The forward pass of a model: the unmodified model, or fused ops on the same weights for known
+architectures.
 
-Agrees with the generic path (the unmodified model) and is checked against it when it is built; what is not
-recognised is served by the generic path.
+The fused path is checked against the unmodified model when it is built. A model that is not recognised runs
+unmodified.
 """

@@ -1,9 +1,9 @@
-"""What the decoder layers of each family do, as data: where they differ from Llama's.
+"""The differences between the decoder layers of each model family and Llama's, as data.
 
     y = x + attention(norm(x))      then      y = y + mlp(norm(y))
 
 Names are attributes of transformers' modules and configurations. Knows no tensor. A family is listed only if
-an exactness test runs it; everything else is served by the generic path.
+an exactness test runs it; the generic path serves everything else.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family. The defaults are Llama's.
+    """One family. The defaults are Llama's."""
 
-    qkv, gate_up: the linear layers, one each or all in one. post_attention_norm, post_mlp_norm: applied to a
-    block's output before it is added to the residual. has_offset_norms: rms_norm(x) * (1 + w) in the place of
-    rms_norm(x) * w. has_qk_norms: of every head's query and key, before the rotation; has_wide_qk_norms: of
-    all heads' queries, and keys, at once. embedding_scale, residual_scale, logit_divisor, logit_softcap:
-    configuration fields that hold these numbers. rope_layers: the field that says, layer by layer, whether
-    positions are rotated.
-    """
-
+    #: The linear layers of q, k and v: one for each, or one for all.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    #: The linear layers of gate and up: one for each, or one for both.
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     pre_attention_norm: str | None = "input_layernorm"
     pre_mlp_norm: str | None = "post_attention_layernorm"
+    #: Applied to the output of attention before it is added to the residual.
     post_attention_norm: str | None = None
+    #: Applied to the output of the MLP before it is added to the residual.
     post_mlp_norm: str | None = None
+    #: Whether norms are rms_norm(x) * (1 + w) instead of rms_norm(x) * w.
     has_offset_norms: bool = False
+    #: Whether queries and keys are normalised before the rotation.
     has_qk_norms: bool = False
+    #: Whether these norms cover all heads at once, and not each head.
     has_wide_qk_norms: bool = False
+    #: The configuration field that names the activation.
     activation: str = "hidden_act"
+    #: The configuration fields that hold these numbers.
     embedding_scale: str | None = None
     residual_scale: str | None = None
     logit_divisor: str | None = None
     logit_softcap: str | None = None
+    #: The configuration field that says for each layer whether its positions are rotated.
     rope_layers: str | None = None
 
 
@@ -50,7 +52,7 @@ _GEMMA_2 = Architecture(
     logit_softcap="final_logit_softcapping",
 )
 
-#: By the exact name of transformers' class. A subclass of it may do anything.
+#: By the exact name of transformers' class, because a subclass may behave differently.
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
@@ -73,8 +75,9 @@ ARCHITECTURES = {
         has_qk_norms=True,
         has_wide_qk_norms=True,
     ),
-    "SmolLM3ForCausalLM": Architecture(rope_layers="no_rope_layers"),  # true where it does rotate
+    # the field is true for layers that do rotate
+    "SmolLM3ForCausalLM": Architecture(rope_layers="no_rope_layers"),
 }
 
-#: Names of activations in configurations, and what the fused op calls them.
+#: Names of activations in configurations, and their names in the fused op.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -2,14 +2,15 @@
 
 Falcon, Bloom, GPT-J, MPT and others never call an attention function that we register, but they read K and V
 through the `Cache` interface of transformers. So a step becomes one forward pass per tile of the batch
-(`attention.AttentionTile`): the sequences that decode side by side, padded at the left, then every piece of a
-prompt by itself. Each pass gets a cache whose layers write to the paged KV and gather from it.
+(`attention.reference.AttentionTile`): first the requests that decode, side by side and padded at the left,
+then each piece of a prompt by itself. Each pass gets a cache with layers that write to the paged KV and
+gather from it.
 
-Slower than attention over pages: K and V are gathered in every layer, sequences of different lengths are
-padded to the longest of their tile, and a step takes as many passes as it has tiles.
+This is slower than attention over pages: K and V are gathered in every layer, sequences of different lengths
+are padded to the longest of their tile, and a step takes as many passes as it has tiles.
 
-Some layers count the tokens of the cache to know where they are (Llama 4 scales its queries by the position).
-Padding would count, so such a model gets only sequences of one length in a pass.
+Some layers count the tokens of the cache to know their position (Llama 4 scales its queries by it). Padding
+would count too, so such a model gets only sequences of the same length in a pass.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from service.engine.kv.cache import KVShape, PagedKV
 
 
 class NotCacheable(Exception):
-    """A model keeps something else than one K and V per layer and token."""
+    """A model stores something else than one K and V per layer and token."""
 
 
 class _ProbeCache(DynamicCache):  # type: ignore[misc]
-    """has_counting_layers: whether a layer has asked how many of its tokens there are.
+    """Notices whether layers ask for the number of their tokens.
 
-    The model asks before its first layer, for the mask, and MPT's layers ask without their number, for
-    distances, which padding leaves as they are.
+    Two such calls do not count: the model asks before its first layer, for the mask, and MPT's layers ask
+    without their number, for distances, which padding does not change.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        #: Whether a layer has asked how many of its tokens there are.
         self.has_counting_layers = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -51,8 +53,8 @@ class _ProbeCache(DynamicCache):  # type: ignore[misc]
 
 
 def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], bool, Tensor]:
-    """What each layer keeps per token, whether layers count the tokens of the cache, and the logits [1, V] of
-    one token. Raises `NotCacheable`."""
+    """What each layer stores per token, whether layers count the tokens of the cache, and the logits [1, V]
+    of one token. Raises `NotCacheable`."""
     cache = _ProbeCache()
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     logits = _run(model, zero, zero, torch.ones_like(zero), cache)
@@ -68,8 +70,7 @@ def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], bool, Tensor]:
 
 
 class CachedModel:
-    """Runs the steps of `model`. has_counting_layers: see `probe`. tables: the slots of every basis that is
-    resident at the time."""
+    """Runs the steps of `model`. has_counting_layers: see `probe`."""
 
     def __init__(self, model: PreTrainedModel, *, has_counting_layers: bool = False) -> None:
         self._model = model
@@ -83,7 +84,8 @@ class CachedModel:
         logit_rows: Tensor | None,
         tables: Sequence[SlotTable],
     ) -> Tensor:
-        """Logits [n, V] of the chosen rows of the batch, int64 [n], or of all of them."""
+        """The logits [n, V] of some rows of the batch, int64 [n], or of all rows. tables: the slots of every
+        resident basis."""
         if logit_rows is None:
             logit_rows = torch.arange(len(rows.input_ids), device=rows.input_ids.device)
         staged = [(table, table.active) for table in tables if table.active is not None]
@@ -93,10 +95,12 @@ class CachedModel:
                 own = slice(tile.start, tile.start + tile.positions.numel())
                 for table, slots in staged:
                     table.active = slots[own]
-                wanted = logit_rows - tile.start
-                found = self._tile_logits(tile, rows, own, kv, wanted.clamp(0, own.stop - own.start - 1))
-                is_own = (wanted >= 0) & (wanted < own.stop - own.start)
-                logits = found if logits is None else torch.where(is_own[:, None], found, logits)
+                tile_rows = logit_rows - tile.start
+                tile_logits = self._tile_logits(
+                    tile, rows, own, kv, tile_rows.clamp(0, own.stop - own.start - 1)
+                )
+                is_own = (tile_rows >= 0) & (tile_rows < own.stop - own.start)
+                logits = tile_logits if logits is None else torch.where(is_own[:, None], tile_logits, logits)
         finally:
             for table, slots in staged:
                 table.active = slots
@@ -104,24 +108,25 @@ class CachedModel:
         return logits
 
     def _tile_logits(
-        self, tile: AttentionTile, rows: TokenRows, own: slice, kv: PagedKV, wanted: Tensor
+        self, tile: AttentionTile, rows: TokenRows, own: slice, kv: PagedKV, tile_rows: Tensor
     ) -> Tensor:
-        """Logits [n, V] of the `wanted` rows of a tile, int64 [n]."""
+        """The logits [n, V] of some rows of a tile. own: the rows of the tile in the batch; tile_rows: int64
+        [n]."""
         num_sequences, num_queries = tile.positions.shape
         tile_kv = _TileKV(kv, tile, rows.blocks[own], rows.offsets[own])
         layers: list[Any] = [_PagedLayer(tile_kv, index) for index in range(len(kv.shapes))]
         input_ids = rows.input_ids[own].view(num_sequences, num_queries)
-        kept = wanted if num_sequences == 1 else None
+        kept = tile_rows if num_sequences == 1 else None
         logits = _run(self._model, input_ids, tile.positions, tile_kv.mask, Cache(layers=layers), kept)
         logits = logits.flatten(0, 1)
-        return logits if kept is not None else logits.index_select(0, wanted)
+        return logits if kept is not None else logits.index_select(0, tile_rows)
 
 
 def _of_one_length(tiles: Sequence[AttentionTile]) -> Iterator[AttentionTile]:
-    """The same rows in tiles whose sequences have equally many tokens. A tile of several has one row of each,
-    the longest first."""
+    """The same rows in tiles of sequences that have the same length. A tile of several sequences has one row
+    of each, the longest first."""
     for tile in tiles:
-        assert tile.lengths is not None, "steps from plans know their lengths"
+        assert tile.lengths is not None, "steps from plans know the lengths"
         first = 0
         for length, same in itertools.groupby(tile.lengths):
             last = first + len(list(same))
@@ -135,9 +140,9 @@ def _of_one_length(tiles: Sequence[AttentionTile]) -> Iterator[AttentionTile]:
 
 
 class _TileKV:
-    """K and V of the sequences of one tile. blocks, offsets: int64 [n * Q], where those of its tokens belong.
+    """The K and V of the sequences of one tile. L is the length of the longest context.
 
-    mask: int64 [n, L], 0 where a sequence is padded at the left. L: length of the longest context.
+    blocks, offsets: int64 [n * Q], the places where the K and V of its tokens belong.
     """
 
     def __init__(self, kv: PagedKV, tile: AttentionTile, blocks: Tensor, offsets: Tensor) -> None:
@@ -152,10 +157,11 @@ class _TileKV:
         held = tile.table.gather(1, positions.clamp(min=0) // kv.block_size)
         self._held = torch.where(is_padding, NULL_BLOCK, held)
         self._at = torch.where(is_padding, 0, positions % kv.block_size)
+        #: int64 [n, L], 0 where a sequence is padded at the left.
         self.mask = (~is_padding).long()
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k [n, Hkv, Q, D_k] and v [n, Hkv, Q, D_v]; returns K and V [n, Hkv, L, D] of the contexts."""
+        """Store k [n, Hkv, Q, D_k] and v [n, Hkv, Q, D_v]. Returns K and V [n, Hkv, L, D] of the contexts."""
         num_heads = k.shape[1]
         if num_heads not in self._rows:
             new = self._kv.rows(num_heads, self._blocks, self._offsets)
@@ -187,7 +193,7 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._tile.update(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what `update` returns."""
+        """The length and the offset of what `update` returns."""
         return self._tile.length, 0
 
     def get_seq_length(self) -> int:
@@ -205,8 +211,8 @@ def _run(
     cache: Cache,
     logit_rows: Tensor | None = None,
 ) -> Tensor:
-    """Logits [n, Q, V], of one sequence only those of `logit_rows` if given. input_ids, positions: int64
-    [n, Q]; mask: int64 [n, L]."""
+    """The logits [n, Q, V]. logit_rows: for a single sequence, the rows to compute. input_ids, positions:
+    int64 [n, Q]; mask: int64 [n, L]."""
     known = inspect.signature(model.forward).parameters
     if "past_key_values" not in known:
         raise NotCacheable("keeps no KV cache: it computes the whole text again for every token")

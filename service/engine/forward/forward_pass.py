@@ -1,10 +1,10 @@
-"""The two ways through a model, which must agree: by its own unmodified layers, or by our fused ops.
+"""The two ways through a model, which must agree: its own unmodified layers, and fused ops.
 
     generic    any architecture: the model's forward pass, with our attention function and our linear layers
                (a model that computes attention itself is run over a cache, `cached_model.py`)
-    fused      known architectures: the same weights, fewer and larger ops (`fused/`)
+    fused      known architectures: the same weights, fewer and larger ops (`layers.py`)
 
-The fused way is taken where the model is recognised and a trial of both says the same.
+The fused way is used if the model is recognised and both ways agree in a trial.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a trial run of the model tells."""
+    """What a trial run of the model shows."""
 
-    #: What each layer keeps per token.
+    #: What each layer stores per token.
     kv_shapes: tuple[KVShape, ...]
-    #: What each layer asks of attention; empty for a model that computes attention itself.
+    #: The kind of attention of each layer; empty for a model that computes attention itself.
     options: tuple[AttentionOptions, ...]
     #: Query heads.
     num_heads: int
     vocab_size: int
-    #: Of layers that ask for another window, or none, than their own mask has, which is in `options`.
+    #: The windows of layers that pass another window, or none, than their own mask has; `options` has the
+    #: mask's.
     windows: Mapping[int, int | None] = field(default_factory=dict)
-    #: Of a model that computes attention itself: whether its layers count the tokens of the cache.
+    #: For a model that computes attention itself, whether its layers count the tokens of the cache.
     has_counting_layers: bool = False
 
     @property
@@ -66,7 +67,7 @@ class ModelFacts:
 
 @torch.inference_mode()
 def install_attention(model: PreTrainedModel) -> ModelFacts:
-    """Make `model` attend through us, or read K and V through us if it attends by itself, and try one token.
+    """Make `model` use our attention, or our cache if it computes attention itself, and try one token.
 
     Raises `UnsupportedModel` if neither works.
     """
@@ -80,19 +81,19 @@ def install_attention(model: PreTrainedModel) -> ModelFacts:
         raise _unsupported(
             model,
             "its tokens attend to later ones (it is an encoder, or its config.json lacks is_decoder), so "
-            "nothing of a text can be kept while it grows",
+            "nothing of a text can be cached while it grows",
         ) from None
     except DEVICE_ERRORS:
         raise
-    except Exception as error:  # a keyword argument that the model does not know, a mask that it expects
-        logger.info("%s does not attend through us: %s", type(model).__name__, error)
+    except Exception as error:  # an unknown keyword argument, or a mask that the model expects
+        logger.info("%s cannot use paged attention: %s", type(model).__name__, error)
     model.set_attn_implementation(own_implementation)
     return install_cache(model)
 
 
 @torch.inference_mode()
 def install_cache(model: PreTrainedModel) -> ModelFacts:
-    """Let `model` attend by itself, and try one token. Raises `UnsupportedModel`."""
+    """Let `model` compute attention itself over our cache, and try one token. Raises `UnsupportedModel`."""
     try:
         shapes, has_counting_layers, logits = cached_model.probe(model)
     except cached_model.NotCacheable as error:
@@ -106,12 +107,12 @@ def install_cache(model: PreTrainedModel) -> ModelFacts:
 
 
 def _try_attention(model: PreTrainedModel) -> ModelFacts:
-    """Raises `NotPageable`, and whatever a model raises that does not know attention like ours."""
+    """Raises `NotPageable`, and any error of a model that cannot work with our attention."""
     config = model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
     if types - PAGEABLE_LAYERS:
         raise NotPageable(f"layers of type {', '.join(sorted(types - PAGEABLE_LAYERS))}")
-    # Llama 4 counts from the start of the batch where it has no cache, far beyond what a trial shows.
+    # Without a cache Llama 4 counts from the start of the batch, which a trial is too short to show.
     if getattr(config, "attn_temperature_tuning", False):
         raise NotPageable("queries scaled by positions that its layers count in a cache")
     masks = read_windows(model)
@@ -122,13 +123,12 @@ def _try_attention(model: PreTrainedModel) -> ModelFacts:
     layers = range(len(probe.shapes))
     if not layers or sorted(probe.shapes) != list(layers) or probe.num_calls != len(layers):
         raise NotPageable(f"{probe.num_calls} calls of our attention in layers {sorted(probe.shapes)}")
-    asked = {layer: probe.options[layer].sliding_window for layer in layers}
-    windows = {layer: window for layer, window in masks.items() if asked[layer] != window}
+    passed = {layer: probe.options[layer].sliding_window for layer in layers}
+    windows = {layer: window for layer, window in masks.items() if passed[layer] != window}
+    own_windows = {**passed, **windows}
     return ModelFacts(
         tuple(probe.shapes[layer] for layer in layers),
-        tuple(
-            replace(probe.options[layer], sliding_window=windows.get(layer, asked[layer])) for layer in layers
-        ),
+        tuple(replace(probe.options[layer], sliding_window=own_windows[layer]) for layer in layers),
         probe.num_heads,
         _vocab_size(model, logits),
         windows,
@@ -144,10 +144,7 @@ def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
 
 
 class ForwardPass:
-    """Runs `model` the better of the two ways.
-
-    num_positions: the longest sequence in tokens. fused: the fused way where it is taken; reason: why not.
-    """
+    """Runs `model` in the better of the two ways. num_positions: the longest request in tokens."""
 
     def __init__(
         self,
@@ -166,8 +163,10 @@ class ForwardPass:
         if facts.attends_itself:
             self._cached = CachedModel(model, has_counting_layers=facts.has_counting_layers)
         self._spec: ModelSpec | None = None
+        #: The fused way, if it is used.
         self.fused: FusedModel | None = None
         self._prepared_for: str | None = None
+        #: Why the fused way is not used.
         self.reason = "not prepared yet"
         try:
             if not enable_fused:
@@ -178,17 +177,17 @@ class ForwardPass:
 
     @property
     def mode(self) -> str:
-        """Which way the model is run, and why so."""
+        """Which way the model is run, and why."""
         if self.fused is not None:
             return "fused"
         return f"{'generic' if self._cached is None else 'generic, over a cache'}: {self.reason}"
 
     def prepare(self, measure_error: Callable[[], float]) -> bool:
-        """Fuse the weights with the factors of the default basis and try the result; False if that is done
-        already.
+        """Fuse the weights with the factors of the default basis and try the result. Returns False if this
+        has been done already.
 
-        measure_error: how far the two ways are apart, as a share of the logits. Leaves the generic way in
-        place where the fused one is not to be had, and says in the log which it is.
+        measure_error: the difference between the two ways, as a share of the logits. Stays with the generic
+        way if the fused one cannot be used, and logs which it is.
         """
         if self._prepared_for == self._bases.default_id:
             return False
@@ -198,15 +197,15 @@ class ForwardPass:
             self.close()
             self._try_to_fuse(self._spec, measure_error)
         if self.fused is not None:
-            logger.info("%s is run by the fused path", name)
+            logger.info("%s runs on the fused path", name)
         else:
-            logger.info("%s is run by the generic path: %s", name, self.reason)
+            logger.info("%s runs on the generic path: %s", name, self.reason)
         return True
 
     def forward(
         self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
     ) -> Tensor:
-        """Logits [n, V] of the chosen rows of the flattened batch, int64 [n], or of all of them."""
+        """The logits [n, V] of some rows of the flattened batch, int64 [n], or of all rows."""
         forward = self.forward_generic if self.fused is None else self.forward_fused
         return forward(rows, kv, step, logit_rows)
 
@@ -219,7 +218,7 @@ class ForwardPass:
     def forward_generic(
         self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
     ) -> Tensor:
-        """By the unmodified model, whose attention writes to `kv` itself."""
+        """Run the unmodified model, whose attention writes to `kv` itself."""
         if self._cached is not None:
             assert isinstance(step, PagedAttention)
             return self._cached.forward(rows, kv, step, logit_rows, list(self._bases.tables.values()))
@@ -228,7 +227,7 @@ class ForwardPass:
         return _run_model(self._model, rows.input_ids, rows.positions, step, logit_rows)
 
     def follow_bases(self) -> None:
-        """Take note of the bases that came and went."""
+        """Follow the bases that were added and evicted."""
         if self.fused is not None:
             self.fused.follow(self._bases.tables)
 
@@ -258,7 +257,7 @@ class ForwardPass:
             error = measure_error()
         except torch.AcceleratorError:
             raise
-        except Exception as failure:  # whatever a compiler of kernels may raise
+        except Exception as failure:  # a compiler of kernels may raise anything
             logger.exception("the trial of the fused path failed")
             return f"its trial failed: {failure!r}"
         if error <= TOLERANCES[self._model.dtype]:

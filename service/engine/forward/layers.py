@@ -1,4 +1,4 @@
-"""The fused path: one step of a whole model through our own ops.
+"""The fused path: one step of a whole model through fused ops.
 
     residual = embedding(ids)
     per layer    y = qkv(x)        q, K, V = rope(y)          o = attention(q)
@@ -7,9 +7,9 @@
                  y = down(a)       residual += y              x = norm(residual)
     logits = head(x)
 
-Every op reads a product's output once and adds the adapters' delta on the way. Where a norm stands between
-the residual and a product, its division is put off to the op behind that product (`add_residual`), so that
-no program needs a whole row. Knows no request and no plan.
+Every op reads the output of a product once and adds the delta of the adapters to it. If there is a norm
+between the residual and a product, its division is deferred to the op behind that product (`add_residual`),
+so that no program needs a whole row. Knows no request and no plan.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ from service.engine.kernels import (
 )
 from service.engine.kv.cache import KVShape, PagedKV
 
-#: Between a residual and the product of its norm stands, for a moment, the residual times the norm's weight:
-#: float16 ends at 65,504, and the residuals of common models go beyond.
+#: The dtypes in which a norm's division may be deferred. What the product reads is then the residual times
+#: the weight of the norm, and the residuals of common models exceed the range of float16, which ends at
+#: 65,504.
 _DEFERRING_DTYPES = (torch.bfloat16, torch.float32)
 
-#: What a device maps at a time; on a CPU, what vector loads want.
+#: The size of a device's memory pages; on a CPU the alignment of vector loads.
 _PAGE_BYTES = {"cuda": 2 * 1024**2, "cpu": 64}
 
-#: What a block reads: x, and the division by the norm that its first op still owes.
+#: The input of a block: x, and the deferred norm that its first op must apply.
 _Input = tuple[Tensor, RowSquares | None]
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """One decoder layer's products, and what its ops are told."""
+    """The products of one decoder layer, and the arguments of its ops."""
 
     spec: LayerSpec
     qkv: FusedProjection
@@ -70,9 +71,9 @@ class FusedLayer:
 
 
 class FusedModel:
-    """`model` as `spec` says it is, with the adapters of `basis_id` in its products, until `close`.
+    """Runs `model`, which `spec` describes, with the adapters of `basis_id` in its products, until `close`.
 
-    shapes: what every layer keeps. num_positions: the longest sequence in tokens. Raises `NotFusable` before
+    shapes: what every layer stores. num_positions: the longest request in tokens. Raises `NotFusable` before
     anything is changed.
     """
 
@@ -96,23 +97,24 @@ class FusedModel:
             self._build_layer(model, layer, shape) for layer, shape in zip(spec.layers, shapes, strict=True)
         ]
         for layer in self._layers:
-            wanted = [projection.shape_with(basis_id) for projection in layer.projections]
-            weights = allocate_together(wanted, like=self._embed.weight)
+            sizes = [projection.shape_with(basis_id) for projection in layer.projections]
+            weights = allocate_together(sizes, like=self._embed.weight)
             for projection, weight in zip(layer.projections, weights, strict=True):
                 projection.fuse(basis_id, weight)
             if model.device.type == "cuda":
-                torch.cuda.empty_cache()  # the layers' own weights, or the device would hold the model twice
+                # frees the layers' own weights: otherwise the device would hold the model twice
+                torch.cuda.empty_cache()
 
     def follow(self, basis_ids: Iterable[str]) -> None:
-        """Serve exactly these bases beside the fused one, which is left out of account."""
-        wanted = set(basis_ids) - {self.basis_id}
-        for layer in self._layers if wanted != self._followed else ():
+        """Serve exactly these bases beside the fused one, which may be among them or not."""
+        others = set(basis_ids) - {self.basis_id}
+        for layer in self._layers if others != self._followed else ():
             for projection in layer.projections:
-                for basis_id in self._followed - wanted:
+                for basis_id in self._followed - others:
                     projection.forget(basis_id)
-                for basis_id in wanted - self._followed:
+                for basis_id in others - self._followed:
                     projection.follow(basis_id)
-        self._followed = wanted
+        self._followed = others
 
     def close(self) -> None:
         """Give the model's layers their own weights back."""
@@ -128,7 +130,7 @@ class FusedModel:
         logit_rows: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Logits [n, V] of the chosen rows, int64 [n], or of all of them; written to `out` if it is given."""
+        """The logits [n, V] of some rows, int64 [n], or of all rows; written to `out` if it is given."""
         spec = self._spec
         angles = {
             name: (cos.index_select(0, rows.positions), sin.index_select(0, rows.positions))
@@ -164,8 +166,8 @@ class FusedModel:
         *,
         is_last: bool = False,
     ) -> _Input:
-        """Add the projection of x to the residual; returns what the next block reads. The head's division is
-        not put off: no op of ours reads the logits."""
+        """Add the projection of x to the residual. Returns the input of the next block. The division for the
+        head is not deferred, because no op of ours reads the logits."""
         y = projection(x)
         can_defer = how.post is None and residual.dtype in _DEFERRING_DTYPES and not is_last
         if norm is not None and can_defer:
@@ -173,9 +175,9 @@ class FusedModel:
         return add_rms_norm(y, residual, norm, projection.delta, how), None
 
     def _query(self, layer: FusedLayer, y: Tensor, places: StepRows, squares: RowSquares | None) -> Tensor:
-        """q [T, Hq, D] of the layer, rotated; K and V go to their pages."""
+        """The rotated q [T, Hq, D] of the layer. K and V are written to their pages."""
         delta, spec = layer.qkv.delta, layer.spec
-        if self._spec.has_wide_qk_norms:  # over all heads at once: before them the output must be whole
+        if self._spec.has_wide_qk_norms:  # norms over all heads need the whole output first
             assert squares is None
             if delta is not None:
                 h = y[:, layer.shape.width :]
@@ -184,8 +186,8 @@ class FusedModel:
             kv_width = layer.shape.num_kv_heads * layer.shape.head_dim
             for norm, first, width in ((spec.q_norm, 0, q_width), (spec.k_norm, q_width, kv_width)):
                 assert norm is not None
-                part = y[:, first : first + width]
-                rms_norm(part, norm, out=part)
+                heads = y[:, first : first + width]
+                rms_norm(heads, norm, out=heads)
             delta = None
         return qkv_rope(y, layer.shape, places, delta, squares)
 
@@ -232,19 +234,19 @@ class FusedModel:
 
 
 def allocate_together(shapes: Sequence[tuple[int, int]], *, like: Tensor) -> list[Tensor]:
-    """Zeros of these shapes side by side in one allocation, each from a page's begin on.
+    """Zeros of these shapes side by side in one allocation, each starting at a page.
 
-    Where they lie matters: 8B in bfloat16 on an H200, rank 16, batch 1, a step takes 4.84 ms with each weight
-    in an allocation of its own, whose sizes no longer are multiples of large pages, and 4.71 ms like this
+    Their place matters: 8B in bfloat16 on an H200 at rank 16 and batch 1, a step takes 4.84 ms with each
+    weight in an allocation of its own, with sizes that are no multiples of large pages, and 4.71 ms with this
     (batch 32: 6.33 and 6.25).
     """
     page = _PAGE_BYTES[like.device.type] // like.itemsize
     sizes = [-(-rows * columns // page) * page for rows, columns in shapes]
     memory = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
-    parts = torch.split(memory, sizes)
+    pieces = torch.split(memory, sizes)
     return [
-        part[: rows * columns].view(rows, columns)
-        for part, (rows, columns) in zip(parts, shapes, strict=True)
+        piece[: rows * columns].view(rows, columns)
+        for piece, (rows, columns) in zip(pieces, shapes, strict=True)
     ]
 
 

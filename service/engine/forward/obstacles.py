@@ -1,6 +1,6 @@
-"""Why a model cannot be served, told from its class and configuration in words for users.
+"""Why a model cannot be served, according to its class and configuration, in words for users.
 
-What no configuration tells, a trial run does (`forward_pass.install_attention`).
+What a configuration does not show, a trial run does (`forward_pass.install_attention`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from tessera.model.pretrained import IS_A_DECODER
 
-#: What a trial run raises for other reasons than the model.
+#: Errors of a trial run that are not caused by the model.
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
 
-#: Types of layers (`config.layer_types`) whose attention is ours to compute.
+#: Types of layers (`config.layer_types`) with attention that we can compute.
 PAGEABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 _RECURRENT = (
@@ -39,7 +39,7 @@ _REASONS = {
     "compressed_sparse_attention": _COMPRESSED,
     "heavily_compressed_attention": _COMPRESSED,
 }
-#: By `config.model_type`, what neither layer types nor a trial run say in words for users.
+#: By `config.model_type`, reasons that neither the layer types nor a trial run show in words for users.
 _TYPE_REASONS = {
     "blt": "it cuts text into patches of bytes by itself; Tessera serves models that read tokens",
     "xlnet": _NO_CACHE,
@@ -48,7 +48,7 @@ _TYPE_REASONS = {
 
 
 def find_obstacle(model: PreTrainedModel) -> str:
-    """Why `model` is out of the question, or "" if nothing is known against it."""
+    """Why `model` cannot be served, or "" if nothing is known against it."""
     config = model.config.get_text_config()
     if model.config.model_type in _TYPE_REASONS:
         return _TYPE_REASONS[model.config.model_type]

@@ -2,8 +2,8 @@
 
     y = x [W_1; ...; W_g; A_1; ...; A_c]ᵀ        [T, N + c r]: all outputs, then h = A x of each target module
 
-The linear layers' weights, and the factors that the generic path reads, become views of the fused tensors, so
-nothing is held twice and both paths always see the same numbers.
+The weights of the linear layers, and the factors that the generic path reads, become views of the fused
+tensors. So nothing is held twice, and both paths always see the same numbers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from service.engine.adapters.linear import AdapterLinear, Factors
 from service.engine.adapters.slots import SlotTable
 from service.engine.kernels import NO_MODULE, AddedDelta, GroupDelta, GroupFactors, add_deltas, stack_factors
 
-#: Rows of the fused weight are padded with zero rows to a multiple of this, so that every row of y begins at
-#: 16 bytes: tensor cores and vector loads want it, and N + c r has it by itself from rank 8 on.
+#: The fused weight is padded with zero rows to a multiple of this, so that every row of y is aligned to 16
+#: bytes, as tensor cores and vector loads require. From rank 8 on N + c r is such a multiple anyway.
 _ROW_MULTIPLE = 8
 
 
 class FusedProjection:
-    """names: the linear layers of `model` that are fused, in the order of their outputs. widths: of the
-    segments that the reader of y tells apart: one per layer, or more where the model has fused some itself
-    (Phi-3)."""
+    """A fused product. names: the linear layers of `model` that are fused, in the order of their outputs.
+    widths: of the segments that the reader of y distinguishes: one per layer, or more if the model itself has
+    fused some (Phi-3)."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], widths: Sequence[int]) -> None:
         self._model = model
@@ -41,15 +41,15 @@ class FusedProjection:
         self.bias = _cat_biases(linears)
 
     def shape_with(self, basis_id: str) -> tuple[int, int]:
-        """Rows and columns of the tensor that `fuse` wants."""
+        """The numbers of rows and columns of the tensor that `fuse` takes."""
         A = [share.A for share in self._factors_of(basis_id) if share is not None]
         num_rows = self.width + sum(map(len, A))
         return -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, self._linears[0].in_features
 
     @torch.no_grad()
     def fuse(self, basis_id: str, fused: Tensor) -> None:
-        """Make the weights views of `fused`, zeros of that shape, with the A of `basis_id` below; ""
-        for no basis."""
+        """Make the weights views of `fused`, which has `shape_with` and is zero, with the A of `basis_id`
+        below them; "" stands for no basis."""
         factors = self._factors_of(basis_id)
         A = [share.A for share in factors if share is not None]
         rank = A[0].shape[0] if A else 0
@@ -66,7 +66,7 @@ class FusedProjection:
         self._weight = fused
 
     def follow(self, basis_id: str) -> None:
-        """Serve a basis beside the fused one."""
+        """Serve another basis beside the fused one."""
         factors = self._factors_of(basis_id)
         A = [share.A for share in factors if share is not None]
         if A:
@@ -80,14 +80,14 @@ class FusedProjection:
         self._others.pop(basis_id, None)
 
     def restore(self) -> None:
-        """Give every linear layer a weight of its own again, the same bits."""
+        """Give every linear layer a weight of its own again, with the same bits."""
         for linear in self._linears:
             linear.weight.data = linear.weight.data.clone()
         self._weight = torch.empty(0)
         self._own, self._others = None, {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y [T, at least N + c r], with the deltas of every basis but the fused one in it. x: [T, d_in]."""
+        """y [T, at least N + c r], including the deltas of every basis except the fused one. x: [T, d_in]."""
         y = torch.mm(x, self._weight.t())
         added = [
             AddedDelta(factors, slots.active, torch.mm(x, A.t()))
@@ -98,15 +98,14 @@ class FusedProjection:
 
     @property
     def delta(self) -> GroupDelta | None:
-        """What the reader of y is to add for the fused basis; None if the step has no rows for it."""
+        """The delta that the reader of y must add for the fused basis; None if the step has no rows of it."""
         if self._own is None or self._own[1].active is None:
             return None
         return GroupDelta(self._own[0], self._own[1].active)
 
     @property
     def _linears(self) -> list[nn.Linear]:
-        """The layers as they are now: attaching a basis puts others in their places, with the same
-        weights."""
+        """The present layers. Attaching a basis replaces them by others with the same weights."""
         modules = [self._model.get_submodule(name) for name in self._names]
         return [module for module in modules if isinstance(module, nn.Linear)]
 
@@ -119,7 +118,7 @@ class FusedProjection:
     def _share(
         self, basis_id: str, factors: Sequence[Factors | None], A_views: Sequence[Tensor | None]
     ) -> tuple[GroupFactors, SlotTable]:
-        """The basis' share in the ops' layout; the layers' own factors become views of it."""
+        """The factors of a basis in the layout of the ops. The factors in the layers become views of it."""
         table = next(share.slots for share in factors if share is not None)
         modules = [NO_MODULE if share is None else share.index for share in factors]
         linears = self._linears

@@ -1,7 +1,7 @@
-"""One model, resolved: which modules its layers are made of, and what is done between them.
+"""The specification of one model: the modules of its layers, and what happens between them.
 
-Recognises a model by its class, its configuration and its modules. Whatever is not exactly as expected is
-refused with the reason, and the generic path serves it: nothing is guessed.
+A model is recognised by its class, its configuration and its modules. Nothing is guessed: a model that is not
+exactly as expected is refused with the reason, and the generic path serves it.
 """
 
 from __future__ import annotations
@@ -21,53 +21,63 @@ from tessera.model.rope import depends_on_batch
 
 
 class NotFusable(Exception):
-    """The model cannot be run by the fused path; the text says why."""
+    """The fused path cannot run the model. The text says why."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer. qkv, gate_up: dotted names of the linear layers that share an input, one for all
-    outputs or one for each; o, down: of one. q_norm, k_norm: of every head, or of all heads at once
-    (`ModelSpec.has_wide_qk_norms`). next_norm: what reads the residual after the layer: the next layer's
-    first norm or the model's last. A norm is None where the block reads the residual as it is, or adds to it
-    as it is. rotary: which rotation, None for none."""
+    """One decoder layer. Linear layers are given by their dotted names. A norm is None if there is none."""
 
+    #: The linear layers of q, k and v: one for each, or one for all.
     qkv: tuple[str, ...]
     o: str
+    #: The linear layers of gate and up: one for each, or one for both.
     gate_up: tuple[str, ...]
     down: str
+    #: The norm of every query head, or of all at once (`ModelSpec.has_wide_qk_norms`).
     q_norm: Norm | None
+    #: The norm of every key head, or of all at once.
     k_norm: Norm | None
+    #: Applied to the output of attention before it is added to the residual.
     post_attention_norm: Norm | None
+    #: Applied to the residual before the MLP reads it.
     pre_mlp_norm: Norm | None
+    #: Applied to the output of the MLP before it is added to the residual.
     post_mlp_norm: Norm | None
+    #: Applied to the residual after the layer: the first norm of the next layer, or the last norm of the
+    #: model.
     next_norm: Norm | None
+    #: Name of the rotation; None if positions are not rotated.
     rotary: str | None
     attention: AttentionOptions
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The whole model. embedding_scale: of the embedding; residual_scale: of what a block adds to the
-    residual. rotaries: names of the rotations in use."""
+    """The whole model."""
 
     layers: tuple[LayerSpec, ...]
+    #: Applied to the residual before the first layer reads it.
     first_norm: Norm | None
     head_dim: int
     activation: str
+    #: Whether a norm of queries or keys covers all heads at once.
     has_wide_qk_norms: bool
+    #: Factor of the embedding.
     embedding_scale: float
+    #: Factor of what a block adds to the residual.
     residual_scale: float
     logit_divisor: float | None
     logit_softcap: float | None
 
     @property
     def rotaries(self) -> tuple[str, ...]:
+        """Names of the rotations in use."""
         return tuple(dict.fromkeys(layer.rotary for layer in self.layers if layer.rotary is not None))
 
 
 def recognise(model: PreTrainedModel, options: Sequence[AttentionOptions]) -> ModelSpec:
-    """The spec of `model`. options: what each layer asks of attention, as seen in a trial run.
+    """The spec of `model`. options: the kind of attention of each layer, as seen in a trial run.
 
     Raises `NotFusable`.
     """
@@ -78,7 +88,7 @@ def recognise(model: PreTrainedModel, options: Sequence[AttentionOptions]) -> Mo
     try:
         return _Reader(model, architecture).read(options)
     except (AttributeError, KeyError) as error:
-        raise NotFusable(f"{name} is not laid out as expected: {error}") from error
+        raise NotFusable(f"the modules of {name} are not as expected: {error}") from error
 
 
 class _Reader:
@@ -94,13 +104,14 @@ class _Reader:
         _require(decoder.training is False, "it is in training mode")
         _require(isinstance(decoder.embed_tokens, nn.Embedding), "its embedding is not torch's")
         head = self._model.get_submodule("lm_head")
-        _require(type(head) is nn.Linear and head.bias is None, "its head is no plain linear layer")
+        _require(type(head) is nn.Linear and head.bias is None, "its head is not a plain linear layer")
         activation = ACTIVATIONS.get(str(getattr(config, self._architecture.activation)))
         _require(activation is not None, "its activation is unknown")
         assert activation is not None
-        wanted = self._architecture
+        architecture = self._architecture
         first_norms = [
-            self._optional_norm(f"model.layers.{i}", wanted.pre_attention_norm) for i in range(len(options))
+            self._optional_norm(f"model.layers.{i}", architecture.pre_attention_norm)
+            for i in range(len(options))
         ]
         layers = [
             self._layer(index, next_norm, options[index])
@@ -111,40 +122,40 @@ class _Reader:
             first_norm=first_norms[0],
             head_dim=self._head_dim(),
             activation=activation,
-            has_wide_qk_norms=wanted.has_wide_qk_norms,
-            embedding_scale=self._number(wanted.embedding_scale) or 1.0,
-            residual_scale=self._number(wanted.residual_scale) or 1.0,
-            logit_divisor=self._number(wanted.logit_divisor),
-            logit_softcap=self._number(wanted.logit_softcap),
+            has_wide_qk_norms=architecture.has_wide_qk_norms,
+            embedding_scale=self._number(architecture.embedding_scale) or 1.0,
+            residual_scale=self._number(architecture.residual_scale) or 1.0,
+            logit_divisor=self._number(architecture.logit_divisor),
+            logit_softcap=self._number(architecture.logit_softcap),
         )
 
     def _layer(self, index: int, next_norm: Norm | None, attention: AttentionOptions) -> LayerSpec:
-        wanted, prefix = self._architecture, f"model.layers.{index}"
+        architecture, prefix = self._architecture, f"model.layers.{index}"
         _require(attention.sinks is None, "it has attention sinks")
         has_qk_norms = hasattr(self._model.get_submodule(f"{prefix}.self_attn"), "q_norm")
-        _require(has_qk_norms is wanted.has_qk_norms, "it normalises queries and keys otherwise")
+        _require(has_qk_norms is architecture.has_qk_norms, "it normalises queries and keys differently")
         return LayerSpec(
-            qkv=tuple(self._linear(f"{prefix}.self_attn.{name}") for name in wanted.qkv),
+            qkv=tuple(self._linear(f"{prefix}.self_attn.{name}") for name in architecture.qkv),
             o=self._linear(f"{prefix}.self_attn.o_proj"),
-            gate_up=tuple(self._linear(f"{prefix}.mlp.{name}") for name in wanted.gate_up),
+            gate_up=tuple(self._linear(f"{prefix}.mlp.{name}") for name in architecture.gate_up),
             down=self._linear(f"{prefix}.mlp.down_proj"),
-            q_norm=self._norm(f"{prefix}.self_attn.q_norm") if wanted.has_qk_norms else None,
-            k_norm=self._norm(f"{prefix}.self_attn.k_norm") if wanted.has_qk_norms else None,
-            post_attention_norm=self._optional_norm(prefix, wanted.post_attention_norm),
-            pre_mlp_norm=self._optional_norm(prefix, wanted.pre_mlp_norm),
-            post_mlp_norm=self._optional_norm(prefix, wanted.post_mlp_norm),
+            q_norm=self._norm(f"{prefix}.self_attn.q_norm") if architecture.has_qk_norms else None,
+            k_norm=self._norm(f"{prefix}.self_attn.k_norm") if architecture.has_qk_norms else None,
+            post_attention_norm=self._optional_norm(prefix, architecture.post_attention_norm),
+            pre_mlp_norm=self._optional_norm(prefix, architecture.pre_mlp_norm),
+            post_mlp_norm=self._optional_norm(prefix, architecture.post_mlp_norm),
             next_norm=next_norm,
             rotary=self._rotary(index),
             attention=attention,
         )
 
     def _rotary(self, index: int) -> str | None:
-        """The rotation of a layer: its layer type where rotations differ by it (Gemma-3), else ""."""
+        """The rotation of a layer: its layer type if rotations differ by it (Gemma-3), otherwise ""."""
         field = self._architecture.rope_layers
         if field is not None and not getattr(self._config, field)[index]:
             return None
         rotary = self._model.get_submodule("model.rotary_emb")
-        _require(not depends_on_batch(rotary), "its positions are rotated in a way that depends on the batch")
+        _require(not depends_on_batch(rotary), "the rotation of its positions depends on the batch")
         return str(self._config.layer_types[index]) if isinstance(rotary.rope_type, dict) else ""
 
     def _linear(self, name: str) -> str:
@@ -183,7 +194,8 @@ def rotary_tables(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """cos and sin [num_positions, rotated dims] of each rotation, as the model's own module computes them.
 
-    In the model's dtype, to which the model rounds them too: 67 MB at 128 Ki positions, head size 128.
+    They have the model's dtype, to which the model rounds them too: 67 MB at 128 Ki positions and head size
+    128.
     """
     rotary = model.get_submodule("model.rotary_emb")
     like = torch.empty(0, device=model.device, dtype=model.dtype)

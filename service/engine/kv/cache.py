@@ -2,8 +2,8 @@
 
     K[layer]: [num_blocks + 1, Hkv, block_size, D_k]      V[layer]: [num_blocks + 1, Hkv, block_size, D_v]
 
-Block 0 is the null block and stays zero. A block is cleared when it gets a new holder: positions beyond a
-sequence's end are read under a mask, and a NaN that another user left there would pass any mask (0 · NaN).
+Block 0 is the null block and stays zero. A block is cleared when it gets a new holder: positions beyond the
+end of a sequence are read under a mask, and a NaN that another user left there would pass any mask (0 · NaN).
 Knows nothing of who holds which block.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one layer keeps per token."""
+    """What one layer stores per token."""
 
     num_kv_heads: int
     key_dim: int
@@ -31,7 +31,7 @@ class KVShape:
 
 
 class PagedKV:
-    """KV of `num_blocks` blocks for layers of the given shapes."""
+    """The KV of `num_blocks` blocks for layers of the given shapes."""
 
     def __init__(
         self,
@@ -48,9 +48,8 @@ class PagedKV:
         self._K: list[Tensor] = [torch.empty(0)] * len(self.shapes)
         self._V: list[Tensor] = [torch.empty(0)] * len(self.shapes)
         self._stacks: list[Tensor] = []
-        for shape in dict.fromkeys(
-            self.shapes
-        ):  # layers of one shape share a tensor, cleared by one operation
+        # Layers of one shape share a tensor, so that one operation clears a block in all of them.
+        for shape in dict.fromkeys(self.shapes):
             layers = [index for index, other in enumerate(self.shapes) if other == shape]
             size = (len(layers), num_blocks + 1, shape.num_kv_heads, block_size)
             K = _zeros((*size, shape.key_dim), device=device, dtype=dtype)
@@ -69,7 +68,7 @@ class PagedKV:
             stack.index_fill_(1, blocks, 0)
 
     def write(self, layer: int, K: Tensor, V: Tensor, rows: Tensor) -> None:
-        """Keep the KV of T tokens. K: [Hkv, T, D_k], V: [Hkv, T, D_v]; rows: int64 [Hkv * T], see `rows`."""
+        """Store the KV of T tokens. K: [Hkv, T, D_k], V: [Hkv, T, D_v]; rows: int64 [Hkv * T], see `rows`."""
         self._K[layer].flatten(0, 2).index_copy_(0, rows, K.flatten(0, 1))
         self._V[layer].flatten(0, 2).index_copy_(0, rows, V.flatten(0, 1))
 
@@ -96,16 +95,19 @@ class PagedKV:
         return self._K[layer], self._V[layer]
 
     def rows(self, num_kv_heads: int, blocks: Tensor, offsets: Tensor) -> Tensor:
-        """Where `write` puts each head's entry of T tokens. blocks, offsets: int64 [T]; returns [Hkv * T].
+        """Where `write` puts the entries of each head for T tokens. blocks, offsets: int64 [T]; returns [Hkv
+        * T].
 
-        Of n sequences, [n, T], the entries of one after the other: [n * Hkv * T].
+        For n sequences blocks and offsets are [n, T], and the entries of one follow those of the other: [n *
+        Hkv
+        * T].
         """
         heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
         places = (blocks[..., None, :] * num_kv_heads + heads) * self.block_size + offsets[..., None, :]
         return places.flatten()
 
     def pages(self, num_kv_heads: int, table: Tensor) -> Tensor:
-        """Where `read` finds each head's blocks. table: int64 [n, blocks each], padded with block 0."""
+        """Where `read` finds the blocks of each head. table: int64 [n, blocks each], padded with block 0."""
         heads = torch.arange(num_kv_heads, device=table.device)[:, None]
         return table[:, None, :] * num_kv_heads + heads
 

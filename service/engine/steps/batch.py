@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.engine.attention.layout import AttentionLayout
-from service.engine.attention.reference import AttentionStep, TokenRows
+from service.engine.attention.reference import AttentionLayout, AttentionStep, TokenRows
 from service.engine.kv.cache import PagedKV
 from service.engine.kv.memory import Ints, upload
 from service.engine.scheduling.plan import Chunk, StepPlan

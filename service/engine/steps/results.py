@@ -1,6 +1,6 @@
-"""What a step brought, from its logits: tokens, log-probabilities, and whether they can be believed.
+"""The results of a step, from its logits: tokens, log-probabilities, and whether they are finite.
 
-Everything is computed on the device when the step is launched; `collect` waits for the device and reads.
+Everything is computed on the device when the step is launched. `collect` waits for the device and reads.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from service.engine.wire.messages import TokenLogprobs
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What the step brought its chunks, which are known by their index in the plan.
+    """The results of a step. Chunks are known by their index in the plan."""
 
-    token_ids: of all chunks, None where nothing was to be sampled. not_finite: those whose logits hold NaN or
-    infinity; whatever else is said of them means nothing. logprobs, prompt_logprobs: where they are wanted.
-    """
-
+    #: The next token of every chunk; None if it does not sample.
     token_ids: list[int | None]
+    #: Chunks with NaN or infinity in their logits. Their other results mean nothing.
     not_finite: set[int] = field(default_factory=set)
+    #: For chunks that report log-probabilities of their token.
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    #: For chunks that report log-probabilities of the prompt.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepLogits:
-    """logits: [n, V], rows that sample first, in the order of their chunks, then those that are scored.
-    greedy: int64 [n], the largest of each row, and is_finite: bool [n], where they are known already."""
+    """What the model computed in a step."""
 
+    #: [n, V]: first the rows that sample, in the order of their chunks, then those that are scored.
     logits: Tensor
+    #: int64 [n], the index of the largest logit of each row, if it is known already.
     greedy: Tensor | None = None
+    #: bool [n], whether each row is finite, if it is known already.
     is_finite: Tensor | None = None
 
 
 class PendingResults:
-    """The results of one step under way. tokens: int64 [rows that sample], on the device.
-
-    prompt_targets: int64 [rows that are scored].
-    """
+    """The results of a started step. prompt_targets: int64 [rows that are scored]."""
 
     def __init__(self, plan: StepPlan, step: StepLogits, prompt_targets: Tensor) -> None:
         self._plan = plan
@@ -59,6 +58,7 @@ class PendingResults:
         self._logprobs: PendingLogprobs | None = None
         self._prompt_logprobs: PendingLogprobs | None = None
         is_finite = finite_rows(step.logits) if step.is_finite is None else step.is_finite
+        #: int64 [rows that sample], on the device.
         self.tokens = self._sample(step)
         if self._scoring:
             num_top = [plan.chunks[index].request.sampling.prompt_logprobs or 0 for index in self._scoring]
@@ -67,7 +67,7 @@ class PendingResults:
         self._host = _Host(torch.cat([self.tokens, is_finite.to(torch.int64)]))
 
     def collect(self) -> StepOutcome:
-        """Waits for the device."""
+        """Wait for the device, and return the results."""
         values, num_sampled, num_chunks = self._host.read(), len(self._sampling), len(self._plan.chunks)
         is_finite = values[num_sampled:]
         token_ids: list[int | None] = [*values[:num_sampled]]
@@ -86,7 +86,7 @@ class PendingResults:
         return outcome
 
     def _sample(self, step: StepLogits) -> Tensor:
-        """The next tokens, and their log-probabilities where they are wanted."""
+        """Sample the next tokens, and compute the log-probabilities that requests report."""
         logits = step.logits[: len(self._sampling)]
         if not self._sampling:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
@@ -97,18 +97,18 @@ class PendingResults:
             tokens = step.greedy[: len(self._sampling)]
         else:
             tokens = sample(logits.float(), requests)
-        wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
-        if wanted:
-            num_top = [requests[row].sampling.logprobs or 0 for row in wanted]
-            is_all = len(wanted) == len(requests)
-            rows = slice(len(wanted)) if is_all else to_device(wanted, logits.device, torch.int64)
-            self._reported = [self._sampling[row] for row in wanted]
+        reporting = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
+        if reporting:
+            num_top = [requests[row].sampling.logprobs or 0 for row in reporting]
+            is_all = len(reporting) == len(requests)
+            rows = slice(len(reporting)) if is_all else to_device(reporting, logits.device, torch.int64)
+            self._reported = [self._sampling[row] for row in reporting]
             self._logprobs = PendingLogprobs(logits[rows], tokens[rows], num_top)
         return tokens
 
 
 class _Host:
-    """A device tensor on its way to the host: nothing waits before `read`. values: int64 [n]."""
+    """A device tensor that is being copied to the host; nothing waits before `read`. values: int64 [n]."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True)

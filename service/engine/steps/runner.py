@@ -1,9 +1,9 @@
-"""The model, run for one step: plan in, a token and log-probabilities for every chunk out.
+"""Runs the model for one step: from a plan to a token and log-probabilities for every chunk.
 
-    launch    upload the step's integers, run the model, sample; nothing waits for the device
-    collect   wait, and read what it brought (`PendingResults`)
+    launch    upload the integers of the step, run the model, sample; nothing waits for the device
+    collect   wait for the device and read the results (`PendingResults`)
 
-Chooses nothing about requests: the plan says what is computed, the parameters of its requests what is
+Decides nothing about requests: the plan says what is computed, and the parameters of its requests what is
 reported.
 """
 
@@ -28,12 +28,11 @@ from service.engine.steps.step_attention import StepAttention
 
 
 class StepNotComputed(Exception):
-    """The model failed to compute a step, of which nothing has been sampled. The text says why."""
+    """The model failed to compute a step, and nothing of it was sampled. The text says why."""
 
 
 class ModelRunner:
-    """Runs plans. The KV goes to `kv`, the adapters come from `bases`. max_model_len: in tokens.
-    static_steps: what runs steps over static tensors, None where all are launched op by op."""
+    """Runs plans. The KV goes to `kv`, and the adapters come from `bases`."""
 
     def __init__(
         self,
@@ -55,32 +54,35 @@ class ModelRunner:
         self._forward_pass = ForwardPass(
             model, facts, bases, num_positions=num_positions, enable_fused=config.enable_fused
         )
+        #: Runs steps over static tensors; None if all steps are launched op by op.
         self.static_steps: StaticSteps | None = None
         self._no_targets = torch.empty(0, dtype=torch.int64, device=self._device)
         self._sampled: SampledTokens | None = None
 
     @property
     def forward_mode(self) -> str:
-        """How the model is run, and why so."""
+        """How the model is run, and why."""
         return self._forward_pass.mode
 
     def prepare(self) -> None:
-        """Settle how the model is run, now that the default basis is known; else the first step does it."""
+        """Decide how the model is run, now that the default basis is known. Otherwise the first step decides
+        it."""
         if self._forward_pass.prepare(self._trial_error):
             self.static_steps = self._make_static_steps()
 
     def warm_up(self) -> None:
-        """Compile and capture what steps over static tensors will need, so that no request waits for it. When
-        the default basis is there and nothing is under way; on CUDA only."""
+        """Compile and capture what steps over static tensors need, so that no request waits for it. Acts on
+        CUDA only. Call this when the default basis is resident and no step is running."""
         self.prepare()
         if self.static_steps is not None and self._device.type == "cuda":
             with torch.inference_mode():
                 self.static_steps.warm_up(self._own_slots())
 
     def launch(self, plan: StepPlan, *, op_by_op: bool = False) -> PendingResults:
-        """Start a step. Pending tokens in it are those of the step that was launched before.
+        """Start a step. Its pending tokens are those of the step that was launched before.
 
-        op_by_op: not over static tensors. Raises `StepNotComputed`, and an accelerator's own errors.
+        op_by_op: do not run it over static tensors. Raises `StepNotComputed`, and an accelerator's own
+        errors.
         """
         self.prepare()
         self._forward_pass.follow_bases()
@@ -90,7 +92,7 @@ class ModelRunner:
                 logits, prompt_targets = self._compute(plan, sources, op_by_op=op_by_op)
             except torch.AcceleratorError:
                 raise
-            except Exception as error:  # whatever a model's code or a kernel may raise
+            except Exception as error:  # the code of a model or a kernel may raise anything
                 raise StepNotComputed(str(error)) from error
             results = PendingResults(plan, logits, prompt_targets)
         requests = [chunk.request for chunk in plan.chunks if chunk.samples]
@@ -98,7 +100,7 @@ class ModelRunner:
         return results
 
     def clear(self, blocks: list[int]) -> None:
-        """Clear KV blocks that were another's before, as a step does with its `fresh_blocks`."""
+        """Clear KV blocks that belonged to another request, as a step does with its `fresh_blocks`."""
         with torch.inference_mode():
             self._kv.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
@@ -110,7 +112,7 @@ class ModelRunner:
     def _compute(
         self, plan: StepPlan, sources: TokenSources | None, *, op_by_op: bool
     ) -> tuple[StepLogits, Tensor]:
-        """The logits, and the targets of the rows that are scored."""
+        """The logits of a step, and the targets of the rows that are scored."""
         steps = self.static_steps
         if steps is not None and not op_by_op and steps.can_run(plan, self._bases.default_id):
             return steps.launch(plan, self._own_slots(), sources), self._no_targets
@@ -120,7 +122,7 @@ class ModelRunner:
         return StepLogits(logits), batch.prompt_targets
 
     def _own_slots(self) -> SlotTable | None:
-        """Those of the fused basis. A step over static tensors has no rows of another."""
+        """The slots of the fused basis. A step over static tensors has no rows of another basis."""
         for basis_id, table in self._bases.tables.items():
             if basis_id != self._bases.default_id:
                 table.stage(None)
@@ -133,11 +135,11 @@ class ModelRunner:
         return batch
 
     def _make_static_steps(self) -> StaticSteps | None:
-        wanted, model = self._config.decode_graphs, self._forward_pass.fused
-        # Over static tables the slow truth would gather every request at the full length of the model.
+        setting, model = self._config.decode_graphs, self._forward_pass.fused
+        # Over static tables the reference implementation would gather every request at full length.
         can_capture = self._device.type == "cuda" and self._attention.kind == AttentionKind.TRITON
-        is_wanted = wanted == "static" or (wanted == "auto" and can_capture)
-        if model is None or not is_wanted:
+        is_enabled = setting == "static" or (setting == "auto" and can_capture)
+        if model is None or not is_enabled:
             return None
         return StaticSteps(
             model,
@@ -149,7 +151,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _trial_error(self) -> float:
-        """How far the two ways through the model are apart, see `fused/self_check.py`."""
+        """The difference between the two ways through the model, see `forward/self_check.py`."""
         basis_id = self._bases.default_id
         table = self._bases.tables.get(basis_id)
         if table is None:
@@ -161,7 +163,7 @@ class ModelRunner:
             table.end_trial()
 
     def _trial_logits(self, basis_id: str, slot: int) -> list[Tensor]:
-        """Logits [rows, V] of all rows of the trial, by the fused way and by the generic one."""
+        """The logits [rows, V] of all rows of the trial, by the fused and by the generic way."""
         plans = self_check.trial_plans(
             self._vocab_size,
             self._kv.block_size,

@@ -1,12 +1,12 @@
-"""How a step lies in static tensors: the sizes that it is padded to, and the integers that fill them.
+"""The layout of a step in static tensors: the sizes that it is padded to, and the integers that fill them.
 
     [4, num_rows]     ids, positions, rows of the block tables and slots of the tokens
-    [num_singles, 4]  the one query of each sequence that computes one token, as a tile (`query_tiles.py`)
+    [num_singles, 4]  the query of each request that computes one token, as a tile (`query_tiles.py`)
     [num_tiles, 4]    the queries of the others
-    [num_logit_rows]  rows of the batch whose logits are wanted
+    [num_logit_rows]  rows of the batch whose logits are needed
 
-The sizes are few, for each of them is a CUDA graph. Padding is zeros: tokens of slot 0 in the null row of the
-block tables, so that they write no KV and see none; tiles without queries; logits of row 0. Knows no device.
+There are few sizes, because each of them is a CUDA graph. Padding is zeros: tokens of slot 0 in the null row
+of the block tables, which write no KV and see none; tiles without queries; logits of row 0. Knows no device.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ from service.engine.scheduling.plan import Chunk, StepPlan
 
 _Integers = TypeVar("_Integers", Ints, Tensor)
 
-#: Rows of steps that only decode: (up to so many, sizes grow by so many), 24 sizes up to 256 rows.
+#: Sizes of steps that only decode, as pairs (up to this many rows, in steps of this many): 24 sizes up to 256
+#: rows.
 _DECODE_STEPS = ((4, 1), (64, 8), (256, 16), (1 << 30, 32))
-#: Rows of the others, 33 sizes up to the largest. Up to about 200 tokens a step of 8B on an H200 mostly reads
-#: weights, and padding is nearly free; above, every row costs the same, and there padding adds 4 % on average
+#: The same for other steps: 33 sizes up to the largest. Up to about 200 tokens a step of 8B on an H200 mostly
+#: reads weights, and padding is nearly free. Above, every row costs the same, and padding adds 4 % on average
 #: and 14 % at most.
 _MIXED_STEPS = ((16, 16), (512, 32), (1024, 64), (1 << 30, 128))
-#: Above, the device takes longer than a host that launches op by op (8B on an H200: 33 TFLOP at 2,048 tokens,
-#: 45 ms at 0.7 PFLOP/s, against 20 to 40 ms), and every size more takes memory.
+#: The largest step over static tensors. Above, the device takes longer than a host that launches op by op (8B
+#: on an H200: 33 TFLOP at 2,048 tokens, 45 ms at 0.7 PFLOP/s, against 20 to 40 ms), and each further size
+#: takes memory.
 MAX_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a computation over static tensors depends on, beside what they hold. num_logit_rows: 0 where every
-    row's logits are wanted. can_split: see `StepAttention.can_split`."""
+    """What a computation over static tensors depends on, besides their values."""
 
     num_rows: int
     num_singles: int = 0
     num_tiles: int = 0
+    #: 0 if the logits of every row are needed.
     num_logit_rows: int = 0
+    #: See `StepAttention.can_split`.
     can_split: bool = False
 
     @property
@@ -53,33 +56,34 @@ class StepShape:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether it is for steps that do not only decode."""
+        """Whether it is for steps that do more than decode."""
         return self.num_logit_rows > 0
 
 
 @dataclass(frozen=True)
 class ShapeLimits:
-    """max_sequences, max_tokens: of one step. queries_per_tile: None where attention takes rows, no tiles."""
+    """The limits of one step, and the shapes that follow from them."""
 
     max_sequences: int
     max_tokens: int
+    #: None if attention takes rows and no tiles.
     queries_per_tile: int | None
 
     @property
     def max_mixed(self) -> int:
-        """Tokens of the largest step that does not only decode and has a shape."""
+        """Tokens of the largest step with a shape that does more than decode."""
         return min(self.max_tokens, MAX_ROWS)
 
     def decode_shape(self, num_sequences: int, *, can_split: bool) -> StepShape:
-        """The smallest for steps of `num_sequences` tokens that all sample."""
+        """The smallest shape for steps of `num_sequences` tokens that all sample."""
         rows = _padded(num_sequences, _DECODE_STEPS, self.max_sequences)
         return StepShape(rows, 0 if self.queries_per_tile is None else rows, can_split=can_split)
 
     def mixed_shape(self, num_tokens: int, *, can_split: bool) -> StepShape:
-        """The smallest for any step of `num_tokens` tokens, up to `max_mixed`.
+        """The smallest shape for any step of `num_tokens` tokens, up to `max_mixed`.
 
-        A tile that is not full is the last of its chunk, and a chunk that is no single has two tokens or
-        more: tiles never run out.
+        There are always enough tiles: a tile that is not full is the last of its chunk, and a chunk that is
+        not a single has two tokens or more.
         """
         assert num_tokens <= self.max_mixed
         rows = _padded(num_tokens, _MIXED_STEPS, self.max_mixed)
@@ -90,7 +94,7 @@ class ShapeLimits:
         return StepShape(rows, sequences, tiles, sequences, can_split)
 
     def shapes(self) -> Iterator[StepShape]:
-        """All of them, large ones first."""
+        """All shapes, large ones first."""
         for count in sorted(_sizes(_MIXED_STEPS, self.max_mixed), reverse=True):
             yield from (self.mixed_shape(count, can_split=can_split) for can_split in (True, False))
         for count in sorted(_sizes(_DECODE_STEPS, self.max_sequences), reverse=True):
@@ -98,7 +102,7 @@ class ShapeLimits:
 
 
 def pieces(integers: _Integers, shape: StepShape) -> tuple[_Integers, _Integers, _Integers, _Integers]:
-    """Views of the parts of `integers` [shape.num_integers]: rows, singles, tiles, logit rows, as above."""
+    """Views of the parts of `integers` [shape.num_integers]: rows, singles, tiles, logit rows."""
     singles = 4 * shape.num_rows
     tiles = singles + 4 * shape.num_singles
     logit_rows = tiles + 4 * shape.num_tiles
@@ -113,7 +117,8 @@ def pieces(integers: _Integers, shape: StepShape) -> tuple[_Integers, _Integers,
 def lay_out(
     plan: StepPlan, table_rows: Sequence[int], shape: StepShape, queries_per_tile: int | None
 ) -> Ints:
-    """The integers of a step, int64 [shape.num_integers]. table_rows: of every chunk in the block tables."""
+    """The integers of a step, int64 [shape.num_integers]. table_rows: the row of each chunk in the block
+    tables."""
     values = np.zeros(shape.num_integers, np.int64)
     rows, singles, tiles, logit_rows = pieces(values, shape)
     chunks = plan.chunks
@@ -142,15 +147,16 @@ def lay_out(
         )
         own[:, 3] = np.asarray(table_rows)[own[:, 3]]
         tiles[: len(own)] = own
-    wanted = [index for index, chunk in enumerate(chunks) if chunk.samples]
-    logit_rows[: len(wanted)] = (first_rows + lengths - 1)[wanted]
+    sampling = [index for index, chunk in enumerate(chunks) if chunk.samples]
+    logit_rows[: len(sampling)] = (first_rows + lengths - 1)[sampling]
     return values
 
 
 def _fill_rows(
     rows: Ints, chunks: Sequence[Chunk], table_rows: Sequence[int], lengths: Ints, first_rows: Ints
 ) -> None:
-    """Every token's id, position, row of the block tables and slot. lengths, first_rows: of the chunks."""
+    """Fill in the id, position, row of the block tables and slot of every token. lengths, first_rows: of the
+    chunks."""
     num_tokens = int(lengths.sum())
     starts = np.asarray([chunk.start for chunk in chunks])
     slots = [chunk.request.slot for chunk in chunks]
@@ -161,7 +167,7 @@ def _fill_rows(
 
 
 def _fill_singles(singles: Ints, rows: Ints) -> None:
-    """Tiles of one query, of as many rows as there are singles."""
+    """Fill in tiles of one query each, for as many rows as there are singles."""
     count = len(singles)
     singles[:, 0] = np.arange(count)
     singles[:, 1] = 1

@@ -1,11 +1,12 @@
-"""Steps over static tensors: what a CUDA graph can replay, so that the host launches one thing and not 300.
+"""Steps over static tensors, which a CUDA graph can replay, so that the host launches one graph and not 300
+ops.
 
     upload     one copy: the integers of the step, padded to one of few shapes (`shapes.py`)
-    compute    from them to logits, largest tokens and their finiteness: captured once per shape
+    compute    from the integers to logits, most likely tokens and finiteness: captured once per shape
 
-Steps that decode, steps with pieces of prompts in them, and both together. Elsewhere than on CUDA, and the
-first time in each shape, `compute` just runs. Knows the fused path only: what the generic one does between
-its ops is not ours to capture.
+Serves steps that decode, steps with pieces of prompts, and both together. On other devices than CUDA, and the
+first time in each shape, `compute` simply runs. Works with the fused path only: what the generic path does
+between its ops cannot be captured here.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Bucket:
-    """integers: int64 [shape.num_integers], see `shapes.py`. The rest is what `compute` leaves."""
+    """The static tensors of one shape."""
 
+    #: int64 [shape.num_integers], see `shapes.py`.
     integers: Tensor
     graph: torch.cuda.CUDAGraph | None = None
+    #: Where the graph leaves its results.
     outputs: StepLogits | None = None
 
 
 class StaticSteps:
-    """Steps by `model`. max_sequences, max_tokens: of one step. num_replays: of graphs. Logits are left in
-    one place, valid until the next step."""
+    """Steps of `model`. max_sequences, max_tokens: of one step. Logits are valid until the next step."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class StaticSteps:
         max_sequences: int,
         max_tokens: int,
     ) -> None:
+        #: Number of times that a graph was replayed.
         self.num_replays = 0
         self._model = model
         self._kv = kv
@@ -70,17 +73,17 @@ class StaticSteps:
 
     @property
     def shapes(self) -> list[StepShape]:
-        """Those that steps have had so far."""
+        """The shapes that steps have had so far."""
         return list(self._buckets)
 
     @property
     def captured(self) -> list[StepShape]:
-        """Those that there are graphs for."""
+        """The shapes that have a graph."""
         return [shape for shape, bucket in self._buckets.items() if bucket.graph is not None]
 
     def can_run(self, plan: StepPlan, basis_id: str) -> bool:
-        """Whether a step is one of these: it scores no prompt, has adapters of the fused basis or none, and
-        is small enough that the host's time matters. basis_id: of the fused basis."""
+        """Whether a step can run over static tensors: it scores no prompt, has no adapters but those of the
+        fused basis, and is so small that the host's time matters. basis_id: of the fused basis."""
         if not plan.basis_ids <= {None, basis_id}:
             return False
         return plan.is_decode or (
@@ -89,8 +92,7 @@ class StaticSteps:
         )
 
     def launch(self, plan: StepPlan, slots: SlotTable | None, sources: TokenSources | None) -> StepLogits:
-        """Start a step that `can_run`. slots: of the fused basis. sources: where ids that the host does not
-        know yet come from."""
+        """Start a step that `can_run` accepts. slots: of the fused basis. sources: of the pending tokens."""
         tables = self._attention.block_tables
         table_rows, entries = tables.plan([chunk.request.blocks for chunk in plan.chunks])
         shape = self._shape_of(plan)
@@ -117,9 +119,9 @@ class StaticSteps:
         return StepLogits(outputs.logits[:count], outputs.greedy[:count], outputs.is_finite[:count])
 
     def warm_up(self, slots: SlotTable | None) -> None:
-        """Run every shape on nothing but padding: kernels are compiled and graphs captured now, and not when
-        a request comes that needs them. Where memory ends, the rest is left to their first use. slots: of the
-        fused basis."""
+        """Run every shape on padding only, so that kernels are compiled and graphs captured now, and not when
+        a request needs them. If memory runs out, the remaining shapes are left to their first use. slots: of
+        the fused basis."""
         began, free = time.perf_counter(), _free_bytes(self._device)
         for shape in self._limits.shapes():  # large ones first, whose memory the others then share
             rows, *_ = pieces(self._bucket(shape).integers.zero_(), shape)
@@ -128,7 +130,7 @@ class StaticSteps:
             try:
                 self._run(shape)
             except torch.OutOfMemoryError:
-                logger.warning("no memory to try out all shapes of steps; the rest is captured when it comes")
+                logger.warning("out of memory; the remaining shapes of steps are captured on first use")
                 break
         seconds, held = time.perf_counter() - began, free - _free_bytes(self._device)
         logger.info("%d graphs captured in %.1f s, %d MB", len(self.captured), seconds, held // 1_000_000)
@@ -138,7 +140,7 @@ class StaticSteps:
         return self._last is not None
 
     def repeat(self) -> None:
-        """The last step's computation once more, over the same tensors: for measurements."""
+        """Repeat the computation of the last step over the same tensors, for measurements."""
         assert self._last is not None
         with torch.inference_mode():
             self._run(self._last)
@@ -163,7 +165,7 @@ class StaticSteps:
             self.num_replays += 1
             return bucket.outputs
         outputs = self._compute(shape, bucket.integers)
-        if self._can_capture:  # nothing runs while it is captured; the kernels are compiled by now
+        if self._can_capture:  # a capture runs nothing; the kernels are compiled by now
             self._capture(shape, bucket)
         return outputs
 
@@ -188,9 +190,9 @@ class StaticSteps:
             step = self._attention.make_by_rows(rows, table_rows)
         else:
             step = self._attention.make_by_tiles(rows, singles, tiles, can_split=shape.can_split)
-        wanted = logit_rows if shape.is_mixed else None
+        needed_rows = logit_rows if shape.is_mixed else None
         count = shape.num_logit_rows if shape.is_mixed else shape.num_rows
-        logits = self._model.forward(rows, self._kv, step, wanted, out=self._logits[:count])
+        logits = self._model.forward(rows, self._kv, step, needed_rows, out=self._logits[:count])
         return StepLogits(logits, logits.argmax(-1), finite_rows(logits))
 
 

@@ -1,9 +1,9 @@
-"""The attention of a model's steps: which implementation, and how each is told about a step.
+"""The attention of a model's steps: the choice of an implementation, and what it reads of each step.
 
-    torch     `PagedAttention`, any device: the slow truth
-    triton    `TritonPagedAttention`, CUDA
+    torch     `PagedAttention`, the reference implementation, on any device
+    triton    `TritonPagedAttention`, on CUDA
 
-Both for steps made from plans (`layout`) and for steps over static tensors (`make_by_tiles`, `make_by_rows`).
+Both serve steps made from plans (`layout`) and steps over static tensors (`make_by_tiles`, `make_by_rows`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from service.engine.attention.backend import AttentionChoice, AttentionKind, choose_attention
-from service.engine.attention.layout import AttentionLayout, PagedLayout, TiledLayout
 from service.engine.attention.paged import (
     PagedInputs,
+    PagedLayout,
     TritonPagedAttention,
     decode_split_target,
     prefill_split_limits,
     queries_per_tile,
 )
 from service.engine.attention.query_tiles import wants_split
-from service.engine.attention.reference import AttentionStep, AttentionTile, PagedAttention, TokenRows
+from service.engine.attention.reference import (
+    AttentionLayout,
+    AttentionStep,
+    AttentionTile,
+    PagedAttention,
+    TiledLayout,
+    TokenRows,
+)
 from service.engine.forward.forward_pass import ModelFacts
 from service.engine.kv.block_tables import BlockTables
 from service.engine.kv.blocks import NULL_BLOCK
@@ -35,22 +42,23 @@ from tessera.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-#: Rows of the block tables beside one per running sequence: those of the trial at start.
+#: Rows of the block tables beyond one per running request, for the trial at start.
 _SPARE_ROWS = 2
 
 
 class StepAttention:
-    """kv: where K and V are. num_positions: of the longest sequence. block_tables: of the sequences in
-    flight, on the device. queries_per_tile: of a prefill tile, None for the slow truth, which takes rows."""
+    """Makes the attention of steps over `kv`. num_positions: of the longest request."""
 
     def __init__(self, kv: PagedKV, facts: ModelFacts, config: EngineConfig, *, num_positions: int) -> None:
         device = kv.pages_of(0)[0].device
         choice = _choose(kv, facts, config)
         self.kind = choice.kind
         max_blocks = -(-num_positions // kv.block_size)
+        #: The block tables of the running requests, on the device.
         self.block_tables = BlockTables(config.max_running + _SPARE_ROWS, max_blocks, device)
         self._kv = kv
         self._decode_target, self._prefill_limits = 0, (0, 0)
+        #: Queries of a prefill tile; None for the reference implementation, which takes rows.
         self.queries_per_tile: int | None = None
         self.layout: AttentionLayout = TiledLayout()
         if self.kind == AttentionKind.TRITON:
@@ -61,7 +69,7 @@ class StepAttention:
         logger.info("attention runs on %s%s", self.kind, choice.reason and f": {choice.reason}")
 
     def can_split(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether splitting contexts of a step over programs pays, see `query_tiles.wants_split`."""
+        """Whether it pays to split the contexts of a step over programs, see `query_tiles.wants_split`."""
         if self.queries_per_tile is None:
             return False
         size = self.queries_per_tile
@@ -76,8 +84,8 @@ class StepAttention:
     def make_by_tiles(
         self, rows: TokenRows, singles: Tensor, tiles: Tensor, *, can_split: bool
     ) -> AttentionStep:
-        """The attention of a step over tensors that stay where they are, as tiles on the rows of
-        `block_tables`: [S, 4] of one query each, [P, 4] of `queries_per_tile`. can_split: as above."""
+        """The attention of a step over static tensors, as tiles on the rows of `block_tables`: singles [S, 4]
+        of one query each, tiles [P, 4] of up to `queries_per_tile`. can_split: see `can_split`."""
         assert self.queries_per_tile is not None
         tables = self.block_tables.tables
         no_lengths = singles[:0, 2]
@@ -85,10 +93,11 @@ class StepAttention:
         return TritonPagedAttention(self._kv, inputs, rows.blocks, rows.offsets)
 
     def make_by_rows(self, rows: TokenRows, table_rows: Tensor) -> AttentionStep:
-        """The same for the slow truth, every token by itself. table_rows: int64 [T], of `block_tables`."""
+        """The same for the reference implementation, each token by itself. table_rows: int64 [T], rows of
+        `block_tables`."""
         tables = self.block_tables.tables.index_select(0, table_rows)
-        # What a row's table holds past its own blocks is left from others, whose NaN would pass any mask; the
-        # null block holds zeros.
+        # Past its own blocks a row's table still holds blocks of others, and a NaN in these would pass any
+        # mask. The null block holds zeros.
         first_positions = torch.arange(tables.shape[1], device=tables.device) * self._kv.block_size
         own_tables = torch.where(first_positions <= rows.positions[:, None], tables, NULL_BLOCK)
         tile = AttentionTile(0, own_tables.long(), rows.positions[:, None])
@@ -97,7 +106,7 @@ class StepAttention:
 
 def _choose(kv: PagedKV, facts: ModelFacts, config: EngineConfig) -> AttentionChoice:
     if not facts.attends_itself:
-        return choose_attention(kv, facts.num_heads, facts.options, wanted=config.attention)
+        return choose_attention(kv, facts.num_heads, facts.options, setting=config.attention)
     reason = "the model computes attention itself"
     if config.attention == "triton":
         raise UnsupportedModel(f"attention cannot run on Triton: {reason}", param="attention")

@@ -1,1 +1,1 @@
-"""A trial of every model when it is loaded: does the engine compute what the model computes?"""
+"""A trial of every model when it is loaded: does the engine compute the same as the model?"""

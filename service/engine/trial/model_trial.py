@@ -1,14 +1,15 @@
-"""Whether the engine computes what the model computes: tried before the first request.
+"""The trial of a model before the first request: does the engine compute the same as the model?
 
-Three sequences of different lengths share steps of the engine, cut into pieces, two of them with an adapter
-of their own on every linear layer that can carry one. Each must come out as the model computes it by itself:
-alone, whole, by its own eager attention. So whatever mixes the rows of a batch (shared statistics, positions
-that are counted instead of read, state outside the KV cache, routing by the sequence) shows before it reaches
-a user. What fails is refused by name: the model, or the layers that cannot carry adapters.
+Three sequences of different lengths share steps of the engine, cut into pieces. Two of them have an adapter
+of their own on every linear layer that can carry one. The result of each must be the same as when the model
+runs it by itself: alone, whole, with its own eager attention. So anything that mixes the rows of a batch
+(shared statistics, positions that are counted instead of read, state outside the KV cache, routing by
+sequence) is found before it reaches a user. What fails is refused by name: the model, or the layers that
+cannot carry adapters.
 
-When all is well the trial takes eight forward passes of at most 26 tokens and the memory of rank-4 factors
-of every linear layer: 0.5 s and 56 MB for an 8B model in bfloat16 on an H200. Only a failure costs more, to
-find its reason.
+A successful trial takes eight forward passes of at most 26 tokens and the memory of rank-4 factors of every
+linear layer: 0.5 s and 56 MB for an 8B model in bfloat16 on an H200. Only a failure takes longer, because its
+reason must be found.
 """
 
 from __future__ import annotations
@@ -32,42 +33,43 @@ from tessera.model.base_model import BaseModel, linear_layers
 
 logger = logging.getLogger(__name__)
 
-#: Difference of the logits as a share of their spread. Rounding gives 1e-6 in float32, 0.3 % in float16 and
-#: 2.4 % in bfloat16 (gpt_oss on CPU and an H200; nothing at all for most others, an 8B Llama among them,
-#: because products of so few rows round alike). Another's adapter on one layer of 21 gives 20 %.
+#: Largest difference of the logits as a share of their spread. Rounding gives 1e-6 in float32, 0.3 % in
+#: float16 and 2.4 % in bfloat16 (gpt_oss on a CPU and an H200; most other models, such as an 8B Llama, show
+#: no difference at all, because products of so few rows round alike). A wrong adapter on one layer of 21
+#: gives 20 %.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-#: In half precision this share of the rows must be near: rounding may send single tokens to other experts.
+#: In half precision this share of the rows must be close: rounding may route single tokens to other experts.
 _NEAR_SHARE = 0.75
-#: Tokens of the sequences: two with adapters, and one without, whose length is a prime number, so that no
-#: shape of another meaning has as many rows.
+#: Tokens of the sequences: two with adapters, and one without. The length of the last is a prime number, so
+#: that no shape of another meaning has the same number of rows.
 LENGTHS = (8, 5, 13)
-#: A router that is undecided between two experts may be tipped by rounding: it is not on the second draw.
+#: Rounding may tip a router that is undecided between two experts; on a second draw it is not undecided.
 _NUM_DRAWS = 2
 
 _AS_SERVED = Way(together=True, in_pieces=True)
-_MIXES = "gives a sequence other results when others share the step with it"
-#: What it means if the base model fails in one of these ways and not in those before.
+_MIXES = "gives a sequence different results when other sequences share its step"
+#: What it means if the base model fails in one of these ways and not in those before it.
 _MEANINGS = {
-    Way(
-        together=False, in_pieces=False
-    ): "does not compute over the paged KV cache what it computes by itself",
+    Way(together=False, in_pieces=False): "does not compute the same over the paged KV cache as by itself",
     Way(together=True, in_pieces=False): _MIXES,
     Way(
         together=False, in_pieces=True
-    ): "gives a text in pieces other results than the whole text: later tokens "
-    "change what earlier ones give, or it keeps state that is not in the KV cache",
+    ): "gives different results for a text in pieces than for the whole text: later tokens "
+    "change the results of earlier ones, or it keeps state outside the KV cache",
     _AS_SERVED: _MIXES,
 }
 
 
 @torch.inference_mode()
 def install_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
-    """Take `base` over. Also returns the linear layers that cannot carry adapters, with the reason.
+    """Prepare `base` for the engine and try it. Also returns the linear layers that cannot carry adapters,
+    each with the reason.
 
     Raises `UnsupportedModel` for a model that the engine would not serve exactly.
     """
     before, verbosity = implementation_of(base.model), transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # each change of attention would be a warning per vision tower
+    # otherwise each change of attention logs a warning per vision tower
+    transformers_logging.set_verbosity_error()
     try:
         facts = install_attention(base.model)
         try:
@@ -75,7 +77,7 @@ def install_and_try(base: BaseModel) -> tuple[ModelFacts, dict[str, str]]:
         except UnsupportedModel as refusal:
             if facts.attends_itself:
                 raise
-            logger.info("%s; it is tried with attention of its own", refusal)
+            logger.info("%s; trying it with its own attention", refusal)
             base.model.set_attn_implementation(before)
             try:
                 facts = install_cache(base.model)
@@ -99,7 +101,7 @@ class _Trial:
             if linear.weight.is_floating_point()
         }
         self._lengths = [min(length, base.max_position) for length in LENGTHS]
-        self._own: dict[tuple[int, int], Tensor] = {}  # of the base model, by draw and sequence
+        self._own: dict[tuple[int, int], Tensor] = {}  # logits of the base model, by draw and sequence
 
     def run(self) -> dict[str, str]:
         shapes = self._input_shapes()
@@ -117,7 +119,8 @@ class _Trial:
         return unfit
 
     def _input_shapes(self) -> dict[str, list[torch.Size]]:
-        """What the layers are called with in a pass of the last sequence, in the order of the model."""
+        """The shapes of the inputs of all layers in a pass of the last sequence, in the order of the
+        model."""
         shapes: defaultdict[str, list[torch.Size]] = defaultdict(list)
         with ExitStack() as hooks:
             for name, linear in self._linears.items():
@@ -140,12 +143,14 @@ class _Trial:
         for name, own in shapes.items():
             odd = [list(s) for s in own if not s or rows_per_token(s[:-1], num_tokens) is None]
             if odd:
-                unfit[name] = f"it sees {odd[0]} in a text of {num_tokens} tokens, not every token in order"
+                unfit[name] = (
+                    f"its input is {odd[0]} for a text of {num_tokens} tokens, not every token in order"
+                )
         return unfit
 
     def _unfit_without_call(self, names: list[str]) -> dict[str, str]:
-        """Of layers that are not called, those whose weight is read all the same. The others, of a vision
-        tower say, are not reached by text, and whatever they carry changes nothing."""
+        """Those of the layers without a call that still have their weight read. The others, such as those of
+        a vision tower, are not reached by text, and an adapter on them changes nothing."""
         unfit: dict[str, str] = {}
         if self._is_read(names):
             for own in _by_kind(names):
@@ -169,31 +174,32 @@ class _Trial:
                 self._linears[name].weight = weight
 
     def _check_base_model(self) -> None:
-        """Raise `UnsupportedModel` if not even the base model is served exactly, with what is seen of why."""
-        if self._numbers_otherwise():
+        """Raise `UnsupportedModel` if not even the base model is served exactly, with the reason as far as it
+        shows."""
+        if self._numbers_positions_differently():
             raise self._unsupported(
-                "does not number the positions of a text from 0, as the engine does (RoBERTa and its kin "
-                "begin behind the number of their padding token)"
+                "does not number the positions of a text from 0, as the engine does (RoBERTa and similar "
+                "models start after the number of their padding token)"
             )
         for way, meaning in _MEANINGS.items():
             if fault := self._fault([], way):
                 raise self._unsupported(f"{meaning} ({fault})")
 
-    def _numbers_otherwise(self) -> bool:
-        """Whether the positions that the model takes by itself are others than 0, 1, 2 and so on."""
+    def _numbers_positions_differently(self) -> bool:
+        """Whether the positions that the model uses by itself are not 0, 1, 2 and so on."""
         model, token_ids = self._adapted([], 0), self._token_ids(0)[-1]
         positions = torch.arange(len(token_ids), device=self._base.device)[None]
         try:
             logits = model.own_logits(token_ids, position_ids=positions)
         except DEVICE_ERRORS:
             raise
-        except Exception:  # it takes no positions
+        except Exception:  # it accepts no positions
             return False
         dtype = self._base.model.dtype
         return difference(logits, self._own_logits(model, 0, len(LENGTHS) - 1), dtype) > TOLERANCES[dtype]
 
     def _fault(self, names: Sequence[str], way: Way = _AS_SERVED) -> str:
-        """What is wrong with adapters on these layers, "" if nothing is in one of the draws."""
+        """What is wrong with adapters on these layers; "" if one of the draws shows nothing wrong."""
         fault = ""
         for draw in range(_NUM_DRAWS):
             fault = self._fault_in_draw(names, draw, way)
@@ -209,12 +215,12 @@ class _Trial:
             served = model.served_logits(list(zip(self._token_ids(draw), adapters, strict=True)), way)
         except DEVICE_ERRORS:
             raise
-        except Exception as error:  # whatever a model's code may raise
+        except Exception as error:  # the code of a model may raise anything
             logger.info("a pass of the trial failed", exc_info=error)
             return f"the pass fails: {error}"
         dtype = self._base.model.dtype
         gap = max(difference(*pair, dtype) for pair in zip(served, own, strict=True))
-        return "" if gap <= TOLERANCES[dtype] else f"its logits are off by {gap:.2g} of their spread"
+        return "" if gap <= TOLERANCES[dtype] else f"its logits differ by {gap:.2g} of their spread"
 
     def _own_logits(
         self, model: AdaptedModel, draw: int, index: int, adapter: TrialAdapter | None = None
@@ -226,7 +232,7 @@ class _Trial:
         return self._own[draw, index]
 
     def _token_ids(self, draw: int) -> list[list[int]]:
-        """From the middle of the vocabulary, because special tokens stand at its ends."""
+        """Token ids from the middle of the vocabulary, because special tokens are at its ends."""
         generator = torch.Generator().manual_seed(draw)
         low, high = self._facts.vocab_size // 4, max(1, self._facts.vocab_size // 2)
         return [torch.randint(low, high, (n,), generator=generator).tolist() for n in self._lengths]
@@ -241,8 +247,9 @@ class _Trial:
 
 
 def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """How far logits [n, V] are from others as a share of their spread: in the worst row for a model in
-    float32, in the worst of the nearest three quarters in half precision. Infinite if one is not finite."""
+    """The difference between two sets of logits [n, V] as a share of their spread: that of the worst row in
+    float32, and of the worst of the closest three quarters in half precision. Infinite if one is not
+    finite."""
     logits, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, expected))
     rows = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     if not rows.isfinite().all():
@@ -251,7 +258,7 @@ def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
 
 
 def _by_kind(names: Sequence[str]) -> list[list[str]]:
-    """Layers of all blocks together that have the same last name."""
+    """Group layers of all blocks by the last part of their name."""
     kinds: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         kinds[name.split(".")[-1]].append(name)

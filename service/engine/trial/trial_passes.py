@@ -1,7 +1,8 @@
-"""Forward passes of a trial (`model_trial.py`): a sequence by the model itself, and sequences by the engine.
+"""The forward passes of a trial (`model_trial.py`): one sequence by the model itself, or several by the
+engine.
 
-Both can have adapters, on any linear layers: by the engine in slots of a basis, as in service; by the model
-itself with hooks that add their deltas, so that nothing of ours takes part.
+Both can have adapters on any linear layers. The engine has them in the slots of a basis, as in service. The
+model itself has them as hooks that add their deltas, so that no code of the engine takes part.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.engine.adapters.resident_bases import ResidentBases
-from service.engine.attention.layout import TiledLayout
-from service.engine.attention.reference import implementation_of
+from service.engine.attention.reference import TiledLayout, implementation_of
 from service.engine.forward.forward_pass import ForwardPass, ModelFacts
 from service.engine.kv.cache import PagedKV
 from service.engine.scheduling.plan import Chunk, StepPlan
@@ -32,8 +32,8 @@ from tessera.model.base_model import BaseModel
 
 _BLOCK_SIZE = 4
 _RANK = 4
-#: Size of an adapter's delta as a share of what its layer gives: enough to show if it is left out, or
-#: another's.
+#: Size of an adapter's delta as a share of its layer's output: large enough to show an adapter that is left
+#: out or confused with another.
 _DELTA = 0.3
 _BASIS_ID = "trial"
 
@@ -43,25 +43,23 @@ class TrialAdapter:
     """An adapter in `slot` of the trial's basis."""
 
     slot: int
-    #: By layer, what adds the adapter's delta to what the layer gives.
+    #: For each layer a hook that adds the adapter's delta to the output.
     hooks: Mapping[str, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the engine is to compute the sequences."""
+    """How the engine computes the sequences."""
 
-    #: All in the same steps, or one sequence after the other.
+    #: All in the same steps, or one sequence after another.
     together: bool
-    #: A part, the rest, and the last token; or all tokens in one step.
+    #: A part, the rest and the last token; or all tokens in one step.
     in_pieces: bool
 
 
 class AdaptedModel:
-    """The model with a random basis on some layers, by name, and two adapters of it; or as it is.
-
-    max_tokens: of one step.
-    """
+    """The model with a random basis on some layers, given by name, and two adapters of it; without layers,
+    the model as it is. max_tokens: of one step."""
 
     def __init__(
         self,
@@ -91,7 +89,8 @@ class AdaptedModel:
     def own_logits(
         self, token_ids: list[int], adapter: TrialAdapter | None = None, **inputs: Tensor
     ) -> Tensor:
-        """Logits [n, V] of one sequence by the model itself, by its eager attention. inputs: more of them."""
+        """The logits [n, V] of one sequence by the model itself, with its eager attention. inputs: further
+        inputs of the model."""
         model, before = self._base.model, implementation_of(self._base.model)
         model.set_attn_implementation("eager")
         try:
@@ -107,7 +106,7 @@ class AdaptedModel:
     def served_logits(
         self, sequences: Sequence[tuple[list[int], TrialAdapter | None]], way: Way
     ) -> list[Tensor]:
-        """Logits [n, V] of every sequence, by steps of the engine."""
+        """The logits [n, V] of every sequence, by steps of the engine."""
         model = self._base.model
         requests, first = [], 1
         for index, (token_ids, adapter) in enumerate(sequences):
@@ -136,7 +135,7 @@ class AdaptedModel:
 
     @contextmanager
     def _installed(self) -> Iterator[ResidentBases]:
-        """The basis in the model's layers, and the adapters in its slots."""
+        """Install the basis in the model's layers, and the adapters in its slots."""
         config = EngineConfig(num_slots=2, max_batch_tokens=self._max_tokens)
         base = self._base
         bases = ResidentBases(base.model, base.model_id, config, device=base.device, dtype=base.model.dtype)
@@ -150,8 +149,8 @@ class AdaptedModel:
 
 
 def _random_basis(model_id: str, linears: Mapping[str, nn.Linear], generator: torch.Generator) -> Basis:
-    """A: random directions; B = W Aᵀ, the layer's own answers to them, scaled so that a random R of size 1
-    gives a delta of `_DELTA` times W x."""
+    """A holds random directions, and B = W Aᵀ the layer's response to them, scaled so that a random R of size
+    1 gives a delta of `_DELTA` times W x."""
     A, B, shapes = [], [], []
     for name, linear in linears.items():
         d_in = linear.in_features
@@ -182,7 +181,7 @@ def _request(
 
 
 def _plans(requests: Sequence[EngineRequest], *, in_pieces: bool) -> Iterator[StepPlan]:
-    """Steps that compute all tokens of every sequence."""
+    """Steps that compute all tokens of every request."""
     cuts = []
     for request in requests:
         n = len(request.token_ids)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine.attention.layout import TiledLayout
 from service.engine.attention.reference import (
     AttentionOptions,
     AttentionProbe,
     NotPageable,
+    TiledLayout,
     attending,
     paged_attention,
 )

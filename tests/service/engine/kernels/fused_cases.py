@@ -1,8 +1,8 @@
 """Inputs for the fused ops, with NaN wherever an op has no business to read, and the checks that all tests
 share.
 
-A check runs an op and the slow truth on copies of the same inputs and compares the results, and with them the
-whole buffers that hold inputs and outputs, so that a write beyond the T rows shows.
+A check runs an op and the reference implementation on copies of the same inputs and compares the results, and
+with them the whole buffers that hold inputs and outputs, so that a write beyond the T rows shows.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def check_add_rms_norm(
 def check_add_residual(
     ops: ModuleType, case: Case, norm: Norm, factors: GroupFactors | None, how: ResidualAdd, *, width: int
 ) -> None:
-    """x and the residual as the slow truth has them, and x * rstd is what `add_rms_norm` returns."""
+    """x and the residual as the reference implementation has them, and x * rstd is what `add_rms_norm`
+    returns."""
     y = make_y(case, width, factors)
     residual, truth = _residuals(case, width)
     delta = with_delta(case, factors)

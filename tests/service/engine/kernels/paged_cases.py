@@ -1,4 +1,5 @@
-"""Steps of paged attention with everything poisoned that no query may see, and their slow truth."""
+"""Steps of paged attention with everything poisoned that no query may see, and their reference
+implementation."""
 
 from __future__ import annotations
 

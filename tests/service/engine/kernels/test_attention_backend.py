@@ -26,7 +26,7 @@ def make_kv(dim: int = 16, *, device: str = "cpu") -> PagedKV:
 def test_the_kernels_pass_their_trial() -> None:
     pytest.importorskip("triton")
 
-    assert choose_attention(make_kv(), 4, LAYERS, wanted="triton") == AttentionChoice(AttentionKind.TRITON)
+    assert choose_attention(make_kv(), 4, LAYERS, setting="triton") == AttentionChoice(AttentionKind.TRITON)
 
 
 def test_a_cpu_gets_the_plain_implementation() -> None:
@@ -37,7 +37,7 @@ def test_a_cpu_gets_the_plain_implementation() -> None:
 
 
 def test_the_plain_implementation_can_be_demanded() -> None:
-    assert choose_attention(make_kv(), 4, LAYERS, wanted="torch").kind == AttentionKind.TORCH
+    assert choose_attention(make_kv(), 4, LAYERS, setting="torch").kind == AttentionKind.TORCH
 
 
 def test_what_the_kernels_cannot_do_is_refused_only_if_they_are_demanded() -> None:
@@ -45,7 +45,7 @@ def test_what_the_kernels_cannot_do_is_refused_only_if_they_are_demanded() -> No
 
     assert choose_attention(kv, 4, LAYERS).kind == AttentionKind.TORCH
     with pytest.raises(UnsupportedModel, match="320 dimensions"):
-        choose_attention(kv, 4, LAYERS, wanted="triton")
+        choose_attention(kv, 4, LAYERS, setting="triton")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The fused ops compiled, on a CUDA device, against the slow truth, at sizes of real models.
+"""The fused ops compiled, on a CUDA device, against the reference implementation, at sizes of real models.
 
 bfloat16 is tested here only. Skipped where there is no device; run there before a release.
 """

@@ -1,4 +1,4 @@
-"""Every fused op as an interpreted Triton kernel on the CPU against the slow truth.
+"""Every fused op as an interpreted Triton kernel on the CPU against the reference implementation.
 
 float32 and float16 only: the interpreter computes with numpy, which has no bfloat16. See `test_cuda.py`.
 """

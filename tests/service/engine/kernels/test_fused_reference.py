@@ -1,4 +1,5 @@
-"""The slow truth of the fused ops against what it must mean: one adapter at a time, transformers' modules."""
+"""The reference implementation of the fused ops against what it must mean: one adapter at a time,
+transformers' modules."""
 
 from __future__ import annotations
 

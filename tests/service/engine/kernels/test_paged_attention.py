@@ -1,4 +1,5 @@
-"""The paged attention kernels, interpreted on the CPU, against the slow truth, with all else poisoned."""
+"""The paged attention kernels, interpreted on the CPU, against the reference implementation, with all else
+poisoned."""
 
 from __future__ import annotations
 
