@@ -20,7 +20,7 @@ def make_workload(queries: int) -> Workload:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted there")
 @pytest.mark.parametrize("queries", [1, 7])
-def test_ours_is_the_slow_truth(queries: int) -> None:
+def test_ours_is_the_reference_implementation(queries: int) -> None:
     pytest.importorskip("triton")
     layers = Layers(make_workload(queries))
     rows = range(3)

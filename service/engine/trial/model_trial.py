@@ -143,9 +143,7 @@ class _Trial:
         for name, own in shapes.items():
             odd = [list(s) for s in own if not s or rows_per_token(s[:-1], num_tokens) is None]
             if odd:
-                unfit[name] = (
-                    f"its input is {odd[0]} for a text of {num_tokens} tokens, not every token in order"
-                )
+                unfit[name] = f"it sees {odd[0]} in a text of {num_tokens} tokens, not every token in order"
         return unfit
 
     def _unfit_without_call(self, names: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Engines over small models, each given back after its test."""
+"""Engines over small models. Each gives its model back after its test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.engine.settings import EngineConfig
 from tests.service.engine.driver import Driver
 from tests.service.engine.models import FAMILIES, Served, family
 
-#: Small enough to be crowded, large enough for every test that does not ask for less.
+#: Small enough to be crowded, and large enough for every test that does not set less.
 DEFAULTS: dict[str, Any] = {"num_blocks": 256, "block_size": 8, "num_slots": 8, "max_batch_seqs": 16}
 
 
@@ -28,7 +28,7 @@ def llama() -> Served:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Driver]]:
-    """start(served, **config): a driver of an engine that has the first basis, and can fetch the rest."""
+    """start(served, **config): a driver of an engine that has the first basis and can fetch the others."""
     engines: list[Engine] = []
 
     def _start(served: Served, **config: Any) -> Driver:

@@ -1,4 +1,4 @@
-"""Turns an engine as its process does: fetch what is missing, step, gather what comes."""
+"""Runs an engine as its process does: fetch what is missing, step, and collect the outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)
 
 @dataclass
 class Answer:
-    """All that one request was told."""
+    """All outputs of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -37,8 +37,8 @@ class Answer:
 
 
 class Driver:
-    """An engine and the store that it would fetch from: adapters by ref and bases by id; an error is
-    delivered in the place of what it stands for, and what is unknown is not found."""
+    """An engine, and the adapters by ref and bases by id that it can fetch. An error among them is provided
+    in place of the adapter or basis; anything unknown is not found."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Driver:
         return outputs
 
     def run(self, max_steps: int = 5000) -> None:
-        """Until the engine has nothing left to do; then every request must have had its last output."""
+        """Run until the engine has nothing left to do. Every request must have had its last output then."""
         for _ in range(max_steps):
             self.fetch()
             if not self.engine.has_work:

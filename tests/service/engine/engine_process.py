@@ -1,4 +1,4 @@
-"""What the tests of the engine process share: a running client, adapters, requests."""
+"""Helpers for tests of the engine process: a running client, adapters, requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = [1, 17, 300, 45, 1200, 77, 9, 2048, 31]
 
 
 async def store_basis(store: BasisStore, settings: CommonSettings, tiny: BaseModel, basis: Basis) -> None:
-    """Spare the engine process the seconds that building the basis takes."""
+    """Store the basis, to save the engine process the seconds that building it takes."""
     name = recipe_key(
         tiny.model_id, method=settings.method, rank=RANK, target_modules=settings.target_modules
     )
@@ -41,7 +41,7 @@ async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 def make_adapter(basis: Basis, seed: int) -> Adapter:
-    """Random, and strong enough that its tokens are not the base model's."""
+    """A random adapter, strong enough that its tokens differ from the base model's."""
     generator = torch.Generator().manual_seed(seed)
     return Adapter(basis.basis_id, 2.0 * torch.randn(basis.num_modules, RANK, RANK, generator=generator))
 

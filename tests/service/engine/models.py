@@ -1,6 +1,7 @@
-"""Small models with adapters that matter, and the oracle: the same model with merged weights, run alone.
+"""Small models with adapters that change the output, and the oracle: the same model with merged weights,
+alone.
 
-No pytest in here, so that the same checks can run on a machine that has only torch and transformers.
+Does not import pytest, so that the same checks can run on a machine with only torch and transformers.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from tessera.formats.basis import Basis, make_basis
 from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import BaseModel, iter_target_modules, load_base_model
 
-#: Shorter than every test's context, so that a window that is ignored, or off by one, shows.
+#: Shorter than the context of every test, so that a window that is ignored or off by one shows.
 SLIDING_WINDOW = 11
 VOCAB_SIZE = 211
 _SIZES = {
@@ -60,14 +61,14 @@ _SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.15,  # at the usual 0.02 every logit is nearly the same
-    "tie_word_embeddings": False,  # tied, random models repeat their input
+    "initializer_range": 0.15,  # with the usual 0.02 all logits are nearly equal
+    "tie_word_embeddings": False,  # with tied weights random models repeat their input
     "eos_token_id": None,
     "bos_token_id": None,
     "pad_token_id": 0,
     "attn_implementation": "eager",
 }
-#: The least that is a model: for tests of what is round it.
+#: The smallest model, for tests of the code around it.
 _MICRO = {**_SIZES, "vocab_size": 29, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 _ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 _CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
@@ -104,16 +105,17 @@ _RANDOM_MODELS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], d
     ),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, _SIZES),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {**_SIZES, "no_rope_layers": [1, 0, 1]}),
-    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, _SIZES),  # LayerNorm: the generic path serves it
+    # it has LayerNorm, so the generic path serves it
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, _SIZES),
 }
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "tiny")
-#: What transformers ships and the fused path runs, beside those.
+#: Further architectures of transformers that the fused path runs.
 MORE_FAMILIES = ("biased", "qwen2", "phi3", "gemma", "gemma3", "granite", "olmo2", "smollm3")
 
 
 @dataclass
 class Served:
-    """A base model, two bases for it, adapters of the first, and what each of them must say."""
+    """A base model, two bases for it, adapters of the first basis, and the expected output of each."""
 
     base: BaseModel
     basis: Basis
@@ -138,7 +140,7 @@ class Served:
         return [torch.randint(3, self.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
     def merged(self, ref: AdapterRef | None) -> PreTrainedModel:
-        """The model with W + B R A in the place of W."""
+        """The model with W + B R A in place of W."""
         if ref not in self._merged:
             model = copy.deepcopy(self.pristine)
             if ref is not None:
@@ -151,13 +153,13 @@ class Served:
         return self._merged[ref]
 
     def __post_init__(self) -> None:
-        self.pristine = copy.deepcopy(self.base.model)  # the engine takes `base.model` over
+        self.pristine = copy.deepcopy(self.base.model)  # the engine owns `base.model`
         self.pristine.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
 
     def oracle(
         self, ref: AdapterRef | None, prompt: list[int], num_tokens: int
     ) -> tuple[list[int], list[float]]:
-        """Greedy tokens of the merged model run alone, and their log-probabilities."""
+        """The greedy tokens of the merged model run alone, and their log-probabilities."""
         model = self.merged(ref)
         output = model.generate(
             torch.tensor([prompt], device=model.device),
@@ -175,7 +177,7 @@ class Served:
         return tokens, logprobs
 
     def prompt_oracle(self, ref: AdapterRef | None, prompt: list[int]) -> torch.Tensor:
-        """Log-probabilities [len(prompt) - 1, V] for the tokens 1.. of the prompt."""
+        """The log-probabilities [len(prompt) - 1, V] for the tokens of the prompt from the second on."""
         model = self.merged(ref)
         with torch.inference_mode():
             logits: torch.Tensor = model(torch.tensor([prompt], device=model.device)).logits
@@ -183,8 +185,8 @@ class Served:
 
 
 def make_served(base: BaseModel, *, rank: int = 4, num_adapters: int = 4, scale: float = 1.0) -> Served:
-    """Random adapters for `base`: `num_adapters` in a basis of all linear layers and two in one of
-    attention's."""
+    """A served model with random adapters: `num_adapters` in a basis of all linear layers, and two in a basis
+    of attention's layers."""
     basis = svd_basis(base, rank, (*LLAMA_LINEARS, "qkv_proj", "gate_up_proj"))
     other = svd_basis(base, rank + 1, ("q_proj", "v_proj", "qkv_proj"))
     served = Served(base, basis, other)
@@ -198,7 +200,7 @@ def make_served(base: BaseModel, *, rank: int = 4, num_adapters: int = 4, scale:
 
 
 def svd_basis(base: BaseModel, rank: int, target_modules: tuple[str, ...]) -> Basis:
-    """The first singular vectors of each weight: directions in which an adapter has a say."""
+    """A basis of the first singular vectors of each weight, directions in which an adapter has an effect."""
     factors = {}
     for name, linear in iter_target_modules(base.model, target_modules):
         U, _, Vh = torch.linalg.svd(linear.weight.cpu(), full_matrices=False)
@@ -256,7 +258,7 @@ def random_model(name: str) -> PreTrainedModel:
 
 
 def randomise_vectors(model: PreTrainedModel) -> None:
-    """Norms that are all ones and biases that are all zeros would hide what is done with them."""
+    """Randomise norms and biases: all ones and all zeros would hide errors in their use."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

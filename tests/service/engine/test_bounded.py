@@ -1,4 +1,5 @@
-"""Millions of adapters are known by name to the store alone: here each is forgotten when it is not in use."""
+"""The engine forgets an adapter when it is no longer in use: only the store knows millions of them by
+name."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 def num_alive(prefix: str) -> int:
-    """AdapterRefs of such names that anything still refers to."""
+    """Number of AdapterRefs with such names that are still referenced."""
     gc.collect()
     return sum(type(o) is AdapterRef and o.adapter_id.startswith(prefix) for o in gc.get_objects())
 

@@ -1,4 +1,4 @@
-"""The same exactness on a CUDA device. Skipped where there is none; run there before a release."""
+"""The same exactness on a CUDA device. Skipped without one; run this on one before a release."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(params=(*FAMILIES, *MORE_FAMILIES))
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """On the device, without TF32: the oracle's float32 must be float32."""
+    """Models on the device, without TF32, because the oracle's float32 must be exact."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield family(request.param, "cuda")
@@ -54,7 +54,7 @@ def test_exactness_on_cuda(served: Served, start: Callable[..., Driver], config:
 
     assert_exact(served, all_cases, run(driver, all_cases))
     if "num_blocks" not in config:
-        assert_exact(served, all_cases, run(driver, all_cases))  # now from the prefix cache
+        assert_exact(served, all_cases, run(driver, all_cases))  # this time from the prefix cache
     if config.get("enable_fused", True):
         assert driver.engine.info().forward_mode == "fused"
     steps = driver.engine.runner.static_steps
@@ -71,7 +71,7 @@ def test_exactness_on_cuda(served: Served, start: Callable[..., Driver], config:
 def test_replayed_steps_with_prompts_in_them_are_exact(
     served: Served, start: Callable[..., Driver], config: dict[str, Any]
 ) -> None:
-    """Rounds of the same traffic, until a round needs no graph that the ones before have not captured."""
+    """Repeat the same traffic until a round needs no new graph."""
     all_cases = cases(served)
     driver = start(served, enable_prefix_cache=False, **config)
     steps = driver.engine.runner.static_steps
@@ -85,7 +85,7 @@ def test_replayed_steps_with_prompts_in_them_are_exact(
 
 
 def test_graphs_captured_at_start(start: Callable[..., Driver]) -> None:
-    """Nothing is captured any more when requests come, and what is replayed is exact."""
+    """No request causes a capture, and replayed steps are exact."""
     served = family("llama", "cuda")
     driver = start(served, max_batch_tokens=100)
     driver.engine.runner.warm_up()
@@ -104,7 +104,7 @@ def test_graphs_captured_at_start(start: Callable[..., Driver]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "olmo2"])
 def test_half_precision_is_fused_too(name: str, dtype: torch.dtype, start: Callable[..., Driver]) -> None:
-    """The trial at the engine's start compares both paths; graphs and plain steps must then agree."""
+    """The trial at the start of the engine compares both paths. Graphs and plain steps must agree then."""
     served = family(name)
     base = BaseModel(name, served.base.model_id, copy.deepcopy(served.pristine).to("cuda", dtype))
     half = Served(base, served.basis, served.other_basis, served.adapters)
@@ -133,7 +133,7 @@ def test_a_graph_draws_what_plain_steps_draw(start: Callable[..., Driver]) -> No
 
 
 def test_weights_are_not_held_twice(start: Callable[..., Driver]) -> None:
-    """A model of wide layers: what is held after fusing is what was held before and the factors."""
+    """With wide layers, fusing adds only the factors to the memory in use."""
     config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=100)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -162,11 +162,11 @@ def test_memory_by_kind_adds_up_to_the_device(start: Callable[..., Driver]) -> N
 
 
 def test_a_slot_is_loaded_after_the_trial_has_left_it() -> None:
-    """The trial writes to a slot on the stream of the steps, loads have a stream of their own."""
+    """The trial writes to a slot on the stream of the steps, and loads have a stream of their own."""
     table = SlotTable((2, 4), num_slots=1, max_tokens=1, device=torch.device("cuda"), dtype=torch.float32)
     R = torch.ones(2, 4, 4)
     slot = table.begin_trial(2 * R)
-    torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the zeros of the trial's end wait
+    torch.cuda._sleep(200_000_000)  # about 0.1 s, during which the zeroing at the end of the trial waits
     table.end_trial()
 
     assert table.pin(AdapterRef("t", "a", 1, "b"), PackedAdapter("b", R.pin_memory())) == slot

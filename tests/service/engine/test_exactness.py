@@ -1,7 +1,7 @@
-"""The oracle: a crowded engine says what the merged model says when it runs alone.
+"""The oracle: a crowded engine gives the same output as the merged model run alone.
 
-Five requests with different adapters, two of them with the same prompt and one without an adapter: greedy
-tokens equal, log-probabilities within 1e-4, under every way in which a step can be cut.
+Five requests with different adapters, two of them with the same prompt and one without an adapter, must have
+equal greedy tokens and log-probabilities within 1e-4, in whatever way the steps are cut.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""When the model itself fails: the requests that make it fail end, the others and the engine go on. And what
-it refuses to serve."""
+"""Failures of the model itself end the requests that cause them, while the others and the engine continue;
+and the models that the engine refuses to serve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BROKEN_TOKEN = 13
 
 
 class FailingEmbedding(nn.Module):
-    """An embedding that raises on one token, as a kernel would on input that it cannot take."""
+    """An embedding that raises on one token, as a kernel would on unsupported input."""
 
     def __init__(self, embedding: nn.Module, error: Exception) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_a_failing_step_costs_the_requests_that_make_it_fail_and_no_others(
 
 
 def refuse(module: nn.Module, is_bad: Callable[[Tensor], bool]) -> None:
-    """Let `module` fail on inputs that are bad."""
+    """Make `module` fail on bad inputs."""
 
     def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
         if is_bad(inputs[0]):
@@ -102,7 +102,8 @@ def refuse(module: nn.Module, is_bad: Callable[[Tensor], bool]) -> None:
 def test_who_shares_a_failing_step_is_answered_as_ever(
     llama: Served, start: Start, config: dict[str, Any]
 ) -> None:
-    """While four requests decode, two come whose prompts break the step, and one that draws by a seed."""
+    """While four requests decode, two arrive with prompts that break the step, and one that draws by a
+    seed."""
     base = BaseModel(llama.base.name, llama.base.model_id, copy.deepcopy(llama.pristine))
     served = Served(base, llama.basis, llama.other_basis, llama.adapters)
     seeded = SamplingParams(max_tokens=12, temperature=1.0, seed=5)
@@ -158,7 +159,7 @@ def test_a_step_that_fails_however_it_is_cut_fails_all_its_requests(llama: Serve
 
 
 def test_what_fails_only_when_it_is_large_is_computed_in_parts(llama: Served, start: Start) -> None:
-    """As where memory does not suffice for a whole step."""
+    """As if the memory was too small for a whole step."""
     model = copy.deepcopy(llama.pristine)
     base = BaseModel(llama.base.name, llama.base.model_id, model)
     driver = start(Served(base, llama.basis, llama.other_basis, llama.adapters))
@@ -196,7 +197,7 @@ def test_a_closed_engine_gives_the_model_back(llama: Served) -> None:
     assert torch.equal(llama.base.model(ids).logits, llama.pristine(ids).logits)
 
 
-#: A type of layer, and what a user is told about it.
+#: A type of layer, and the message for the user.
 LAYER_REASONS = {
     "linear_attention": "keeps a recurrent state",
     "hybrid": "keeps a recurrent state",
@@ -233,7 +234,7 @@ def test_a_model_without_a_cache_is_refused() -> None:
 
 def test_a_model_that_transformers_cannot_run_is_refused() -> None:
     served = failing(family("micro"), RuntimeError("shapes do not match"))
-    served.base.model.model.embed_tokens.error_token = 0  # the one of the trial run
+    served.base.model.model.embed_tokens.error_token = 0  # the call of the trial run
     with pytest.raises(UnsupportedModel, match="cannot run it on one token: RuntimeError: shapes do not"):
         Engine(served.base, EngineConfig(num_blocks=4))
 

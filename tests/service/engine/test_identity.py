@@ -1,7 +1,7 @@
-"""A version number that comes again never answers from the weights or the KV blocks of its predecessor.
+"""A reused version number never answers from the weights or the KV blocks of its predecessor.
 
-The store is a real one; every request's right answer is that of the weights which its model's name meant when
-the request was resolved, computed by the merged model alone.
+The store is a real one. The right answer of a request is computed by the merged model alone, from the weights
+that the model's name meant when the request was resolved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.service.engine.models import Served, family
 TENANT = "default"
 NUM_TOKENS = 4
 PROMPTS = family("llama").prompts(17, 26)
-PROMPTS.append([*PROMPTS[1][:16], 7, 8])  # shares a beginning
+PROMPTS.append([*PROMPTS[1][:16], 7, 8])  # has a common prefix
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def content_of(number: int) -> Adapter:
     return served.adapters[served.refs[number]]
 
 
-# The same reference, as where no store tells what a version holds
+# The same reference, as if no store told what a version holds
 
 
 def test_after_an_unload_nothing_of_the_adapter_is_found(llama: Served, start: Callable[..., Driver]) -> None:
@@ -94,13 +94,14 @@ def test_requests_in_flight_keep_what_was_unloaded_and_later_ones_do_not_get_it(
     assert driver.engine.stats().slots_resident == 1
 
 
-# Through a store in which everything may happen to a version number
+# Through a store in which anything may happen to a version number
 
 
 @dataclass
 class Asked:
-    """A request in flight or answered. content: what its name meant; num_changes: of the store till then, or
-    till the read of its adapter that was under way already, whose failure it shares."""
+    """A request in flight or answered. content: what its name meant. num_changes: how often the store had
+    changed by then, or by the read of its adapter that was running already, if it shares the failure of that
+    read."""
 
     answer: Answer
     content: int
@@ -109,7 +110,7 @@ class Asked:
 
 
 class World:
-    """A store, an engine, and what each name means. What is on its way to the engine can be held back."""
+    """A store, an engine, and what each name means. It can hold back what is being fetched for the engine."""
 
     def __init__(self, redis: Redis, engine: Engine) -> None:
         self.redis, self.store, self.engine = redis, AdapterStore(redis), engine
@@ -133,7 +134,7 @@ class World:
                     self.engine.unload(TENANT, name)
                 versions.clear()
                 self.active.pop(name, None)
-            case "come again":  # under the same number, as nobody remembers the first one
+            case "come again":  # under the same number, because nothing remembers the first one
                 await self.act("delete unheard", name, 0)
                 await self.act("expire", name, 0)
                 await self.act("publish", name, number)

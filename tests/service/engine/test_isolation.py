@@ -1,4 +1,4 @@
-"""What one user gets does not depend on the others: random neighbours, poison beside, slots used before."""
+"""The output of one user does not depend on others: random neighbours, poisoned adapters, reused slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tessera.formats.adapter_ref import AdapterRef
 from tests.service.engine.driver import Answer, Driver
 from tests.service.engine.models import Served, family, more_adapters
 
-#: float32 on a CPU: sums of another order, because rows of other lengths make another matrix. The largest
+#: In float32 on a CPU sums have another order, because rows of other lengths make another matrix. The largest
 #: difference of a log-probability over 60 random batches was 2.4e-6.
 TOLERANCE = 1e-4
 NUM_SLOTS = 3
@@ -27,7 +27,7 @@ POISON = "poison"
 
 @dataclass(frozen=True)
 class Neighbour:
-    """which: an adapter by number, 0 the base model, -1 the poisoned one. arrives_at: a step."""
+    """which: the number of an adapter, 0 for the base model, -1 for the poisoned one. arrives_at: a step."""
 
     which: int
     length: int
@@ -52,7 +52,7 @@ NEIGHBOURS = st.lists(
 
 
 class Company:
-    """One engine, kept over all examples, so that slots and blocks are full of what others left."""
+    """One engine for all examples, so that slots and blocks are full of what others left."""
 
     def __init__(self, served: Served, **options: str) -> None:
         self.served = served
@@ -74,7 +74,7 @@ class Company:
         return self.served.prompts(length, seed=seed)[0]
 
     def alone(self, which: int, length: int, max_tokens: int) -> Answer:
-        """The same request when there is nobody else."""
+        """The same request without any other."""
         key = (self.refs[which], length, max_tokens)
         if key not in self._alone:
             self.driver.run()
@@ -95,7 +95,7 @@ class Company:
         return self.driver.submit(prompt, params, ref, tenant=f"t{number % 2}")
 
     def run_beside(self, which: int, length: int, max_tokens: int, neighbours: list[Neighbour]) -> Answer:
-        """The request, while others come, go and fail beside it."""
+        """The request while others come, go and fail."""
         answer = self.ask(which, length, max_tokens)
         joined: dict[int, Answer] = {}
         for step in range(13):
@@ -145,7 +145,7 @@ def test_an_answer_does_not_depend_on_the_neighbours(
 @settings(max_examples=15)
 @given(order=st.lists(st.integers(-1, 6), min_size=4, max_size=8))
 def test_a_slot_that_was_used_before_leaves_no_trace(company: Company, order: list[int]) -> None:
-    """One adapter after the other, poison among them, through fewer slots than adapters."""
+    """One adapter after another, with a poisoned one among them, through fewer slots than adapters."""
     for number, which in enumerate(order):
         if which < 0:
             answer = company.join(number, Neighbour(-1, 9, 4, 0.0, 0, None))

@@ -1,4 +1,4 @@
-"""Slot loads on a GPU: beside the step on a stream of their own, and never seen half done."""
+"""Slot loads on a GPU run beside the step on a stream of their own, and are never seen half done."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def adapter(value: float) -> Adapter:
 
 
 def test_a_step_finds_its_slots_loaded_however_busy_the_device_is() -> None:
-    """Each round evicts all; a step that read too early would see the round before."""
+    """Each round evicts all adapters, so a step that read too early would see the round before."""
     table = make_table()
     work = torch.randn(4096, 4096, device="cuda")
     sums = []

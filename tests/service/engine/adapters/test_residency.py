@@ -1,4 +1,4 @@
-"""Adapters on their way: fetched once, missing, corrupt, too many, unloaded, poisoned."""
+"""Adapters that are fetched: only once, missing, corrupt, too many, unloaded, poisoned."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_extreme_values_of_one_user_stay_with_that_user(
     poisoned = [driver.submit(long, adapter=bad), driver.submit(short[:4], adapter=bad)]
     others = [driver.submit(long, adapter=good), driver.submit(short), driver.submit(long)]
     driver.run()
-    after = driver.submit(served.prompts(50)[0])  # in blocks that were the poisoned one's
+    after = driver.submit(served.prompts(50)[0])  # in blocks that belonged to the poisoned one
     driver.run()
 
     assert warm.finish_reason == "length"

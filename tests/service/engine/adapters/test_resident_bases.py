@@ -1,4 +1,4 @@
-"""Several bases on one device: fetched, refused, taking turns where there is no place for all."""
+"""Several bases on one device: fetched, refused, and alternating if there is no place for all."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_basis_that_left_before_its_adapter_came_is_fetched_again(llama: Serve
     assert early.basis_id in driver.engine.bases
     other = driver.submit([1], adapter=next(iter(more_adapters(llama, 1, late))))
     driver.submit([1], replace(GREEDY, max_tokens=200))
-    while early.basis_id in driver.engine.bases:  # until it is closed for the one that waits, being idle
+    while early.basis_id in driver.engine.bases:  # until it is closed for the waiting one, because it is idle
         driver.fetch()
         driver.step()
     driver.engine.provide_adapter(slow_ref, slow)

@@ -1,4 +1,5 @@
-"""Many users with a basis each, more than fit: all are served exactly, nobody starves, the others go on."""
+"""Many users with a basis each, more than fit: all are served exactly, nobody starves, others are not
+disturbed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ PROMPT = [5, 9, 2, 40]
 
 
 def plain_lora(served: Served, seed: int) -> tuple[Basis, Adapter]:
-    """A LoRA of all linear layers, of ranks 2 to 4, as an import stores it."""
+    """A LoRA on all linear layers with ranks from 2 to 4, as an import stores it."""
     generator = torch.Generator().manual_seed(seed)
     changes = {}
     for index, (name, linear) in enumerate(iter_target_modules(served.base.model, LLAMA_LINEARS)):
@@ -51,7 +52,7 @@ def users(served: Served, driver: Driver, count: int) -> list[AdapterRef]:
 
 
 def merged_tokens(served: Served, basis: Basis, adapter: Adapter, num_tokens: int) -> list[int]:
-    """Greedy tokens with the change in dense weights."""
+    """The greedy tokens of the model with the LoRA merged into dense weights."""
     other = replace(served, basis=basis, adapters={(ref := AdapterRef("", "", 1, basis.basis_id)): adapter})
     other.pristine = served.pristine
     return other.oracle(ref, PROMPT, num_tokens)[0]
@@ -72,7 +73,7 @@ def test_more_users_with_own_bases_than_places(llama: Served, start: Start) -> N
         driver.step()
         num_steps += 1
         assert num_steps < 2000
-        if num_steps == 60 + 5:  # those that need no place lose no step
+        if num_steps == 60 + 5:  # requests that need no place lose no step
             assert {base.finish_reason, shared.finish_reason} == {"length"}
         resident, stats = driver.engine.bases.tables, driver.engine.stats()
         assert stats.resident_bases <= 3
@@ -113,7 +114,8 @@ def test_nobody_starves_though_everybody_always_wants_more(llama: Served, start:
 
 
 def test_an_own_basis_has_few_slots_and_its_versions_share_them(llama: Served, start: Start) -> None:
-    """More versions in flight than slots: they take turns in the slots as adapters of a shared basis do."""
+    """If more versions are in flight than there are slots, they alternate as adapters of a shared basis
+    do."""
     driver = start(llama, max_resident_bases=2, num_slots=16)
     [ref] = users(llama, driver, 1)
     adapter = driver.adapters[ref]

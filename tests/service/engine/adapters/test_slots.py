@@ -1,4 +1,4 @@
-"""Slot tables, the host cache, and the linear layers that read them."""
+"""Slot tables, the host cache, and the linear layers that read the slots."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_table(num_slots: int = NUM_SLOTS) -> SlotTable:
 
 
 def pin(table: SlotTable, index: int) -> int:
-    """The slot of adapter `index`, which must get one."""
+    """Pin adapter `index`, which must get a slot, and return the slot."""
     slot = table.pin(ref(index), adapter(index))
     assert slot is not None
     return slot
@@ -120,7 +120,7 @@ def test_what_was_to_be_loaded_is_forgotten_with_its_slot() -> None:
     assert not table.R_slots[slot].any()
 
     table.unpin(pin(table, 2))
-    table.pin(ref(3), adapter(3))  # evicts what was never loaded
+    table.pin(ref(3), adapter(3))  # evicts an adapter that was never loaded
     table.load()
     assert torch.equal(table.R_slots[slot], adapter(3).R)
     table.check_integrity()
@@ -189,7 +189,7 @@ def test_versions_have_slots_of_their_own() -> None:
 def test_any_order_of_pins_and_drops_keeps_the_books(actions: list[tuple[str, int]]) -> None:
     table = make_table()
     pins: list[tuple[int, int]] = []  # (slot, value that it must hold)
-    current: dict[int, int] = {}  # value of each adapter, another one after every drop
+    current: dict[int, int] = {}  # the value of each adapter, which changes after every drop
     for step, (action, index) in enumerate(actions):
         if action == "pin":
             value = current.setdefault(index, step + 1)

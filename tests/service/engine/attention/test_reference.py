@@ -1,4 +1,4 @@
-"""Paged attention against the plainest attention there is: one query, one head, one loop at a time."""
+"""Paged attention against the simplest attention possible: one query, one head, one loop at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SINKS = torch.tensor([0.5, -2.0, 3.0, 0.0, 1.0, 9.0, -9.0, 2.0])
 
 
 def slow_attention(q: Tensor, K: Tensor, V: Tensor, position: int, options: AttentionOptions) -> Tensor:
-    """One query q [Hq, D] at `position` over K, V [L, Hkv, D]; returns [Hq, D_v]."""
+    """The attention of one query q [Hq, D] at `position` over K, V [L, Hkv, D]; returns [Hq, D_v]."""
     first = 0 if options.sliding_window is None else max(0, position - options.sliding_window + 1)
     heads = []
     for head in range(q.shape[0]):
@@ -58,7 +58,7 @@ def slow_attention(q: Tensor, K: Tensor, V: Tensor, position: int, options: Atte
 
 
 def make_plan(mix: list[tuple[int, int]]) -> StepPlan:
-    """Sequences whose blocks lie scattered in the pool."""
+    """A plan of requests with blocks that are scattered over the pool."""
     order = torch.randperm(200).add(1).tolist()
     chunks = []
     for index, (start, length) in enumerate(mix):
@@ -89,7 +89,7 @@ def test_matches_slow_attention(
     kv = PagedKV([shape] * 2, num_blocks=200, block_size=BLOCK_SIZE, device=CPU, dtype=torch.float32)
     plan = make_plan(mix)
     history = []
-    for chunk in plan.chunks:  # what was computed before
+    for chunk in plan.chunks:  # tokens that were computed before
         K, V = (torch.randn(chunk.end, num_kv_heads, dim) for dim in (key_dim, value_dim))
         history.append((K, V))
         positions = torch.arange(chunk.start)

@@ -79,7 +79,7 @@ def deaf_to_sigterm(peer: Peer) -> None:
 
 
 def hangs_up(peer: Peer) -> None:
-    """Cuts every connection after the first request on it, and goes on with the next one."""
+    """Cut every connection after the first request on it, and continue with the next connection."""
     while True:
         peer.send("ready", info=INFO)
         peer.receive()
@@ -88,7 +88,8 @@ def hangs_up(peer: Peer) -> None:
 
 
 def answers(peer: Peer) -> None:
-    """Refuses prompts that start with 0, never ends those that start with 1, else answers in three frames."""
+    """Refuse prompts that start with 0, never end those that start with 1, and answer others in three
+    frames."""
     peer.send("ready", info=INFO)
     while True:
         message = peer.receive()

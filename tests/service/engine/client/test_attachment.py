@@ -1,4 +1,5 @@
-"""Several API processes over one engine: each gets its own, and what breaks one costs the others nothing."""
+"""Several API processes share one engine: each gets its own outputs, and a failure of one affects no
+other."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ MAX_WAITING = 4
 
 
 class Fetcher:
-    """Stands in for the fetcher of adapters: notes what it is asked for, and brings nothing."""
+    """Stands in for the fetcher of adapters: records the requests, and fetches nothing."""
 
     def __init__(self) -> None:
         self.fetched_ahead: list[AdapterRef] = []
@@ -135,7 +136,7 @@ async def test_an_engine_that_ends_is_found_again_when_another_listens(path: Pat
             async for _ in stream:
                 pass
         await wait_until(lambda: not engine.is_ready)
-        await engine.unload("default", "tone")  # an engine that is gone holds no copies
+        await engine.unload("default", "tone")  # an engine that has ended holds no copies
         async with Served(path, restarts=1).running():
             await engine.wait_ready(HANG_S)
             tokens = await tokens_of(engine, request("again"))
@@ -152,7 +153,7 @@ async def test_the_books_can_be_checked_while_requests_run(path: Path) -> None:
             await engine.check_integrity()
         assert len(await running) == LONG
 
-        served.thread.post(lambda core: core.pool._free.append(1))  # a block that is there twice
+        served.thread.post(lambda core: core.pool._free.append(1))  # a block that appears twice
         with pytest.raises(RequestFailed, match="check_integrity") as caught:
             await engine.check_integrity()
         assert caught.value.code == "integrity_violated"

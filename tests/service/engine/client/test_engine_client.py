@@ -1,4 +1,4 @@
-"""The client and its supervision, against processes that are quick to start and wrong in chosen ways."""
+"""The client and its supervision, against processes that start quickly and misbehave in chosen ways."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STRANGE_ENGINE = Path(__file__).with_name("strange_engine.py")
 
 @pytest.fixture
 def client_of(tmp_path: Path) -> Callable[..., EngineClient]:
-    """Makes a client of a strange engine that is not started yet."""
+    """Make a client of a strange engine that has not been started yet."""
 
     def make(behaviour: str, *, heartbeat_timeout_s: float = 30.0) -> EngineClient:
         return EngineClient(
@@ -59,7 +59,7 @@ async def collect(client: EngineClient, wanted: GenerationRequest) -> list[Token
 
 
 def children() -> list[psutil.Process]:
-    """The engines that this process has started. Zombies, other tests' too, have no command line."""
+    """The engines that this process has started. Zombies, also those of other tests, have no command line."""
     started = psutil.Process().children()
     return [p for p in started if str(STRANGE_ENGINE) in (p.as_dict(["cmdline"])["cmdline"] or ())]
 
@@ -269,7 +269,7 @@ def test_restarts_wait_longer_and_longer_until_one_has_served_for_a_while() -> N
 
 
 class Watch:
-    """A heartbeat of 10 s whose looks pass as told, over a process that may be stopped."""
+    """A heartbeat of 10 s with looks that the test controls, over a process that may be stopped."""
 
     def __init__(self, *, pid: int | None = None, is_idle: bool = False) -> None:
         self.num_asked = 0
@@ -309,7 +309,7 @@ async def test_an_engine_is_asked_before_it_is_given_up() -> None:
 async def test_a_pause_of_the_one_who_looks_is_one_look_long() -> None:
     watch = Watch()
     await watch.pass_by(9.5)
-    await watch.pass_by(0.25)  # however long the clock says that this one took
+    await watch.pass_by(0.25)  # whatever the clock says about the length of this one
     assert (watch.num_asked, watch.missed.done()) == (0, False)
     watch.missed.cancel()
 
@@ -325,7 +325,7 @@ async def test_a_stopped_engine_is_replaced_only_if_somebody_waits_for_it(is_idl
         assert watch.missed.done() == (not is_idle)
         process.send_signal(signal.SIGCONT)
         await wait_until(lambda: psutil.Process(process.pid).status() != psutil.STATUS_STOPPED)
-        await watch.pass_by(20.0)  # less what it really waited for a processor
+        await watch.pass_by(20.0)  # minus the time that it really waited for a processor
         assert watch.missed.done(), "it runs and says nothing: it hangs, idle or not"
     finally:
         watch.missed.cancel()

@@ -1,4 +1,4 @@
-"""Outputs that wait for a slow reader: all of them arrive, in little memory, or the slowest is given up."""
+"""Outputs that wait for a slow reader: all of them arrive, in little memory, or the slowest reader is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures that run by the generic path, one tiny model of each kind, and a GPT-2 from file to answer.
+"""Architectures that run on the generic path, one tiny model of each kind, and a GPT-2 from file to answer.
 
 The oracle is that of the sweep over all architectures (`benchmarks.architectures`): five requests in one
 batch with chunked prefill, then again with a prefix cache, against merged weights without any cache.
@@ -28,7 +28,7 @@ from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import CoreRun, Trainer
 
-#: What a case is about: type, fields of its configuration, a target module that must carry adapters.
+#: A case: a type, fields of its configuration, and a target module that must carry adapters.
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "keyword arguments end in the decoder layer": ("stablelm", {}, "q_proj"),
     "no gate in the MLP": ("nemotron", {}, "up_proj"),
@@ -70,7 +70,7 @@ def tiny_model(model_type: str, **fields: Any) -> BaseModel:
 
 @pytest.mark.parametrize("model_type", ["gpt_neo", "mpt", "gptj"])
 def test_the_longest_context_of_a_model_that_attends_itself(model_type: str) -> None:
-    """Its tables of positions end with the context, which need not be a whole number of blocks."""
+    """Its tables of positions end with the context, which may not be a whole number of blocks."""
     base = tiny_model(model_type, **dict.fromkeys(("max_position_embeddings", "max_seq_len"), 45))
     driver = Driver(Engine(base, ITSELF))
     answer = driver.submit(list(range(3, 36)))
@@ -93,7 +93,7 @@ def test_a_model_that_attends_itself_reads_no_block_of_others() -> None:
     driver = Driver(Engine(base, ITSELF))
     for layer in range(4):
         for page in driver.engine.kv.pages_of(layer):
-            page[1:] = torch.nan  # what earlier holders left
+            page[1:] = torch.nan  # left by earlier holders
     answers = [driver.submit(prompt) for prompt in prompts]
     driver.run()
 
@@ -105,7 +105,7 @@ def test_a_model_that_attends_itself_reads_no_block_of_others() -> None:
 #: PEFT 0.21 still reads a property that transformers 5.23 deprecates.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_gpt2_is_trained_served_and_exported(tmp_path: Path) -> None:
-    """Its layers are `Conv1D`, whose weights are transposed, from the files to the answer."""
+    """Its layers are `Conv1D` with transposed weights, from the files to the answer."""
     build(make_config("gpt2")).save_pretrained(tmp_path / "gpt2")
     base = load_base_model(tmp_path / "gpt2", device="cpu", dtype="float32")
     pristine = copy.deepcopy(base.model)

@@ -1,4 +1,4 @@
-"""The fused path: which models it takes, that it says what the merged model says, and that it leaves no
+"""The fused path: which models it takes, that its output is that of the merged model, and that it leaves no
 trace."""
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.service.engine.test_exactness import assert_exact, cases, run
 Start = Callable[..., Driver]
 
 
-#: Not the bundled model, which every test of `test_exactness.py` runs fused.
+#: Without the bundled model, which every test of `test_exactness.py` runs fused.
 @pytest.fixture(params=(*(name for name in FAMILIES if name != "tiny"), *MORE_FAMILIES))
 def fusable(request: pytest.FixtureRequest) -> Served:
     return family(request.param)
 
 
 def test_every_family_is_exact(fusable: Served, start: Start) -> None:
-    """Prompts in pieces, sequences preempted, then prefixes from the cache."""
+    """With prompts in pieces and preempted requests, then with prefixes from the cache."""
     all_cases = cases(fusable)
     driver = start(fusable, num_blocks=12, max_batch_tokens=16)
 
@@ -54,7 +54,7 @@ def test_other_bases_run_beside_the_fused_one(name: str, start: Start) -> None:
 
 
 def test_a_default_basis_of_a_few_modules(llama: Served, start: Start) -> None:
-    """Layers without a target module, and layers that are half of one."""
+    """Some layers have no target module, and some have only half."""
     base = BaseModel("few", "few", copy.deepcopy(llama.pristine))
     served = Served(base, svd_basis(base, 3, ("v_proj", "layers.1.mlp.up_proj")), llama.other_basis)
     generator = torch.Generator().manual_seed(5)
@@ -153,7 +153,8 @@ def test_an_odd_configuration_runs_unfused(llama: Served, start: Start) -> None:
 def test_a_model_that_does_something_else_is_found_out(
     llama: Served, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Modules and configuration are as expected, but the model's own code does more: the trial shows it."""
+    """The modules and the configuration are as expected, but the model's own code does more, which the trial
+    shows."""
     base = BaseModel("odd", llama.base.model_id, copy.deepcopy(llama.pristine))
     head = base.model.lm_head
     base.model.model.norm.register_forward_hook(lambda module, args, output: 0.8 * output + 0.1)
@@ -169,7 +170,7 @@ def test_a_model_that_does_something_else_is_found_out(
 
 
 class FlatRefusingEmbedding(nn.Embedding):
-    """Takes what the model hands it, [1, T], and fails on anything else, as a kernel might."""
+    """Accepts the input of the model itself, [1, T], and fails on anything else, as a kernel might."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.ndim != 2:
@@ -192,7 +193,7 @@ def test_a_trial_that_fails_leaves_the_generic_path(llama: Served, start: Start)
 
 
 def test_a_cache_of_two_tokens(llama: Served) -> None:
-    """Fewer than the trial at the start takes."""
+    """The cache has fewer tokens than the trial at the start needs."""
     engine = Engine(llama.base, EngineConfig(num_blocks=2, block_size=1, decode_graphs="static"))
     engine.add_basis(llama.basis)
     driver = Driver(engine)

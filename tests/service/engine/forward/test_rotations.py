@@ -1,4 +1,5 @@
-"""Models whose rotations depend on the longest text of a batch are served, and trained, with one set."""
+"""Models with rotations that depend on the longest text of a batch are served and trained with a single
+set."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ def test_a_short_answer_does_not_depend_on_a_long_neighbour(name: str, enable_fu
 def test_training_turns_a_text_as_serving_does(
     tmp_path: Path, max_model_len: int | None, factors: str, enable_fused: bool
 ) -> None:
-    """And as transformers does where it takes these factors."""
+    """It also rotates as transformers does with these factors."""
     model = make("phi3")
     model.save_pretrained(tmp_path)
     base = load_base_model(tmp_path, device="cpu", max_model_len=max_model_len)

@@ -1,8 +1,9 @@
-"""Compile the paged attention kernels for a GPU that is not there: prints name and shared memory of each.
+"""Compile the paged attention kernels for a GPU that is not present; print the name and shared memory of
+each.
 
     python -m tests.service.engine.kernels.compile_paged 90        the compute capability, 90 for Hopper
 
-In a process of its own: one that interprets kernels cannot compile them.
+Runs in a process of its own, because a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations

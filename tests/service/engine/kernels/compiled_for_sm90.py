@@ -1,7 +1,7 @@
 """Compile the fused ops for sm_90 without a device, through Triton's own launch path; print what was loaded.
 
 Run by `test_compiling.py` in a process of its own, because kernels are interpreted in the tests' process. The
-interpreter takes much that the compiler refuses: names of two types, constants lost in tuples.
+interpreter accepts much that the compiler refuses: names with two types, constants lost in tuples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SHARED = 227 * 1024
 
 
 class DriverWithoutDevice:
-    """Triton's driver for a device that takes kernels and runs none. loaded: names and shared memory."""
+    """Triton's driver for a device that accepts kernels and runs none. loaded: names and shared memory."""
 
     def __init__(self) -> None:
         self.loaded: list[tuple[str, int]] = []
@@ -62,7 +62,7 @@ class Launcher:
 
 
 def run_ops(case: Case) -> None:
-    """Each op once, with every option that changes what is compiled in one of them."""
+    """Run each op once, so that every option that changes the compiled code is used."""
     shape = QKVShape(2, 1, 80, 32, case.random(320), case.norm(80), case.norm(80))
     pages = torch.zeros(3, 1, 16, 80, dtype=case.dtype)
     angles = torch.zeros(case.num_tokens, 32)
@@ -89,7 +89,7 @@ def run_ops(case: Case) -> None:
 def main() -> None:
     compiling = DriverWithoutDevice()
     driver.set_active(compiling)
-    arguments.is_early = lambda like: True  # tensors are on the CPU here, kernels as on a device
+    arguments.is_early = lambda like: True  # the tensors are on the CPU here, but the kernels as on a device
     for case in (
         Case(1, 16, dtype=torch.bfloat16),
         Case(33, 16, dtype=torch.bfloat16, R_dtype=torch.int8),

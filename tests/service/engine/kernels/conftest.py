@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def interpreted() -> ModuleType:
-    """The Triton form of the fused ops, for tensors on the CPU."""
+    """The Triton implementation of the fused ops, for tensors on the CPU."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled here: see test_cuda.py")

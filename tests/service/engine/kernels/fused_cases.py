@@ -1,5 +1,4 @@
-"""Inputs for the fused ops, with NaN wherever an op has no business to read, and the checks that all tests
-share.
+"""Inputs for the fused ops, with NaN wherever an op must not read, and the checks that all tests share.
 
 A check runs an op and the reference implementation on copies of the same inputs and compares the results, and
 with them the whole buffers that hold inputs and outputs, so that a write beyond the T rows shows.
@@ -37,13 +36,13 @@ NAN = float("nan")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 NUM_MODULES = 5
 BLOCK_SIZE = 4
-#: Rows and columns beyond those that an op is given.
+#: Rows and columns beyond those that an op gets.
 EXTRA_ROWS, EXTRA_COLUMNS = 2, 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the shapes of a test follow from."""
+    """The parameters from which the shapes of a test follow."""
 
     num_tokens: int = 17
     rank: int = 8
@@ -54,7 +53,7 @@ class Case:
 
     @property
     def token_slots(self) -> Tensor:
-        if self.popularity == "runs":  # what a prefill has: long runs, a short one, base rows
+        if self.popularity == "runs":  # as in a prefill: long runs, a short one, base rows
             slots = torch.ones(self.num_tokens, dtype=torch.int64)
             slots[-20:-10], slots[-10:] = 2, 0
             return slots.to(self.device)
@@ -77,7 +76,7 @@ class Case:
 
 
 def make_factors(case: Case, widths: Sequence[int], modules: Sequence[int]) -> GroupFactors:
-    """Random factors; R of slot 0 and of modules outside the group is NaN (with int8, their scale)."""
+    """Random factors. The R of slot 0 and of modules outside the group is NaN (with int8, its scale)."""
     rank, num_slots = case.rank, case.num_tokens + 1
     R = torch.randn(num_slots, NUM_MODULES, rank, rank) / math.sqrt(rank)
     unread = [m for m in range(NUM_MODULES) if m not in modules]
@@ -97,7 +96,7 @@ def make_factors(case: Case, widths: Sequence[int], modules: Sequence[int]) -> G
 
 
 def make_rows(case: Case, width: int) -> Tensor:
-    """[T, width] of random numbers, a part of a larger buffer of NaN: see `buffer_of`."""
+    """Random numbers [T, width], a part of a larger buffer of NaN, see `buffer_of`."""
     buffer = torch.full((case.num_tokens + EXTRA_ROWS, width + EXTRA_COLUMNS), NAN)
     buffer[: case.num_tokens, :width] = torch.randn(case.num_tokens, width)
     return buffer.to(case.device, case.dtype)[: case.num_tokens, :width]
@@ -111,7 +110,7 @@ def make_y(case: Case, width: int, factors: GroupFactors | None) -> Tensor:
 
 
 def buffer_of(rows: Tensor) -> Tensor:
-    """All of the buffer that a tensor is a part of."""
+    """The whole buffer of which a tensor is a part."""
     assert rows._base is not None
     return rows._base
 
@@ -135,7 +134,7 @@ def with_delta(case: Case, factors: GroupFactors | None) -> GroupDelta | None:
 def check_qkv_rope(
     ops: ModuleType, case: Case, shape: QKVShape, factors: GroupFactors | None, squares: RowSquares | None
 ) -> None:
-    """Queries, and whole pages that were NaN before."""
+    """Compare queries, and whole pages that were NaN before."""
     y = make_y(case, shape.width, factors)
     T, half = case.num_tokens, shape.rotary_dim // 2
     places = torch.randperm(BLOCK_SIZE * (T + 1))[:T].to(case.device)
@@ -171,7 +170,7 @@ def check_glu(
     *,
     has_extras: bool = False,
 ) -> None:
-    """has_extras: with a bias and a norm that was put off."""
+    """has_extras: with a bias and a deferred norm."""
     y = make_y(case, 2 * width, factors)
     extras = {"bias": case.random(2 * width), "squares": case.squares(width)} if has_extras else {}
     delta = with_delta(case, factors)
@@ -216,7 +215,7 @@ def check_add_residual(
 
 
 def check_add_deltas(ops: ModuleType, cases: Sequence[Case], widths: Sequence[int]) -> None:
-    """Bases of different rank and dtype; every token belongs to one of them at most."""
+    """Check bases of different rank and dtype; every token belongs to at most one of them."""
     first = cases[0]
     owner = torch.randint(0, len(cases), (first.num_tokens,)).to(first.device)
     deltas = []

@@ -17,7 +17,7 @@ from service.engine.attention.reference import AttentionOptions, attend
 from service.engine.kernels.paged_configs import KernelConfig, Phase
 from service.engine.kv.cache import KVShape, PagedKV
 
-#: Where the kernels run: compiled on CUDA, else interpreted.
+#: Where the kernels run: compiled on CUDA, otherwise interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 PLAIN = AttentionOptions(0.3)
@@ -99,7 +99,7 @@ def make_step(
             torch.randn(g.num_kv_heads, lengths[index], dim, generator=generator).to(g.dtype)
             for dim in (g.key_dim, g.value_dim)
         )
-        expected.append(slow_truth(q, K, V, start, options))
+        expected.append(reference_attention(q, K, V, start, options))
         first = max(0, start + 1 - (options.sliding_window or lengths[index]))
         seen = torch.arange(first, lengths[index])
         for page, values in zip(pages, (K, V), strict=True):
@@ -124,9 +124,9 @@ def make_step(
     return Step(kv, torch.cat(queries).to(g.device), torch.cat(expected).to(g.device), inputs)
 
 
-def slow_truth(q: Tensor, K: Tensor, V: Tensor, start: int, options: AttentionOptions) -> Tensor:
-    """One sequence whose first query is at position `start`. q: [Q, Hq, D_k], K: [Hkv, L, D_k], V: [Hkv, L,
-    D_v]; returns [Q, Hq, D_v] in float32."""
+def reference_attention(q: Tensor, K: Tensor, V: Tensor, start: int, options: AttentionOptions) -> Tensor:
+    """The attention of one sequence with its first query at position `start`. q: [Q, Hq, D_k], K: [Hkv, L,
+    D_k], V: [Hkv, L, D_v]; returns [Q, Hq, D_v] in float32."""
     if options.sinks is not None:
         options = replace(options, sinks=options.sinks.to(q.device))
     count, num_heads, dim = q.shape

@@ -1,4 +1,4 @@
-"""Which attention a model gets, and that the fast one is tried before it is used."""
+"""The choice of attention for a model, and the trial of the fast one before it is used."""
 
 from __future__ import annotations
 

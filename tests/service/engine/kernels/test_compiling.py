@@ -1,4 +1,4 @@
-"""The fused ops compile for a real device, also where there is none."""
+"""The fused ops compile for a real device, even if there is none."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The fused ops compiled, on a CUDA device, against the reference implementation, at sizes of real models.
 
-bfloat16 is tested here only. Skipped where there is no device; run there before a release.
+bfloat16 is tested here only. Skipped without a device; run this on one before a release.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ ALL = pytest.mark.parametrize("case", CASES, ids=str)
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """The same numbers in every run, and a float32 truth without TF32."""
+    """The same numbers in every run, and a reference in float32 without TF32."""
     torch.manual_seed(0)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -135,7 +135,7 @@ def test_ways_of_adding(rank: int, num_tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("num_tokens", [1, 32])
 def test_a_captured_graph_follows_the_slots(num_tokens: int, rank: int) -> None:
-    """The slots of a replay are those that stand in the static buffer then, not those of the capture."""
+    """The slots of a replay are those in the static buffer at that time, not those of the capture."""
     case = Case(num_tokens, rank, "distinct", torch.bfloat16, device="cuda")
     down, gate_up = make_factors(case, (512,), (2,)), make_factors(case, (700, 700), (0, 1))
     slots = torch.zeros(num_tokens, dtype=torch.int64, device="cuda")
@@ -160,7 +160,7 @@ def test_a_captured_graph_follows_the_slots(num_tokens: int, rank: int) -> None:
 
 
 def test_a_token_does_not_see_its_neighbours() -> None:
-    """Bitwise the same result for a token whoever stands beside it in a batch of the same size."""
+    """The result of a token is bitwise the same whatever the other tokens of a batch of the same size are."""
     case = Case(64, 16, "distinct", torch.bfloat16, device="cuda")
     factors = make_factors(case, (ROW_WIDTH,), (2,))
     y, residual = case.random(64, ROW_WIDTH + 16), case.random(64, ROW_WIDTH)

@@ -1,6 +1,6 @@
-"""The paged attention kernels on a CUDA device: bfloat16, sizes that serving has, CUDA graphs, large caches.
+"""The paged attention kernels on a CUDA device: bfloat16, the sizes of serving, CUDA graphs, large caches.
 
-Skipped where there is none. `test_paged_attention.py` runs on the device, too.
+Skipped without a device. `test_paged_attention.py` runs on a device too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from service.engine.attention.paged import (
 from service.engine.attention.query_tiles import wants_split
 from service.engine.kernels.paged_configs import Phase
 from service.engine.kv.cache import KVShape, PagedKV
-from tests.service.engine.kernels.paged_cases import OPTIONS, PLAIN, Geometry, Step, make_step, slow_truth
+from tests.service.engine.kernels.paged_cases import (
+    OPTIONS,
+    PLAIN,
+    Geometry,
+    Step,
+    make_step,
+    reference_attention,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +52,7 @@ def make_kv(num_blocks: int) -> PagedKV:
 
 
 def make_serving_step(geometry: Geometry, options: str = "plain", can_split: bool | None = None) -> Step:
-    """With as many queries a tile as when serving."""
+    """A step with as many queries per tile as in serving."""
     shape = KVShape(geometry.num_kv_heads, geometry.key_dim, geometry.value_dim)
     config = launch_config(Phase.PREFILL, shape, geometry.dtype, torch.device("cuda"))
     per_tile = config.block_m // (geometry.num_heads // geometry.num_kv_heads)
@@ -53,7 +60,7 @@ def make_serving_step(geometry: Geometry, options: str = "plain", can_split: boo
 
 
 def serving_cases() -> Iterator[tuple[torch.dtype, str, str]]:
-    """Few, for each compiles kernels of its own."""
+    """A few cases, because each compiles kernels of its own."""
     yield from ((torch.bfloat16, "gqa4", options) for options in OPTIONS)
     yield from ((torch.bfloat16, heads, "both") for heads in HEADS)
     yield from ((dtype, "gqa4", "plain") for dtype in TOLERANCE)
@@ -140,7 +147,7 @@ def test_addresses_beyond_two_billion_elements() -> None:
 
     out = TritonPagedAttention(kv, inputs, own, offsets).attend(0, queries, K, V, PLAIN)[:1]
 
-    expected = slow_truth(q.cpu(), K.cpu(), V.cpu(), 39, PLAIN)
+    expected = reference_attention(q.cpu(), K.cpu(), V.cpu(), 39, PLAIN)
     torch.testing.assert_close(out.cpu().float(), expected, rtol=2e-2, atol=2e-2)
 
 

@@ -1,5 +1,5 @@
-"""The engine with Triton's attention, interpreted: tables on the device, tiles, padded shapes. What nobody
-has written is NaN: rows and tiles of padding may hold anything."""
+"""The engine with Triton's attention, interpreted: tables on the device, tiles, padded shapes. Memory that
+nobody has written is NaN, because rows and tiles of padding may hold anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.service.engine.models import family
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Tensors that are allocated and not filled hold NaN."""
+    """Fill tensors that are allocated and not initialised with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

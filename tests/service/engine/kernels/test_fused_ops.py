@@ -1,6 +1,7 @@
 """Every fused op as an interpreted Triton kernel on the CPU against the reference implementation.
 
-float32 and float16 only: the interpreter computes with numpy, which has no bfloat16. See `test_cuda.py`.
+Only float32 and float16, because the interpreter computes with numpy, which has no bfloat16. See
+`test_cuda.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from tests.service.engine.kernels.fused_cases import (
 
 QKV = QKVShape(num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=16)
 QKV_WIDTHS = (32, 16, 16)
-#: Wider than one tile of columns, and no multiple of any.
+#: Wider than one tile of columns, and not a multiple of any.
 GLU_WIDTH, ROW_WIDTH = 150, 150
 
-#: Both forms of applying R (gathered, ready) and of B (element by element, tensor cores), padded and exact.
+#: Both ways of applying R (gathered, applied before) and B (element by element, tensor cores), padded and
+#: exact.
 RANKS = [
     Case(1, 16),
     Case(3, 2),
@@ -52,7 +54,7 @@ ALL = pytest.mark.parametrize("case", RANKS + BY_POPULARITY, ids=str)
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """The same numbers in every run, and memory that an op allocates holds NaN until it is written."""
+    """The same numbers in every run, and NaN in memory that an op allocates until it is written."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -118,7 +120,7 @@ def test_qkv_rope_with_bias_norms_and_a_norm_put_off(
 
 @pytest.mark.parametrize("rank", [8, 32])
 def test_modules_without_a_delta(interpreted: ModuleType, rank: int) -> None:
-    """q and v are targets, k is none: y has no h for it."""
+    """q and v are targets and k is not, so y has no h for k."""
     case = Case(17, rank, "distinct")
     factors = make_factors(case, QKV_WIDTHS, (3, NO_MODULE, 1))
     assert factors.h_width == 2 * rank
@@ -127,7 +129,7 @@ def test_modules_without_a_delta(interpreted: ModuleType, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [8, 32])
 def test_segments_of_one_module(interpreted: ModuleType, rank: int) -> None:
-    """A projection that the model has fused itself: one h, one R, three parts of B."""
+    """A projection that the model itself has fused has one h, one R, and three parts of B."""
     case = Case(17, rank, "distinct")
     parts = make_factors(case, QKV_WIDTHS, (2, 2, 2))
     factors = GroupFactors(QKV_WIDTHS, parts.B, parts.R_slots, (2, 2, 2), (0, 0, 0))
@@ -168,7 +170,8 @@ def test_the_base_model_alone(interpreted: ModuleType) -> None:
 
 
 def test_many_tokens(interpreted: ModuleType) -> None:
-    """A prefill: tiles of many tokens, R applied once per token, in tiles of one slot and mixed ones."""
+    """In a prefill tiles have many tokens, and R is applied once per token, in tiles of one slot and mixed
+    tiles."""
     for rank, R_dtype in ((16, None), (48, torch.int8)):
         case = Case(530, rank, "runs", R_dtype=R_dtype)
         check_add_residual(
@@ -210,7 +213,8 @@ def test_nothing_to_do(interpreted: ModuleType) -> None:
 
 
 def test_nan_in_one_slot_stays_there(interpreted: ModuleType) -> None:
-    """Beside others in one tile, through tensor cores and element by element, R gathered and ready."""
+    """With others in one tile, through tensor cores and element by element, with R gathered and applied
+    before."""
     for num_tokens, rank in ((3, 8), (9, 8), (9, 32), (66, 8)):
         case = Case(num_tokens, rank, "distinct")
         factors = make_factors(case, (36,), (0,))

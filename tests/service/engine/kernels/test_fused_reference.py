@@ -1,5 +1,5 @@
-"""The reference implementation of the fused ops against what it must mean: one adapter at a time,
-transformers' modules."""
+"""The reference implementation of the fused ops against their definition: one adapter at a time, and the
+modules of transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NORM = Norm(torch.linspace(0.5, 1.5, 10, dtype=DTYPE), 1e-5)
 
 
 class Layers:
-    """Some linear layers side by side, the group that they make, and what each gives one by one."""
+    """Some linear layers side by side, the group that they form, and the output of each by itself."""
 
     def __init__(self, widths: list[int], modules: list[int]) -> None:
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ class Layers:
         return self.x @ self.weight.T
 
     def outputs(self) -> list[torch.Tensor]:
-        """By definition: y[t] = W x[t] + B R_slot A x[t], each layer and token for itself."""
+        """The outputs by definition: y[t] = W x[t] + B R_slot A x[t], for each layer and token by itself."""
         results = []
         for W, A, B, module in zip(self.W, self.A, self.B, self.modules, strict=True):
             rows = self.x @ W.T

@@ -23,15 +23,16 @@ from tests.service.engine.kernels.paged_cases import (
     Geometry,
     Step,
     make_step,
-    slow_truth,
+    reference_attention,
 )
 
 pytest.importorskip("triton")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
-#: Small tiles of keys and parts: many of both in a short context.
+#: Small tiles of keys and small parts, so that a short context has many of both.
 SMALL = {phase: KernelConfig(16, 16, 1, 1, 6, 16) for phase in Phase}
-#: Of a decode step: a padded row, one key, and both sides of the borders of blocks (8), tiles and parts.
+#: Lengths of a decode step: a padded row, one key, and both sides of the borders of blocks (8), tiles and
+#: parts.
 DECODE = [(79, 1), (64, 1), (63, 1), (16, 1), (15, 1), (8, 1), (7, 1), (0, 1), (-1, 1)]
 PREFILL = [(0, 9), (13, 8), (60, 5), (1, 2)]
 MIXED = [(70, 1), (3, 1), (5, 11), (0, 6)]
@@ -45,7 +46,7 @@ def assert_exact(step: Step, out: torch.Tensor) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("chunks", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("heads", [(1, 1), (8, 2), (5, 1)], ids=str)
-def test_matches_the_slow_truth(
+def test_matches_the_reference_implementation(
     heads: tuple[int, int], chunks: list[tuple[int, int]], options: AttentionOptions
 ) -> None:
     step = make_step(Geometry(*heads, key_dim=16, value_dim=16), chunks, options, queries_per_tile=5)
@@ -65,7 +66,7 @@ def test_splitting_changes_nothing(can_split: bool, options: AttentionOptions) -
 @pytest.mark.parametrize("can_split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_attention_sinks(dtype: torch.dtype, can_split: bool, window: int | None) -> None:
-    """A sink counts once, however many parts a context is cut into, and adds nothing to a padded row."""
+    """A sink counts once, whatever the number of parts of a context, and adds nothing to a padded row."""
     sinks = torch.tensor([-2.0, 0.0, 3.0, 8.0], dtype=dtype, device=DEVICE)
     options = AttentionOptions(0.3, window, sinks=sinks)
     chunks = [(255, 1), (40, 1), (0, 1), (-1, 1), (50, 9)]
@@ -121,7 +122,7 @@ def test_any_step(
 
 
 def test_a_step_over_changed_lengths_is_cut_anew() -> None:
-    """What a CUDA graph does: the same object, other numbers in the same tensors."""
+    """As in a CUDA graph: the same object, and other numbers in the same tensors."""
     long = make_step(Geometry(), [(60, 1), (20, 1)], can_split=True)
     short = make_step(Geometry(), [(7, 1), (-1, 1)], can_split=True, seed=1)
     attention = TritonPagedAttention(long.kv, long.inputs, configs=SMALL)
@@ -139,7 +140,8 @@ def test_a_step_over_changed_lengths_is_cut_anew() -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("can_split", [False, True], ids=["whole", "split"])
 def test_tiles_among_padding(can_split: bool, options: AttentionOptions) -> None:
-    """What a CUDA graph of a mixed step reads: tiles for single queries too, and some without a query."""
+    """As in a CUDA graph of a mixed step: there are tiles for single queries too, and some without a
+    query."""
     step = make_step(Geometry(), [(200, 1), (9, 1), (90, 11), (0, 6)], options, can_split=can_split)
     inputs, padding = step.inputs, torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
     assert inputs.tiles is not None
@@ -175,7 +177,7 @@ def test_layers_with_and_without_a_window_share_a_step() -> None:
         out = attention.attend_cached(layer, q.to(DEVICE), options).cpu()
         for row, length in enumerate((71, 41)):
             K, V = (values[:, :length] for values in history[layer])
-            expected = slow_truth(q[row : row + 1], K, V, length - 1, options)
+            expected = reference_attention(q[row : row + 1], K, V, length - 1, options)
             torch.testing.assert_close(out[row : row + 1], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -205,7 +207,7 @@ def test_queries_may_be_strided() -> None:
 
 
 def test_attend_keeps_the_tokens_kv_first() -> None:
-    """All of a prefill's KV is the step's own; a padded row's goes nowhere."""
+    """The KV of a prefill is all from the step itself, and that of a padded row is not stored."""
     step = make_step(Geometry(4, 2, 32, 16), [(-1, 1), (0, 9)])
     K, V = step.kv.pages_of(0)
     first, second = step.inputs.tables[1, :2].tolist()
@@ -223,7 +225,7 @@ def test_attend_keeps_the_tokens_kv_first() -> None:
     assert_exact(step, out)
     for page, kept in ((K, k), (V, v)):
         assert torch.equal(page[blocks[1:], :, offsets[1:]], kept[:, 1:].transpose(0, 1))
-        assert int(page.isfinite().sum()) == kept[:, 1:].numel()  # nothing else, nor the null block
+        assert int(page.isfinite().sum()) == kept[:, 1:].numel()  # nothing else, and not the null block
 
 
 @pytest.mark.parametrize("target", [1, 2, 5, 16, 40])

@@ -1,4 +1,4 @@
-"""The paged attention kernels compile for a GPU: the interpreter lets through what a compiler refuses."""
+"""The paged attention kernels compile for a GPU: the interpreter accepts code that the compiler refuses."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def test_kernels_compile_for_hopper_within_the_shared_memory_foreseen(tmp_path: 
     ]
     for phase, (_, shared_bytes) in zip(Phase, compiled[-2:], strict=True):
         foreseen = find_config(phase, 128, 128, 2).shared_bytes(128, 128, 2)
-        assert int(shared_bytes) <= 1.05 * foreseen  # a little for reductions
+        assert int(shared_bytes) <= 1.05 * foreseen  # a small part is for reductions

@@ -32,6 +32,6 @@ def test_an_engine_on_the_kernels_is_exact() -> None:
         driver = Driver(engine, served.adapters, {})
         all_cases = cases(served)
         assert_exact(served, all_cases, run(driver, all_cases))
-        assert_exact(served, all_cases[3:], run(driver, all_cases[3:]))  # now from the prefix cache
+        assert_exact(served, all_cases[3:], run(driver, all_cases[3:]))  # this time from the prefix cache
     finally:
         engine.close()

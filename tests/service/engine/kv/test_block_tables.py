@@ -1,4 +1,4 @@
-"""Block tables on the device hold what the sequences' lists hold, whatever came and went."""
+"""Block tables on the device equal the lists of the requests, whatever requests came and went."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def write(tables: BlockTables, lists: list[list[int]]) -> list[list[int]]:
-    """The tables of these lists after a step's upload, as far as the lists go."""
+    """The tables of these lists after the upload of a step, up to the length of the lists."""
     rows, entries = tables.plan(lists)
     tables.write(torch.from_numpy(entries))
     assert len(set(rows)) == len(lists)

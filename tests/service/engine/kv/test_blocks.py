@@ -1,4 +1,4 @@
-"""The block pool: references, sharing by content, eviction; and prefix keys."""
+"""The block pool (references, sharing by content, eviction) and prefix keys."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_key_depends_on_all_tokens_before() -> None:
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Random holders over a small alphabet of keys, so that they share and evict each other a lot."""
+    """Random holders over a small alphabet of keys, so that they often share blocks and evict each other."""
 
     held: Bundle[tuple[int, ...]] = Bundle("held")
 
@@ -124,7 +124,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from("xyz"))
     def forget(self, owner: str) -> None:
-        """Nothing of the owner's is shared any more, and all of the others' is."""
+        """Forget an owner: none of its blocks is shared any more, and those of others still are."""
         before = {key: self.pool.match([bytes([key])]) for key in range(6)}
         self.pool.forget(owner)
         for key, blocks in before.items():

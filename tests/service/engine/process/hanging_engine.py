@@ -1,4 +1,4 @@
-"""The engine process, with a model that hangs in a step where it meets a certain token.
+"""The engine process with a model that hangs in a step that contains a certain token.
 
 python hanging_engine.py --socket PATH --parent PID --restarts N
 """

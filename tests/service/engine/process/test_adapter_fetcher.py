@@ -23,7 +23,7 @@ def ref(name: str) -> AdapterRef:
 
 
 class Reader:
-    """Answers while its gate is open; remembers which adapters were read together."""
+    """Answers while its gate is open, and records which adapters were read together."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -40,7 +40,8 @@ class Reader:
 
 
 class Thread:
-    """Stands in for the engine's thread and its engine: takes what is provided, and replies when told to."""
+    """Stands in for the engine's thread and its engine: takes what is provided, and replies when the test
+    does."""
 
     def __init__(self) -> None:
         self.engine = self

@@ -1,4 +1,5 @@
-"""The engine process: the real core, model and store behind a socket, and what happens when one breaks."""
+"""The engine process: the real core, model and store behind a socket, and what happens when one of them
+fails."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ from tests.service.engine.engine_process import (
 from tests.service.engine.process.hanging_engine import HANGING_TOKEN
 from tests.waiting import HANG_S, wait_until
 
-# One engine process serves the whole module: its start costs seconds.
+# One engine process serves the whole module, because its start takes seconds.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 #: Long enough that a busy test machine is not taken for a hung engine.
@@ -75,7 +76,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> CommonSettings:
 async def engine(
     redis: Redis, redis_url: str, settings: CommonSettings, tiny: BaseModel, tiny_basis: Basis
 ) -> AsyncIterator[EngineClient]:
-    """The client of a running engine whose default basis is `tiny_basis`."""
+    """The client of a running engine with `tiny_basis` as its default basis."""
     await store_basis(BasisStore(redis), settings, tiny, tiny_basis)
     options = EngineSettings(heartbeat_timeout_s=HEARTBEAT_S, threads=1)
     command = [sys.executable, str(Path(__file__).with_name("hanging_engine.py"))]
@@ -90,7 +91,7 @@ def adapters(redis: Redis) -> AdapterStore:
 
 
 def complete_in_core(engine: Engine, requests: list[GenerationRequest]) -> dict[str, TokenOutput]:
-    """The oracle: the same requests through the core, without any process between."""
+    """The oracle: the same requests run by the core directly, without a process in between."""
     for request in requests:
         engine.submit(request)
     outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
@@ -112,7 +113,7 @@ async def is_at_rest(engine: EngineClient) -> bool:
 
 @asynccontextmanager
 async def raw_connection(engine: EngineClient, settings: CommonSettings) -> AsyncIterator[Any]:
-    """A second API process' connection: its reader and writer."""
+    """The connection of a second API process: its reader and writer."""
     [path] = (settings.data_dir / "run").glob(f"engine-{os.getpid()}-*.sock")
     reader, writer = await asyncio.open_unix_connection(path)
     try:

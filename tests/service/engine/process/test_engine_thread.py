@@ -117,7 +117,7 @@ def request(
 async def test_outputs_come_in_one_hand_over_per_step() -> None:
     engine = FakeEngine()
     async with running(engine) as (thread, desk):
-        # One command, so that both requests are there before the first step.
+        # A single command, so that both requests are there before the first step.
         # type: ignore[arg-type,return-value]
         thread.post(lambda e: [e.submit(request("a")), e.submit(request("b"))])
         await wait_until(lambda: len(desk.outputs) == 6)
@@ -192,7 +192,7 @@ async def test_a_step_that_hangs_is_seen_and_the_others_are_not() -> None:
 
 
 async def test_a_pause_of_the_process_is_no_hung_step() -> None:
-    """A look that comes late counts nothing: the thread has been as unable to run as the one who looks."""
+    """A late look counts nothing, because the thread could not run either."""
     gate = threading.Event()
     async with running(FakeEngine(before_step=lambda: gate.wait(HANG_S))) as (thread, desk):
         thread.post(lambda e: e.submit(request("a", max_tokens=1)))

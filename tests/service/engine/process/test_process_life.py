@@ -37,7 +37,7 @@ def settings(tmp_path: Path) -> CommonSettings:
 
 
 async def read_ready(path: Path) -> None:
-    """Wait until an engine listens at `path` and says that it is ready."""
+    """Wait until an engine listens at `path` and reports that it is ready."""
     await wait_until(path.exists, HANG_S)
     reader, writer = await asyncio.open_unix_connection(path)
     try:
@@ -133,7 +133,7 @@ async def test_the_engine_outlives_its_store(
         await redis.aclose()
         await asyncio.to_thread(store.stop)
 
-    assert "killed" not in caplog.text  # it ended when it was asked to
+    assert "killed" not in caplog.text  # it ended on request
     assert before.token_ids == during.token_ids == found.token_ids
     assert lost.error is not None
     assert lost.error[0] == "store_unavailable"

@@ -1,4 +1,4 @@
-"""Choosing tokens: against slow references, and without regard to the company in the batch."""
+"""The choice of tokens, against slow references and whatever the other rows of the batch are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_sequence(prompt: list[int], output: list[int], **sampling: Any) -> Engi
 
 
 def slow_rules(logits: list[float], prompt: list[int], output: list[int], s: SamplingParams) -> list[float]:
-    """The rules one token at a time."""
+    """The rules, applied one token at a time."""
     result = []
     for token, logit in enumerate(logits):
         if token in prompt or token in output:
@@ -48,8 +48,8 @@ def slow_rules(logits: list[float], prompt: list[int], output: list[int], s: Sam
 
 
 def slow_probabilities(logits: list[float], s: SamplingParams) -> dict[int, float]:
-    """What may be drawn, and how often: temperature, then top_k, top_p and min_p, by sorting and adding
-    up."""
+    """Which tokens may be drawn, and how often: temperature, then top_k, top_p and min_p, by sorting and
+    adding up."""
     weights = [math.exp((logit - max(logits)) / s.temperature) for logit in logits]
     ranked = sorted(
         ((w / sum(weights), token) for token, w in enumerate(weights)), key=lambda p: (-p[0], p[1])
@@ -122,7 +122,7 @@ def test_draws_follow_the_slow_reference(params: dict[str, Any]) -> None:
     drawn: Counter[int] = Counter()
     for _ in range(
         num_draws // 50
-    ):  # one generator, so rows of one call and calls after another are draws alike
+    ):  # one generator, so rows of one call and consecutive calls are equivalent draws
         drawn.update(sample(logits.expand(50, V), [request] * 50).tolist())
 
     expected = slow_probabilities(logits.tolist(), request.sampling)
@@ -157,7 +157,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:
-    logits = torch.randn(70, V)  # more rows than are turned into float32 at once
+    logits = torch.randn(70, V)  # more rows than are converted to float32 at once
     chosen = torch.randint(V, (70,))
     reports = token_logprobs(logits, chosen, [index % 4 for index in range(70)])
 
@@ -208,7 +208,7 @@ def test_unseeded_requests_differ(llama: Served, start: Callable[..., Driver]) -
 
 
 def test_rows_without_a_seed_draw_together_and_independently() -> None:
-    """One call for all of them, and seeded rows among them draw what they draw alone."""
+    """One call draws for all of them, and seeded rows among them draw the same as alone."""
     logits = torch.zeros(6, V)
     together = [make_sequence([1], [], temperature=1.0, seed=seed) for seed in (None, 7, None, None, 7, None)]
     assert together[0].generator is together[2].generator

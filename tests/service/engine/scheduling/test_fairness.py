@@ -1,4 +1,4 @@
-"""Fairness between tenants: whose request is next, how much each gets, how many may wait."""
+"""Fairness between tenants: which request is next, how much each tenant gets, how many may wait."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COSTS = st.tuples(st.integers(1, 300), st.integers(0, 300))
 
 
 class Line:
-    """A waiting line whose requests run as soon as they are taken, and end when told."""
+    """A fair queue. Its requests run as soon as they are started, and end when the test says so."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.line = FairQueue(weights)
@@ -43,7 +43,7 @@ class Line:
         return request
 
     def take(self) -> EngineRequest | None:
-        """Run the next one."""
+        """Start the next request."""
         request = next(self.line.candidates(), None)
         if request is not None:
             self.line.start(request)
@@ -241,7 +241,7 @@ def test_one_tenant_cannot_fill_the_queue(micro: Served, start: Start) -> None:
 
 
 def test_tokens_count_and_not_requests(micro: Served, start: Start) -> None:
-    """While both wait, ten short requests run beside one that costs ten times as much."""
+    """While both tenants wait, ten short requests run for each one that costs ten times as much."""
     driver = start(micro, max_batch_seqs=1)
     short, long = replace(GREEDY, max_tokens=2), replace(GREEDY, max_tokens=38)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What a request can ask for and how it can end, seen from outside the engine."""
+"""The parameters of a request and the ways in which it can end, seen from outside the engine."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_prompt_logprobs(served: Served, start: Start, max_batch_tokens: int) ->
     ref, prompt = served.refs[0], served.prompts(29)[0]
     driver = start(served, max_batch_tokens=max_batch_tokens)
     driver.submit(prompt, adapter=ref)
-    driver.run()  # so that there is something in the prefix cache, which must not be used
+    driver.run()  # fills the prefix cache, which must not be used here
     answer = driver.submit(prompt, replace(GREEDY, prompt_logprobs=3), ref)
     scored = driver.submit(prompt, replace(GREEDY, prompt_logprobs=0, max_tokens=0), ref)
     driver.run()
@@ -207,7 +207,7 @@ def test_a_deadline_ends_a_request_that_waits_for_an_adapter(llama: Served, star
     driver = start(llama)
     late = driver.submit([1, 2], adapter=llama.refs[0], deadline_s=0.01)
     in_time = driver.submit([1, 2], deadline_s=100.0)
-    driver.engine.missing_adapters()  # asked for, never provided
+    driver.engine.missing_adapters()  # requested, but never provided
     wait_until_sync(lambda: driver.engine.has_work and driver.step() and late.outputs)
     driver.run()
 

@@ -1,4 +1,4 @@
-"""Who runs when: fairness, chunking, preemption; and random traffic that must always come to an end."""
+"""Which request runs when: fairness, chunking, preemption; and random traffic, which must always end."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def test_prompt_logprobs_are_computed_a_bounded_number_of_rows_at_a_time(micro: 
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Random traffic against a starved engine: every request ends exactly once, says what its model would say
-    alone, and leaves nothing behind."""
+    """Random traffic against a starved engine: every request ends exactly once, has the output of its model
+    run alone, and leaves nothing behind."""
 
     engine: Engine
 

@@ -1,4 +1,4 @@
-"""What a step brings: by chunk, with and without the short way of steps that only sample."""
+"""The results of a step by chunk, with and without the short cut for steps that only sample."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Steps laid out in static tensors: every token, every query and every wanted row once, and padding between
-that means nothing."""
+"""Steps in static tensors: every token, every query and every needed row appears once, and padding means
+nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.engine.wire.messages import GenerationRequest, SamplingParams
 
 
 def make_plan(sizes: list[tuple[int, int, bool]]) -> StepPlan:
-    """sizes: of every chunk its start, its length, and whether the prompt ends with it."""
+    """sizes: for every chunk its start, its length, and whether the prompt ends with it."""
     chunks = []
     for order, (start, length, is_last) in enumerate(sorted(sizes, key=lambda size: size[1] > 1)):
         prompt = [1000 * order + position for position in range(start + length + (not is_last))]

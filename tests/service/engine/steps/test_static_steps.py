@@ -1,6 +1,5 @@
-"""Steps over static tensors, and steps started before the last one's tokens are known, must be told
-apart from plain steps by nothing but their speed. On the CPU the tensors are the same and nothing is
-captured."""
+"""Steps over static tensors, and steps started before the tokens of the last one are known, must differ from
+plain steps in speed only. On the CPU the tensors are the same and nothing is captured."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ CROWDED = {"num_blocks": 10, "max_batch_tokens": 16}
 
 
 def has_mixed_shapes(driver: Driver) -> bool:
-    """Whether steps with pieces of prompts in them ran over static tensors."""
+    """Whether steps with pieces of prompts ran over static tensors."""
     steps = driver.engine.runner.static_steps
     return steps is not None and any(shape.is_mixed for shape in steps.shapes)
 
@@ -57,7 +56,7 @@ def test_exact(name: str, way: dict[str, Any], crowd: dict[str, Any], start: Sta
     driver = start(served, **way, **crowd)
 
     assert_exact(served, all_cases, run(driver, all_cases))
-    assert_exact(served, all_cases, run(driver, all_cases))  # from the prefix cache, where there is one
+    assert_exact(served, all_cases, run(driver, all_cases))  # from the prefix cache, if there is one
     assert has_mixed_shapes(driver) == ("decode_graphs" in way)
     assert driver.engine.stats().kv_blocks_used == 0
 
@@ -93,7 +92,8 @@ MANY = [
 def test_every_parameter_means_the_same(
     llama: Served, start: Start, way: dict[str, Any], crowd: dict[str, Any]
 ) -> None:
-    """Seeds, penalties, stop tokens, minimum lengths: the outputs of plain steps, token by token."""
+    """With seeds, penalties, stop tokens and minimum lengths the outputs are those of plain steps, token by
+    token."""
     prompts = llama.prompts(*range(3, 3 + len(MANY)))
     everything = []
     for config in ({}, way):
@@ -121,7 +121,7 @@ def test_a_stop_token_ends_a_request_whose_next_step_is_under_way(llama: Served,
     driver = start(llama, lookahead="on", num_blocks=4)
     stopping = driver.submit(prompt, replace(GREEDY, stop_token_ids=(stop,)), llama.refs[0])
     driver.run()
-    following = driver.submit(prompt, adapter=llama.refs[0])  # in the blocks that were given back
+    following = driver.submit(prompt, adapter=llama.refs[0])  # in the blocks that were released
     driver.run()
 
     assert stopping.token_ids == tokens[: tokens.index(stop) + 1]
@@ -199,7 +199,8 @@ def test_what_is_static(
     basis_id: str | None,
     expected: bool,
 ) -> None:
-    """A prompt that is scored, an adapter of another basis, more tokens than the largest shape are not."""
+    """A scored prompt, an adapter of another basis, or more tokens than the largest shape exclude static
+    tensors."""
     steps = start(llama, decode_graphs="static", max_batch_tokens=2 * MAX_ROWS).engine.runner.static_steps
     assert steps is not None
     ref = None if basis_id is None else AdapterRef("default", "a", 1, basis_id)
@@ -213,7 +214,8 @@ def test_what_is_static(
 
 @dataclass(frozen=True)
 class Request:
-    """which: an adapter by number, 0 the base model, the last ones of another basis. arrives_at: a step."""
+    """which: the number of an adapter, 0 for the base model; the last ones belong to another basis.
+    arrives_at: a step."""
 
     which: int
     length: int
@@ -247,7 +249,7 @@ REQUESTS = st.lists(
     lookahead=st.sampled_from(["on", "off"]),
 )
 def test_any_traffic_says_what_plain_steps_say(requests: list[Request], **config: Any) -> None:
-    """Chunks of all sizes, adapters, preemption, tokens that the host does not know yet."""
+    """With chunks of all sizes, adapters, preemption, and tokens that the host does not know yet."""
     served = family("micro")
     plain = answers_to(served, requests, {**config, "lookahead": "off"})
     static = answers_to(served, requests, {**config, "decode_graphs": "static"})
@@ -282,7 +284,7 @@ def answers_to(served: Served, requests: list[Request], config: dict[str, Any]) 
 
 
 def test_warming_up_leaves_nothing_behind(llama: Served, start: Start) -> None:
-    """Every shape is run on padding: no KV is written, and the steps that follow are exact."""
+    """Every shape runs on padding: no KV is written, and the steps that follow are exact."""
     driver = start(llama, decode_graphs="static", max_batch_tokens=40, max_batch_seqs=5)
     steps, engine = driver.engine.runner.static_steps, driver.engine
     assert steps is not None

@@ -1,4 +1,4 @@
-"""The trial at load: what the engine would serve wrongly is refused by name, and nothing else is."""
+"""The trial at load time: it refuses by name what the engine would serve wrongly, and nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def try_out(model: PreTrainedModel) -> dict[str, str]:
 
 
 class Changed(nn.Module):
-    """A module whose output is changed by `change`."""
+    """A module with an output that `change` alters."""
 
     def __init__(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Changed(nn.Module):
 
 
 class Rows(nn.Module):
-    """Computes some rows, or all in another order, as a mixture of experts does."""
+    """Computes some rows, or all rows in another order, as a mixture of experts does."""
 
     def __init__(self, linear: nn.Linear, order: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_all_layers_of_common_models_can_carry_adapters(name: str) -> None:
 
 
 def test_a_model_whose_top_keeps_another_name_of_attention_is_tried_as_it_is_served() -> None:
-    """GOT-OCR2: its vision tower cannot change its attention, so only the language model does."""
+    """As in GOT-OCR2: its vision tower cannot change its attention, so only the language model does."""
     model = tiny("got_ocr2")
     facts, unfit = install_and_try(BaseModel("ocr", "ocr", model))
     assert (facts.attends_itself, unfit) == (False, {})
@@ -117,7 +117,7 @@ def test_a_model_that_mixes_the_rows_of_a_batch_is_refused(dtype: torch.dtype) -
     model = llama().to(dtype)
     layer = model.get_submodule("model.layers.1")
     layer.mlp = Changed(layer.mlp, lambda y: y - y.mean(1, keepdim=True))
-    with pytest.raises(UnsupportedModel, match="gives a sequence other results when others share the step"):
+    with pytest.raises(UnsupportedModel, match="different results when other sequences share its step"):
         try_out(model)
     assert model.config._attn_implementation == "eager"
 
@@ -128,7 +128,9 @@ def test_a_model_with_state_outside_the_kv_cache_is_refused() -> None:
     layer.mlp = Changed(
         layer.mlp, lambda y: y + F.pad(y, (0, 0, 1, 0))[:, :-1]
     )  # a convolution of two tokens
-    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM cannot be served: it gives a"):
+    with pytest.raises(
+        UnsupportedModel, match="LlamaForCausalLM cannot be served: it gives different results for"
+    ):
         try_out(model)
 
 
@@ -187,7 +189,7 @@ def test_a_layer_that_sees_the_tokens_in_another_order_is_refused_as_a_target_by
     )
     unfit = try_out(model)
     assert set(unfit) == {"model.layers.0.mlp.up_proj.inner"}
-    assert "off by" in unfit["model.layers.0.mlp.up_proj.inner"]
+    assert "differ by" in unfit["model.layers.0.mlp.up_proj.inner"]
 
 
 def test_a_layer_whose_weight_is_read_without_a_call_is_refused_as_a_target_by_name() -> None:
@@ -198,7 +200,7 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused_as_a_target_by_n
 
 
 class Pair(nn.Linear):
-    """A linear layer by class that gives more than a product."""
+    """A module that is a linear layer by class, but computes more than a product."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)

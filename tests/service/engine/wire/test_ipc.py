@@ -1,4 +1,4 @@
-"""Frames: what goes in comes out, and nothing else is taken for a frame."""
+"""Frames: messages arrive as they were sent, and nothing else is accepted as a frame."""
 
 from __future__ import annotations
 
