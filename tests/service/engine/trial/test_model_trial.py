@@ -129,7 +129,7 @@ def test_a_model_with_state_outside_the_kv_cache_is_refused() -> None:
         layer.mlp, lambda y: y + F.pad(y, (0, 0, 1, 0))[:, :-1]
     )  # a convolution of two tokens
     with pytest.raises(
-        UnsupportedModel, match="LlamaForCausalLM cannot be served: it gives different results for"
+        UnsupportedModel, match="LlamaForCausalLM cannot be served: it gives a sequence different results"
     ):
         try_out(model)
 
