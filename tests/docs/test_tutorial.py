@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codeop
 import inspect
 import json
 import re
@@ -85,6 +86,17 @@ def test_every_block_parses() -> None:
         json.loads(block)
     for block in blocks("sh"):
         subprocess.run(["sh", "-n"], input=block, text=True, check=True)
+
+
+def test_every_python_block_can_be_typed() -> None:
+    """An interactive session wants an empty line after a loop, where a file does not."""
+    for block in blocks("python"):
+        typed: list[str] = []
+        for line in [*block.splitlines(), ""]:
+            typed.append(line)
+            if codeop.compile_command("\n".join(typed), symbol="single") is not None:
+                typed = []
+        assert typed == []
 
 
 def test_the_client_has_every_call_and_the_service_every_field(app: FastAPI) -> None:
