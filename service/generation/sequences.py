@@ -168,8 +168,9 @@ class Generation:
         """The pieces of all sequences as they come. Leaving it cancels what still runs."""
         outcome = "cancelled"
         try:
-            async with aclosing(merge([s.pieces(self.engine) for s in self.sequences])) as merged:
-                async for piece in merged:
+            sources = [sequence.pieces(self.engine) for sequence in self.sequences]
+            async with aclosing(sources[0] if len(sources) == 1 else merge(sources)) as pieces:
+                async for piece in pieces:
                     yield piece
             outcome = "finished"
         except TesseraError:
@@ -214,11 +215,6 @@ class Generation:
 
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
     """The items of all sources as they come; the first error of any ends all. Closing it closes them."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as only:
-            async for piece in only:
-                yield piece
-        return
     # Bounded: what a slow reader does not fetch waits in one place, where it is counted (`connection.py`).
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(len(sources))
     tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]

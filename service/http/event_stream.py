@@ -1,21 +1,21 @@
-"""Server-sent events: an answer that grows while the client listens, and ends when it stops listening.
+"""Server-sent events: a response that grows while the client listens, and ends when the client leaves.
 
-Knows nothing of what the events say. A stream cut without its last event looks like success to a client, so
-whatever goes wrong after the headers is said in an event of its own.
+Does not know what the events say. A stream that is cut without its last event looks like success to a client,
+so a failure after the headers is sent as an event of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import ShuttingDown
+from service.http.errors import body_of, response_of
 from tessera.processes.tasks import end_tasks
 
 #: For OpenAPI: what a route that can stream answers besides JSON.
@@ -36,38 +36,31 @@ def event(value: Any) -> str:
 
 
 class EventStream(Response):
-    """An answer made of events. error_event: how a failure is said once the headers are out.
+    """A response made of server-sent events.
 
-    The first event is awaited before the headers (for up to one ping interval), so that what fails at once
-    still gets its own status. After that a comment is sent whenever nothing happens for `ping_interval_s`:
-    proxies cut silent connections.
+    The first event is awaited before the headers (for up to one ping interval), so that an early failure
+    still gets a status of its own. A later failure is the last event of the stream. A comment is sent
+    whenever nothing happens for `ping_interval_s`, because proxies cut silent connections.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        events: AsyncGenerator[str, None],
-        *,
-        error_event: Callable[[Exception], str],
-        ping_interval_s: float,
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], *, ping_interval_s: float) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
-        self._error_event = error_event
         self._ping_interval_s = ping_interval_s
-        self._next: asyncio.Task[str | None] | None = None
+        self._first: asyncio.Future[str | None] | None = None
         self._sent_at = 0.0
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def begin(self) -> EventStream:
         """Wait for the first event. Raises what the events raise before it."""
-        self._next = _fetch(self._events)
+        self._first = asyncio.ensure_future(anext(self._events, None))
         try:
-            await asyncio.wait({self._next}, timeout=self._ping_interval_s)
-            if self._next.done() and self._next.exception() is not None:
-                await self._next
+            await asyncio.wait({self._first}, timeout=self._ping_interval_s)
+            if self._first.done() and self._first.exception() is not None:
+                await self._first
         except BaseException:
             await self._close()
             raise
@@ -76,8 +69,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await until_disconnect(receive, self._send_all(send))
-        except asyncio.CancelledError:  # the server stops and has waited long enough
-            text = self._error_event(ShuttingDown("the service is being stopped"))
+        except asyncio.CancelledError:  # the server is stopping and has waited long enough
+            text = _error_event(ShuttingDown("the service is being stopped"))
             await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
             raise
         finally:
@@ -87,13 +80,21 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         loop = asyncio.get_running_loop()
         self._sent_at = loop.time()
-        pings = asyncio.create_task(self._ping(send))  # beside the events: a task for each cost 10 µs
+        pings = asyncio.create_task(self._ping(send))  # beside the events: a task for each event cost 10 µs
+        assert self._first is not None, "the stream has begun"
+        pending: Awaitable[str | None] = self._first
         try:
-            async with aclosing(self._texts()) as texts:
-                async for text in texts:
-                    self._sent_at = loop.time()
-                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-                    await asyncio.sleep(0)  # neither need have waited, and others want their turn
+            while True:
+                try:
+                    text = await pending
+                except Exception as error:  # a generator that raised has ended: nothing follows this event
+                    text = _error_event(error)
+                if text is None:
+                    break
+                self._sent_at = loop.time()
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                await asyncio.sleep(0)  # neither await above is guaranteed to yield; give other tasks a turn
+                pending = anext(self._events, None)
         finally:
             await end_tasks(pings)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -107,22 +108,16 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": PING.encode(), "more_body": True})
             await asyncio.sleep(self._ping_interval_s - quiet_s)
 
-    async def _texts(self) -> AsyncGenerator[str, None]:
-        """The events, the first of which was begun to be waited for; a failure as the last of them."""
-        try:
-            if self._next is not None and (first := await self._next) is not None:
-                self._next = None
-                yield first
-            async for text in self._events:
-                yield text
-        except Exception as error:
-            yield self._error_event(error)
-
     async def _close(self) -> None:
-        if self._next is not None:
-            await end_tasks(self._next)
-            self._next = None
+        if self._first is not None:
+            await end_tasks(self._first)
         await self._events.aclose()
+
+
+def _error_event(error: Exception) -> str:
+    """The event that tells a client of a failure; what it must not know goes to the log."""
+    response_of(error)
+    return event(body_of(error))
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T | None:
@@ -139,10 +134,3 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T | None:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _fetch(events: AsyncGenerator[str, None]) -> asyncio.Task[str | None]:
-    async def fetch() -> str | None:
-        return await anext(events, None)
-
-    return asyncio.create_task(fetch())

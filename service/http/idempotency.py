@@ -1,8 +1,8 @@
 """Creating a thing once, although the request to create it comes twice.
 
-Two kinds of repetition: a caller that repeats its `Idempotency-Key`, and OpenAI's client, which sends no key
-but says in `x-stainless-retry-count` that a request is a retry; what it retries is the newest request with
-the same body. Either way the creator gets a key under which it remembers what it has created.
+There are two kinds of repetition. A caller repeats its `Idempotency-Key`; or OpenAI's client, which sends no
+key, says in `x-stainless-retry-count` that a request is a retry, namely of the newest request with the same
+body. Either way the creator gets a key under which it remembers what it has created.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tessera.errors import InvalidInput
@@ -25,35 +26,53 @@ T = TypeVar("T")
 Create = Callable[[str], Awaitable[T]]
 
 
+@dataclass(frozen=True)
+class Repetition:
+    """What a request says about whether it has been sent before."""
+
+    #: The `Idempotency-Key` header.
+    key: str | None
+    #: Whether OpenAI's client sends this request again.
+    is_retry: bool
+
+
 class Idempotency:
     """Remembers what creation requests were about, per tenant."""
 
     def __init__(self, redis: Client) -> None:
         self._redis = redis
 
-    async def by_key(self, tenant: str, key: str, body: str, create: Create[T], *, scope: str = "") -> T:
-        """Create, or return what this key created before.
+    async def create_once(
+        self, tenant: str, repetition: Repetition, fingerprint: str, create: Create[T], *, scope: str = ""
+    ) -> T:
+        """Create, or return what the request created when it came before.
 
-        scope: what is created; a key of one scope is not known in another.
-        A request that fails leaves its key unused. Raises `InvalidInput` if the key came with another body.
+        fingerprint: equal for equal requests. scope: the kind of thing that is created, each
+        of which has its own keys. Raises `InvalidInput` if the key came with another fingerprint before.
         """
+        if repetition.key is not None:
+            return await self._by_key(tenant, repetition.key, fingerprint, create, scope)
+        return await self._by_body(tenant, fingerprint, create, repetition.is_retry)
+
+    async def _by_key(self, tenant: str, key: str, body: str, create: Create[T], scope: str) -> T:
+        """A request that fails leaves its key unused."""
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             raise InvalidInput(
                 f"an Idempotency-Key has 1 to {MAX_KEY_LENGTH} characters", param="Idempotency-Key"
             )
-        created, fingerprint = await create(f"key:{key}"), _digest("body", body)
+        created, digest = await create(f"key:{key}"), _digest("body", body)
         name = keys.idempotency(tenant, _digest(f"{scope}key", key))
         with translate_errors():
-            first = await self._redis.set(name, fingerprint, nx=True, get=True, ex=keys.IDEMPOTENCY_TTL_S)
-        if isinstance(first, bytes) and first.decode() != fingerprint:
+            first = await self._redis.set(name, digest, nx=True, get=True, ex=keys.IDEMPOTENCY_TTL_S)
+        if isinstance(first, bytes) and first.decode() != digest:
             raise InvalidInput(
-                "this Idempotency-Key came with another request before",
+                "this Idempotency-Key was used for a different request; use a new key",
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
             )
         return created
 
-    async def by_body(self, tenant: str, body: str, create: Create[T], *, is_retry: bool) -> T:
+    async def _by_body(self, tenant: str, body: str, create: Create[T], is_retry: bool) -> T:
         """Create anew; a retry gets what the newest request with the same body created."""
         name, nonce = keys.idempotency(tenant, _digest("body", body)), secrets.token_hex(16)
         with translate_errors():

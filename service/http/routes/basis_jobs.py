@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import APIRouter, Response
 
-from fastapi import APIRouter, Header, Response
-
-from service.http import event_stream
+from service.http.event_stream import IN_OPENAPI
 from service.http.json_routes import JsonRoute
-from service.http.routes.deps import AfterDep, FollowDep, LimitDep, ServicesDep, TenantDep, WantedDep
-from service.http.routes.job_events import follow_events
-from service.http.routes.job_shapes import error_of, event_object, seconds
+from service.http.routes.deps import (
+    AfterDep,
+    FollowDep,
+    LimitDep,
+    RepetitionDep,
+    ServicesDep,
+    TenantDep,
+    WantedDep,
+)
+from service.http.routes.job_events import events_page, events_stream
+from service.http.routes.job_shapes import error_of, seconds
 from service.http.schemas.bases import BasisJob, BasisJobRequest
 from service.http.schemas.common import Page, page_of
 from service.http.schemas.training import JobEventObject
@@ -29,19 +35,15 @@ async def create_basis(
     body: BasisJobRequest,
     tenant: TenantDep,
     services: ServicesDep,
-    idempotency_key: Annotated[str | None, Header()] = None,
-    x_stainless_retry_count: Annotated[str, Header()] = "0",
+    repetition: RepetitionDep,
 ) -> BasisJob:
     """Queue the building of a basis. What was built before from the same data is found at once."""
 
     async def submit(key: str) -> Job:
         return await services.basis_jobs.submit(tenant, _basis_request(body), dedupe_key=f"basis:{key}")
 
-    said, once = f"basis {body.model_dump_json()}", services.idempotency
-    if idempotency_key is not None:
-        return _object(await once.by_key(tenant, idempotency_key, said, submit, scope="basis "))
-    is_retry = x_stainless_retry_count not in ("", "0")
-    return _object(await once.by_body(tenant, said, submit, is_retry=is_retry))
+    fingerprint, idempotency = f"basis {body.model_dump_json()}", services.idempotency
+    return _object(await idempotency.create_once(tenant, repetition, fingerprint, submit, scope="basis "))
 
 
 @router.get("/jobs", operation_id="list_basis_jobs")
@@ -73,7 +75,7 @@ async def cancel_basis_job(job_id: str, tenant: TenantDep, services: ServicesDep
     "/jobs/{job_id}/events",
     operation_id="list_basis_job_events",
     response_model=Page[JobEventObject],
-    responses=event_stream.IN_OPENAPI,
+    responses=IN_OPENAPI,
 )
 async def list_basis_job_events(
     job_id: str,
@@ -84,11 +86,10 @@ async def list_basis_job_events(
     limit: LimitDep = 20,
 ) -> Page[JobEventObject] | Response:
     """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
-    queue = services.basis_queue
     if stream:
-        return await services.stream(follow_events(queue, tenant, job_id))
-    events, has_more = await queue.events(tenant, job_id, after, limit)
-    return page_of([event_object(event) for event in events], has_more)
+        interval_s = services.settings.ping_interval_s
+        return await events_stream(services.basis_queue, tenant, job_id, ping_interval_s=interval_s)
+    return await events_page(services.basis_queue, tenant, job_id, after, limit)
 
 
 def _basis_request(body: BasisJobRequest) -> BasisRequest:

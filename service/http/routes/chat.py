@@ -7,13 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from service.generation.generator import Generator
-from service.generation.model_resolver import Target
 from service.generation.sequences import Piece, Token
-from service.http import event_stream
+from service.http.event_stream import IN_OPENAPI, EventStream
 from service.http.json_routes import CancellableRoute
-from service.http.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
-from service.http.routes.replies import Reply, json_logprob, options_of, usage_report
+from service.http.routes.deps import ServicesDep, TenantDep
+from service.http.routes.replies import Reply, final_fields, json_logprob, options_of, usage_report
 from service.http.schemas.answers import (
     AssistantMessage,
     ChatChoice,
@@ -31,22 +29,16 @@ router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRou
     "/chat/completions",
     operation_id="create_chat_completion",
     response_model=ChatCompletion,
-    responses=event_stream.IN_OPENAPI,
+    responses=IN_OPENAPI,
 )
 async def create_chat_completion(
     body: ChatCompletionRequest,
     tenant: TenantDep,
-    models: ModelsDep,
-    generator: GeneratorDep,
     services: ServicesDep,
 ) -> ChatCompletion | Response:
     """Continue a conversation with the base model, or with the adapter named in `model`."""
-    target = await models.resolve(tenant, body.model, body.aliases)
-    reply = await _start(body, target, generator)
-    return await services.stream(reply.events()) if body.stream else await reply.whole()
-
-
-async def _start(body: ChatCompletionRequest, target: Target, generator: Generator) -> ChatReply:
+    generator = services.generator
+    target = await services.models.resolve(tenant, body.model, body.aliases)
     variables = body.template_variables(generator.codec.chat.template_variables)
     messages = [message.to_template() for message in body.messages]
     prompt = await generator.chat_prompt(target.tenant, messages, variables)
@@ -54,8 +46,11 @@ async def _start(body: ChatCompletionRequest, target: Target, generator: Generat
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     options = options_of(body, max_tokens=max_tokens, logprobs=logprobs)
     generation = generator.start(target, [prompt], options, param="messages")
-    # A stream keeps its reply for as long as it runs: not the conversation, too.
-    return ChatReply(body.model_copy(update={"messages": []}), target, generation, generator.codec)
+    # A stream keeps its reply for as long as it runs; without this it would keep the conversation as well.
+    reply = ChatReply(body.model_copy(update={"messages": []}), target, generation, generator.codec)
+    if not body.stream:
+        return await reply.to_response()
+    return await EventStream(reply.events(), ping_interval_s=services.settings.ping_interval_s).begin()
 
 
 class ChatReply(Reply):
@@ -65,13 +60,13 @@ class ChatReply(Reply):
     chunk_object = "chat.completion.chunk"
     body: ChatCompletionRequest
 
-    async def whole(self) -> ChatCompletion:
+    async def to_response(self) -> ChatCompletion:
         finished = await self.generation.collect()
         choices = [
             ChatChoice(
                 index=index,
                 message=AssistantMessage(content=sequence.text),
-                logprobs=self._logprobs(sequence.tokens),
+                logprobs=self._logprobs(sequence.tokens) if self.body.logprobs else None,
                 finish_reason=sequence.finish_reason,
                 **self.token_ids(sequence.token_ids),
             )
@@ -79,28 +74,30 @@ class ChatReply(Reply):
         ]
         usage = usage_report(self.generation.usage)
         return ChatCompletion(
-            **self.head(), choices=choices, usage=usage, **self.prompt_token_ids(0), **self.ending()
+            **self.common_fields,
+            choices=choices,
+            usage=usage,
+            **self.prompt_token_ids(0),
+            **final_fields(self.target, self.generation),
         )
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def opening_fields(self, index: int) -> dict[str, Any]:
         return self.prompt_token_ids(index)
 
-    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+    def choices(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
         chosen = []
         if piece.text or piece.tokens:
-            logprobs = self._logprobs(piece.tokens)
+            logprobs = self._logprobs(piece.tokens) if self.body.logprobs else None
             chosen.append(_chunk_choice(piece.index, {"content": piece.text}, logprobs))
         if piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, {}, None, piece.finish_reason))
-        if chosen:
-            chosen[0] |= self.token_ids(piece.token_ids)
-        if self.begins(piece):
+        if chosen and self.body.return_token_ids:
+            chosen[0]["token_ids"] = list(piece.token_ids)
+        if is_first:
             chosen.insert(0, _chunk_choice(piece.index, {"role": "assistant", "content": ""}))
         return chosen
 
-    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
-        if not self.body.logprobs:
-            return None
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
         return ChatLogprobs(content=[self._logprob(token) for token in tokens if not token.is_end])
 
     def _logprob(self, token: Token) -> TokenLogprob:

@@ -13,10 +13,10 @@ from service.generation.generator import Generator
 from service.generation.model_resolver import Target
 from service.generation.sequences import Finished, Generation, Piece, Token
 from service.generation.text import Echo, TextCodec
-from service.http import event_stream
+from service.http.event_stream import IN_OPENAPI, EventStream
 from service.http.json_routes import CancellableRoute
-from service.http.routes.deps import GeneratorDep, ModelsDep, ServicesDep, TenantDep
-from service.http.routes.replies import Reply, json_logprob, options_of, usage_report
+from service.http.routes.deps import ServicesDep, TenantDep
+from service.http.routes.replies import Reply, final_fields, json_logprob, options_of, usage_report
 from service.http.schemas.answers import Completion, CompletionChoice, CompletionLogprobs
 from service.http.schemas.generation import CompletionRequest
 from tessera.errors import RequestFailed
@@ -31,22 +31,16 @@ router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRou
     "/completions",
     operation_id="create_completion",
     response_model=Completion,
-    responses=event_stream.IN_OPENAPI,
+    responses=IN_OPENAPI,
 )
 async def create_completion(
     body: CompletionRequest,
     tenant: TenantDep,
-    models: ModelsDep,
-    generator: GeneratorDep,
     services: ServicesDep,
 ) -> Completion | Response:
     """Continue one or several prompts with the base model, or with the adapter named in `model`."""
-    target = await models.resolve(tenant, body.model, body.aliases)
-    reply = await _start(body, target, generator)
-    return await services.stream(reply.events()) if body.stream else await reply.whole()
-
-
-async def _start(body: CompletionRequest, target: Target, generator: Generator) -> CompletionReply:
+    generator = services.generator
+    target = await services.models.resolve(tenant, body.model, body.aliases)
     texts = body.texts
     prompts = (
         body.token_lists
@@ -59,9 +53,12 @@ async def _start(body: CompletionRequest, target: Target, generator: Generator) 
     options = replace(options, is_prompt_shown=not body.echo or texts is not None)
     generation = generator.start(target, prompts, options, param="prompt")
     echoes = await _echoes(prompts, texts, generation, generator, target.tenant) if body.echo else None
-    # A stream keeps its reply for as long as it runs: not the prompts, too.
+    # A stream keeps its reply for as long as it runs; without this it would keep the prompts as well.
     body = body.model_copy(update={"prompt": ""})
-    return CompletionReply(body, target, generation, generator.codec, echoes)
+    reply = CompletionReply(body, target, generation, generator.codec, echoes)
+    if not body.stream:
+        return await reply.to_response()
+    return await EventStream(reply.events(), ping_interval_s=services.settings.ping_interval_s).begin()
 
 
 async def _echoes(
@@ -97,32 +94,33 @@ class CompletionReply(Reply):
         super().__init__(body, target, generation, codec)
         self._echoes = echoes
 
-    async def whole(self) -> Completion:
+    async def to_response(self) -> Completion:
         finished = await self.generation.collect()
         choices = [self._choice(index, sequence) for index, sequence in enumerate(finished)]
         usage = usage_report(self.generation.usage)
-        return Completion(**self.head(), choices=choices, usage=usage, **self.ending())
+        return Completion(
+            **self.common_fields, choices=choices, usage=usage, **final_fields(self.target, self.generation)
+        )
 
-    def choices(self, piece: Piece) -> list[dict[str, Any]]:
-        first = self.begins(piece)
-        text = self._echo(piece.index) + piece.text if first else piece.text
+    def choices(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        text = self._echo(piece.index) + piece.text if is_first else piece.text
         chosen = []
-        logprobs = self._logprobs(piece.index, piece.tokens, piece.prompt_logprobs or (), first)
+        logprobs = self._logprobs(piece.index, piece.tokens, piece.prompt_logprobs or (), is_first)
         if text or (logprobs and logprobs.tokens) or not piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, text, logprobs))
         if piece.finish_reason:
             chosen.append(_chunk_choice(piece.index, "", None, piece.finish_reason))
-        chosen[0] |= {
-            **(self.prompt_token_ids(piece.index) if first else {}),
-            **self.token_ids(piece.token_ids),
-        }
+        if self.body.return_token_ids:
+            if is_first:
+                chosen[0] |= self.prompt_token_ids(piece.index)
+            chosen[0]["token_ids"] = list(piece.token_ids)
         return chosen
 
     def _choice(self, index: int, sequence: Finished) -> CompletionChoice:
         return CompletionChoice(
             index=index,
             text=self._echo(index) + sequence.text,
-            logprobs=self._logprobs(index, sequence.tokens, sequence.prompt_logprobs, first=True),
+            logprobs=self._logprobs(index, sequence.tokens, sequence.prompt_logprobs, is_first=True),
             finish_reason=sequence.finish_reason,
             **self.prompt_token_ids(index),
             **self.token_ids(sequence.token_ids),
@@ -132,13 +130,13 @@ class CompletionReply(Reply):
         return "" if self._echoes is None else self._echoes[index // self.generation.n].text
 
     def _logprobs(
-        self, index: int, tokens: Sequence[Token], prompt: Sequence[TokenLogprobs], first: bool
+        self, index: int, tokens: Sequence[Token], prompt: Sequence[TokenLogprobs], is_first: bool
     ) -> CompletionLogprobs | None:
         """Of the generated tokens; in an echo's first chunk those of the prompt before them."""
         if self.body.logprobs is None:
             return None
         report = _LogprobsReport(self, is_top_wanted=self.body.logprobs > 0)
-        if self._echoes is not None and first:
+        if self._echoes is not None and is_first:
             echo = self._echoes[index // self.generation.n]
             report.add_prompt(self.generation.sequences[index].request.token_ids, prompt, echo)
         for token in tokens:

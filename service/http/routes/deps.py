@@ -6,20 +6,18 @@ functions, because FastAPI runs a plain function in a thread, and a completion a
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Query, Request, Security
+from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPBearer
 from redis.asyncio import Redis
 
 from service.engine.client.token_engine import TokenEngine
 from service.generation.generator import Generator
 from service.generation.model_resolver import Models
-from service.http.errors import body_of, response_of
-from service.http.event_stream import EventStream, event
-from service.http.idempotency import Idempotency
+from service.http.idempotency import Idempotency, Repetition
 from service.http.json_bodies import JsonBodies
 from service.jobs.basis_jobs import BasisJobs
 from service.jobs.imports import Imports
@@ -67,16 +65,6 @@ class Services:
     json_bodies: JsonBodies
     upload_check: UploadCheck
 
-    async def stream(self, events: AsyncGenerator[str, None]) -> EventStream:
-        """An SSE answer that has begun. Raises what the events raise before the first of them."""
-        answer = EventStream(events, error_event=_error_event, ping_interval_s=self.settings.ping_interval_s)
-        return await answer.begin()
-
-
-def _error_event(error: Exception) -> str:
-    response_of(error)  # logs what the caller is not told
-    return event(body_of(error))
-
 
 async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
@@ -101,10 +89,6 @@ async def _models(services: ServicesDep) -> Models:
     return services.models
 
 
-async def _generator(services: ServicesDep) -> Generator:
-    return services.generator
-
-
 async def _stores(services: ServicesDep) -> Stores:
     return services.stores
 
@@ -114,7 +98,6 @@ async def _queue(services: ServicesDep) -> JobQueue:
 
 
 ModelsDep = Annotated[Models, Depends(_models)]
-GeneratorDep = Annotated[Generator, Depends(_generator)]
 StoresDep = Annotated[Stores, Depends(_stores)]
 
 
@@ -134,6 +117,17 @@ async def _event_page(request: Request, stream: Annotated[bool, _STREAM] = False
 
 
 FollowDep = Annotated[bool, Depends(_event_page)]
+
+
+async def _repetition(
+    idempotency_key: Annotated[str | None, Header()] = None,
+    x_stainless_retry_count: Annotated[str, Header()] = "0",
+) -> Repetition:
+    """What the headers of a request say about whether it has been sent before."""
+    return Repetition(key=idempotency_key, is_retry=x_stainless_retry_count not in ("", "0"))
+
+
+RepetitionDep = Annotated[Repetition, Depends(_repetition)]
 
 
 async def _metadata_filter(

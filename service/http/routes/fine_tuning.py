@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import APIRouter, Response
 
-from fastapi import APIRouter, Header, Response
-
-from service.http import event_stream
+from service.http.event_stream import IN_OPENAPI
 from service.http.json_routes import JsonRoute
 from service.http.routes.deps import (
     AfterDep,
     FollowDep,
     LimitDep,
     QueueDep,
+    RepetitionDep,
     ServicesDep,
     TenantDep,
     WantedDep,
 )
-from service.http.routes.job_events import follow_events
-from service.http.routes.job_shapes import checkpoints_of, event_object, job_object, job_request
+from service.http.routes.job_events import events_page, events_stream
+from service.http.routes.job_shapes import checkpoints_of, job_object, job_request
 from service.http.schemas.common import Page, page_of
 from service.http.schemas.training import Checkpoint, FineTuningJob, FineTuningJobRequest, JobEventObject
 from tessera.errors import NotFound
@@ -32,19 +31,15 @@ async def create_job(
     body: FineTuningJobRequest,
     tenant: TenantDep,
     services: ServicesDep,
-    idempotency_key: Annotated[str | None, Header()] = None,
-    x_stainless_retry_count: Annotated[str, Header()] = "0",
+    repetition: RepetitionDep,
 ) -> FineTuningJob:
     """Queue the training of an adapter. A repeated `Idempotency-Key`, or a retry, gives the same job."""
 
     async def submit(key: str) -> Job:
         return await services.jobs.submit(tenant, job_request(body), dedupe_key=key)
 
-    said, once = body.model_dump_json(), services.idempotency
-    if idempotency_key is not None:
-        return job_object(await once.by_key(tenant, idempotency_key, said, submit))
-    is_retry = x_stainless_retry_count not in ("", "0")
-    return job_object(await once.by_body(tenant, said, submit, is_retry=is_retry))
+    fingerprint = body.model_dump_json()
+    return job_object(await services.idempotency.create_once(tenant, repetition, fingerprint, submit))
 
 
 @router.get("/jobs", operation_id="list_fine_tuning_jobs")
@@ -88,7 +83,7 @@ async def resume_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTun
     "/jobs/{job_id}/events",
     operation_id="list_fine_tuning_events",
     response_model=Page[JobEventObject],
-    responses=event_stream.IN_OPENAPI,
+    responses=IN_OPENAPI,
 )
 async def list_events(
     job_id: str,
@@ -100,9 +95,9 @@ async def list_events(
 ) -> Page[JobEventObject] | Response:
     """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
     if stream:
-        return await services.stream(follow_events(services.queue, tenant, job_id))
-    events, has_more = await services.queue.events(tenant, job_id, after, limit)
-    return page_of([event_object(event) for event in events], has_more)
+        interval_s = services.settings.ping_interval_s
+        return await events_stream(services.queue, tenant, job_id, ping_interval_s=interval_s)
+    return await events_page(services.queue, tenant, job_id, after, limit)
 
 
 @router.get("/jobs/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")

@@ -53,7 +53,7 @@ def options_of(
     return Options(
         n=body.n or 1,
         max_tokens=max_tokens,
-        stop=body.stop_strings,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=body.skip_special_tokens,
         include_stop=body.include_stop_str_in_output,
@@ -61,16 +61,14 @@ def options_of(
     )
 
 
-def adapter_used(target: Target) -> AdapterUsed | None:
-    adapter = target.adapter
-    return None if adapter is None else AdapterUsed(id=adapter.adapter_id, version=adapter.version)
-
-
-def measured(generation: Generation) -> Measured:
-    ttft_ms = generation.ttft_ms
-    return Measured(
+def final_fields(target: Target, generation: Generation) -> dict[str, Any]:
+    """Tessera's own fields of a whole response and of a stream's last chunks: adapter and figures."""
+    adapter, ttft_ms = target.adapter, generation.ttft_ms
+    measured = Measured(
         ttft_ms=None if ttft_ms is None else round(ttft_ms, 3), max_distinct_in_batch=generation.max_distinct
     )
+    used = None if adapter is None else AdapterUsed(id=adapter.adapter_id, version=adapter.version)
+    return {"adapter": None if used is None else used.model_dump(), "x_tessera": measured.model_dump()}
 
 
 def usage_report(usage: Usage) -> UsageReport:
@@ -88,7 +86,7 @@ def json_logprob(value: float) -> float:
 
 
 class Reply(ABC):
-    """One generation on its way to the client."""
+    """One generation as the response that its client gets: whole, or as events."""
 
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
@@ -100,77 +98,69 @@ class Reply(ABC):
         self.target = target
         self.generation = generation
         self.codec = codec
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self._begun: set[int] = set()
+        #: Fields that are known from the beginning, the same in a whole response and in every chunk.
+        self.common_fields = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": target.name,
+        }
 
     @abstractmethod
-    def choices(self, piece: Piece) -> list[dict[str, Any]]:
-        """The choices of a piece's chunks, one chunk each; the last one has its finish_reason, if any."""
+    def choices(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        """A piece as one or more choices, for a chunk each; the last one carries its finish_reason.
+
+        is_first: whether the piece is the first of its choice.
+        """
+
+    def opening_fields(self, index: int) -> dict[str, Any]:
+        """Fields of the first chunk of a choice, beside `choices`, for a client that wants token ids."""
+        return {}
 
     def token_text(self, token_id: int, *, is_first: bool = False) -> str:
-        """What a token is called in this answer's log-probabilities; is_first: with no text before it."""
+        """What a token is called in this response's log-probabilities; is_first: with no text before it."""
         if self.body.return_tokens_as_token_ids:
             return f"token_id:{token_id}"
         skip = self.generation.skip_special_tokens
         return self.codec.token_text(token_id, is_first=is_first, skip_special_tokens=skip)
 
     def token_ids(self, ids: Sequence[int]) -> dict[str, list[int]]:
-        """The field of a choice that lists its tokens, if it was asked for."""
+        """The field of a choice that lists its tokens, if the client wants token ids."""
         return {"token_ids": list(ids)} if self.body.return_token_ids else {}
 
     def prompt_token_ids(self, index: int) -> dict[str, list[int]]:
-        """The field that lists the tokens of a choice's prompt, if it was asked for."""
+        """The field that lists the tokens of a choice's prompt, if the client wants token ids."""
         if not self.body.return_token_ids:
             return {}
         return {"prompt_token_ids": self.generation.sequences[index].request.token_ids}
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """Own fields of the first chunk of a choice."""
-        return {}
-
-    def begins(self, piece: Piece) -> bool:
-        """Whether a piece is the first one of its choice."""
-        is_first = piece.index not in self._begun
-        self._begun.add(piece.index)
-        return is_first
-
-    def ending(self) -> dict[str, Any]:
-        """Own fields of the whole answer, and of a stream's last chunks."""
-        adapter = adapter_used(self.target)
-        return {
-            "adapter": None if adapter is None else adapter.model_dump(),
-            "x_tessera": measured(self.generation).model_dump(),
-        }
-
-    def head(self) -> dict[str, Any]:
-        """Fields of the whole answer that are known before it."""
-        return {"id": self.id, "created": self.created, "model": self.target.name}
-
     async def events(self) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events."""
+        """The response as server-sent events."""
         num_running = len(self.generation.sequences)
+        started: set[int] = set()
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
+                is_first = piece.index not in started
+                started.add(piece.index)
                 num_running -= piece.finish_reason is not None
-                more = {} if piece.index in self._begun else self.opening(piece.index)
-                *before, last = self.choices(piece)
+                wants_opening = is_first and self.body.return_token_ids
+                more = self.opening_fields(piece.index) if wants_opening else {}
+                *before, last = self.choices(piece, is_first)
                 for choice in before:
                     yield self._chunk([choice], more)
                     more = {}
-                yield self._chunk([last], more if num_running else {**more, **self.ending()})
-        if self.body.has_usage_chunk:
+                if not num_running:
+                    more = {**more, **final_fields(self.target, self.generation)}
+                yield self._chunk([last], more)
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
             usage = usage_report(self.generation.usage).model_dump()
-            yield self._chunk([], {"usage": usage, **self.ending()})
+            yield self._chunk([], {"usage": usage, **final_fields(self.target, self.generation)})
         yield DONE
 
-    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> str:
-        usage = {"usage": self._usage_so_far()} if self.body.has_usage_chunk else {}
-        head = self.head()
-        return event({**head, "object": self.chunk_object, "choices": choices, **usage, **(more or {})})
-
-    def _usage_so_far(self) -> dict[str, Any] | None:
-        """In every chunk, if it was asked for."""
-        if not self.body.has_continuous_usage:
-            return None
-        return usage_report(self.generation.usage).model_dump()
+    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
+        chunk = {**self.common_fields, "object": self.chunk_object, "choices": choices}
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            is_wanted = options.continuous_usage_stats
+            chunk["usage"] = usage_report(self.generation.usage).model_dump() if is_wanted else None
+        return event(chunk | more)

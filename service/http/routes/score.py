@@ -7,19 +7,18 @@ from fastapi import APIRouter
 from service.generation.scoring import ScoredText, score
 from service.generation.text import TextCodec
 from service.http.json_routes import CancellableRoute
-from service.http.routes.deps import GeneratorDep, ModelsDep, TenantDep
-from service.http.routes.replies import adapter_used, json_logprob, measured, usage_report
+from service.http.routes.deps import ServicesDep, TenantDep
+from service.http.routes.replies import final_fields, json_logprob, usage_report
 from service.http.schemas.score import Score, ScoredToken, ScoreReport, ScoreRequest
 
 router = APIRouter(prefix="/v1", tags=["scoring"], route_class=CancellableRoute)
 
 
 @router.post("/score", operation_id="create_score")
-async def create_score(
-    body: ScoreRequest, tenant: TenantDep, models: ModelsDep, generator: GeneratorDep
-) -> ScoreReport:
+async def create_score(body: ScoreRequest, tenant: TenantDep, services: ServicesDep) -> ScoreReport:
     """How likely the model finds each text: the measure by which adapters are compared."""
-    target = await models.resolve(tenant, body.model, body.aliases)
+    generator = services.generator
+    target = await services.models.resolve(tenant, body.model, body.aliases)
     texts, generation = await score(generator, target, body.examples())
     codec = generator.codec if body.return_tokens else None
     return ScoreReport(
@@ -27,8 +26,7 @@ async def create_score(
         data=[_score(index, text, codec) for index, text in enumerate(texts)],
         loss=_loss(texts),
         usage=usage_report(generation.usage),
-        adapter=adapter_used(target),
-        x_tessera=measured(generation),
+        **final_fields(target, generation),
     )
 
 

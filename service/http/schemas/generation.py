@@ -128,18 +128,6 @@ class GenerationFields(ModelRequest):
         """Whether log-probabilities are asked for; the two endpoints say it differently."""
         raise NotImplementedError
 
-    @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def has_usage_chunk(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def has_continuous_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
-
 
 class CompletionRequest(GenerationFields):
     """A prompt to continue: text, token ids, or a list of either."""
