@@ -1,4 +1,8 @@
-"""`python -m trainer_worker`: train queued jobs until SIGTERM or SIGINT, then give back the unfinished."""
+"""`python -m trainer_worker`: train queued jobs until SIGTERM or SIGINT, then give back the unfinished.
+
+A worker without a job holds neither torch nor a model: it waits for the first job that it could claim, and
+loads both then.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +10,24 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Callable
 
-import torch
-
-from tessera.chat.chat_format import ChatFormat, load_chat_format
 from tessera.errors import InvalidInput, TesseraError
-from tessera.formats.adapter import DTYPE_NAMES
-from tessera.model.base_model import BaseModel, load_base_model
-from tessera.processes.log_setup import drop_library_handlers, set_up_logging
+from tessera.formats.adapter_ref import ADAPTER_DTYPES
+from tessera.processes.log_setup import set_up_logging
 from tessera.queue.leases import JobLeases
-from tessera.redis.client import Client, connect
+from tessera.redis.client import connect
 from tessera.redis.embedded import store_url
 from tessera.settings import CommonSettings, settings_parser
-from tessera.store.adapters import AdapterStore
-from tessera.store.bases import BasisStore
-from tessera.store.files import FileStore
-from tessera.store.holds import BasisHolds
-from tessera.store.ownership import PrivateBases
 from trainer_worker.common.health import HealthServer, Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
-from trainer_worker.common.model_lock import ModelLock
-from trainer_worker.outcome.publisher import Publisher
-from trainer_worker.preparing.basis_source import BasisSource
-from trainer_worker.preparing.lora import LoraPreparation
-from trainer_worker.preparing.preparation import Preparation
-from trainer_worker.session import WorkerServices
+from trainer_worker.idle import IdleWorker
 from trainer_worker.settings import WorkerSettings, read_settings
-from trainer_worker.train_loop import TrainerPool, TrainLoop
-from trainer_worker.worker import EXIT_FAILED, Worker
 
 logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED = 0, 1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> int:
@@ -49,9 +41,11 @@ def main() -> int:
     set_up_logging("trainer", level=settings.log_level, log_format=settings.log_format)
     store = None
     try:
+        if settings.adapter_dtype not in ADAPTER_DTYPES:
+            known = ", ".join(ADAPTER_DTYPES)
+            raise InvalidInput(f"adapter_dtype must be one of {known}", param="TESSERA_ADAPTER_DTYPE")
         url, store = store_url(settings)
-        base, chat = load(settings, worker_settings)
-        return asyncio.run(serve(url, base, chat, settings, worker_settings))
+        return asyncio.run(serve(url, settings, worker_settings))
     except TesseraError as error:
         logger.error("%s", error)
         return EXIT_FAILED
@@ -60,98 +54,39 @@ def main() -> int:
             store.stop()
 
 
-def load(settings: CommonSettings, worker_settings: WorkerSettings) -> tuple[BaseModel, ChatFormat]:
-    """The base model and its chat format. Raises `UnsupportedModel`, `InvalidInput`."""
-    if settings.adapter_dtype not in DTYPE_NAMES:
-        raise InvalidInput(
-            f"adapter_dtype must be one of {', '.join(DTYPE_NAMES)}", param="TESSERA_ADAPTER_DTYPE"
-        )
-    if worker_settings.threads is not None:
-        torch.set_num_threads(worker_settings.threads)
-    source, revision = settings.base_model, settings.base_model_revision
-    drop_library_handlers()  # transformers is imported by now
-    base = load_base_model(
-        source,
-        revision=revision,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-    )
-    chat = load_chat_format(source, revision=revision, allow_control_tokens=settings.allow_control_tokens)
-    return base, chat
-
-
-def make_worker(
-    redis: Client,
-    base: BaseModel,
-    chat: ChatFormat,
-    settings: CommonSettings,
-    worker_settings: WorkerSettings,
-    *,
-    metrics: TrainerMetrics | None = None,
-    heartbeat: Heartbeat | None = None,
-) -> Worker:
-    """A worker and everything it needs. Call it in the event loop that will run it."""
-    metrics, heartbeat = metrics or TrainerMetrics(), heartbeat or Heartbeat()
-    adapters = AdapterStore(redis)
-    pool = TrainerPool(
-        base, max_runs=worker_settings.max_resident_jobs, token_budget=worker_settings.token_budget
-    )
-    model_lock = ModelLock(base)
-    loop = TrainLoop(pool, model_lock, metrics=metrics, heartbeat=heartbeat)
-    own = PrivateBases(redis, max_bytes=settings.max_own_basis_bytes)
-    holds = BasisHolds(redis, own)
-    store = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
-    bases = BasisSource(
-        base,
-        model_lock,
-        bases=store,
-        own=own,
-        holds=holds,
-        target_modules=settings.target_modules,
-    )
-    preparation = Preparation(
-        base,
-        chat,
-        files=FileStore(redis),
-        adapters=adapters,
-        bases=bases,
-        lora=LoraPreparation(base, model_lock, holds=holds, target_modules=settings.target_modules),
-        model_lock=model_lock,
-        max_tokens=worker_settings.max_tokens,
-    )
-    dtype = DTYPE_NAMES[settings.adapter_dtype]
-    services = WorkerServices(
-        base=base,
-        leases=JobLeases(redis),
-        publisher=Publisher(adapters, store, own, holds, dtype=dtype, base_model_id=base.model_id),
-        holds=holds,
-        preparation=preparation,
-        loop=loop,
-        metrics=metrics,
-        lease_s=worker_settings.lease_s,
-        checkpoint_every_s=worker_settings.checkpoint_every_s,
-        report_every_s=worker_settings.report_every_s,
-    )
-    return Worker(services, worker_settings, heartbeat=heartbeat)
-
-
-async def serve(
-    url: str, base: BaseModel, chat: ChatFormat, settings: CommonSettings, worker_settings: WorkerSettings
-) -> int:
+async def serve(url: str, settings: CommonSettings, worker_settings: WorkerSettings) -> int:
     """Run a worker, with its health port, until a signal; returns the exit status."""
     metrics, heartbeat = TrainerMetrics(), Heartbeat()
     redis = connect(url, timeout_s=settings.store_timeout_s)
-    worker = make_worker(redis, base, chat, settings, worker_settings, metrics=metrics, heartbeat=heartbeat)
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, worker.stop)
+    idle = IdleWorker(JobLeases(redis), worker_settings, metrics=metrics, heartbeat=heartbeat)
     health = open_health(worker_settings, metrics, heartbeat)
     try:
+        on_signal(idle.stop)
+        if not worker_settings.load_at_start and not await idle.wait_for_first_job():
+            return EXIT_OK
+        on_signal(None)  # no job is held while the model loads, and loading cannot be interrupted
+        base, chat = await idle.load(settings)
+        from trainer_worker.assembly import make_worker
+
+        worker = make_worker(
+            redis, base, chat, settings, worker_settings, metrics=metrics, heartbeat=heartbeat
+        )
+        on_signal(worker.stop)
         return await worker.run()
     finally:
         if health is not None:
             await asyncio.to_thread(health.close)
         await redis.aclose()
+
+
+def on_signal(stop: Callable[[], None] | None) -> None:
+    """Call `stop` at SIGTERM or SIGINT; None: let them end the process."""
+    loop = asyncio.get_running_loop()
+    for name in _SIGNALS:
+        if stop is None:
+            loop.remove_signal_handler(name)
+        else:
+            loop.add_signal_handler(name, stop)
 
 
 def open_health(

@@ -45,6 +45,9 @@ class WorkerSettings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of training; unset: torch's choice"
     )
+    load_at_start: bool = Field(
+        default=False, description="load the base model at start; unset: when the first job waits"
+    )
     worker_id: str | None = Field(
         default=None, max_length=128, description="unset: host, process and a random part"
     )

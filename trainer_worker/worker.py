@@ -21,6 +21,7 @@ from tessera.errors import Unavailable
 from tessera.processes.log_setup import log_context
 from tessera.queue.leases import JobLeases, Lease
 from trainer_worker.common.commands import Command
+from trainer_worker.common.duties import OUTAGE_DELAY_S, RENEWALS_PER_LEASE, WAIT_FOR_WORK_S, Duties
 from trainer_worker.common.health import Heartbeat
 from trainer_worker.session import JobSession, WorkerServices
 from trainer_worker.settings import WorkerSettings
@@ -28,16 +29,6 @@ from trainer_worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED = 0, 1
-#: Longest wait for the doorbell, after which the loop tries to claim anyway.
-WAIT_FOR_WORK_S = 5.0
-#: Pause after a call that the store did not answer.
-OUTAGE_DELAY_S = 0.5
-#: Renewals per lease: three may fail before the lease expires.
-RENEWALS_PER_LEASE = 4
-#: Time between finding a lease expired and taking the job from its worker. A worker that is alive but was
-#: delayed, or could not reach the store, renews within OUTAGE_DELAY_S and one time-out of the store.
-GRACE_S = 5.0
-BEAT_EVERY_S = 1.0
 
 
 def new_worker_id() -> str:
@@ -58,6 +49,7 @@ class Worker:
         self.worker_id = worker_id or settings.worker_id or new_worker_id()
         self._services, self._settings, self._heartbeat = services, settings, heartbeat
         self._leases: JobLeases = services.leases
+        self._duties = Duties(services.leases, settings, heartbeat=heartbeat, note_outage=self._note_outage)
         self._sessions: dict[str, tuple[JobSession, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
         #: Set while at most one job is left, for the job that must have the worker to itself.
@@ -79,7 +71,7 @@ class Worker:
             "worker %s trains up to %d jobs at once", self.worker_id, self._settings.max_resident_jobs
         )
         claiming = asyncio.create_task(self._claim())
-        duties = (self._services.loop.run(), self._renew(), self._reap(), self._beat())
+        duties = (self._services.loop.run(), self._renew(), self._duties.reap(), self._duties.beat())
         tasks = [claiming, *map(asyncio.create_task, duties)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -189,22 +181,6 @@ class Worker:
             for session in sessions:
                 if session in self.sessions:  # otherwise it ended during the renewal
                     session.commands.obey(states[session.job_id])
-
-    async def _reap(self) -> None:
-        """Queue the jobs of workers that died. Every worker does this."""
-        grace_s = min(GRACE_S, self._settings.lease_s / RENEWALS_PER_LEASE)
-        while True:
-            await asyncio.sleep(self._settings.reap_every_s)
-            try:
-                for job_id, status in (await self._leases.reap(grace_s=grace_s)).items():
-                    logger.warning("job %s was lost by its worker and is now %s", job_id, status)
-            except Unavailable as error:
-                self._note_outage(error)
-
-    async def _beat(self) -> None:
-        while True:
-            self._heartbeat.beat()
-            await asyncio.sleep(BEAT_EVERY_S)
 
     async def _give_back(self) -> None:
         """Let every session write its checkpoint and release its lease, within stop_timeout_s."""

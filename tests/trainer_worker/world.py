@@ -20,7 +20,7 @@ from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
 from tests.trainer_worker.conftest import DATA
 from tests.waiting import HANG_S, wait_until
-from trainer_worker.__main__ import make_worker
+from trainer_worker.assembly import make_worker
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.settings import WorkerSettings
 from trainer_worker.worker import EXIT_OK, Worker

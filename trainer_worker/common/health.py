@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -42,6 +42,8 @@ class Heartbeat:
         self._is_in_step = False
         self._guard = threading.Lock()
         self.num_jobs = 0
+        #: A worker loads the base model for its first job.
+        self.model: Literal["not loaded", "loading", "loaded"] = "not loaded"
 
     def beat(self) -> None:
         with self._guard:
@@ -72,6 +74,7 @@ class Heartbeat:
         return is_healthy, {
             "status": status,
             "jobs": self.num_jobs,
+            "model": self.model,
             "event_loop_silent_s": round(silent_s, 3),
             "step_s": round(step_s, 3),
         }

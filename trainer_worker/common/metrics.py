@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from tessera.methods.bases import METHODS
-from tessera.methods.forms import LORA_PRESETS
-from trainer_worker.training.run import Progress
+from tessera.methods.names import FORM_NAMES, METHOD_NAMES
 
-_METHODS = {*METHODS, *LORA_PRESETS}
+if TYPE_CHECKING:
+    from trainer_worker.training.run import Progress
+
+_METHODS = {*METHOD_NAMES, *FORM_NAMES}
 _WAIT_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 14400)
 _TRAIN_BUCKETS = (1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _TICK_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -24,6 +26,9 @@ class TrainerMetrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         name = "tessera_trainer_{}".format
+        self.model_loaded = Gauge(
+            name("model_loaded"), "1 once the base model is loaded, for the first job", registry=registry
+        )
         self.resident_jobs = Gauge(name("resident_jobs"), "Jobs in training now", registry=registry)
         self.leased_jobs = Gauge(
             name("leased_jobs"), "Jobs this worker holds, those it prepares included", registry=registry

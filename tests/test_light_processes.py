@@ -15,6 +15,7 @@ LIGHT = (
     "trainer_worker.settings",
     "service.local",
     "service.processes.api_workers",
+    "trainer_worker.__main__",
 )
 
 
