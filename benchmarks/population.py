@@ -33,8 +33,10 @@ from benchmarks.population_users import Cast, make_cast, read_files
 from benchmarks.quality.records import RecordFile, read_records
 from benchmarks.report import hardware
 from tessera.chat.chat_format import ChatFormat
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
-from tessera.model.base_model import load_base_model, load_tokenizer, model_name
+from tessera.model.base_model import load_base_model
+from tessera.model.files import model_name
 from tessera.processes.child_process import start_child
 
 RUN_FILE, RECORDS_FILE, MARKDOWN_FILE = "run.json", "records-0.jsonl", "population.md"

@@ -73,6 +73,7 @@ async def serve(
             settings=settings,
             common=common,
             twin=twin,
+            store_url=url,
         )
         favour_event_loop()
         return 0 if await serve_app(app, settings) else 1

@@ -71,6 +71,7 @@ async def serve(
             settings=settings,
             common=common,
             twin=twin,
+            store_url=url,
         )
         logger.info("API process %d serves", os.getpid())
         favour_event_loop()

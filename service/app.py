@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
@@ -38,10 +37,10 @@ from service.http.routes import (
     score,
 )
 from service.http.routes.deps import Services, Stores
-from service.jobs import upload_check
+from service.jobs import heavy_work, upload_check
 from service.jobs.basis_choices import BasisChoices
 from service.jobs.basis_jobs import BasisJobs
-from service.jobs.imports import Imports
+from service.jobs.heavy_work import HeavyWork
 from service.jobs.training_jobs import TrainingJobs
 from service.jobs.upload_check import UploadCheck
 from service.metrics.collector import ServiceCollector, StoreSampler
@@ -49,14 +48,14 @@ from service.metrics.service_metrics import Metrics, service_version
 from service.processes.twin import Twin, fork_twin
 from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
-from tessera.formats.adapter import DTYPE_NAMES
+from tessera.formats.adapter_ref import ADAPTER_DTYPES
 from tessera.processes.tasks import end_tasks
 from tessera.queue.client import JobQueue
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
-from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
+from tessera.store.manifests import BasisManifests
 from tessera.store.ownership import PrivateBases
 
 TITLE = "Tessera"
@@ -69,11 +68,10 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
     """The stores of one Redis."""
-    cache_dir = settings.data_dir / "cache" / "bases"
     return Stores(
         redis,
         AdapterStore(redis),
-        BasisStore(redis, cache_dir=cache_dir),
+        BasisManifests(redis),
         PrivateBases(redis, max_bytes=settings.max_own_basis_bytes),
         FileStore(redis),
     )
@@ -90,8 +88,8 @@ def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple
         revision=common.base_model_revision,
         allow_control_tokens=common.allow_control_tokens,
     )
-    works = upload_check.works(codec.chat) | json_bodies.works()
-    return codec, fork_twin(works, close_fds=close_fds)
+    works = upload_check.works(codec.chat) | json_bodies.works() | heavy_work.works(common)
+    return codec, fork_twin(works, limits=heavy_work.LIMITS_BY_NAME, close_fds=close_fds)
 
 
 def create_app(
@@ -102,14 +100,15 @@ def create_app(
     settings: ServiceSettings,
     common: CommonSettings,
     twin: Twin | None = None,
+    store_url: str | None = None,
 ) -> FastAPI:
     """The application. It starts and closes the engine with itself; the Redis client is the caller's.
 
-    twin: None: large inputs are worked on in threads of this process.
+    twin: None: large inputs are worked on in threads of this process. store_url: for forks of the twin.
 
     Raises `InvalidInput` for a key file or a setting that cannot be used.
     """
-    services = _services(engine, stores, codec, settings, common, twin)
+    services = _services(engine, stores, codec, settings, common, twin, store_url)
     sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
     services.metrics.registry.register(ServiceCollector(engine, sampler))
     app = FastAPI(
@@ -137,26 +136,24 @@ def _services(
     settings: ServiceSettings,
     common: CommonSettings,
     twin: Twin | None,
+    store_url: str | None,
 ) -> Services:
+    if common.adapter_dtype not in ADAPTER_DTYPES:
+        known = ", ".join(ADAPTER_DTYPES)
+        raise InvalidInput(f"adapter_dtype must be one of {known}", param="TESSERA_ADAPTER_DTYPE")
     metrics, queue, gate = Metrics(), JobQueue(stores.redis), heavy_gate()
     names = Models(common.base_model, stores.adapters, stores.private_bases, engine)
     basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.private_bases)
+    heavy = HeavyWork(stores.redis, common, twin=twin, store_url=store_url)
     choices = BasisChoices(
         bases=stores.bases,
         private_bases=stores.private_bases,
         holds=holds,
         files=stores.files,
+        layers=heavy.layers,
         settings=common,
     )
     jobs = TrainingJobs(queue, names, stores.adapters, choices, settings=common)
-    imports = Imports(
-        stores.adapters,
-        stores.bases,
-        stores.private_bases,
-        base_model=common.base_model,
-        revision=common.base_model_revision,
-        dtype=_adapter_dtype(common.adapter_dtype),
-    )
     return Services(
         settings=settings,
         engine=engine,
@@ -168,19 +165,12 @@ def _services(
         jobs=jobs,
         basis_jobs=BasisJobs(basis_queue, choices, base_model=names.base_name),
         holds=holds,
-        imports=imports,
+        heavy_work=heavy,
         idempotency=Idempotency(stores.redis),
         metrics=metrics,
         json_bodies=JsonBodies(gate, twin),
         upload_check=UploadCheck(codec.chat, twin),
     )
-
-
-def _adapter_dtype(name: str) -> torch.dtype:
-    if name not in DTYPE_NAMES:
-        known = ", ".join(DTYPE_NAMES)
-        raise InvalidInput(f"adapter_dtype must be one of {known}", param="TESSERA_ADAPTER_DTYPE")
-    return DTYPE_NAMES[name]
 
 
 def _lifespan(engine: TokenEngine, sampler: StoreSampler, interval_s: float) -> Lifespan:

@@ -26,6 +26,11 @@ def loaded(module: str, names: tuple[str, ...]) -> list[str]:
     return result.stdout.split()
 
 
+@pytest.mark.parametrize("module", ["service.__main__", "service.api_worker"])
+def test_an_api_process_loads_no_torch(module: str) -> None:
+    assert loaded(module, HEAVY) == ["transformers"], "the part of it that turns text into tokens"
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_settings_and_supervisors_load_no_heavy_library(module: str) -> None:
     assert loaded(module, (*HEAVY, "fastapi")) == []

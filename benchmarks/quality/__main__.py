@@ -40,9 +40,11 @@ from benchmarks.quality.tasks import CLAIMS, Worker, waiting_tasks
 from benchmarks.quality.work import Task
 from benchmarks.report import hardware
 from tessera.chat.chat_format import ChatFormat
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import TesseraError
-from tessera.model.base_model import load_base_model, load_tokenizer, model_name
+from tessera.model.base_model import load_base_model
+from tessera.model.files import model_name
 from tessera.processes.child_process import start_child
 
 #: Kept back at the end of the budget for what is running, and for the report.

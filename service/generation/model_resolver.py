@@ -17,7 +17,7 @@ from types import MappingProxyType
 from service.engine.client.token_engine import TokenEngine
 from tessera.errors import EngineUnavailable, InvalidInput, NotFound
 from tessera.formats.adapter_ref import AdapterRef
-from tessera.model.base_model import model_name, public_source
+from tessera.model.files import model_name, public_source
 from tessera.redis.keys import ADAPTER_ID
 from tessera.store.adapters import AdapterRecord, AdapterStore
 from tessera.store.ownership import PrivateBases

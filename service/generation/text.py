@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from service.generation.detokenizer import Decoding, Detokenizer
 from tessera.chat.chat_format import ChatFormat
 from tessera.chat.end_tokens import named_end_tokens
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.errors import UnsupportedModel
-from tessera.model.base_model import load_tokenizer, model_folder
+from tessera.model.files import model_folder
 
 
 class TextCodec:

@@ -6,8 +6,7 @@ data, the rank against every target module, the room that the caller has for bas
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,15 +14,13 @@ from service.jobs.recipes import RecipeRequest, checked_recipe
 from service.jobs.uploads import FINE_TUNE, PURPOSES
 from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
-from tessera.methods.bases import find_method
-from tessera.methods.building.targets import check_rank
-from tessera.model.base_model import check_patterns, choose_targets
-from tessera.model.layout import linear_shapes
+from tessera.methods.catalogue import METHODS
+from tessera.model.target_names import check_patterns, check_rank, choose_targets
 from tessera.queue.records import OWN_DATA
 from tessera.settings import CommonSettings
-from tessera.store.bases import BasisStore
 from tessera.store.files import FileRecord, FileStore
 from tessera.store.holds import BasisHolds, source_key
+from tessera.store.manifests import BasisManifests
 from tessera.store.ownership import PrivateBases
 
 #: Of a number in a basis as it is stored (`tessera.formats.basis.storage_dtype`).
@@ -60,15 +57,16 @@ class BasisChoices:
     def __init__(
         self,
         *,
-        bases: BasisStore,
+        bases: BasisManifests,
         private_bases: PrivateBases,
         holds: BasisHolds,
         files: FileStore,
+        layers: Callable[[], Awaitable[Mapping[str, ModuleShape]]],
         settings: CommonSettings,
     ) -> None:
+        """layers: the base model's linear layers by name."""
         self._bases, self._private_bases, self._holds, self._files = bases, private_bases, holds, files
-        self._settings = settings
-        self._layers: dict[str, ModuleShape] = {}
+        self._layers, self._settings = layers, settings
 
     async def stored(self, tenant: str, basis_id: str) -> BasisChoice:
         """Raises `NotFound`, also for a basis that belongs to others."""
@@ -119,14 +117,12 @@ class BasisChoices:
 
     async def targets(self, recipe: RecipeRequest, rank: int) -> list[ModuleShape]:
         """The layers that a recipe is about. Raises `UnsupportedModel`, `InvalidInput` for the rank."""
-        if not self._layers:
-            source, revision = self._settings.base_model, self._settings.base_model_revision
-            self._layers = await asyncio.to_thread(linear_shapes, source, revision=revision)
+        layers = await self._layers()
         patterns = recipe.target_modules or self._settings.target_modules
-        found = [self._layers[name] for name in choose_targets(list(self._layers), patterns)]
+        found = [layers[name] for name in choose_targets(list(layers), patterns)]
         if recipe.target_modules or not found:
             try:
-                check_patterns(list(self._layers), patterns)
+                check_patterns(list(layers), patterns)
             except UnsupportedModel as error:
                 raise UnsupportedModel(error.message, param=recipe.names.target_modules) from error
         try:
@@ -158,7 +154,7 @@ class BasisChoices:
         )
         if await self._holds.find(tenant, key) is not None:
             return
-        if not find_method(choice.method).stores_factors(choice.options):
+        if not METHODS[choice.method].stores_factors(choice.options):
             return
         try:
             await self.check_quota(tenant, choice.rank, shapes)

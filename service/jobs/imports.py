@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from service.jobs.heavy_work import ImportTarget
 from tessera.errors import BasisDeleted, NotFound, TesseraError, Unavailable
-from tessera.formats.adapter import Adapter
+from tessera.formats.adapter import DTYPE_NAMES, Adapter
 from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import SingleAdapter
-from tessera.model.base_model import model_name
+from tessera.model.files import model_name
 from tessera.model.layout import linear_shapes
-from tessera.peft.exporting import PeftFiles
+from tessera.peft.files import PeftFiles
 from tessera.peft.importing import PeftLora, core_in, read_peft, to_single_adapter
+from tessera.redis.client import Client
+from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.bases import BasisStore
 from tessera.store.ownership import PrivateBases
@@ -27,15 +29,6 @@ from tessera.store.publish import publish
 
 #: How often a basis may be deleted under an import before that fails. Each time takes an unlucky moment.
 MAX_DELETIONS = 8
-
-
-@dataclass(frozen=True)
-class ImportTarget:
-    """Where an import goes: whose adapter, for the base model with this digest."""
-
-    tenant: str
-    adapter_id: str
-    model_id: str
 
 
 class Imports:
@@ -118,3 +111,15 @@ class Imports:
             self._adapters, self._private_bases, target.tenant, target.adapter_id, adapter,
             dtype=dtype, deletion_count=deletion_count, base_model_id=target.model_id,
         )  # fmt: skip
+
+
+def make_imports(redis: Client, common: CommonSettings) -> Imports:
+    """The imports of one process, over its own client."""
+    return Imports(
+        AdapterStore(redis),
+        BasisStore(redis, cache_dir=common.data_dir / "cache" / "bases"),
+        PrivateBases(redis, max_bytes=common.max_own_basis_bytes),
+        base_model=common.base_model,
+        revision=common.base_model_revision,
+        dtype=DTYPE_NAMES[common.adapter_dtype],
+    )

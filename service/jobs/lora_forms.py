@@ -9,7 +9,7 @@ from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest
 from tessera.errors import InvalidInput, QuotaExceeded
 from tessera.formats.adapter_ref import MAX_RANK
-from tessera.methods.forms import LORA_PRESETS, LoraPreset
+from tessera.methods.catalogue import FORMS, FormEntry
 from tessera.queue.records import OWN_DATA
 from tessera.store.files import FileRecord
 
@@ -54,11 +54,11 @@ async def lora_choice(
     )
 
 
-def _checked(request: InitRequest) -> LoraPreset:
-    if request.method not in LORA_PRESETS:
-        known = ", ".join(LORA_PRESETS)
+def _checked(request: InitRequest) -> FormEntry:
+    if request.method not in FORMS:
+        known = ", ".join(FORMS)
         raise InvalidInput(f"unknown LoRA form {request.method!r}; known: {known}", param="adapter.init")
-    preset = LORA_PRESETS[request.method]
+    preset = FORMS[request.method]
     try:
         preset.check_options(request.options)
     except InvalidInput as error:

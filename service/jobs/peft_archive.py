@@ -14,7 +14,7 @@ from typing import IO, NoReturn
 
 from tessera.errors import InvalidInput
 from tessera.peft.config import CODE, CONFIG_NAME, MAX_CONFIG_BYTES, MLX_ADVICE, MODEL_NAME
-from tessera.peft.exporting import PeftFiles
+from tessera.peft.files import PeftFiles
 
 #: Python keeps an object per entry of the index: without a limit 256 MB of index would take 3 GB.
 MAX_INDEX_BYTES = 1024**2

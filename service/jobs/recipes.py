@@ -10,15 +10,14 @@ Either is named by a method or by a preset (one of the papers' combinations), wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tessera.errors import InvalidInput
-from tessera.methods.bases import METHODS
-from tessera.methods.building.method import Method, fill_options
-from tessera.methods.forms import LORA_PRESETS
-from tessera.methods.init import PRESETS, START_METHODS
-from tessera.methods.init.step_size import fixed_eta
+from tessera.methods.catalogue import INITS, METHODS, MethodEntry
+from tessera.methods.checks import fixed_eta
+from tessera.methods.options import fill_options
+from tessera.methods.presets import PRESETS
 from tessera.queue.records import OWN_DATA
 
 #: What only the training knows, so that nobody has to give it.
@@ -74,11 +73,10 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
         raise InvalidInput(error.message, param=f"{request.names.options}.{error.param}") from error
     try:
         method.check(rank, filled)
-        needs_data = method.needs(rank, filled).any
     except InvalidInput as error:
         raise InvalidInput(error.message, param=_param_of(error, request.names)) from error
     calibration = request.calibration
-    if needs_data and calibration is None:
+    if method.needs_data and calibration is None:
         if not request.is_name:
             has_field = request.names.calibration != request.names.method
             raise InvalidInput(
@@ -88,7 +86,7 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
                 code="missing_required_parameter" if has_field else None,
             )
         calibration = OWN_DATA
-    if not needs_data and calibration is not None:
+    if not method.needs_data and calibration is not None:
         raise InvalidInput(
             f"method {method.name!r} reads no calibration data with these options",
             param=request.names.calibration,
@@ -100,12 +98,12 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
 def checked_start(request: InitRequest) -> dict[str, Any]:
     """{"method", "options"} of the start. Raises `InvalidInput` naming the parameter."""
     name, options = request.method, request.options
-    if name not in START_METHODS and name in PRESETS:
+    if name not in INITS and name in PRESETS:
         name, options = PRESETS[name].start, {**PRESETS[name].start_options, **options}
-    if name not in START_METHODS:
-        known = ", ".join(sorted({*START_METHODS, *PRESETS}))
+    if name not in INITS:
+        known = ", ".join(sorted({*INITS, *PRESETS}))
         raise InvalidInput(f"unknown start {request.method!r}; known: {known}", param=request.param)
-    known_options = START_METHODS[name].options
+    known_options = INITS[name].options
     told = {key: value for key, value in _FROM_TRAINING.items() if key in known_options}
     try:
         filled = fill_options(f"start {name}", known_options, {**told, **options})
@@ -125,23 +123,13 @@ def default_start(request: RecipeRequest) -> dict[str, Any] | None:
     9.73 after a step of the rate, 4.20 after the line search).
     """
     preset = PRESETS.get(request.method)
-    if preset is None or not request.is_name or START_METHODS[preset.start].needs_adapter:
+    if preset is None or not request.is_name or INITS[preset.start].needs_adapter:
         return None
     options = {} if preset.caller_sets else dict(preset.start_options)
     return {"method": preset.start, "options": options}
 
 
-def describe_all() -> dict[str, dict[str, Any]]:
-    """All methods, starts, presets and LoRA forms by name, as JSON."""
-    return {
-        "methods": {name: method.describe() for name, method in METHODS.items()},
-        "starts": {name: start.describe() for name, start in START_METHODS.items()},
-        "presets": {name: asdict(preset) for name, preset in PRESETS.items()},
-        "lora_forms": {name: form.describe() for name, form in LORA_PRESETS.items()},
-    }
-
-
-def _method_of(request: RecipeRequest) -> tuple[Method, Mapping[str, Any]]:
+def _method_of(request: RecipeRequest) -> tuple[MethodEntry, Mapping[str, Any]]:
     """The method with the options given, on top of the preset's if it was named by one."""
     preset = PRESETS.get(request.method)
     name = request.method if preset is None else preset.basis

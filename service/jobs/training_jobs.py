@@ -16,7 +16,7 @@ from service.jobs.lora_forms import LORA_FORM, lora_choice
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_start, default_start
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
-from tessera.methods.init import START_METHODS
+from tessera.methods.catalogue import INITS
 from tessera.queue.client import Job, JobQueue, JobSpec
 from tessera.redis.keys import BASIS_ID
 from tessera.settings import CommonSettings
@@ -126,7 +126,7 @@ class TrainingJobs:
         if target.adapter is not None:
             return await self._from_adapter(tenant, request, target.adapter, training)
         start = None if request.init is None else checked_start(request.init)
-        if start is not None and START_METHODS[start["method"]].needs_adapter:
+        if start is not None and INITS[start["method"]].needs_adapter:
             message = f"start {start['method']!r} goes on from an adapter: name one as `model`"
             raise InvalidInput(message, param="adapter.init")
         basis = await self._basis(tenant, request, training)

@@ -26,10 +26,20 @@ from typing import NoReturn
 
 from tessera.processes.child_process import end_with_parent
 
-#: Of a forked process. The slowest upload that we know, of 32 MB, takes 15 s and 0.5 GB.
-MAX_CPU_S = 60
-MAX_MEMORY_BYTES = 2 * 1024**3
-LIMITS = f"{MAX_CPU_S} s of processor time and {MAX_MEMORY_BYTES >> 20} MiB"
+
+@dataclass(frozen=True)
+class Limits:
+    """What a forked process may take before the kernel ends it."""
+
+    max_cpu_s: int
+    max_memory_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.max_cpu_s} s of processor time and {self.max_memory_bytes >> 20} MiB"
+
+
+#: Of work that has none of its own. The slowest upload that we know, of 32 MB, takes 15 s and 0.5 GB.
+LIMITS = Limits(max_cpu_s=60, max_memory_bytes=2 * 1024**3)
 #: A task that wakes has the processor at once beside processes of this niceness, as if they were not there
 #: (two of them on one processor: 0.0 ms at the median, at niceness 0 3.2 ms). SCHED_IDLE is no better, and
 #: would get nothing for as long as the engine computes.
@@ -75,10 +85,16 @@ class Twin:
         os.waitpid(self.process_id, 0)
 
 
-def fork_twin(works: Mapping[bytes, Work], *, close_fds: Sequence[int] = ()) -> Twin:
+def fork_twin(
+    works: Mapping[bytes, Work],
+    *,
+    limits: Mapping[bytes, Limits] | None = None,
+    close_fds: Sequence[int] = (),
+) -> Twin:
     """Make the twin. Call it before this process has any threads.
 
-    works: by a name of one byte. close_fds: what the twin must not keep open.
+    works: by a name of one byte. limits: of those works to which LIMITS do not apply. close_fds: what the
+    twin must not keep open.
     """
     own, others = socket.socketpair()
     process_id = os.fork()
@@ -90,7 +106,7 @@ def fork_twin(works: Mapping[bytes, Work], *, close_fds: Sequence[int] = ()) -> 
         own.close()
         for descriptor in close_fds:
             os.close(descriptor)
-        _serve(others, works)
+        _serve(others, works, limits or {})
     finally:
         os._exit(1)
 
@@ -109,7 +125,7 @@ async def _receive(connection: socket.socket) -> memoryview:
     return answer
 
 
-def _serve(requests: socket.socket, works: Mapping[bytes, Work]) -> NoReturn:
+def _serve(requests: socket.socket, works: Mapping[bytes, Work], limits: Mapping[bytes, Limits]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the service, which lets its requests finish
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that work
     os.nice(NICENESS)
@@ -123,14 +139,14 @@ def _serve(requests: socket.socket, works: Mapping[bytes, Work]) -> NoReturn:
                 try:
                     end_with_parent()
                     requests.close()
-                    _answer(connection, works[name])
+                    _answer(connection, works[name], limits.get(name, LIMITS))
                 finally:
                     os._exit(0)
 
 
-def _answer(connection: socket.socket, work: Work) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
-    limit = _data_bytes() + MAX_MEMORY_BYTES
+def _answer(connection: socket.socket, work: Work, limits: Limits) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.max_cpu_s, limits.max_cpu_s))
+    limit = _data_bytes() + limits.max_memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     pieces = []
     while piece := connection.recv(_PIECE_BYTES):

@@ -23,9 +23,10 @@ from tessera.chat.control_tokens import ControlTokens, Encode, any_of
 from tessera.chat.end_tokens import named_end_tokens
 from tessera.chat.rows import Answered, EncodedExample, Prompts, borders_of, rows_of
 from tessera.chat.template import ChatTemplate
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.data.examples import Example
 from tessera.errors import InvalidInput
-from tessera.model.base_model import load_tokenizer, model_folder
+from tessera.model.files import model_folder
 
 __all__ = ["ChatFormat", "EncodedExample", "load_chat_format"]
 

@@ -23,7 +23,7 @@ from tessera.errors import InvalidInput
 from tessera.methods.bases import METHODS
 from tessera.methods.building.decomposition import random_orthonormal
 from tessera.methods.building.hebbian import HebbianConfig
-from tessera.methods.building.method import fill_options
+from tessera.methods.options import fill_options
 
 #: LoRA-One's and LoRA-DA's γ: the first product's largest singular value is s / γ.
 LORA_ONE_GAMMA, LORA_DA_GAMMA = 128.0, 1024.0

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tessera.formats.manifest import ModuleShape
-from tessera.model.base_model import linear_layers, make_linear, model_folder
+from tessera.model.base_model import linear_layers, make_linear
+from tessera.model.files import model_folder
 from tessera.model.pretrained import cannot_load
 
 

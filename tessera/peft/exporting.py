@@ -9,7 +9,6 @@ the factors of the basis. Leaving Tessera costs bytes, nothing else.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
@@ -17,20 +16,7 @@ from safetensors.torch import save
 from tessera.errors import BasisMismatch
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
-
-
-@dataclass(frozen=True)
-class PeftFiles:
-    """The two files of a PEFT adapter directory."""
-
-    adapter_config: bytes
-    adapter_model: bytes
-
-    def items(self) -> list[tuple[str, bytes]]:
-        return [
-            ("adapter_config.json", self.adapter_config),
-            ("adapter_model.safetensors", self.adapter_model),
-        ]
+from tessera.peft.files import PeftFiles
 
 
 def to_peft(

@@ -10,18 +10,21 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from redis.asyncio.cluster import RedisCluster
 
 from tessera.errors import Conflict, CorruptRecord, InvalidInput, NotFound
-from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import adapter_scripts
 from tessera.store.adapter_scripts import AdapterRecord, AdapterVersion, PublishTarget
+
+if TYPE_CHECKING:
+    import torch
+
+    from tessera.formats.adapter import Adapter
 
 __all__ = ["AdapterRecord", "AdapterStore", "AdapterVersion"]
 

@@ -34,7 +34,8 @@ from tessera.model.base_model import BaseModel
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import ownership_scripts
-from tessera.store.ownership import EVERYBODY, Ownership, basis_not_found
+from tessera.store.manifests import BasisManifests, parse_manifest
+from tessera.store.ownership import EVERYBODY, Ownership
 
 log = logging.getLogger(__name__)
 
@@ -108,14 +109,14 @@ async def read_if_sound(store: BasisStore, basis_id: str | None) -> Basis | None
         return None
 
 
-class BasisStore:
+class BasisStore(BasisManifests):
     """The bases of all base models.
 
     Every method raises `StoreUnavailable`; methods that write also raise `StoreFull`.
     """
 
     def __init__(self, redis: Client, *, cache_dir: Path | None = None) -> None:
-        self._redis = redis
+        super().__init__(redis)
         self._cache = None if cache_dir is None else _DiskCache(cache_dir)
 
     async def put(self, basis: Basis, *, recipe_key: str | None = None) -> str:
@@ -186,22 +187,6 @@ class BasisStore:
                 pipeline.set(key, value)
             await pipeline.execute()
 
-    async def find(self, recipe_key: str) -> str | None:
-        """Return the id of the shared basis of this recipe, None if it has not been built."""
-        with translate_errors():
-            basis_id: Any = await self._redis.hget(keys.basis_index(), recipe_key)
-        return None if basis_id is None else basis_id.decode()
-
-    async def manifest(self, basis_id: str) -> BasisManifest:
-        """Read the manifest. Raises `NotFound`, `CorruptRecord`."""
-        if not keys.BASIS_ID.fullmatch(basis_id):
-            raise basis_not_found(basis_id)
-        with translate_errors():
-            text: Any = await self._redis.get(keys.basis_manifest(basis_id))
-        if text is None:
-            raise basis_not_found(basis_id)
-        return _parse_manifest(basis_id, text)
-
     async def get(self, basis_id: str) -> Basis:
         """Read a basis from the disk cache or the store, verified. Raises `NotFound`, `CorruptRecord`."""
         if self._cache is not None and keys.BASIS_ID.fullmatch(basis_id):
@@ -234,13 +219,6 @@ class BasisStore:
             raise CorruptRecord(f"basis {basis_id} lacks {', '.join(missing[:5])} in the store")
         return modules, preconditioner
 
-    async def list(self) -> list[BasisManifest]:
-        """Return the manifests of all shared bases, ordered by model, method and rank."""
-        with translate_errors():
-            ids: Any = await self._redis.hvals(keys.basis_index())
-        manifests = [await self.manifest(basis_id.decode()) for basis_id in sorted(set(ids))]
-        return sorted(manifests, key=lambda m: (m.model_id, m.method, m.rank, m.basis_id))
-
 
 class _DiskCache:
     """Bases as files named by their digest. A file that fails verification is deleted."""
@@ -253,7 +231,7 @@ class _DiskCache:
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-                manifest = _parse_manifest(basis_id, file.read(min(length, _MAX_MANIFEST_BYTES)))
+                manifest = parse_manifest(basis_id, file.read(min(length, _MAX_MANIFEST_BYTES)))
                 if manifest.is_regenerated:
                     return regenerate(manifest)
                 modules = [file.read(size) for size in _module_sizes(manifest)]
@@ -297,10 +275,3 @@ def _batches(items: Iterable[T], manifest: BasisManifest) -> Iterator[list[T]]:
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
-
-
-def _parse_manifest(basis_id: str, text: bytes) -> BasisManifest:
-    manifest = BasisManifest.from_json(text)
-    if manifest.basis_id != basis_id or manifest.dtype not in DTYPES or not manifest.modules:
-        raise CorruptRecord(f"the manifest stored for basis {basis_id} describes another basis, or none")
-    return manifest

@@ -19,8 +19,9 @@ from benchmarks.population_tasks import Setting, Task, perform
 from benchmarks.population_users import Sizes, make_cast, read_files
 from benchmarks.quality.records import read_records
 from tessera.chat.chat_format import ChatFormat
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
-from tessera.model.base_model import BaseModel, load_base_model, load_tokenizer
+from tessera.model.base_model import BaseModel, load_base_model
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = [DATA / "jargon.jsonl", DATA / "devil.jsonl"]

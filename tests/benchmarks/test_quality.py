@@ -26,9 +26,10 @@ from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import Worker
 from benchmarks.quality.work import Task
 from tessera.chat.chat_format import ChatFormat, EncodedExample
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
-from tessera.model.base_model import BaseModel, load_base_model, load_tokenizer
+from tessera.model.base_model import BaseModel, load_base_model
 
 DATA = Path(__file__).parents[1] / "data"
 SETTINGS = Settings(

@@ -15,8 +15,8 @@ from typing import Any
 import openai
 import pytest
 
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
-from tessera.model.base_model import load_tokenizer
 from tests.e2e.conftest import Stack
 from tests.tessera.chat.tokenizer_kinds import TEMPLATES
 from tests.waiting import wait_until_sync

@@ -15,9 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.base_models import ORIGIN_FILE, PACKAGED, PackagedModel, fetch, main, resolve
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput, Unavailable, UnsupportedModel
-from tessera.model.base_model import load_base_model, load_tokenizer, model_name
+from tessera.model.base_model import load_base_model
+from tessera.model.files import model_name
 from tessera.processes.child_process import start_child
 from tests.examples.tiny_gguf import SPECIAL, tiny_llama, write_package
 from tests.waiting import wait_until_sync

@@ -10,19 +10,12 @@ from tessera.formats.adapter_ref import ADAPTER_DTYPES
 from tessera.formats.basis import DTYPES
 from tessera.formats.manifest import ITEM_BYTES
 from tessera.methods.bases import METHODS
-from tessera.methods.forms import LORA_PRESETS
-from tessera.methods.names import FORM_NAMES, METHOD_NAMES
 
 
 def test_methods_that_need_no_data() -> None:
     assert (
         tuple(name for name, method in METHODS.items() if method.needs_calibration == "none") == SELF_BUILDING
     )
-
-
-def test_names_of_methods_and_forms() -> None:
-    assert tuple(METHODS) == METHOD_NAMES
-    assert tuple(LORA_PRESETS) == FORM_NAMES
 
 
 def test_the_bundled_model_is_there() -> None:

@@ -11,10 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
 from tessera.formats.basis import Basis
 from tessera.methods.bases import build_basis
-from tessera.model.base_model import BaseModel, load_tokenizer
+from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import TrainRun

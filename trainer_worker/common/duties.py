@@ -53,7 +53,7 @@ class Duties:
             await asyncio.sleep(self._settings.reap_every_s)
             try:
                 for job_id, status in (await self._leases.reap(grace_s=grace_s)).items():
-                    logger.warning("job %s was lost by its worker and is %s", job_id, status)
+                    logger.warning("job %s was lost by its worker and is now %s", job_id, status)
             except Unavailable as error:
                 self._note_outage(error)
 

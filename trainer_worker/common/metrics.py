@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from tessera.methods.names import FORM_NAMES, METHOD_NAMES
+from tessera.methods.catalogue import FORMS, METHODS
 
 if TYPE_CHECKING:
     from trainer_worker.training.run import Progress
 
-_METHODS = {*METHOD_NAMES, *FORM_NAMES}
+_METHODS = {*METHODS, *FORMS}
 _WAIT_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 14400)
 _TRAIN_BUCKETS = (1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _TICK_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

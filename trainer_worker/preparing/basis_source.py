@@ -19,7 +19,7 @@ from torch import Tensor
 from tessera.errors import QuotaExceeded, Unavailable
 from tessera.formats.basis import DTYPES, Basis, storage_dtype
 from tessera.methods.bases import BuiltBasis, CalibrationSet, build_basis_and_step, find_method
-from tessera.methods.building.method import fill_options
+from tessera.methods.options import fill_options
 from tessera.model.base_model import BaseModel, iter_target_modules
 from tessera.queue.records import Job, JobSpec
 from tessera.store.bases import BasisStore, read_if_sound, recipe_key

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from tessera.errors import InvalidInput
-from tessera.methods.building.method import fill_options
 from tessera.methods.init import START_METHODS, Start
+from tessera.methods.options import fill_options
 from tessera.queue.records import OWN_DATA, JobSpec
 from trainer_worker.preparing.basis_source import JobBasis
 from trainer_worker.training.plan import TrainingPlan

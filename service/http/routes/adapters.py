@@ -10,10 +10,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from service.http.json_routes import JsonRoute
-from service.http.routes.deps import AfterDep, LimitDep, ModelsDep, StoresDep, TenantDep
+from service.http.routes.deps import AfterDep, LimitDep, ModelsDep, ServicesDep, StoresDep, TenantDep
 from service.http.schemas.common import Deleted, Page, page_of
 from service.http.schemas.resources import AdapterObject, AdapterPatchRequest, AdapterVersionObject
-from service.jobs.exports import peft_zip
+from service.jobs.heavy_work import ExportSource
 from tessera.errors import NotFound
 from tessera.store.adapters import AdapterRecord, AdapterVersion
 
@@ -45,20 +45,13 @@ async def get_adapter(adapter_id: str, tenant: TenantDep, stores: StoresDep) -> 
 async def export_adapter_to_peft(
     adapter_id: str,
     tenant: TenantDep,
-    stores: StoresDep,
-    models: ModelsDep,
+    services: ServicesDep,
     version: Annotated[int | None, Query(ge=1, le=2**31, description="the active one by default")] = None,
 ) -> Response:
     """The adapter as an ordinary LoRA: adapter_config.json and adapter_model.safetensors in a zip."""
     with _named_in_the_path():
-        content = await peft_zip(
-            stores.adapters,
-            stores.bases,
-            tenant=tenant,
-            adapter_id=adapter_id,
-            version=version,
-            base_model=models.base_source,
-        )
+        source = ExportSource(tenant, adapter_id, version, services.models.base_source)
+        content = await services.heavy_work.export_zip(source)
     headers = {"content-disposition": f'attachment; filename="{adapter_id}-peft.zip"'}
     return Response(content, media_type="application/zip", headers=headers)
 

@@ -11,9 +11,9 @@ from service.http.json_routes import JsonRoute
 from service.http.routes.deps import Services, ServicesDep, TenantDep
 from service.http.schemas.bases import BasisDetail, BasisMethods, BasisObject, ModuleObject
 from service.http.schemas.common import Deleted, Page, page_of
-from service.jobs.recipes import describe_all
 from tessera.errors import NotFound
 from tessera.formats.manifest import BasisManifest
+from tessera.methods.catalogue import CATALOGUE
 
 router = APIRouter(prefix="/v1", tags=["bases"], route_class=JsonRoute)
 
@@ -37,7 +37,7 @@ async def list_bases(tenant: TenantDep, services: ServicesDep) -> Page[BasisObje
 @router.get("/bases/methods", operation_id="list_basis_methods")
 async def list_methods(tenant: TenantDep) -> BasisMethods:
     """All methods, starts and presets, with their options."""
-    return BasisMethods(**describe_all())
+    return BasisMethods(**CATALOGUE)
 
 
 @router.get("/bases/{basis_id}", operation_id="get_basis")

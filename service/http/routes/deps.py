@@ -20,7 +20,7 @@ from service.generation.model_resolver import Models
 from service.http.idempotency import Idempotency, Repetition
 from service.http.json_bodies import JsonBodies
 from service.jobs.basis_jobs import BasisJobs
-from service.jobs.imports import Imports
+from service.jobs.heavy_work import HeavyWork
 from service.jobs.training_jobs import TrainingJobs
 from service.jobs.upload_check import UploadCheck
 from service.metrics.service_metrics import Metrics
@@ -28,9 +28,9 @@ from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
 from tessera.queue.client import Job, JobQueue
 from tessera.store.adapters import AdapterStore
-from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
+from tessera.store.manifests import BasisManifests
 from tessera.store.ownership import PrivateBases
 
 
@@ -40,7 +40,7 @@ class Stores:
 
     redis: Redis
     adapters: AdapterStore
-    bases: BasisStore
+    bases: BasisManifests
     private_bases: PrivateBases
     files: FileStore
 
@@ -59,7 +59,7 @@ class Services:
     jobs: TrainingJobs
     basis_jobs: BasisJobs
     holds: BasisHolds
-    imports: Imports
+    heavy_work: HeavyWork
     idempotency: Idempotency
     metrics: Metrics
     json_bodies: JsonBodies

@@ -11,11 +11,11 @@ from service.http.json_routes import JsonRoute
 from service.http.routes.adapters import adapter_object
 from service.http.routes.deps import ServicesDep, TenantDep
 from service.http.schemas.resources import AdapterObject
-from service.jobs.imports import ImportTarget
+from service.jobs.heavy_work import ImportTarget
 from service.jobs.peft_archive import read_zip
 from tessera.errors import InvalidInput
 from tessera.peft.config import MAX_CONFIG_BYTES
-from tessera.peft.exporting import PeftFiles
+from tessera.peft.files import PeftFiles
 
 router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JsonRoute)
 
@@ -41,5 +41,5 @@ async def import_adapter_from_peft(
     else:
         message = "send either file, a zip, or both adapter_config and adapter_model"
         raise InvalidInput(message, param="file", code="missing_required_parameter")
-    await services.imports.from_peft(target, files)
+    await services.heavy_work.import_lora(target, files)
     return adapter_object(await services.stores.adapters.get(tenant, adapter_id))

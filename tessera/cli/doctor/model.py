@@ -103,10 +103,9 @@ def _weights(source: str, folder: Path) -> Finding:
 
 def _layers(settings: CommonSettings, folder: Path) -> Finding:
     """Whether config.json can be read, and adapters of the default basis fit its linear layers."""
-    from tessera.methods.building.targets import check_rank
-    from tessera.model.base_model import check_patterns, choose_targets
     from tessera.model.layout import linear_shapes
     from tessera.model.quantised import check_before_load
+    from tessera.model.target_names import check_patterns, check_rank, choose_targets
 
     try:
         check_before_load(settings.base_model, folder)

@@ -26,8 +26,9 @@ from tessera.methods.bases import (
 from tessera.methods.building import gradient_svd
 from tessera.methods.building.build import BuildRequest, BuiltBasis, build
 from tessera.methods.building.calibration import CalibrationSet
-from tessera.methods.building.method import Method, Option
+from tessera.methods.building.method import Method
 from tessera.methods.building.rebasing import rebase
+from tessera.methods.options import Option
 from tessera.methods.population import learned_basis
 from tessera.methods.population.users import Population, split_users
 from tessera.model.base_model import BaseModel

@@ -17,7 +17,8 @@ from tessera.errors import InvalidInput
 from tessera.methods.building.activations import InputRule, ScaledMoment
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import MAX_DOUBLE_SIDE, Decomposition, relative_gap
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Option, Options
 
 DAMPING = 0.01
 MAX_INVERSE_ERROR = 0.05

@@ -16,8 +16,9 @@ from __future__ import annotations
 from tessera.methods.building.activations import InputRule, SecondMoment
 from tessera.methods.building.collected import Needs, Tokens
 from tessera.methods.building.decomposition import smallest_eigenvectors
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.building.output_space import OUTPUT_RULE_OPTION, needs_for, output_space
+from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

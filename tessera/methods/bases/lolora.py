@@ -23,8 +23,9 @@ from tessera.methods.building.activations import InputRule
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import check_numerical_rank, module_seed, orthonormal_columns
 from tessera.methods.building.hebbian import HebbianConfig, HebbianRule
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.building.output_space import OUTPUT_RULE_OPTION, needs_for, output_space
+from tessera.methods.options import Option, Options
 
 #: Of Adam on A: the paper's, without and with the start from the first batch (tables 6 and 7).
 LR, LR_AFTER_SVD = 1.5e-3, 1e-4

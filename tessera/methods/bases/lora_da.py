@@ -65,7 +65,9 @@ from tessera.methods.building.decomposition import (
     spectral_norm,
 )
 from tessera.methods.building.guidance import Fisher, guidance_into, invert_fisher, two_sided
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.checks import check_lora_da
+from tessera.methods.options import Option, Options
 
 #: Of LOBPCG. After 40 / 100 / 200 / 400 the 8 directions of 576 inputs that 64 tokens give are 0.93 / 0.50 /
 #: 0.17 / 0.02 (of 2.83) off, with 0.960 / 0.991 / 0.9993 / 0.99999 of the exact ones' worth, tr A Ω Aᵀ.
@@ -195,15 +197,6 @@ def make_rule(name: str, width: int) -> InputRule:
     return SecondMoment(width)
 
 
-def check(rank: int, options: Options) -> None:
-    if not (options["use_variance"] or options["use_bias"]):
-        raise InvalidInput(
-            "use_variance and use_bias are both off: nothing guides the basis", param="use_bias"
-        )
-    if options["form"] == "two_sided" and not options["use_bias"]:
-        raise InvalidInput("the two-sided form needs the bias term", param="use_bias")
-
-
 def _variance_to_bias(fisher: Fisher, delta: Tensor, inverse_n: float) -> float:
     variance = inverse_n * fisher.output_trace * torch.linalg.matrix_norm(fisher.Z_inv)
     gram = delta.mT @ delta if delta.shape[1] < delta.shape[0] else delta @ delta.mT
@@ -244,5 +237,5 @@ METHOD = Method(
         "num_iterations": Option(None, "of LOBPCG; unset 100 (repo: 10)", int, minimum=1),
     },
     needs=needs,
-    check=check,
+    check=check_lora_da,
 )

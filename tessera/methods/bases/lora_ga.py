@@ -16,7 +16,9 @@ from torch import Tensor
 from tessera.errors import InvalidInput
 from tessera.methods.building.decomposition import Decomposition
 from tessera.methods.building.gradient_svd import gradient_needs, gradient_triplets
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.checks import check_lora_ga
+from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
@@ -45,14 +47,6 @@ def stable_scale(d_out: int, gamma: float) -> float:
     return float(d_out**0.25 / gamma**0.5)
 
 
-def check(rank: int, options: Options) -> None:
-    if options["direction"] == "ArB2r":
-        raise InvalidInput(
-            "direction ArB2r gives frozen factors without a gradient for R, U[r:2r]ᵀ g V[:r] = 0; use ArBr",
-            param="direction",
-        )
-
-
 METHOD = Method(
     name="lora_ga",
     description="the leading singular vectors of the gradient at LoRA-GA's scale",
@@ -67,5 +61,5 @@ METHOD = Method(
         "direction": Option("ArBr", "which singular vectors", choices=("ArBr", "ArB2r")),
     },
     needs=gradient_needs,
-    check=check,
+    check=check_lora_ga,
 )

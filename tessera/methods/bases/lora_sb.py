@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.gradient_svd import gradient_needs, gradient_triplets
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Option, Options
 
 #: 50 examples of MetaMath have about as many tokens to learn.
 MIN_LABEL_TOKENS = 10_000

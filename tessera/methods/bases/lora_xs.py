@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from tessera.methods.building.decomposition import Decomposition, check_numerical_rank, relative_gap
-from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

@@ -41,10 +41,9 @@ from tessera.formats.basis import DTYPES, Basis
 from tessera.formats.manifest import BasisManifest, ModuleShape
 from tessera.methods.bases.lora_xs import singular_triplets
 from tessera.methods.building.dst import dst_columns
-from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
-
-#: What is inside the logarithm, as a multiple of the rank.
-_LOG_FACTORS = {"log_half": 0.5, "log": 1.0, "log_double": 2.0}
+from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.checks import LOG_FACTORS, check_loram, stores_loram
+from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
@@ -75,7 +74,7 @@ def magnitude_scale(data: ModuleData, options: Options) -> float:
 
 def log_share(rank: int, side: int, magnitude: str) -> float:
     """Q = log(c r) / log(side) with c = 1/2, 1 or 2, at most 1."""
-    return min(1.0, math.log(_LOG_FACTORS[magnitude] * rank) / math.log(side))
+    return min(1.0, math.log(LOG_FACTORS[magnitude] * rank) / math.log(side))
 
 
 def regenerate(manifest: BasisManifest) -> Basis:
@@ -124,23 +123,6 @@ def assemble(
     return dataclasses.replace(basis, manifest=dataclasses.replace(draft, basis_id=basis.digest()))
 
 
-def stores_factors(options: Options) -> bool:
-    return bool(options.get("store_factors"))
-
-
-def check(rank: int, options: Options) -> None:
-    """Raises `InvalidInput` for a rank whose Q is 0."""
-    if options["rule"] == "none" or options["magnitude"] == "tracking":
-        return
-    if _LOG_FACTORS[options["magnitude"]] * rank <= 1:
-        least = 3 if options["magnitude"] == "log_half" else 2
-        raise InvalidInput(
-            f"LoRAM's magnitude {options['magnitude']} is 0 at rank {rank}, nothing would train: "
-            f"take a rank of at least {least}",
-            param="rank",
-        )
-
-
 def _reference_energy(data: ModuleData, options: Options) -> float:
     """‖B_ref A_ref‖_F² of the method that is tracked."""
     if options["reference"] == "olora":
@@ -158,14 +140,14 @@ METHOD = Method(
         **COMMON_OPTIONS,
         "rule": Option("factor", "what the magnitude does to s", choices=("factor", "core", "none")),
         "magnitude": Option(
-            "log", "Q: log(r/2), log(r), log(2r), or another method's", choices=(*_LOG_FACTORS, "tracking")
+            "log", "Q: log(r/2), log(r), log(2r), or another method's", choices=(*LOG_FACTORS, "tracking")
         ),
         "reference": Option("pissa", "what is tracked", choices=("pissa", "milora", "olora")),
         "store_factors": Option(
             False, "store the factors too, for machines that do not make the same bits of the manifest"
         ),
     },
-    check=check,
+    check=check_loram,
     assemble=assemble,
-    stores_factors=stores_factors,
+    stores_factors=stores_loram,
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from tessera.methods.bases.lora_xs import repo_random
 from tessera.methods.bases.pissa import split_evenly
-from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Option, Options
+from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Options
+from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

@@ -11,7 +11,8 @@ LoRA-XS; only the preconditioner differs (a gradient entry of the core is scaled
 from __future__ import annotations
 
 from tessera.methods.bases.lora_xs import singular_triplets
-from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Options
+from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

@@ -7,7 +7,8 @@ which only A is frozen (LoRA-FA, arXiv 2308.03303). rsLoRA's α/√r is `scale`.
 from __future__ import annotations
 
 from tessera.methods.building.decomposition import random_orthonormal
-from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors, Options
+from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

@@ -23,8 +23,9 @@ from tessera.methods.building.decomposition import Decomposition, module_seed
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.losses import check_fits
 from tessera.methods.building.memory_bound import MemoryBound
-from tessera.methods.building.method import Method, ModuleData, ModuleFactors, Options, fill_options
+from tessera.methods.building.method import Method, ModuleData, ModuleFactors
 from tessera.methods.building.targets import Target, find_targets, layer_groups, module_groups
+from tessera.methods.options import Options, fill_options
 from tessera.model.base_model import BaseModel
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import check_numerical_rank, relative_gap
-from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors, Options
+from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
+from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:

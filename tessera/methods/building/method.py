@@ -7,86 +7,20 @@ elsewhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis, make_basis
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Needs, Statistics
 from tessera.methods.building.decomposition import Decomposition
+from tessera.methods.options import Calibration, Option, Options, describe
 from tessera.model.base_model import BaseModel
-
-Calibration = Literal["none", "text", "labelled"]
-#: All options of a method by name, defaults filled in and checked.
-Options = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option. A default of None means that another option decides it; `kind` then says what may be given.
-
-    choices: of a string. minimum, maximum: of a number, inclusive.
-    """
-
-    default: bool | int | float | str | None
-    description: str
-    kind: type | None = None
-    choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-
-    @property
-    def value_type(self) -> type:
-        return self.kind or type(self.default)
-
-    def check(self, name: str, value: Any) -> Any:
-        """The value, as the option's type. Raises `InvalidInput` naming the option and what it may be."""
-        if value is None and self.default is None:
-            return None
-        wanted = self.value_type
-        if wanted is float and type(value) is int and abs(value) < 2**63:
-            value = float(value)
-        if type(value) is not wanted:
-            raise InvalidInput(f"{name} must be a {wanted.__name__}, got {value!r}", param=name)
-        if self.choices and value not in self.choices:
-            raise InvalidInput(f"{name} must be {', '.join(self.choices)}; got {value!r}", param=name)
-        if isinstance(value, int | float):
-            self._check_number(name, value)
-        return value
-
-    def describe(self) -> dict[str, Any]:
-        """The option as JSON; what does not apply is left out."""
-        limits = {"choices": list(self.choices) or None, "minimum": self.minimum, "maximum": self.maximum}
-        described = {
-            "type": self.value_type.__name__,
-            "default": self.default,
-            "description": self.description,
-        }
-        return {**described, **{name: limit for name, limit in limits.items() if limit is not None}}
-
-    def _check_number(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise InvalidInput(f"{name} must be finite, got {value}", param=name)
-        if self.minimum is not None and value < self.minimum:
-            raise InvalidInput(f"{name} must be at least {self.minimum:g}, got {value:g}", param=name)
-        if self.maximum is not None and value > self.maximum:
-            raise InvalidInput(f"{name} must be at most {self.maximum:g}, got {value:g}", param=name)
-
-
-def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults and the given values, checked. Raises `InvalidInput`; an unknown name gets the known."""
-    for name in given:
-        if name not in known:
-            hint = ", ".join(sorted(known)) or "none"
-            raise InvalidInput(f"{owner} has no option {name!r}; its options: {hint}", param=name)
-    return {name: option.check(name, given.get(name, option.default)) for name, option in known.items()}
 
 
 @dataclass(frozen=True)
@@ -196,15 +130,3 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """What a caller may know, as JSON."""
         return describe(self.description, self.paper, self.needs_calibration, self.options)
-
-
-def describe(
-    description: str, paper: str, needs_calibration: Calibration, options: Mapping[str, Option]
-) -> dict[str, Any]:
-    """A method or a start as JSON."""
-    return {
-        "description": description,
-        "paper": paper,
-        "needs_calibration": needs_calibration,
-        "options": {name: option.describe() for name, option in options.items()},
-    }

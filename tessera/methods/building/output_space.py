@@ -29,7 +29,8 @@ from tessera.methods.building.decomposition import (
     random_orthonormal,
     smallest_eigenvectors,
 )
-from tessera.methods.building.method import ModuleData, Option
+from tessera.methods.building.method import ModuleData
+from tessera.methods.options import Option
 
 RULES = ("wa", "grad", "y", "random")
 OUTPUT_RULE_OPTION = Option("wa", "how B is chosen: by W·A, by the gradient, by Y, at random", choices=RULES)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import iter_target_modules
+from tessera.model.target_names import check_rank
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,15 +56,6 @@ def find_targets(model: nn.Module, patterns: Sequence[str], rank: int) -> list[T
     for target in targets:
         check_rank(rank, target.shape)
     return targets
-
-
-def check_rank(rank: int, module: ModuleShape) -> None:
-    """Raises `InvalidInput` naming the module whose smaller side the rank exceeds."""
-    side = min(module.d_in, module.d_out)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= side:
-        raise InvalidInput(
-            f"rank must be between 1 and {side}, the smaller side of {module.name}; got {rank}", param="rank"
-        )
 
 
 def layer_groups(

@@ -19,10 +19,10 @@ from tessera.errors import InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.methods.building.calibration import CalibrationSet
-from tessera.methods.building.method import fill_options
 from tessera.methods.init import first_steps, fixed
 from tessera.methods.init.method import StartMethod, StartRequest
-from tessera.methods.init.presets import PRESETS, Preset
+from tessera.methods.options import fill_options
+from tessera.methods.presets import PRESETS, Preset
 from tessera.model.base_model import BaseModel
 
 __all__ = ["PRESETS", "START_METHODS", "Preset", "Start", "StartMethod", "find_start", "make_start"]

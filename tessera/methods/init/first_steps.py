@@ -24,11 +24,13 @@ from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import Decomposition, spectral_norm
 from tessera.methods.building.gradient_svd import gradient_needs
-from tessera.methods.building.method import DATA_OPTIONS, ModuleData, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS, ModuleData
 from tessera.methods.building.rebasing import project
 from tessera.methods.building.targets import Target
+from tessera.methods.checks import fixed_eta
 from tessera.methods.init.method import StartMethod, StartRequest
-from tessera.methods.init.step_size import ETA_OPTIONS, choose_eta, fixed_eta
+from tessera.methods.init.step_size import ETA_OPTIONS, choose_eta
+from tessera.methods.options import Option, Options
 from tessera.model.base_model import BaseModel
 
 #: Δ [d_out, d_in] of one module.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tessera.errors import BasisMismatch, InvalidInput
-from tessera.methods.building.method import Option, Options
 from tessera.methods.building.rebasing import rebase
 from tessera.methods.init.method import StartMethod, StartRequest
+from tessera.methods.options import Option, Options
 
 
 def zero(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:

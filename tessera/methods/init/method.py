@@ -11,7 +11,7 @@ from torch import Tensor
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.methods.building.calibration import CalibrationSet
-from tessera.methods.building.method import Calibration, Option, Options, describe
+from tessera.methods.options import Calibration, Option, Options, describe
 from tessera.model.base_model import BaseModel
 
 

@@ -15,7 +15,7 @@ from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.losses import attached, mean_loss
-from tessera.methods.building.method import Option, Options
+from tessera.methods.options import Option, Options
 from tessera.model.base_model import BaseModel
 
 #: The search begins where the median module changes by this share of its weight's norm, and goes in this
@@ -39,26 +39,6 @@ ETA_OPTIONS = {
     ),
     "search_examples": Option(64, "examples that the line search looks at", minimum=1),
 }
-
-
-def fixed_eta(options: Options) -> float | None:
-    """η of every mode but the line search, then None. Raises `InvalidInput` if an option is missing."""
-    mode = options["eta_init"]
-    if mode == "line_search":
-        return None
-    needed = {
-        "value": ["eta"],
-        "lr": ["learning_rate"],
-        "first_warmup_step": ["learning_rate", "total_steps"],
-    }[mode]
-    for name in needed:
-        if options[name] is None:
-            raise InvalidInput(f"eta_init={mode} needs {name}", param=name)
-    if mode == "value":
-        return float(options["eta"])
-    if mode == "lr":
-        return float(options["learning_rate"])
-    return float(options["learning_rate"] / max(1.0, options["warmup_ratio"] * options["total_steps"]))
 
 
 def choose_eta(

@@ -28,8 +28,9 @@ from tessera.formats.basis import Basis, make_basis
 from tessera.methods.building import gradient_svd
 from tessera.methods.building.calibration import MAX_BATCH_TOKENS, CalibrationSet
 from tessera.methods.building.gradients import frozen
-from tessera.methods.building.method import DATA_OPTIONS, Option, Options
+from tessera.methods.building.method import DATA_OPTIONS
 from tessera.methods.building.targets import find_targets
+from tessera.methods.options import Option, Options
 from tessera.methods.population.factors import SharedFactors
 from tessera.methods.population.learner import Learner, LearningPlan
 from tessera.methods.population.trials import TrialPlan, Trials

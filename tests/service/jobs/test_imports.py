@@ -20,7 +20,8 @@ from redis.asyncio import Redis
 from torch import Tensor
 
 from service.http.middleware import MAX_IMPORTS
-from service.jobs.imports import Imports, ImportTarget
+from service.jobs.heavy_work import ImportTarget
+from service.jobs.imports import Imports
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import AdapterDeleted, NotFound, QuotaExceeded
 from tessera.formats.adapter import Adapter
@@ -28,7 +29,8 @@ from tessera.formats.basis import Basis, make_basis
 from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.layout import linear_shapes
-from tessera.peft.exporting import PeftFiles, to_peft
+from tessera.peft.exporting import to_peft
+from tessera.peft.files import PeftFiles
 from tessera.peft.importing import read_peft, to_single_adapter
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.chat.end_tokens import named_end_tokens
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.data.examples import Example
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
-from tessera.model.base_model import load_tokenizer
 from tests.tessera.chat.tokenizer_kinds import TEMPLATES, tokenizer_of
 
 #: Renders what the bundled template renders, without marks.

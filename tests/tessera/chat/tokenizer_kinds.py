@@ -22,8 +22,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
-from tessera.model.base_model import load_tokenizer
 
 TEMPLATES = {
     path.stem: path.read_text(encoding="utf-8")

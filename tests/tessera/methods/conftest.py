@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tessera.chat.chat_format import ChatFormat
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.data.examples import Example
 from tessera.defaults import BUNDLED_MODEL
 from tessera.methods.bases import CalibrationSet
-from tessera.model.base_model import BaseModel, load_tokenizer
+from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import small_calibration, small_model
 
 TEXT = (

@@ -13,7 +13,8 @@ from tessera.methods.bases import METHODS, CalibrationSet
 from tessera.methods.building.activations import InputRule
 from tessera.methods.building.collected import Counts, Statistics
 from tessera.methods.building.decomposition import Decomposition
-from tessera.methods.building.method import ModuleData, ModuleFactors, fill_options
+from tessera.methods.building.method import ModuleData, ModuleFactors
+from tessera.methods.options import fill_options
 from tessera.model.base_model import BaseModel
 
 VOCABULARY = 97

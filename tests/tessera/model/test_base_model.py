@@ -19,21 +19,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model.base_model import (
     BaseModel,
     iter_target_modules,
     load_base_model,
-    load_tokenizer,
-    model_digest,
-    model_folder,
-    model_name,
-    public_source,
     replace_module,
     resolve_device,
     resolve_dtype,
 )
+from tessera.model.files import model_digest, model_folder, model_name, public_source
 from tessera.model.quantised import check_loaded
 
 ROOT = Path(__file__).parents[3]

@@ -13,14 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.architectures.tiny_models import build, make_config
 from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import UnsupportedModel
-from tessera.model.base_model import (
-    BaseModel,
-    check_patterns,
-    choose_targets,
-    iter_target_modules,
-    linear_layers,
-)
+from tessera.model.base_model import BaseModel, iter_target_modules, linear_layers
 from tessera.model.layout import linear_shapes
+from tessera.model.target_names import check_patterns, choose_targets
 
 #: Architecture -> what the default targets of its layers are called.
 DEFAULTS = {

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from service.generation.text import TextCodec
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.defaults import BUNDLED_MODEL
-from tessera.model.base_model import load_tokenizer
 from tests.fakes import FakeEngine
 from tests.service.answers import CHAT, HELLO, SOUND, TEXT, check_error
 from tests.service.conftest import MakeApp, client_of

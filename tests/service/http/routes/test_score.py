@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from service.generation.text import TextCodec
+from tessera.chat.tokenizer import load_tokenizer
 from tessera.data.examples import Example
 from tessera.defaults import BUNDLED_MODEL
-from tessera.model.base_model import load_tokenizer
 from tessera.store.adapters import AdapterStore
 from tests.fakes import FakeEngine, fake_logprob
 from tests.service.conftest import MakeApp, client_of, publish

@@ -13,10 +13,10 @@ from tessera.methods.bases.lora_sb import select, update_direction
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.losses import attached, mean_loss
-from tessera.methods.building.method import fill_options
 from tessera.methods.building.rebasing import project
 from tessera.methods.building.targets import find_targets
 from tessera.methods.init import make_start
+from tessera.methods.options import fill_options
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import (
     factorise,

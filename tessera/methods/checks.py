@@ -1,0 +1,63 @@
+"""What methods say of a rank, or of options that cannot work together. Needs no torch."""
+
+from __future__ import annotations
+
+from tessera.errors import InvalidInput
+from tessera.methods.options import Options
+
+#: What is inside the logarithm, as a multiple of the rank.
+LOG_FACTORS = {"log_half": 0.5, "log": 1.0, "log_double": 2.0}
+
+
+def check_lora_da(rank: int, options: Options) -> None:
+    if not (options["use_variance"] or options["use_bias"]):
+        raise InvalidInput(
+            "use_variance and use_bias are both off: nothing guides the basis", param="use_bias"
+        )
+    if options["form"] == "two_sided" and not options["use_bias"]:
+        raise InvalidInput("the two-sided form needs the bias term", param="use_bias")
+
+
+def check_lora_ga(rank: int, options: Options) -> None:
+    if options["direction"] == "ArB2r":
+        raise InvalidInput(
+            "direction ArB2r gives frozen factors without a gradient for R, U[r:2r]ᵀ g V[:r] = 0; use ArBr",
+            param="direction",
+        )
+
+
+def stores_loram(options: Options) -> bool:
+    return bool(options.get("store_factors"))
+
+
+def check_loram(rank: int, options: Options) -> None:
+    """Raises `InvalidInput` for a rank whose Q is 0."""
+    if options["rule"] == "none" or options["magnitude"] == "tracking":
+        return
+    if LOG_FACTORS[options["magnitude"]] * rank <= 1:
+        least = 3 if options["magnitude"] == "log_half" else 2
+        raise InvalidInput(
+            f"LoRAM's magnitude {options['magnitude']} is 0 at rank {rank}, nothing would train: "
+            f"take a rank of at least {least}",
+            param="rank",
+        )
+
+
+def fixed_eta(options: Options) -> float | None:
+    """η of every mode but the line search, then None. Raises `InvalidInput` if an option is missing."""
+    mode = options["eta_init"]
+    if mode == "line_search":
+        return None
+    needed = {
+        "value": ["eta"],
+        "lr": ["learning_rate"],
+        "first_warmup_step": ["learning_rate", "total_steps"],
+    }[mode]
+    for name in needed:
+        if options[name] is None:
+            raise InvalidInput(f"eta_init={mode} needs {name}", param=name)
+    if mode == "value":
+        return float(options["eta"])
+    if mode == "lr":
+        return float(options["learning_rate"])
+    return float(options["learning_rate"] / max(1.0, options["warmup_ratio"] * options["total_steps"]))

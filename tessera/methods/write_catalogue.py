@@ -1,0 +1,30 @@
+"""`python -m tessera.methods.write_catalogue`: write `catalogue.json` from the registries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from tessera.methods.bases import METHODS
+from tessera.methods.catalogue import PATH
+from tessera.methods.forms import LORA_PRESETS
+from tessera.methods.init import PRESETS, START_METHODS
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """What the registries say of themselves."""
+    return {
+        "methods": {name: method.describe() for name, method in METHODS.items()},
+        "starts": {name: start.describe() for name, start in START_METHODS.items()},
+        "presets": {name: asdict(preset) for name, preset in PRESETS.items()},
+        "lora_forms": {name: form.describe() for name, form in LORA_PRESETS.items()},
+    }
+
+
+def as_text() -> str:
+    return json.dumps(catalogue(), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    PATH.write_text(as_text(), encoding="utf-8")
