@@ -12,7 +12,7 @@ DEFAULT_METRICS_PORT = 9100
 
 
 class WorkerSettings(BaseSettings):
-    """How many jobs are trained together, and how often the outside world hears of it."""
+    """How many jobs are trained together, and how often they are reported and stored."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 

@@ -1,1 +1,1 @@
-"""What every part of the worker uses: commands, the model lock, metrics and health."""
+"""Shared by all parts of the worker: commands, store retries, the model lock, metrics and health."""

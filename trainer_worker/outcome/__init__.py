@@ -1,1 +1,1 @@
-"""What becomes of a run: the adapter that is published, and what is reported of it."""
+"""The outcome of a run: the published adapter, and what is reported about it."""

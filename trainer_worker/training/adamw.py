@@ -1,4 +1,4 @@
-"""AdamW over many users' matrices at once, each with its own learning rate, step count and clipping."""
+"""AdamW for the matrices of many users at once, each with its own learning rate, step count and clipping."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: torch's defaults. For β₂ 0.95, 0.99 and 0.999 gave the same loss to 0.002 at every rate (120 steps).
+#: torch's defaults. A β₂ of 0.95, 0.99 and 0.999 gave the same loss within 0.002 at every rate (120 steps).
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 
 
 @dataclass(frozen=True)
 class UserStep:
-    """What one user's step is made with. count: 1 for the first step (bias correction). clip: factor on g."""
+    """The parameters of one user's step."""
 
     slot: int
     learning_rate: float
+    #: Number of this step, from 1, for the bias correction.
     count: int
+    #: Factor on the gradient.
     clip: float = 1.0
     weight_decay: float = 0.0
 
@@ -33,7 +35,7 @@ class BatchedAdamW:
         self.v = torch.zeros_like(self.R)
 
     def step(self, grad: Tensor, users: Sequence[UserStep]) -> None:
-        """One step of `users`; the rows of all others stay as they are.
+        """Make one step for `users`. The rows of all others stay unchanged.
 
         grad: [K, M, r, r], finite in the rows of `users`.
 
@@ -53,10 +55,10 @@ class BatchedAdamW:
         self.m[slots], self.v[slots] = m, v
 
     def _column(self, values: list[float]) -> Tensor:
-        """[len(values), 1, 1, 1], computed in float64 and rounded once."""
+        """[len(values), 1, 1, 1], rounded only once from float64."""
         return torch.tensor(values, dtype=self.R.dtype, device=self.R.device)[:, None, None, None]
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """As `torch.nn.utils.clip_grad_norm_`."""
+    """The factor of `torch.nn.utils.clip_grad_norm_`."""
     return min(1.0, max_norm / (norm + 1e-6))

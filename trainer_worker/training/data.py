@@ -1,10 +1,11 @@
-"""Examples to batches: encoding, the validation split, the order of an epoch, padded rows.
+"""From examples to batches: encoding, the validation split, the order of an epoch, padded rows.
 
-One sequence per row, never two users' sequences in one: transformers lets packed sequences see each other
-when a mask is passed, and one user's loss would train another's adapter. Knows no model and no optimiser.
+Every row holds one sequence, never the sequences of two users: transformers lets packed sequences attend to
+each other when a mask is passed, and then one user's loss would train another's adapter. Knows no model and
+no optimizer.
 
-An example, one line of a file, has one row or several (`tessera/chat/rows.py`). What is counted is examples:
-they are split, shuffled and put into batches with all their rows, so no chat template changes a schedule.
+An example is one line of a file and has one row or several (`tessera/chat/rows.py`). Examples are split,
+shuffled and put into batches with all their rows, so the chat template does not change the schedule.
 """
 
 from __future__ import annotations
@@ -22,35 +23,35 @@ from torch import Tensor
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, for_each
 
-#: Below this many different examples all are trained on: a split would cost more than it tells.
+#: With fewer distinct examples all are used for training: a split would cost more than it shows.
 MIN_EXAMPLES_TO_SPLIT = 10
 VALIDATION_SHARE = 0.1
 MIN_VALIDATION = 2
-#: Enough to tell a difference of 0.02 nats; more would only make evaluations slow.
+#: Enough to detect a difference of 0.02 nats; more would only slow the evaluations.
 MAX_VALIDATION = 200
 
-#: A row shorter than this part of its micro-batch's longest begins the next one. Bundled model, one core, 8
-#: examples of jargon and 8 of devil: 0.81 / 0.74 / 0.70 / 0.64 / 0.55 / 0.56 s a step at 0 / 0.4 / 0.5 / 0.6
-#: / 0.7 / 0.8.
+#: A row shorter than this fraction of the longest row in its micro-batch starts the next micro-batch.
+#: Measured with the bundled model on one core, 8 examples of jargon and 8 of devil: 0.81 / 0.74 / 0.70 / 0.64
+#: / 0.55 / 0.56 s per step at 0 / 0.4 / 0.5 / 0.6 / 0.7 / 0.8.
 MIN_FILL = 0.7
-#: On a GPU a micro-batch is not split while it is smaller: below 2,000 tokens an H100 is not filled by an 8B
-#: model (9.9 k tokens/s at 512, 12.9 k at 2 k, 13.7 k at 8 k), so padding costs less than a second pass.
+#: On a GPU a micro-batch smaller than this is not split: an 8B model does not fill an H100 below 2,000 tokens
+#: (9.9 k tokens/s at 512, 12.9 k at 2 k, 13.7 k at 8 k), so padding costs less than a second pass.
 GPU_MIN_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a job trains and validates on: rows, in the order of their examples.
-
-    train_sizes, valid_sizes: the number of rows of each example; empty: one each. digest: SHA-256 over the
-    tokens and masks of both parts.
-    """
+    """The data of a job for training and validation, as rows in the order of their examples."""
 
     train: tuple[EncodedExample, ...]
     valid: tuple[EncodedExample, ...]
+    #: SHA-256 over the tokens and masks of both parts.
     digest: str
+    #: Examples that were too long.
     num_truncated: int = 0
+    #: Examples that are in the training file and in the validation file.
     num_overlapping: int = 0
+    #: The number of rows of each example; empty if every example has one row.
     train_sizes: tuple[int, ...] = ()
     valid_sizes: tuple[int, ...] = ()
 
@@ -60,22 +61,22 @@ class TrainingData:
 
     @property
     def num_train(self) -> int:
-        """Examples to train on."""
+        """Number of training examples."""
         return len(self.train_sizes) or len(self.train)
 
     @property
     def num_valid(self) -> int:
-        """Examples to validate on."""
+        """Number of validation examples."""
         return len(self.valid_sizes) or len(self.valid)
 
     @cached_property
     def train_examples(self) -> list[tuple[EncodedExample, ...]]:
-        """The rows of each example to train on."""
+        """The rows of each training example."""
         rows = iter(self.train)
         return [tuple(islice(rows, size)) for size in self.train_sizes or (1,) * len(self.train)]
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> list[EncodedExample]:
-        """The rows of the examples of step `step`: every epoch has its own order, made from the seed."""
+        """The rows of the examples in this step. Every epoch has an order of its own, made from the seed."""
         examples = self.train_examples
         steps_per_epoch = -(-len(examples) // batch_size)
         epoch, index = divmod(step, steps_per_epoch)
@@ -91,11 +92,11 @@ def encode_data(
     max_tokens: int,
     validation: Sequence[Example] | None = None,
 ) -> TrainingData:
-    """Encode a training file, and split off the validation part unless there is a file for it.
+    """Encode a training file, and split off validation examples unless there is a validation file.
 
-    The part is chosen by the examples' own hashes: the same file gives the same split, and duplicates stay on
-    one side. Raises `InvalidTrainingData` with every line that the chat template refuses or that has nothing
-    to learn.
+    The split is chosen by the hashes of the examples, so the same file gives the same split, and duplicates
+    stay on one side. Raises `InvalidTrainingData` with every line that the chat template refuses or that has
+    no token to learn.
     """
     encoded = _encode(chat, examples, max_tokens, param="training_file")
     digests = [_example_digest(example) for example in examples]
@@ -149,18 +150,22 @@ def _data_digest(*parts: Sequence[Sequence[EncodedExample]]) -> str:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once, of any users, padded on the right.
+    """Rows of any users that go through the model at once, padded on the right.
 
-    token_ids: int64 [S, L];  rows: int64 [S], the owner of each row.  For each of the N tokens to learn:
-    positions: int64 [N], index into the flattened [S · L] of the token *before* it;  targets: int64 [N];
-    owners: int64 [N]. No mask is needed: under causal attention no real token sees the padding to its right.
+    It needs no mask: under causal attention no real token sees the padding to its right.
     """
 
+    #: int64 [S, L].
     token_ids: Tensor
+    #: int64 [S], the owner of each row.
     rows: Tensor
+    #: int64 [N], for each of the N tokens to learn: where in the flattened [S · L] the token *before* it is.
     positions: Tensor
+    #: int64 [N], the tokens to learn.
     targets: Tensor
+    #: int64 [N], their owners.
     owners: Tensor
+    #: Tokens without padding.
     num_tokens: int
 
     @property
@@ -185,9 +190,10 @@ def micro_batches(
     min_tokens: int = 0,
     min_fill: float = MIN_FILL,
 ) -> Iterator[MicroBatch]:
-    """(owner, example) pairs as micro-batches of similar lengths, each at most `token_budget` with padding.
+    """Group (owner, example) pairs into micro-batches of similar lengths, by falling length.
 
-    One smaller than min_tokens takes shorter rows too. A single row longer than the budget goes alone.
+    A micro-batch has at most `token_budget` tokens with padding. While it has fewer than `min_tokens`, it
+    also takes rows that are much shorter than its longest. A single row longer than the budget goes alone.
     """
     group: list[tuple[int, EncodedExample]] = []
     longest = 0

@@ -1,13 +1,13 @@
-"""The automatic learning rate: a small table by basis, start and LoRA form, and what it was measured on.
+"""The automatic learning rates: tables by basis, initialization and LoRA form, and their measurements.
 
-    r x r form   eta = peak step of the basis * factor of the start * (16 / r) / gain * factor of few examples
+    r x r form   eta = peak step of the basis * factor of the init * (16 / r) / gain * factor of few examples
     LoRA form    eta = rate of the form * sqrt(16 / r) * s(16) / s(r)
 
 A step eta on R' moves the *stored* core by eta times the preconditioner's gain (under Adam a scale in front
-of R is a learning rate and nothing else: LoRAM, proposition 1), so one number serves every scale, LoRA-XS
-with and without singular values, PiSSA's even split. What is left of the method is the table.
+of R only changes the learning rate: LoRAM, proposition 1). So one number serves every scale, such as LoRA-XS
+with and without singular values or PiSSA's even split, and the tables hold only what depends on the method.
 
-Knows no data but their number, and no model: nothing here depends on how long a job is.
+Knows neither model nor data except the number of examples. The rates do not depend on the length of a job.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ import torch
 from tessera.formats.basis import Basis
 from tessera.methods.forms import find_preset
 
-#: The rank of the tables.
+#: The rank for which the tables are stated.
 RATED_RANK = 16
 
-#: Adam's peak step on the stored core at rank 16. Two measurements.
+#: Adam's peak step on the stored core at rank 16, from two measurements.
 #:
-#: (a) The bundled model, 250 examples each of devil and jargon, 120 steps of 8, what a job of the service is
-#: like; loss on 80 others (base 4.824, 4.872). LoRA-XS with singular values (gain 3.39), eta = 1e-3 / 2e-3 /
-#: 4e-3 / 8e-3 / 16e-3: 4.296 / 4.271 / 4.267 / 4.294 / 4.349 and 4.313 / 4.259 / 4.238 / 4.247 / 4.295.
-#: Without (gain 1), 4e-3 / 8e-3 / 16e-3 / 32e-3: 4.288 / 4.267 / 4.272 / 4.309 and 4.308 / 4.257 / 4.247 /
-#: 4.272. So the best stored step is 8e-3 to 16e-3. Batches of 4 or 16, 60 or 240 steps and 50 examples have
-#: the same best eta.
+#: (a) The bundled model, 250 examples each of devil and jargon, 120 steps of 8, like a typical job of the
+#: service; loss on 80 other examples (base 4.824, 4.872). LoRA-XS with singular values (gain 3.39), eta =
+#: 1e-3 / 2e-3 / 4e-3 / 8e-3 / 16e-3: 4.296 / 4.271 / 4.267 / 4.294 / 4.349 and 4.313 / 4.259 / 4.238 / 4.247
+#: / 4.295. Without them (gain 1), 4e-3 / 8e-3 / 16e-3 / 32e-3: 4.288 / 4.267 / 4.272 / 4.309 and 4.308 /
+#: 4.257 / 4.247 / 4.272. So the best stored step is 8e-3 to 16e-3. Batches of 4 or 16, 60 or 240 steps, and
+#: 50 examples have the same best eta.
 #:
-#: (b) The small model, 1,600 examples, 200 steps of 16, two seeds, one H100: the records of
-#: benchmarks/results/quality-h100-small, in which rates are factors of 3.2 apart. Best rate times gain at
-#: rank 16: LoRA-XS 3.5e-2 on all three data sets, LoRA-SB 3e-2, gradient SVD 1e-2 to 3e-2, LoRA-DA 3e-2 to
-#: 1e-1, random 3e-2 to 1e-1. At rank 4: LoRA-XS 1e-1 to 4e-1, LoRA-SB 1e-1, gradient SVD 3e-2 to 1e-1,
-#: LoRA-DA and random 1e-1 to 3e-1, and what carries the least of the gradient most: bottom vectors still
+#: (b) The small model, 1,600 examples, 200 steps of 16, two seeds, one H100. The records are in
+#: benchmarks/results/quality-h100-small; their rates are factors of 3.2 apart. Best rate times gain at rank
+#: 16: LoRA-XS 3.5e-2 on all three data sets, LoRA-SB 3e-2, gradient SVD 1e-2 to 3e-2, LoRA-DA 3e-2 to 1e-1,
+#: random 3e-2 to 1e-1. At rank 4: LoRA-XS 1e-1 to 4e-1, LoRA-SB 1e-1, gradient SVD 3e-2 to 1e-1, LoRA-DA and
+#: random 1e-1 to 3e-1. Bases that carry less of the gradient tolerate larger steps: bottom vectors still
 #: improve at the largest rate tried.
 #:
-#: Both agree on the order of methods' steps and differ by about 2.4 in all of them: longer jobs on a wider
-#: model bear more. The values stand at the upper end of (a), where it is flat, because (b) would have more.
+#: Both agree on the order of the methods' steps and differ by a factor of about 2.4 in all of them: longer
+#: jobs on a wider model tolerate more. The values are at the upper end of the flat range of (a), because (b)
+#: favours larger ones.
 SMALL_STEP, LARGE_STEP = 1.6e-2, 3.2e-2
-#: (c) The small model, newcomers of 50 examples, two seeds, one H100: the records of
-#: benchmarks/results/population-h200-small. A basis learned from 29 users at rank 16, the lengths of its
-#: vectors free (gain 2.01), stored step 4e-3 / 1e-2 / 2.5e-2 / 6e-2: 4.049 / 3.941 / 3.978 / 4.193 from
-#: zero, 3.903 / 3.878 / 3.976 / 4.205 from its own start; kept orthonormal 4.082 / 4.005 / 4.040 / 4.240 and
-#: 3.956 / 3.941 / 4.033 / 4.252. At rank 64, the same times 16 / 64: 4.029 / 4.043 / 4.320 / 4.837 and 3.956
-#: / 4.016 / 4.313 / 4.837, so there 1 / r falls too slowly, by 2.5 or more. The pooled gradient in that run
-#: is best at 4e-3 to 1e-2, with 400 examples at 1e-2 to 2.5e-2: a part of it is the number of examples.
+#: (c) The small model, new users with 50 examples, two seeds, one H100. The records are in
+#: benchmarks/results/population-h200-small. A basis learned from 29 users at rank 16 with vectors of any
+#: length (gain 2.01), at stored step 4e-3 / 1e-2 / 2.5e-2 / 6e-2: 4.049 / 3.941 / 3.978 / 4.193 from zero,
+#: 3.903 / 3.878 / 3.976 / 4.205 from its own initialization; kept orthonormal 4.082 / 4.005 / 4.040 / 4.240
+#: and 3.956 / 3.941 / 4.033 / 4.252. At rank 64, the same times 16 / 64: 4.029 / 4.043 / 4.320 / 4.837 and
+#: 3.956 / 4.016 / 4.313 / 4.837, so there 1 / r falls too slowly, by a factor of 2.5 or more. The pooled
+#: gradient in that run is best at 4e-3 to 1e-2, with 400 examples at 1e-2 to 2.5e-2: part of the effect is
+#: the number of examples.
 POPULATION_STEP = 1e-2
 PEAK_STEPS: Mapping[str, float] = {
     "lora_xs": SMALL_STEP,
@@ -68,32 +70,34 @@ PEAK_STEPS: Mapping[str, float] = {
     "milora/random": LARGE_STEP,
     "milora/middle": LARGE_STEP,
     "milora/top": SMALL_STEP,
-    "loram": LARGE_STEP,  # sines know as little of W as random factors
+    "loram": LARGE_STEP,  # sines depend on W as little as random factors do
     "population": POPULATION_STEP,
 }
-#: Bases that know a gradient. Few examples are learned by heart in them, and the sooner, the larger the step.
-#: (d) The small model, 50 examples of one user (base 4.928), rank 16, two or three seeds, one H200: the
-#: records of benchmarks/results/quality-h200-small. Rate 3e-3 / 1e-2 / 3e-2: LoRA-SB 4.308 / 4.402 / 4.593,
-#: gradient SVD 4.303 / 4.371 / 4.619, LoRA-DA 4.630 / 4.668 / 4.742. Factors that know nothing of the data
-#: do not need it: LoRA-XS (gain 3.49) 4.360 / 4.395 / 4.728, random 4.695 / 4.504 / 4.401. 250 examples (a)
-#: and more bear the whole step.
+#: Bases built from a gradient. They overfit few examples, and the more so, the larger the step.
+#:
+#: (d) The small model, 50 examples of one user (base 4.928), rank 16, two or three seeds, one H200. The
+#: records are in benchmarks/results/quality-h200-small. Rate 3e-3 / 1e-2 / 3e-2: LoRA-SB 4.308 / 4.402 /
+#: 4.593, gradient SVD 4.303 / 4.371 / 4.619, LoRA-DA 4.630 / 4.668 / 4.742. Factors that do not depend on the
+#: data need no smaller step: LoRA-XS (gain 3.49) 4.360 / 4.395 / 4.728, random 4.695 / 4.504 / 4.401. With
+#: 250 examples (a) or more the whole step is fine.
 GRADIENT_BASES = frozenset({"lora_sb", "gradient_svd", "lora_ga", "lora_one", "lora_da"})
 EXAMPLES_FOR_WHOLE_STEP = 250
-#: For a basis without a measurement of its own or of its like (OLoRA, CorDA, EVA, LoLoRA, an imported
-#: one): between the two.
+#: For a basis that was not measured, nor any similar one (OLoRA, CorDA, EVA, LoLoRA, an imported one):
+#: between the two.
 DEFAULT_PEAK_STEP = 2.2e-2
 
-#: What a start does to the step. Measured in (b): LoRA-SB's basis at rank 4 from its line-searched step and
-#: from zero has the same best rate, 1e-1, and is flat on both sides of it from either (3e-2: 4.208, 4.213;
-#: 1e-1: 4.202, 4.205; 3e-1: 4.210, 4.212). LoRA-DA's best rates were measured from its own step, those of all
-#: weights-only bases from zero. So no start changes the rate; they stand here because a later one may.
+#: The effect of the initialization on the step. In (b), LoRA-SB's basis at rank 4 has the same best rate,
+#: 1e-1, from its line-searched step and from zero, and the loss is flat around it in both cases (3e-2: 4.208,
+#: 4.213; 1e-1: 4.202, 4.205; 3e-1: 4.210, 4.212). LoRA-DA's best rates were measured from its own step, those
+#: of all bases from weights alone from zero. So no initialization changes the rate yet; a later one may.
 START_FACTORS: Mapping[str, float] = {"zero": 1.0, "noise": 1.0, "sb_step": 1.0, "da_step": 1.0}
-#: For a start without a measurement: another adapter, a plain gradient step.
+#: For an initialization that was not measured: another adapter, a plain gradient step.
 DEFAULT_START_FACTOR = 1.0
 
-#: Adam's peak rate on A and B at rank 16 (of A, where B's is a multiple). The same records (b), jargon: best
-#: 3e-3 for LoRA and MiLoRA (1e-3 is 0.07 worse, 1e-2 0.11), 1e-3 or 3e-3 for EVA and LoRA-DA (0.01 apart),
-#: 1e-3 for rsLoRA (s = 4), PiSSA, OLoRA, LoRAM and LoRA-One, 3e-4 or 1e-3 for LoRA+, whose B has 16 times it.
+#: Adam's peak rate on A and B at rank 16 (on A, where B's is a multiple of it). Best in the records (b),
+#: jargon: 3e-3 for LoRA and MiLoRA (1e-3 is 0.07 worse, 1e-2 0.11), 1e-3 or 3e-3 for EVA and LoRA-DA (0.01
+#: apart), 1e-3 for rsLoRA (s = 4), PiSSA, OLoRA, LoRAM and LoRA-One, 3e-4 or 1e-3 for LoRA+, whose B has 16
+#: times it.
 LORA_RATES: Mapping[str, float] = {
     "lora": 2.5e-3,
     "milora": 2.5e-3,
@@ -113,7 +117,7 @@ LORA_RATES: Mapping[str, float] = {
     "lora_da_no_variance": 1.5e-3,
     "lora_da_no_fisher": 1.5e-3,
     "lora_da_repo": 1.5e-3,
-    # A frozen, from the records of (d) with 1,600 examples: B alone bears more.
+    # A frozen, from the records of (d) with 1,600 examples: B alone tolerates more.
     "lora_fa": 8e-3,
     "lora_fa_orthogonal": 8e-3,
     "lora_da_fa": 2e-2,
@@ -121,23 +125,21 @@ LORA_RATES: Mapping[str, float] = {
     "pissa_fa": 3e-3,
     "lolora": 3e-3,
 }
-#: For a form without a measurement (most with A by a local rule, CorDA, LoRA-GA): between the two groups.
+#: For a form that was not measured (most with A by a local rule, CorDA, LoRA-GA): between the two groups.
 DEFAULT_LORA_RATE = 1.5e-3
 
 
 @dataclass(frozen=True)
 class BasisKind:
-    """What the learning rate of the r x r form depends on.
+    """What the learning rate of the r x r form depends on."""
 
-    method: of the basis; a variant of it that has its own line in the table as method/vectors. gain: how much
-    larger a step on the stored core is than on R', the mean over modules of ‖P_out‖ ‖P_in‖ / r, which is the
-    ratio of Frobenius norms for a step of independent signs; 1 if P is the identity. start: name of the
-    start.
-    """
-
+    #: The basis' method; method/vectors for a variant with its own row in the table.
     method: str
     rank: int
+    #: How much larger a step on the stored core is than on R': the mean over modules of ‖P_out‖ ‖P_in‖ / r,
+    #: which is the ratio of Frobenius norms for a step of independent signs; 1 if P is the identity.
     gain: float = 1.0
+    #: Name of the initialization.
     start: str = "zero"
 
     @classmethod
@@ -148,17 +150,17 @@ class BasisKind:
 
     @property
     def learning_rate(self) -> float:
-        """Adam's peak rate on R'. It falls with the rank about as 1 / r.
+        """Adam's peak rate on R'. It falls with the rank approximately as 1 / r.
 
-        In (a) 16e-3 was best at rank 4 (4.342, 4.380; gain 4.24), 4e-3 at 16, 1e-3 to 2e-3 at 32 (4.247,
-        4.164; at 4e-3 4.303, 4.168; gain 3.01); in (b) rank 4 bears 3 to 10 times the step of rank 16.
+        In (a), 16e-3 was best at rank 4 (4.342, 4.380; gain 4.24), 4e-3 at 16, and 1e-3 to 2e-3 at 32 (4.247,
+        4.164; at 4e-3 4.303, 4.168; gain 3.01). In (b), rank 4 tolerates 3 to 10 times the step of rank 16.
         """
         step = PEAK_STEPS.get(self.method, DEFAULT_PEAK_STEP)
         factor = START_FACTORS.get(self.start, DEFAULT_START_FACTOR)
         return step * factor * RATED_RANK / self.rank / self.gain
 
     def rate_for(self, num_examples: int) -> float:
-        """`learning_rate` with so many examples to train on: (d) of the tables."""
+        """`learning_rate` for this number of training examples; see (d) above."""
         if self.method not in GRADIENT_BASES:
             return self.learning_rate
         return self.learning_rate * min(1.0, num_examples / EXAMPLES_FOR_WHOLE_STEP)
@@ -166,8 +168,9 @@ class BasisKind:
 
 @dataclass(frozen=True)
 class LoraKind:
-    """What the learning rate of the LoRA form depends on. form: name of one of `LORA_PRESETS`."""
+    """What the learning rate of the LoRA form depends on."""
 
+    #: Name of one of `LORA_PRESETS`.
     form: str
     rank: int
 
@@ -175,10 +178,10 @@ class LoraKind:
     def learning_rate(self) -> float:
         """Adam's peak rate on A; B's is the form's `b_rate` times it.
 
-        The scale counts as in the r x r form. At equal scale the best rate of LoRA falls slowly with the
-        rank: in (b) 3e-3 at rank 4 and 16, at 4 with 1e-2 as the second (0.02 worse), at 16 with 1e-3 (0.07);
-        with s = α/√r, where rsLoRA says it does not fall, √(16 / r) is what s = 1 makes of it. Raises
-        `InvalidInput` for an unknown form.
+        The scale has the same effect as in the r x r form. At equal scale the best rate of LoRA falls slowly
+        with the rank: in (b) it is 3e-3 at ranks 4 and 16, but the second best is 1e-2 at rank 4 (0.02 worse)
+        and 1e-3 at rank 16 (0.07 worse). rsLoRA says that with s = α/√r the rate does not fall; for s = 1
+        that means √(16 / r). Raises `InvalidInput` for an unknown form.
         """
         scale = find_preset(self.form).scale
         relative = scale(RATED_RANK) / scale(self.rank)
@@ -187,13 +190,15 @@ class LoraKind:
         )
 
     def rate_for(self, num_examples: int) -> float:
-        """The same for any number: LoRA's best rate with 50 examples in (d) is 1e-3, one step of the sweep
-        below that with 1,600."""
+        """`learning_rate`, whatever the number of examples.
+
+        In (d), LoRA's best rate with 50 examples is 1e-3, only one step of the sweep below that with 1,600.
+        """
         return self.learning_rate
 
 
 def variant(method: str, recipe: Mapping[str, Any]) -> str:
-    """method/vectors if the recipe took vectors that have their own line in the table, else the method."""
+    """method/vectors if the recipe's vectors have their own row in the table, otherwise the method."""
     options = recipe.get("options")
     vectors = options.get("vectors") if isinstance(options, Mapping) else None
     name = f"{method}/{vectors}"

@@ -1,6 +1,6 @@
-"""What a job's hyper-parameters come to: batch size, epochs, learning rate, schedule, evaluations.
+"""From a job's hyperparameters to its plan: batch size, epochs, learning rate, schedule, evaluations.
 
-Knows the number of examples and what trains (`learning_rates.py`); neither model nor data.
+Knows the number of examples and what is trained (`learning_rates.py`), but neither model nor data.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tessera.queue.records import HYPERPARAMETERS
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
-#: Tokens; above every context there is.
+#: In tokens; larger than the context of any model.
 MAX_LENGTH = 2**20
 AUTO_BATCH_SIZE = 8
-#: A small file is cut into at least this many batches.
+#: A small file is split into at least this many batches.
 MIN_AUTO_BATCHES = 8
-#: Epochs are chosen to give about this many steps: in measurement (a) of `learning_rates.py` 60 steps gave
-#: 4.271 and 4.269, 120 gave 4.267 and 4.238, 240 no more.
+#: The number of epochs is chosen to give about this many steps. In measurement (a) of `learning_rates.py` the
+#: loss was 4.271 and 4.269 after 60 steps, 4.267 and 4.238 after 120, and no better after 240.
 AUTO_STEPS = 90
-#: With 50 examples the loss on others was lowest after 3 to 5 epochs.
+#: With 50 examples the validation loss was lowest after 3 to 5 epochs.
 MAX_AUTO_EPOCHS = 5
 
 WARMUP_SHARE = 0.05
-#: The default schedule ends at this part of the peak.
+#: The default schedule ends at this fraction of the peak.
 FINAL_SHARE = 0.1
 DEFAULT_SCHEDULE = "cosine_with_min_lr"
 MAX_GRAD_NORM = 1.0
@@ -39,8 +39,8 @@ def _cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-#: By the names of transformers: the part of the peak that is left when the part `done` of all steps after the
-#: warm-up is done.
+#: By their names in transformers, functions from the fraction of the steps after the warm-up that are done to
+#: the fraction of the peak learning rate.
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     DEFAULT_SCHEDULE: lambda done: FINAL_SHARE + (1 - FINAL_SHARE) * _cosine(done),
     "cosine": _cosine,
@@ -51,36 +51,37 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """All that decides a run, but for the data. evaluate_every: in steps; the first and last step as well.
-
-    learning_rate: the peak. schedule: one of `SCHEDULES`.
-
-    patience: evaluations without a fall by more than min_delta before the run ends early; None: never.
-    """
+    """Everything that determines a run except its data."""
 
     num_epochs: int
+    #: In examples.
     batch_size: int
     total_steps: int
+    #: The peak of the schedule.
     learning_rate: float
     seed: int
     warmup_steps: int = 1
+    #: Steps between two evaluations. The first and the last step are evaluated as well.
     evaluate_every: int = 1
+    #: Evaluations that may pass without an improvement by more than min_delta; None: never stop early.
     patience: int | None = PATIENCE
+    #: In nats per token.
     min_delta: float = 0.0
     max_grad_norm: float = MAX_GRAD_NORM
     weight_decay: float = 0.0
+    #: One of `SCHEDULES`.
     schedule: str = DEFAULT_SCHEDULE
 
     def learning_rate_at(self, step: int) -> float:
-        """Of the 0-based `step`: a linear warm-up, then the schedule."""
+        """The rate of the 0-based `step`: a linear warm-up, then the schedule."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.learning_rate * SCHEDULES[self.schedule](min(1.0, done))
 
 
-class Rated(Protocol):
-    """What has an automatic learning rate: `BasisKind`, `LoraKind`."""
+class HasLearningRate(Protocol):
+    """`BasisKind` or `LoraKind`."""
 
     def rate_for(self, num_examples: int) -> float: ...
 
@@ -90,13 +91,13 @@ def make_plan(
     early_stopping: Mapping[str, Any] | None,
     *,
     num_examples: int,
-    kind: Rated,
+    kind: HasLearningRate,
     seed: int,
 ) -> TrainingPlan:
-    """The plan for `num_examples` to train on.
+    """The plan for `num_examples` training examples.
 
-    hyperparameters: of those in `HYPERPARAMETERS`, each its value, "auto" or absent; max_length is about the
-    data, and not looked at here. A learning_rate takes the place of the automatic one.
+    hyperparameters: those in `HYPERPARAMETERS`, each a value, "auto" or absent. A learning_rate replaces the
+    automatic one; max_length concerns the data and is ignored here.
     early_stopping: {patience, min_delta}, both optional; None takes the defaults. Raises `InvalidInput`.
     """
     _refuse_unknown(hyperparameters, HYPERPARAMETERS, "hyperparameters")
@@ -124,17 +125,17 @@ def make_plan(
 
 
 def max_example_tokens(hyperparameters: Mapping[str, Any], limit: int) -> int:
-    """The longest that an example may be: `max_length`, but never above `limit`. Raises `InvalidInput`."""
+    """The maximum length of an example: `max_length`, but at most `limit`. Raises `InvalidInput`."""
     return min(limit, _integer(hyperparameters, "max_length", MAX_LENGTH) or limit)
 
 
 def auto_batch_size(num_examples: int) -> int:
-    """1 to AUTO_BATCH_SIZE, such that an epoch has MIN_AUTO_BATCHES steps if it can."""
+    """1 to AUTO_BATCH_SIZE, so that an epoch has at least MIN_AUTO_BATCHES steps where possible."""
     return max(1, min(AUTO_BATCH_SIZE, num_examples // MIN_AUTO_BATCHES))
 
 
 def auto_epochs(steps_per_epoch: int) -> int:
-    """1 to MAX_AUTO_EPOCHS, such that there are about AUTO_STEPS steps."""
+    """1 to MAX_AUTO_EPOCHS, so that there are about AUTO_STEPS steps."""
     return max(1, min(MAX_AUTO_EPOCHS, round(AUTO_STEPS / steps_per_epoch)))
 
 
@@ -167,7 +168,7 @@ def _learning_rate(hyperparameters: Mapping[str, Any], automatic: float) -> floa
     if given is None:
         return automatic * (1.0 if multiplier is None else multiplier)
     if multiplier is not None:
-        message = "learning_rate says what the multiplier would be applied to; give one of them"
+        message = "the multiplier scales the automatic learning rate; give either it or learning_rate"
         raise InvalidInput(message, param="hyperparameters.learning_rate_multiplier")
     return given
 

@@ -3,10 +3,10 @@
     forward    h = A x          y = W x + B (R_u h)                 u: the user that row belongs to
     backward   q = Bᵀ dy        dR_u = Σ_t q hᵀ                     dx = Wᵀ dy + Aᵀ (R_uᵀ q)
 
-Of the delta only h, r numbers per token, is kept for the backward pass: W, A and B are frozen, so x is not
-needed. The products with W, A and B do not know whose token it is; only the step in the rank does.
+For the backward pass the delta keeps only h, r numbers per token: W, A and B are frozen, so x is not needed.
+The products with W, A and B are the same for all users; only the product with R depends on the user.
 
-Knows nothing of optimisers, losses or preconditioners: R here is the core as it is served.
+Knows nothing of optimizers, losses or preconditioners: R here is the core as it is served.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tessera.model.sequence_rows import by_sequence
 class RowRankDelta(torch.autograd.Function):
     """z[s, l] = R[rows[s]] @ h[s, l]
 
-    h: [S, L, r];  R: [K, r, r], same dtype;  rows: int64 [S] in 0..K-1;  returns [S, L, r]. One sequence per
-    row: the rows of different users never meet.
+    h: [S, L, r];  R: [K, r, r], same dtype;  rows: int64 [S] in 0..K-1;  returns [S, L, r]. Every row is one
+    sequence of one user.
     """
 
     @staticmethod
@@ -53,29 +53,32 @@ class RowRankDelta(torch.autograd.Function):
 
 @dataclass
 class RowOwners:
-    """Who owns each row of the batch that is in the model, shared by all layers of one pass."""
+    """The owners of the rows that go through the model, shared by all layers of one pass."""
 
     #: int64 [S].
     rows: Tensor
-    #: L, tokens of each row with padding; None where nobody says, and layers must read [S, L, d].
+    #: L, tokens of each row with padding. If it is None, layers must receive [S, L, d].
     length: int | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to a layer's output. A: [r, d_in], B: [d_out, r] in the layer's dtype; R: [K, r, r]."""
+    """The term B R A x that is added to a layer's output."""
 
+    #: [r, d_in], in the layer's dtype.
     A: Tensor
+    #: [d_out, r], in the layer's dtype.
     B: Tensor
+    #: [K, r, r].
     R: Tensor
     owners: RowOwners
 
 
 class TrainableLinear(nn.Linear):
-    """Takes the place of a linear layer and shares its weight; without a delta it computes what that did.
+    """Replaces a linear layer and shares its weight. Without a delta it computes the same as that layer.
 
-    A subclass of `nn.Linear` with the same parameter names, so that whoever looks for target modules or reads
-    the state dict finds what was there before.
+    It is a subclass of `nn.Linear` with the same parameter names, so that code which searches for target
+    modules or reads the state dict finds what was there before.
     """
 
     def __init__(self, linear: nn.Linear, name: str) -> None:
@@ -86,8 +89,10 @@ class TrainableLinear(nn.Linear):
         self.delta: Delta | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [S, L, d_in] with one sequence per row, or in another shape that `by_sequence` knows; returns
-        [..., d_out]. Raises `UnsupportedModel`."""
+        """Returns [..., d_out]. Raises `UnsupportedModel`.
+
+        x: [S, L, d_in] with one sequence per row, or another shape that `by_sequence` knows.
+        """
         y = F.linear(x, self.weight, self.bias)
         delta = self.delta
         if delta is None:
@@ -100,7 +105,7 @@ class TrainableLinear(nn.Linear):
 
 
 def trainable_modules(model: nn.Module, names: Sequence[str]) -> list[TrainableLinear]:
-    """The layers called `names` as `TrainableLinear`, put in place where they are not one yet."""
+    """The layers with these names as `TrainableLinear`, replaced where they are not one yet."""
     found = []
     for name in names:
         module = model.get_submodule(name)

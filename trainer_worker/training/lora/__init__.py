@@ -1,1 +1,1 @@
-"""Training in the papers' own form: B, or A and B, instead of R."""
+"""Training in the papers' own form: of B, or of A and B, instead of R."""

@@ -1,8 +1,9 @@
-"""What LoRA forms add to a frozen linear layer, for several runs in one batch.
+"""The terms that LoRA forms add to a frozen linear layer, for several runs in one batch.
 
-    y = W x + s_k (B_k (A_k x) - B0_k (A0_k x))          k: the run whose row x is in
+    y = W x + s_k (B_k (A_k x) - B0_k (A0_k x))          k: the run that the row of x belongs to
 
-Attached by a forward hook, so the model's modules stay what they were. Knows neither losses nor optimisers.
+They are added by a forward hook, so the model's modules are not replaced. Knows neither losses nor
+optimizers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class RowLinear(torch.autograd.Function):
     """y[s, l] = X[rows[s]] @ x[s, l]
 
     x: [S, L, d];  X: [K, k, d], any dtype;  rows: int64 [S] in 0..K-1;  returns [S, L, k] in x.dtype. The
-    matrices are gathered again for the backward pass: per row they would be larger than the activations.
+    backward pass gathers the matrices again, because storing them per row takes more than the activations.
     """
 
     @staticmethod
@@ -46,7 +47,7 @@ class RowLinear(torch.autograd.Function):
 
 
 def row_linear(x: Tensor, X: Tensor, rows: Tensor) -> Tensor:
-    """`RowLinear`, as one product where all rows have the same matrix."""
+    """`RowLinear`, or a single product if all rows have the same matrix."""
     if len(X) == 1:
         return F.linear(x, X[0].to(x.dtype))
     y: Tensor = RowLinear.apply(x, X, rows)  # type: ignore[no-untyped-call]
@@ -55,32 +56,35 @@ def row_linear(x: Tensor, X: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass
 class BatchOwners(RowOwners):
-    """The same, for layers that may learn by themselves."""
+    """Row owners for layers that may learn by a local rule."""
 
-    #: For each run the indices of its tokens in the flattened [S · L], without padding, where local rules
-    #: learn from this pass; else None.
+    #: For each run the indices of its tokens in the flattened [S · L], without padding; None if no local rule
+    #: learns from this pass.
     tokens: Sequence[Tensor] | None = None
 
 
 @dataclass
 class LoraDelta:
-    """The forward hook of one layer. A: [K, r, d_in], B: [K, d_out, r], A0 and B0 alike, scale: [K].
+    """The forward hook of one layer."""
 
-    A0, B0: None if no run subtracts its initial product, zeros for the runs that do not. rules: one for each
-    run, if A learns by local rules; what they learn is seen from the next pass on.
-    """
-
+    #: Name of the layer, for error messages.
     name: str
+    #: [K, r, d_in].
     A: Tensor
+    #: [K, d_out, r].
     B: Tensor
+    #: [K].
     scale: Tensor
     owners: BatchOwners
+    #: Initial factors, shaped like A and B, zero for runs that do not subtract their initial product; None if
+    #: no run does.
     A0: Tensor | None = None
     B0: Tensor | None = None
+    #: One local rule per run if A is trained by them. Their changes take effect from the next pass on.
     rules: list[HebbianRule] = field(default_factory=list)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Raises `UnsupportedModel` if the layer does not read one sequence per row."""
+        """Raises `UnsupportedModel` if the layer does not receive one sequence per row."""
         rows = self.owners.rows
         x = by_sequence(inputs[0], len(rows), self.owners.length, self.name)
         change = row_linear(row_linear(x, self.A, rows), self.B, rows)
@@ -91,7 +95,7 @@ class LoraDelta:
         return output + (change * self.scale.to(x.dtype)[rows][:, None, None]).view(output.shape)
 
     def _learn(self, x: Tensor) -> None:
-        """LoLoRA, algorithm 1: the forward pass has used the old A, now A learns from the input."""
+        """LoLoRA, algorithm 1: after the forward pass has used the old A, A learns from the input."""
         assert self.owners.tokens is not None
         flat = x.flatten(0, 1)
         for rule, tokens in zip(self.rules, self.owners.tokens, strict=True):
