@@ -1,7 +1,6 @@
 """`python -m trainer_worker`: train queued jobs until SIGTERM or SIGINT, then give back the unfinished.
 
-A worker without a job holds neither torch nor a model: it waits for the first job that it could claim, and
-loads both then.
+Until its first job a worker holds neither torch nor a model (`idle.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> int:
-    """The exit status: 0 after a signal, 1 for a configuration or a device that does not work."""
+    """Run the worker; returns 0 after a signal, 1 for a configuration or a device that does not work."""
     set_up_logging("trainer")
     try:
         settings, worker_settings = read_settings()
@@ -55,7 +54,7 @@ def main() -> int:
 
 
 async def serve(url: str, settings: CommonSettings, worker_settings: WorkerSettings) -> int:
-    """Run a worker, with its health port, until a signal; returns the exit status."""
+    """Run a worker with its health server until a signal; returns the exit status."""
     metrics, heartbeat = TrainerMetrics(), Heartbeat()
     redis = connect(url, timeout_s=settings.store_timeout_s)
     idle = IdleWorker(JobLeases(redis), worker_settings, metrics=metrics, heartbeat=heartbeat)
@@ -64,7 +63,7 @@ async def serve(url: str, settings: CommonSettings, worker_settings: WorkerSetti
         on_signal(idle.stop)
         if not worker_settings.load_at_start and not await idle.wait_for_first_job():
             return EXIT_OK
-        on_signal(None)  # no job is held while the model loads, and loading cannot be interrupted
+        on_signal(None)  # while the model loads, no job is held, so the process may simply end
         base, chat = await idle.load(settings)
         from trainer_worker.assembly import make_worker
 
@@ -80,7 +79,7 @@ async def serve(url: str, settings: CommonSettings, worker_settings: WorkerSetti
 
 
 def on_signal(stop: Callable[[], None] | None) -> None:
-    """Call `stop` at SIGTERM or SIGINT; None: let them end the process."""
+    """Call `stop` on SIGTERM or SIGINT; with None the signals end the process."""
     loop = asyncio.get_running_loop()
     for name in _SIGNALS:
         if stop is None:
@@ -92,7 +91,7 @@ def on_signal(stop: Callable[[], None] | None) -> None:
 def open_health(
     settings: WorkerSettings, metrics: TrainerMetrics, heartbeat: Heartbeat
 ) -> HealthServer | None:
-    """The server of /metrics and /health. A port that was not asked for by name may be taken: then none."""
+    """The server of /metrics and /health; None if it is off, or if the default port is already in use."""
     if settings.metrics_port == 0:
         return None
     try:
@@ -102,14 +101,14 @@ def open_health(
     except InvalidInput as error:
         if "metrics_port" in settings.model_fields_set:
             raise
-        logger.warning("%s; going on without", error)
+        logger.warning("%s; the worker goes on without it", error)
         return None
 
 
 if __name__ == "__main__":
     settings_parser(
         "python -m trainer_worker",
-        "Train queued jobs until SIGTERM or SIGINT, then hand back the unfinished ones.",
+        "Train queued jobs until SIGTERM or SIGINT, then give back the unfinished ones.",
         WorkerSettings,
         CommonSettings,
     ).parse_args()

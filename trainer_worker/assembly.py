@@ -1,6 +1,6 @@
-"""What a worker needs for its first job: the base model with its chat format, and the `Worker` itself.
+"""Assembles a worker for its first job: the base model with its chat format, and the `Worker` itself.
 
-Importing this module loads torch and transformers, so `__main__.py` imports it when the first job waits.
+Importing this module loads torch and transformers, so `__main__.py` imports it only when a job is waiting.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer_worker.worker import Worker
 
 
 def load(settings: CommonSettings, worker_settings: WorkerSettings) -> tuple[BaseModel, ChatFormat]:
-    """The base model and its chat format. Raises `UnsupportedModel`, `InvalidInput`."""
+    """Load the base model and its chat format. Raises `UnsupportedModel`, `InvalidInput`."""
     if worker_settings.threads is not None:
         torch.set_num_threads(worker_settings.threads)
     source, revision = settings.base_model, settings.base_model_revision
@@ -59,7 +59,7 @@ def make_worker(
     metrics: TrainerMetrics | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> Worker:
-    """A worker and everything it needs. Call it in the event loop that will run it."""
+    """A worker with all its parts. Call this in the event loop that will run it."""
     metrics, heartbeat = metrics or TrainerMetrics(), heartbeat or Heartbeat()
     adapters = AdapterStore(redis)
     pool = TrainerPool(

@@ -1,8 +1,8 @@
-"""A worker that has not had a job yet: it looks at the queue, and loads the base model when a job waits.
+"""A worker before its first job: it watches the queue, and loads the base model when a job is waiting.
 
-Until then the process holds neither torch nor transformers, which take more memory than a small model. What a
-worker does beside its jobs it does from the start: it tells that it lives, and it queues the jobs of workers
-that died.
+Until then the process holds neither torch nor transformers, which take more memory than a small model. The
+worker does its other duties from the start: it shows that it is alive, and it queues the jobs of workers that
+died.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class IdleWorker:
-    """`wait_for_first_job`, then `load`; `stop` ends the waiting."""
+    """Waits for the first job, then loads the model for it."""
 
     def __init__(
         self,
@@ -43,11 +43,12 @@ class IdleWorker:
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
+        """End the wait. For signal handlers."""
         self._stopping.set()
 
     async def wait_for_first_job(self) -> bool:
-        """True once there is a job that could be claimed, False after `stop`."""
-        logger.info("idle; the base model is loaded for the first job")
+        """True once a job can be claimed, False after `stop`."""
+        logger.info("idle; the base model will be loaded for the first job")
         waiting = asyncio.create_task(self._wait_for_work())
         stopping = asyncio.create_task(self._stopping.wait())
         await self._duties.beside(waiting, stopping)

@@ -16,40 +16,44 @@ class WorkerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    max_resident_jobs: int = Field(default=8, ge=1, le=1024, description="jobs trained together, at most")
+    max_resident_jobs: int = Field(
+        default=8, ge=1, le=1024, description="maximum number of jobs that are trained together"
+    )
     token_budget: int = Field(
         default=8192,
         ge=1,
-        description="tokens with padding of one pass; a further job is claimed while below it",
+        description="tokens with padding in one pass; another job is claimed while the jobs have fewer",
     )
     max_tokens: int = Field(
-        default=1024, ge=8, description="longer examples are truncated, and their job says so"
+        default=1024, ge=8, description="longer examples are truncated, with a warning in the job"
     )
-    lease_s: float = Field(default=60.0, ge=1, description="a worker silent for longer has lost its jobs")
+    lease_s: float = Field(
+        default=60.0, ge=1, description="a worker that is silent for longer loses its jobs"
+    )
     checkpoint_every_s: float = Field(
-        default=10.0, gt=0, description="what a killed worker may lose of each job"
+        default=10.0, gt=0, description="work that a killed worker may lose of each job"
     )
     report_every_s: float = Field(
-        default=1.0, ge=0, description="least time between two metrics events of a job"
+        default=1.0, ge=0, description="minimum time between two metrics events of a job"
     )
     reap_every_s: float = Field(
-        default=5.0, gt=0, description="how often jobs of lost workers are looked for"
+        default=5.0, gt=0, description="time between two searches for jobs of lost workers"
     )
     stop_timeout_s: float = Field(
-        default=15.0, gt=0, description="jobs are checkpointed and handed back within this"
+        default=15.0, gt=0, description="time to checkpoint and give back all jobs at a stop"
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of /metrics and /health")
     metrics_port: int = Field(
         default=DEFAULT_METRICS_PORT, ge=0, le=65535, description="port of /metrics and /health; 0: none"
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of training; unset: torch's choice"
+        default=None, ge=1, description="CPU threads for training; unset: torch's default"
     )
     load_at_start: bool = Field(
-        default=False, description="load the base model at start; unset: when the first job waits"
+        default=False, description="load the base model at start instead of for the first job"
     )
     worker_id: str | None = Field(
-        default=None, max_length=128, description="unset: host, process and a random part"
+        default=None, max_length=128, description="unset: made of host, process id and a random part"
     )
 
 

@@ -1,4 +1,4 @@
-"""What every worker does beside its jobs, with and without one: tell that it lives, and reap lost jobs."""
+"""The duties of every worker, with or without a job: show that it is alive, and queue lost jobs again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEAT_EVERY_S = 1.0
 
 
 class Duties:
-    """note_outage: called when the store does not answer."""
+    """The periodic duties of one worker."""
 
     def __init__(
         self,
@@ -37,17 +37,18 @@ class Duties:
         heartbeat: Heartbeat,
         note_outage: Callable[[Unavailable], None],
     ) -> None:
+        """note_outage: called whenever the store does not answer."""
         self._leases, self._settings, self._heartbeat = leases, settings, heartbeat
         self._note_outage = note_outage
 
     async def beat(self) -> None:
-        """For ever: tell that the event loop turns."""
+        """Show that the event loop runs, forever."""
         while True:
             self._heartbeat.beat()
             await asyncio.sleep(BEAT_EVERY_S)
 
     async def reap(self) -> None:
-        """For ever: queue the jobs of workers that died. Any worker does it."""
+        """Queue the jobs of workers that died, forever. Every worker does this."""
         grace_s = min(GRACE_S, self._settings.lease_s / RENEWALS_PER_LEASE)
         while True:
             await asyncio.sleep(self._settings.reap_every_s)
@@ -58,7 +59,7 @@ class Duties:
                 self._note_outage(error)
 
     async def beside(self, *tasks: asyncio.Task[Any]) -> None:
-        """Do all of it until one of the tasks is done, and end the other tasks. Raises what breaks a duty."""
+        """Do all duties until one of the tasks is done, then cancel the others. Raises errors of duties."""
         duties = [asyncio.create_task(duty) for duty in (self.beat(), self.reap())]
         try:
             done, _ = await asyncio.wait([*tasks, *duties], return_when=asyncio.FIRST_COMPLETED)

@@ -1,8 +1,9 @@
 """/metrics and /health of the worker, on a port and a thread of their own.
 
-Healthy means: the event loop beats, and the training thread is not stuck in one step. Both are measured in
-looks of the health server's own thread, so that a pause of the whole process is held against nobody. Neither
-waits for the store: a worker that cannot reach it goes on training, and restarting it would not help.
+The worker is healthy while its event loop runs and its training thread is not stuck in one step. The thread
+of the health server measures both by looking at the heartbeat, so a pause of the whole process does not
+count. Health does not depend on the store: a worker that cannot reach it goes on training, and a restart
+would not help.
 """
 
 from __future__ import annotations
@@ -22,17 +23,16 @@ from tessera.errors import InvalidInput
 MAX_SILENCE_S = 15.0
 #: A step of 8,192 tokens through an 8B model takes 0.6 s on an H100; minutes mean a stuck device.
 MAX_STEP_S = 300.0
-#: What the time between two looks may count. The server's thread looks every half second; a look that comes
-#: later than this was held up by a pause of the whole process or a machine without a processor to spare.
+#: At most this much of the time between two looks counts. The server's thread looks every half second; a
+#: later look was delayed by a pause of the whole process or by a machine without a free processor.
 MAX_LOOK_S = 2.0
 
 
 class Heartbeat:
-    """For how long the event loop has not turned and the training thread has been in its step. For any
-    thread.
+    """Measures how long the event loop has been silent and how long the training thread has been in a step.
 
-    Whoever reads the report calls `look` regularly: only the time between two looks that were not late
-    counts.
+    All methods may be called from any thread. The reader of the report calls `look` regularly, because only
+    time between two punctual looks counts.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +42,7 @@ class Heartbeat:
         self._is_in_step = False
         self._guard = threading.Lock()
         self.num_jobs = 0
-        #: A worker loads the base model for its first job.
+        #: The base model is loaded for the first job.
         self.model: Literal["not loaded", "loading", "loaded"] = "not loaded"
 
     def beat(self) -> None:
@@ -66,7 +66,7 @@ class Heartbeat:
                 self._step_s += elapsed_s
 
     def report(self) -> tuple[bool, dict[str, Any]]:
-        """Whether all is well, and the figures."""
+        """Whether the worker is healthy, and the figures."""
         self.look()
         silent_s, step_s = self._silent_s, self._step_s
         is_healthy = silent_s < MAX_SILENCE_S and step_s < MAX_STEP_S
@@ -81,7 +81,7 @@ class Heartbeat:
 
 
 class _Server(ThreadingHTTPServer):
-    """Looks at the heartbeat whenever it waits for a request."""
+    """Looks at the heartbeat while it waits for requests."""
 
     heartbeat: Heartbeat
 
@@ -90,7 +90,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class HealthServer:
-    """Serves until `close`. Raises `InvalidInput` if the address cannot be had."""
+    """Serves until `close` is called. Raises `InvalidInput` if the address is not available."""
 
     def __init__(self, host: str, port: int, *, heartbeat: Heartbeat, registry: CollectorRegistry) -> None:
         class Handler(_Handler):
@@ -140,4 +140,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A scrape every few seconds is no news."""
+        """Log nothing: Prometheus sends a request every few seconds."""

@@ -1,4 +1,4 @@
-"""What the worker measures, for Prometheus. No label per job, tenant or adapter: the series are bounded."""
+"""The worker's Prometheus metrics. No label names a job, tenant or adapter, so the series are bounded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GAIN_BUCKETS = (0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2)
 
 
 class TrainerMetrics:
-    """All series of one worker, in a registry of their own."""
+    """The metrics of one worker, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -79,11 +79,11 @@ class TrainerMetrics:
         )
 
     def count_job(self, outcome: str, method: str) -> None:
-        """A job has left this worker. A method that nobody knows must not make a series of its own."""
+        """Count a job that has left this worker. Unknown methods share one series."""
         self.jobs.labels(outcome, method if method in _METHODS else "unknown").inc()
 
     def measure_success(self, progress: Progress, training_s: float) -> None:
-        """A job has succeeded, training_s after its claim."""
+        """Record a job that has succeeded training_s after its claim."""
         self.job_train_seconds.observe(training_s)
         initial, best = progress.initial_valid_loss, progress.best_valid_loss
         if initial is not None and best is not None and math.isfinite(initial - best):
