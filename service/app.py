@@ -18,11 +18,11 @@ from service.engine.client.token_engine import TokenEngine
 from service.generation.generator import Generator, heavy_gate
 from service.generation.model_resolver import Models
 from service.generation.text import TextCodec, load_text_codec
-from service.http import errors, json_bodies
+from service.http import errors, json_routes
 from service.http.auth import ApiKeys
 from service.http.idempotency import Idempotency
-from service.http.json_bodies import JsonBodies
-from service.http.middleware import Authentication, BodyLimit, BodyLimits, RequestContext, RequestLimit
+from service.http.json_routes import JsonBodies
+from service.http.middleware import Authentication, BodyLimit, BodyLimits, RequestContext
 from service.http.routes import (
     adapters,
     bases,
@@ -88,7 +88,7 @@ def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple
         revision=common.base_model_revision,
         allow_control_tokens=common.allow_control_tokens,
     )
-    works = upload_check.works(codec.chat) | json_bodies.works() | heavy_work.works(common)
+    works = upload_check.works(codec.chat) | json_routes.works() | heavy_work.works(common)
     return codec, fork_twin(works, limits=heavy_work.LIMITS_BY_NAME, close_fds=close_fds)
 
 
@@ -198,8 +198,7 @@ def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -
     )
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Authentication, api_keys=ApiKeys.load(settings.api_keys_file))
-    app.add_middleware(RequestLimit, max_requests=settings.max_concurrent_requests)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, max_requests=settings.max_concurrent_requests)
 
 
 def _describe_errors(app: FastAPI) -> None:

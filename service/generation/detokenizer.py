@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
@@ -54,6 +54,8 @@ class Detokenizer:
         is_whole = backend.decoder is None or not self._is_separable
         self._decoder = backend.decoder if is_whole else _decoder_of(body)
         self.piece = lru_cache(maxsize=65_536)(self._piece)
+        #: The piece of a token before which no other one stands, before `strip`.
+        self.first_piece = lru_cache(maxsize=4096)(partial(self._piece, before=()))
 
     def start(self, token_ids: Sequence[int] = (), *, is_shown: bool = True) -> Decoding:
         """A decoding of what follows `token_ids`.
@@ -82,10 +84,6 @@ class Detokenizer:
         if is_first:
             piece = self.strip(self.first_piece(token_id), self.num_to_strip)
         return piece.encode("utf-8") if isinstance(piece, str) else piece
-
-    def first_piece(self, token_id: int) -> str | bytes:
-        """What a token adds where no other one is before it, before `strip`."""
-        return self._piece(token_id, before=[])
 
     def strip(self, piece: str | bytes, limit: int) -> str | bytes:
         """`piece` without up to `limit` of the characters that the decoder strips from a text's front."""
@@ -134,7 +132,7 @@ class Decoding:
             if not self.is_at_start:
                 break
         self._pending = _unfinished_end(token_ids, self._piece)
-        self._shown = self.unfinished() if is_shown else ""
+        self._shown = self.unfinished() if is_shown and self._pending else ""
 
     def push(self, token_id: int) -> str:
         """Text that the token made certain."""
@@ -164,9 +162,10 @@ class Decoding:
             return ""
         piece = self._piece(token_id) if self._has_token else self._tokens.first_piece(token_id)
         self._has_token = True
-        num_before = len(piece)
-        piece = self._tokens.strip(piece, self._num_to_strip)
-        self._num_to_strip = 0 if piece else self._num_to_strip - num_before
+        if self._num_to_strip:
+            num_before = len(piece)
+            piece = self._tokens.strip(piece, self._num_to_strip)
+            self._num_to_strip = 0 if piece else self._num_to_strip - num_before
         self.is_at_start = self._num_to_strip > 0
         return piece
 

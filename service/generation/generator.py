@@ -104,9 +104,11 @@ class Generator:
             return await asyncio.to_thread(work)
 
     def refuse_endless(self, text: str, *, param: str) -> None:
-        """Raise `InvalidInput` for a text that no tokenising could make fit: 4 MB take seconds."""
-        limit = self.engine.info.max_model_len
-        if self._bound is not None and self._bound.is_exceeded(text, num_tokens=limit):
+        """Raise `InvalidInput` for a text that cannot fit however it is tokenised, which may take seconds."""
+        limit, bound = self.engine.info.max_model_len, self._bound
+        if bound is None:
+            return
+        if len(text) > limit * (bound.ascii_chars if text.isascii() else bound.other_chars):
             raise InvalidInput(
                 f"the context holds {limit} tokens; {len(text)} characters are certainly more",
                 param=param,
@@ -123,42 +125,36 @@ class Generator:
         info = self.engine.info
         if len(prompts) * options.n > MAX_SEQUENCES:
             raise InvalidInput(f"prompts × n must be at most {MAX_SEQUENCES}", param=param)
-        self._check_token_ids(options.sampling, info)
+        for field_name in ("logit_bias", "stop_token_ids"):
+            for token_id in getattr(options.sampling, field_name):
+                if not 0 <= token_id < info.vocab_size:
+                    message = f"{token_id} is not a token id; token ids are 0 to {info.vocab_size - 1}"
+                    raise InvalidInput(message, param=field_name)
         sequences: list[LiveSequence] = []
         for token_ids in prompts:
-            sampling = self._sampling(token_ids, options, info, param)
+            shared = self._sampling(token_ids, options, info, param)
             for choice in range(options.n):
-                sequences.append(self._sequence(len(sequences), token_ids, target, sampling, choice, options))
+                sampling = shared
+                if sampling.seed is not None:  # the choices of one prompt must differ
+                    sampling = replace(sampling, seed=(sampling.seed + choice) % 2**63)
+                request = GenerationRequest(
+                    request_id=uuid.uuid4().hex,
+                    tenant=target.tenant,
+                    token_ids=token_ids,
+                    sampling=sampling,
+                    adapter=target.adapter,
+                    deadline_s=self._request_timeout_s,
+                )
+                text = self.codec.stream(
+                    token_ids,
+                    stop=options.stop,
+                    min_tokens=sampling.min_tokens,
+                    skip_special_tokens=options.skip_special_tokens,
+                    include_stop=options.include_stop,
+                    is_prompt_shown=options.is_prompt_shown,
+                )
+                sequences.append(LiveSequence(len(sequences), request, text, self._metrics))
         return Generation(sequences, self.engine, self._metrics, options.n, options.skip_special_tokens)
-
-    def _sequence(
-        self,
-        index: int,
-        token_ids: list[int],
-        target: Target,
-        sampling: SamplingParams,
-        choice: int,
-        options: Options,
-    ) -> LiveSequence:
-        if sampling.seed is not None:  # the choices of one prompt must differ
-            sampling = replace(sampling, seed=(sampling.seed + choice) % 2**63)
-        request = GenerationRequest(
-            request_id=uuid.uuid4().hex,
-            tenant=target.tenant,
-            token_ids=token_ids,
-            sampling=sampling,
-            adapter=target.adapter,
-            deadline_s=self._request_timeout_s,
-        )
-        text = self.codec.stream(
-            token_ids,
-            stop=options.stop,
-            min_tokens=sampling.min_tokens,
-            skip_special_tokens=options.skip_special_tokens,
-            include_stop=options.include_stop,
-            is_prompt_shown=options.is_prompt_shown,
-        )
-        return LiveSequence(index, request, text, self._metrics)
 
     def _sampling(
         self, token_ids: list[int], options: Options, info: EngineInfo, param: str
@@ -179,16 +175,6 @@ class Generator:
         eos = () if options.ignore_eos else self.codec.eos_token_ids
         stop_token_ids = tuple(dict.fromkeys((*options.sampling.stop_token_ids, *eos)))
         return replace(options.sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-
-    def _check_token_ids(self, sampling: SamplingParams, info: EngineInfo) -> None:
-        for param, token_ids in (
-            ("logit_bias", sampling.logit_bias),
-            ("stop_token_ids", sampling.stop_token_ids),
-        ):
-            for token_id in token_ids:
-                if not 0 <= token_id < info.vocab_size:
-                    last = info.vocab_size - 1
-                    raise InvalidInput(f"{token_id} is no token id; they are 0 to {last}", param=param)
 
 
 def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> InvalidInput:

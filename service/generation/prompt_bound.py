@@ -32,10 +32,6 @@ class PromptBound:
     ascii_chars: int
     other_chars: int
 
-    def is_exceeded(self, text: str, *, num_tokens: int) -> bool:
-        """Whether `text` certainly has more than so many tokens."""
-        return len(text) > num_tokens * (self.ascii_chars if text.isascii() else self.other_chars)
-
 
 def prompt_bound(backend: Backend) -> PromptBound | None:
     """The bound of a tokenizer; None if it has none.

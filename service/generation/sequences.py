@@ -124,7 +124,8 @@ class LiveSequence:
         if text or finish_reason or prompt:  # it will be sent
             token_ids = tuple(self._unsent_ids)
             self._unsent_ids.clear()
-        shown = self._shown_tokens(text, finish_reason)
+        self._shown += len(text)
+        shown = self._shown_tokens(finish_reason) if self._waiting else ()
         return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
 
     def _end(self, logprobs: TokenLogprobs | None) -> str:
@@ -143,9 +144,8 @@ class LiveSequence:
         elif num_tokens:
             self._metrics.inter_token_latency.observe(waited_s / num_tokens)
 
-    def _shown_tokens(self, text: str, finish_reason: str | None) -> tuple[Token, ...]:
+    def _shown_tokens(self, finish_reason: str | None) -> tuple[Token, ...]:
         """The waiting tokens whose text has begun to show; at the end all but those after a stop string."""
-        self._shown += len(text)
         is_cut = finish_reason is None or self._text.is_stopped
         shown = []
         while self._waiting and (not is_cut or self._waiting[0].offset < self._shown):

@@ -198,19 +198,25 @@ class TextStream:
         """Text that has become certain. Nothing follows a stop."""
         self._num_tokens += 1
         text = self._decoding.push(token_id)
-        return self._add(text) if text else ""
+        if text and self._stop.strings:
+            return self._add(text)
+        self.length += len(text)
+        return text
 
     def flush(self) -> str:
         """The rest, when no token follows. An unfinished character is left out."""
         if self.is_stopped:
             return ""
-        shown = self._add(self._decoding.finish())
+        rest = self._decoding.finish()
+        if not self._stop.strings:
+            self.length += len(rest)
+            return rest
+        shown = self._add(rest)
         return shown if self.is_stopped else shown + self._release(len(self._held_text))
 
     def _add(self, text: str) -> str:
+        """Look for the stop strings in what has not been shown yet; returns what can be shown now."""
         self.length += len(text)
-        if not self._stop.strings:
-            return text
         self._held_text += text
         if self._num_tokens <= self._min_tokens:
             return self._release(len(self._held_text))

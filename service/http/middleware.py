@@ -1,11 +1,10 @@
-"""What every request passes on its way to a route: a name and a count, the check who calls, limits on bodies.
+"""What every request passes on its way to a route: id, log line and limit of requests, API key, body.
 
 Plain ASGI, so that streams and disconnects pass untouched. In this order, outermost first:
 
-    RequestContext   request id, metrics, log line, the last catch for what nobody caught
-    RequestLimit     so many requests at once and no more
-    Authentication   before a body is read, so that strangers cannot make us keep one
-    BodyLimit        reads the whole body: counted, not believed; in time, or not at all
+    RequestContext   request id, metrics, log line, the limit of concurrent requests, uncaught errors
+    Authentication   before the body is read, so that strangers cannot fill the memory
+    BodyLimit        reads the whole body in time; counts its bytes and does not trust the header
 """
 
 from __future__ import annotations
@@ -31,36 +30,41 @@ from tessera.processes.log_setup import add_to_log_context, log_context
 
 logger = logging.getLogger(__name__)
 
-#: Everything under it belongs to a tenant; health, metrics and documentation belong to nobody.
+#: Everything under this path belongs to a tenant; health, metrics and documentation belong to nobody.
 TENANT_PREFIX = "/v1"
 UPLOAD_PATH = "/v1/files"
 IMPORT_PATH = re.compile(r"/v1/adapters/[^/]+/peft")
-#: Imports that are read at once: each is kept whole, and is much larger than anything else.
+#: Imports whose bodies are read at the same time. Each is kept in memory whole, and may be very large.
 MAX_IMPORTS = 2
-#: What an import may take to arrive, in time-outs of an ordinary body.
+#: How long the body of an import may take to arrive, in time-outs of an ordinary body.
 IMPORT_TIMEOUTS = 10
 
-#: Of a body that is refused, so much is still read and thrown away: a client that is cut off while it sends
-#: never sees the answer.
+#: Bytes of a refused body that are still read and thrown away: a client that is cut off while it sends never
+#: sees the response.
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 
-#: Smaller bodies need no room of their own: 10,000 of them have 160 MB.
+#: Bodies up to this size are not counted against the memory for bodies: 10,000 of them take 160 MB.
 SMALL_BODY_BYTES = 16 * 1024
-#: How often a body lies in memory at once: as it came, as it was read, as it is handed on.
+#: Copies of a body that are in memory at once: its messages, the joined body, and what is made of it.
 BODY_COPIES = 3
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
-#: Asked every few seconds by machines: not worth a line each.
+#: Paths that machines ask for every few seconds; they are neither limited nor logged.
 _QUIET = {"/health/live", "/health/ready", "/metrics"}
 
 
 class RequestContext:
-    """Names, counts, times and logs each request; answers 500 for what nobody caught."""
+    """Gives each request an id, counts, times and logs it; answers 500 for an error that nobody caught.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    max_requests: how many requests may be answered at once. Health checks and metrics are not counted.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_requests: int) -> None:
         self._app = app
         self._metrics = metrics
+        self._max_requests = max_requests
+        self._num_running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,10 +72,6 @@ class RequestContext:
             return
         inbound = Headers(scope=scope).get("x-request-id", "")
         request_id = inbound if _REQUEST_ID.fullmatch(inbound) else f"req_{uuid.uuid4().hex}"
-        with log_context(request_id=request_id):
-            await self._answer(request_id, scope, receive, send)
-
-    async def _answer(self, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
         started_at, status = time.monotonic(), 0
 
         async def send_named(message: Message) -> None:
@@ -81,23 +81,36 @@ class RequestContext:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        is_limited = scope["path"] not in _QUIET
+        is_refused = is_limited and self._num_running >= self._max_requests
+        is_counted = is_limited and not is_refused
+        self._num_running += is_counted
         self._metrics.http_in_flight.inc()
-        try:
-            await self._app(scope, receive, send_named)
-        except asyncio.CancelledError:
-            # Uvicorn cancels what outlives its patience at a stop; above us is nobody who needs to know.
-            if not status:
-                await response_of(ShuttingDown("the service is being stopped"))(scope, receive, send_named)
-        except Exception as error:
-            logger.exception("request %s failed", request_id)
-            if not status:
-                await response_of(error)(scope, receive, send_named)
-        finally:
-            self._metrics.http_in_flight.dec()
-            self._note(scope, request_id, status or 499, time.monotonic() - started_at)
+        with log_context(request_id=request_id):
+            try:
+                if is_refused:
+                    error = ServiceOverloaded(
+                        f"the service already answers {self._max_requests} requests (the limit)"
+                    )
+                    await response_of(error)(scope, receive, send_named)
+                else:
+                    await self._app(scope, receive, send_named)
+            except asyncio.CancelledError:
+                # Uvicorn cancels requests that outlast its patience at a stop; nobody above us needs to know.
+                if not status:
+                    stopping = ShuttingDown("the service is being stopped")
+                    await response_of(stopping)(scope, receive, send_named)
+            except Exception as error:
+                logger.exception("request %s failed", request_id)
+                if not status:
+                    await response_of(error)(scope, receive, send_named)
+            finally:
+                self._num_running -= is_counted
+                self._metrics.http_in_flight.dec()
+                self._note(scope, request_id, status or 499, time.monotonic() - started_at)
 
     def _note(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
-        """status 499: the client went away before there was an answer."""
+        """Count and log one request. status 499: the client left before there was a response."""
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_answered(route, method, status, duration_s)
@@ -105,31 +118,8 @@ class RequestContext:
             logger.info("%s %s %s %d %.3f s", request_id, method, route, status, duration_s)
 
 
-class RequestLimit:
-    """Turns requests away while as many as allowed are being answered. Health checks get in."""
-
-    def __init__(self, app: ASGIApp, *, max_requests: int) -> None:
-        self._app = app
-        self._max_requests = max_requests
-        self._num_running = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _QUIET:
-            await self._app(scope, receive, send)
-            return
-        if self._num_running >= self._max_requests:
-            error = ServiceOverloaded(f"{self._max_requests} requests are being answered already")
-            await response_of(error)(scope, receive, send)
-            return
-        self._num_running += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._num_running -= 1
-
-
 class Authentication:
-    """Lets a request to the API pass if its key is known, and notes its tenant in `request.state.tenant`."""
+    """Lets a request to the API pass if its key is known, and puts its tenant into `request.state.tenant`."""
 
     def __init__(self, app: ASGIApp, *, api_keys: ApiKeys) -> None:
         self._app = app
@@ -150,20 +140,22 @@ class Authentication:
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """max_bytes: of any body but those to the upload path and to the import paths, which have their own.
-    max_memory_bytes: of all bodies but imports together, copies included; half of it for one tenant."""
+    """How large a request's body may be, and how long it may take to arrive."""
 
+    #: For every body but uploads and imports.
     max_bytes: int
     max_upload_bytes: int
     max_import_bytes: int
+    #: For all bodies together except imports, copies included; half of it for one tenant.
     max_memory_bytes: int
     timeout_s: float
 
 
 class BodyLimit:
-    """Hands on a request whose body has come whole, in time and within its limit.
+    """Passes a request on once its whole body has arrived in time and within its limit.
 
-    A body that is not small waits for room in memory before it is read, and keeps it until the answer begins.
+    A body that is not small waits for room in memory before it is read, and keeps it until the response
+    begins.
     """
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits) -> None:
@@ -175,33 +167,41 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["method"] != "POST" or IMPORT_PATH.fullmatch(scope["path"]) is None:
-            is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
-            limit = self._limits.max_upload_bytes if is_upload else self._limits.max_bytes
-            await self._pass_on_in_room(scope, receive, send, limit)
-        elif self._num_imports >= MAX_IMPORTS:
-            error = ServiceOverloaded(f"{MAX_IMPORTS} adapters are being imported already")
-            await response_of(error)(scope, receive, send)
-        else:
-            self._num_imports += 1
-            try:
-                limits = (self._limits.max_import_bytes, IMPORT_TIMEOUTS * self._limits.timeout_s)
-                await self._pass_on(scope, receive, send, limits)
-            finally:
-                self._num_imports -= 1
-
-    async def _pass_on_in_room(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        limits = (limit, self._limits.timeout_s)
+            return
+        is_post, limit = scope["method"] == "POST", self._limits.max_bytes
+        if is_post and IMPORT_PATH.fullmatch(scope["path"]):
+            await self._pass_on_import(scope, receive, send)
+            return
+        if is_post and scope["path"] == UPLOAD_PATH:
+            limit = self._limits.max_upload_bytes
         size = _announced_bytes(scope, limit)
         if size <= SMALL_BODY_BYTES:
-            await self._pass_on(scope, receive, send, limits)
+            await self._pass_on(scope, receive, send, limit, self._limits.timeout_s)
+        else:
+            await self._pass_on_in_room(scope, receive, send, limit, size)
+
+    async def _pass_on_import(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._num_imports >= MAX_IMPORTS:
+            error = ServiceOverloaded(f"the service already imports {MAX_IMPORTS} adapters (the limit)")
+            await response_of(error)(scope, receive, send)
             return
+        self._num_imports += 1
+        try:
+            timeout_s = IMPORT_TIMEOUTS * self._limits.timeout_s
+            await self._pass_on(scope, receive, send, self._limits.max_import_bytes, timeout_s)
+        finally:
+            self._num_imports -= 1
+
+    async def _pass_on_in_room(
+        self, scope: Scope, receive: Receive, send: Send, limit: int, size: int
+    ) -> None:
+        """size: the most bytes that the body may turn out to have."""
         tenant = scope.get("state", {}).get("tenant", "")
         try:
             async with asyncio.timeout(self._limits.timeout_s):
                 taken = await self._memory.take(tenant, size * BODY_COPIES)
         except TimeoutError:
-            error = ServiceOverloaded("as many large bodies as there is memory for are being read; try again")
+            error = ServiceOverloaded("no memory is left for another large request body; try again later")
             await response_of(error)(scope, receive, send)
             return
 
@@ -212,21 +212,22 @@ class BodyLimit:
             taken = 0
 
         async def send_and_give_back(message: Message) -> None:
-            give_back()  # the answer has begun: the body has been read
+            give_back()  # the response has begun, so the body has been read
             await send(message)
 
         try:
-            await self._pass_on(scope, receive, send_and_give_back, limits)
+            await self._pass_on(scope, receive, send_and_give_back, limit, self._limits.timeout_s)
         finally:
             give_back()
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, limits: tuple[int, float]) -> None:
-        """limits: of the body, in bytes and seconds."""
+    async def _pass_on(
+        self, scope: Scope, receive: Receive, send: Send, limit: int, timeout_s: float
+    ) -> None:
         try:
-            messages = await self._read(Headers(scope=scope), receive, *limits)
+            messages = await self._read(Headers(scope=scope), receive, limit, timeout_s)
         except TesseraError as error:
             response = response_of(error)
-            response.headers["connection"] = "close"  # what was not read until now is not read
+            response.headers["connection"] = "close"  # the rest of the body is not read
             await response(scope, receive, send)
             return
 
@@ -234,13 +235,13 @@ class BodyLimit:
             if not messages:
                 return await receive()
             if len(messages) > 1:
-                await asyncio.sleep(0)  # 32 MB are read in 512 pieces; others get their turn in between
+                await asyncio.sleep(0)  # 32 MB are read in 512 pieces; give other tasks a turn in between
             return messages.popleft()
 
         await self._app(scope, replay, send)
 
     async def _read(self, headers: Headers, receive: Receive, limit: int, timeout_s: float) -> deque[Message]:
-        """The body's messages. Raises `BodyTooLarge`, `BodyTimeout`."""
+        """The messages that make up the body. Raises `BodyTooLarge`, `BodyTimeout`."""
         declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit + MAX_DISCARDED_BYTES):
             raise _too_large(limit)
@@ -259,14 +260,14 @@ class BodyLimit:
                     has_more = message["type"] == "http.request" and message.get("more_body", False)
         except TimeoutError as error:
             if num_bytes <= limit:
-                raise BodyTimeout(f"the body did not arrive within {timeout_s:g} s") from error
+                raise BodyTimeout(f"the request body did not arrive within {timeout_s:g} s") from error
         if num_bytes > limit:
             raise _too_large(limit)
         return messages
 
 
 def _announced_bytes(scope: Scope, limit: int) -> int:
-    """What a request says that its body has, up to the limit; the limit if it does not say."""
+    """The size of the body according to the headers, at most `limit`; `limit` if they do not say."""
     headers = Headers(scope=scope)
     declared = headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 18:
@@ -275,4 +276,4 @@ def _announced_bytes(scope: Scope, limit: int) -> int:
 
 
 def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body exceeds {limit} bytes")
+    return BodyTooLarge(f"the request body has more than {limit} bytes (the limit)")

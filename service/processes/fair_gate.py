@@ -19,17 +19,14 @@ class FairGate:
         assert 0 < share <= capacity
         self._capacity = capacity
         self._share = share
-        self._num_taken = 0
+        #: Room that is taken by all tenants together.
+        self.num_taken = 0
         self._taken: Counter[str] = Counter()  # by tenant
         self._lines: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
 
     @property
     def num_waiting(self) -> int:
         return sum(len(line) for line in self._lines.values())
-
-    @property
-    def num_taken(self) -> int:
-        return self._num_taken
 
     @asynccontextmanager
     async def room(self, tenant: str, size: int = 1) -> AsyncIterator[None]:
@@ -60,7 +57,7 @@ class FairGate:
         return size
 
     def give_back(self, tenant: str, size: int) -> None:
-        self._num_taken -= size
+        self.num_taken -= size
         self._taken[tenant] -= size
         if not self._taken[tenant]:
             del self._taken[tenant]
@@ -79,12 +76,12 @@ class FairGate:
                     continue
                 if self._taken[tenant] + size > self._share:
                     continue  # a tenant that has its share waits for itself
-                if self._num_taken + size > self._capacity:
+                if self.num_taken + size > self._capacity:
                     return  # nobody smaller overtakes, or the large would wait for ever
                 self._leave_line(tenant, size, granted)
                 if tenant in self._lines:
                     self._lines.move_to_end(tenant)
-                self._num_taken += size
+                self.num_taken += size
                 self._taken[tenant] += size
                 granted.set_result(None)
                 is_progress = True

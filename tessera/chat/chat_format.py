@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class ChatFormat:
     def has_template(self) -> bool:
         return self._template.exists
 
-    @property
+    @cached_property
     def template_variables(self) -> frozenset[str]:
         """The names that `variables` of `prompt_ids` may have: those that the template reads."""
         return self._template.variables
@@ -249,11 +250,8 @@ class ChatFormat:
             return shown, variables or {}, self._ids
         return self._control.mark(shown, variables or {}, self._ids)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The text as it is, with the tokens that are written in it. Raises `InvalidInput`."""
-        return self._encoded(text, add_special_tokens=False)
-
-    def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             encoded = self.tokenizer(text, verbose=False, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
@@ -262,7 +260,7 @@ class ChatFormat:
 
     def _tokens_put_first(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text by itself."""
-        plain, whole = self._ids("x"), self._encoded("x", add_special_tokens=True)
+        plain, whole = self._ids("x"), self._ids("x", add_special_tokens=True)
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return whole[:start]

@@ -150,7 +150,9 @@ class ControlTokens:
 
     def _is_suspicious(self, text: str) -> bool:
         """Whether the text holds a control token, or could make one with what surrounds it."""
-        if self._typed.search(text) or self._typed.search(self._normal(text)):
+        if self._typed.search(text):
+            return True
+        if self._normalizer is not None and self._typed.search(self._normal(text)):
             return True
         return self._begins_inside(text) or self._ends_inside(text)
 

@@ -53,11 +53,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template or ""
         self._source = template.get("default", "") if isinstance(template, dict) else template
+        self.exists = bool(self._source)
         self._now: Callable[[], datetime] = datetime.now
-
-    @property
-    def exists(self) -> bool:
-        return bool(self._source)
 
     def at(self, moment: datetime) -> ChatTemplate:
         """The same template, for which it is always `moment`."""

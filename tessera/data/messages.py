@@ -11,7 +11,8 @@ from typing import Any
 
 from tessera.data.jsonl import Problems, kind, shown
 
-#: "developer" is OpenAI's newer word for "system", and shown to templates as that.
+#: Roles that chat templates know by another name: "developer" is OpenAI's newer word for "system".
+TEMPLATE_ROLES = {"developer": "system"}
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "name", "weight")
 
@@ -43,11 +44,6 @@ _TYPES = ("text", "message")
 _MAX_NAME_CHARS = 256
 
 
-def template_role(role: str) -> str:
-    """The role as chat templates know it."""
-    return "system" if role == "developer" else role
-
-
 def read_message(item: Any, problems: Problems, where: str, *, is_context: bool = False) -> dict[str, Any]:
     """role, content and, if given, name and weight; whatever is wrong is added to `problems`.
 
@@ -67,7 +63,10 @@ def read_message(item: Any, problems: Problems, where: str, *, is_context: bool 
     content = None if is_refused and "content" not in item else _content(item, problems, where)
     if role is not None and role not in ROLES:
         problems.add("unknown_role", f"{where}role must be {', '.join(ROLES)}; got {shown(role)}")
-    message: dict[str, Any] = {"role": role and template_role(role), "content": content}
+    message: dict[str, Any] = {
+        "role": role and TEMPLATE_ROLES.get(role, role),
+        "content": content,
+    }
     if "name" in item:
         message["name"] = _name(item, problems, where)
     if "weight" in item:

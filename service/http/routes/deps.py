@@ -18,7 +18,7 @@ from service.engine.client.token_engine import TokenEngine
 from service.generation.generator import Generator
 from service.generation.model_resolver import Models
 from service.http.idempotency import Idempotency, Repetition
-from service.http.json_bodies import JsonBodies
+from service.http.json_routes import JsonBodies
 from service.jobs.basis_jobs import BasisJobs
 from service.jobs.heavy_work import HeavyWork
 from service.jobs.training_jobs import TrainingJobs

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from service.generation.generator import MAX_SEQUENCES
 from service.http.schemas import fields
 from service.http.schemas.common import ModelRequest, Options, Request, Strict
-from tessera.data.messages import template_role
+from tessera.data.messages import TEMPLATE_ROLES
 from tessera.errors import InvalidInput
 
 MAX_CHOICES = 16
@@ -188,7 +188,7 @@ class ChatMessage(Request):
         """As chat templates want it; "developer" is OpenAI's newer word for "system"."""
         parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
         named = {} if self.name is None else {"name": self.name}
-        return {"role": template_role(self.role), "content": parts, **named}
+        return {"role": TEMPLATE_ROLES.get(self.role, self.role), "content": parts, **named}
 
 
 class ChatCompletionRequest(GenerationFields):

@@ -13,8 +13,8 @@ import pytest
 
 from service.generation.generator import heavy_gate
 from service.generation.text import TextCodec
-from service.http import json_bodies
-from service.http.json_bodies import MAX_THREAD_BYTES, JsonBodies
+from service.http import json_routes
+from service.http.json_routes import MAX_THREAD_BYTES, JsonBodies
 from service.jobs import upload_check
 from service.jobs.upload_check import UploadCheck
 from service.processes.twin import Twin, fork_twin
@@ -110,7 +110,7 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def json_twin() -> Iterator[Twin]:
-    twin = fork_twin(json_bodies.works())
+    twin = fork_twin(json_routes.works())
     yield twin
     twin.close()
 
