@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from types import FrameType
 
-from service.processes.supervised_process import TendedChild
+from service.processes.supervised_process import SupervisedProcess
 from tessera.errors import TesseraError
 from tessera.processes.log_setup import set_up_logging
 from tessera.redis.embedded import store_url
@@ -30,18 +30,18 @@ STOP_TIMEOUT_S = 20.0
 
 
 class LocalStack:
-    """Store, service and worker as one thing to start, tend and stop."""
+    """Store, service and worker as one thing to start, supervise and stop."""
 
     def __init__(self, settings: CommonSettings) -> None:
         url, self._store = store_url(settings)
         environment = {**os.environ, "TESSERA_STORE_URL": url}
         self._children = [
-            TendedChild(module, [sys.executable, "-m", module], environment) for module in MODULES
+            SupervisedProcess(module, [sys.executable, "-m", module], environment) for module in MODULES
         ]
 
-    def tend(self) -> None:
+    def supervise(self) -> None:
         for child in self._children:
-            child.tend()
+            child.supervise()
 
     def stop(self) -> None:
         """The worker first, so that its job is handed back while the store still answers."""
@@ -83,7 +83,7 @@ def main() -> int:
     announced = False
     try:
         while not stopping:
-            stack.tend()
+            stack.supervise()
             if not announced and is_ready(base_url):
                 announced = True
                 logger.info("ready: %s/v1 (API reference: %s/docs)", base_url, base_url)

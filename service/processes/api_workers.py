@@ -22,13 +22,13 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from service.engine.client.engine_client import EngineClient
 from service.engine.client.supervisor import socket_path
-from service.processes.supervised_process import TendedChild
+from service.processes.supervised_process import SupervisedProcess
 from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
 from tessera.settings import CommonSettings
 
 #: How often it is looked after them.
-TEND_INTERVAL_S = 0.2
+POLL_INTERVAL_S = 0.2
 #: For what a worker does after its last request: close the store, leave.
 STOP_MARGIN_S = 5.0
 BACKLOG = 2048
@@ -46,7 +46,7 @@ async def serve_with_workers(common: CommonSettings, settings: ServiceSettings, 
         await engine.start()
         try:
             workers = make_workers(settings.workers, listener, engine_socket, url, Path(metrics_dir))
-            await tend(workers, stopping)
+            await supervise(workers, stopping)
             await stop(workers, timeout_s=settings.shutdown_timeout_s + STOP_MARGIN_S)
         finally:
             await engine.close()
@@ -66,7 +66,7 @@ def listen(settings: ServiceSettings) -> socket.socket:
 
 def make_workers(
     count: int, listener: socket.socket, engine_socket: Path, url: str, metrics_dir: Path
-) -> list[TendedChild]:
+) -> list[SupervisedProcess]:
     """Workers that are not started yet. metrics_dir: empty, theirs alone."""
     environment = {**os.environ, "TESSERA_STORE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
     place = ["--listen-fd", str(listener.fileno()), "--engine-socket", str(engine_socket)]
@@ -75,7 +75,7 @@ def make_workers(
         mark_process_dead(pid, str(metrics_dir))  # type: ignore[no-untyped-call]  # its gauges, not its counts
 
     return [
-        TendedChild(
+        SupervisedProcess(
             f"API worker {number}",
             [sys.executable, "-m", "service.api_worker", *place],
             environment,
@@ -86,19 +86,19 @@ def make_workers(
     ]
 
 
-async def tend(workers: list[TendedChild], stopping: asyncio.Event) -> None:
+async def supervise(workers: list[SupervisedProcess], stopping: asyncio.Event) -> None:
     """Keep all of them running until `stopping`."""
     while not stopping.is_set():
         for worker in workers:
-            worker.tend()
+            worker.supervise()
         try:
-            async with asyncio.timeout(TEND_INTERVAL_S):
+            async with asyncio.timeout(POLL_INTERVAL_S):
                 await stopping.wait()
         except TimeoutError:
             pass
 
 
-async def stop(workers: list[TendedChild], *, timeout_s: float) -> None:
+async def stop(workers: list[SupervisedProcess], *, timeout_s: float) -> None:
     """End all of them at the same time; their running requests may finish."""
     for worker in workers:
         worker.terminate()

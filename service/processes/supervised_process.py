@@ -23,7 +23,7 @@ HEALTHY_AFTER_S = 30.0
 
 
 @dataclass
-class TendedChild:
+class SupervisedProcess:
     """name: for the log. pass_fds: file descriptors that it inherits. on_death: called with its pid."""
 
     name: str
@@ -40,7 +40,7 @@ class TendedChild:
     )
     start_after: float = field(default_factory=time.monotonic)
 
-    def tend(self) -> None:
+    def supervise(self) -> None:
         """Start the process if it is due, note its death if it died. Always call it from the same thread:
         the child ends with the one that started it."""
         now = time.monotonic()

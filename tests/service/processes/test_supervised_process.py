@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from service.processes.api_workers import listen
-from service.processes.supervised_process import FIRST_BACKOFF_S, TendedChild
+from service.processes.supervised_process import FIRST_BACKOFF_S, SupervisedProcess
 from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
 from tests.waiting import HANG_S, has_ended, wait_until_sync
@@ -20,12 +20,12 @@ DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
 
 
 @pytest.fixture
-def child_of() -> Iterator[Callable[..., TendedChild]]:
+def child_of() -> Iterator[Callable[..., SupervisedProcess]]:
     """child_of(program): a child that runs it, not started yet; stopped afterwards."""
-    made: list[TendedChild] = []
+    made: list[SupervisedProcess] = []
 
-    def make(program: str, **options: object) -> TendedChild:
-        child = TendedChild("test", [sys.executable, "-c", program], {}, **options)  # type: ignore[arg-type]
+    def make(program: str, **options: object) -> SupervisedProcess:
+        child = SupervisedProcess("test", [sys.executable, "-c", program], {}, **options)  # type: ignore[arg-type]
         made.append(child)
         return child
 
@@ -34,40 +34,44 @@ def child_of() -> Iterator[Callable[..., TendedChild]]:
         child.stop(timeout_s=0.1)
 
 
-def test_a_child_that_dies_is_started_again_and_its_death_told(child_of: Callable[..., TendedChild]) -> None:
+def test_a_child_that_dies_is_started_again_and_its_death_told(
+    child_of: Callable[..., SupervisedProcess],
+) -> None:
     deaths: list[int] = []
     child = child_of(SLEEPS, on_death=deaths.append)
-    child.tend()
+    child.supervise()
     assert child.process is not None
     first = child.process.pid
     child.process.kill()
 
     def runs_again() -> bool:
-        child.tend()
+        child.supervise()
         return child.process is not None and child.process.pid != first
 
     wait_until_sync(runs_again)
     assert deaths == [first]
 
 
-def test_a_child_that_keeps_dying_is_started_ever_more_slowly(child_of: Callable[..., TendedChild]) -> None:
+def test_a_child_that_keeps_dying_is_started_ever_more_slowly(
+    child_of: Callable[..., SupervisedProcess],
+) -> None:
     child = child_of("raise SystemExit(3)")
     waits = []
     for _ in range(3):
         child.start_after = 0.0
-        child.tend()
+        child.supervise()
         assert child.process is not None
         child.process.wait(HANG_S)
-        child.tend()
+        child.supervise()
         assert child.process is None
         waits.append(child.start_after - time.monotonic())
     assert child.delay.after(0.0) == 8 * FIRST_BACKOFF_S
     assert waits == sorted(waits)
 
 
-def test_a_child_that_does_not_end_is_killed(child_of: Callable[..., TendedChild]) -> None:
+def test_a_child_that_does_not_end_is_killed(child_of: Callable[..., SupervisedProcess]) -> None:
     child = child_of(DEAF)
-    child.tend()
+    child.supervise()
     assert child.process is not None
     child.stop(timeout_s=0.5)
     assert has_ended(child.process.pid)
