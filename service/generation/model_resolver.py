@@ -37,7 +37,7 @@ class Target:
     adapter: AdapterRef | None
 
 
-class Models:
+class ModelResolver:
     """The base model and the adapters, by the names that callers use."""
 
     def __init__(

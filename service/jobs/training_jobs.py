@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.generation.model_resolver import Models
+from service.generation.model_resolver import ModelResolver
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.lora_forms import LORA_FORM, lora_choice
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_start, default_start
@@ -77,7 +77,7 @@ class TrainingJobs:
     def __init__(
         self,
         queue: JobQueue,
-        models: Models,
+        models: ModelResolver,
         adapters: AdapterStore,
         choices: BasisChoices,
         *,

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from service.engine.client.token_engine import TokenEngine
 from service.generation.generator import Generator
-from service.generation.model_resolver import Models
+from service.generation.model_resolver import ModelResolver
 from service.http.idempotency import Idempotency, Repetition
 from service.http.json_routes import JsonBodies
 from service.jobs.basis_jobs import BasisJobs
@@ -54,7 +54,7 @@ class Services:
     stores: Stores
     queue: JobQueue
     basis_queue: JobQueue
-    models: Models
+    models: ModelResolver
     generator: Generator
     jobs: TrainingJobs
     basis_jobs: BasisJobs
@@ -85,7 +85,7 @@ async def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> 
 TenantDep = Annotated[str, Depends(_tenant)]
 
 
-async def _models(services: ServicesDep) -> Models:
+async def _models(services: ServicesDep) -> ModelResolver:
     return services.models
 
 
@@ -97,7 +97,7 @@ async def _queue(services: ServicesDep) -> JobQueue:
     return services.queue
 
 
-ModelsDep = Annotated[Models, Depends(_models)]
+ModelsDep = Annotated[ModelResolver, Depends(_models)]
 StoresDep = Annotated[Stores, Depends(_stores)]
 
 
