@@ -1,15 +1,15 @@
 """Token ids to text, token by token, for every decoder of the `tokenizers` library.
 
-`tokenizers.decoders.DecodeStream` decodes a window again and again and raises when an invalid byte changes
-what the window read as before. Here a token adds a *piece*, text or bytes, that depends on nothing but
-whether it is the first; bytes that are not a character yet wait for those that follow. The few decoders in
-which a token's text depends on the token before it are asked about pairs.
+`tokenizers.decoders.DecodeStream` decodes a window again and again, and raises when an invalid byte changes
+the text that the window had before. Here every token adds a *piece*, text or bytes, which depends on nothing
+but whether the token is the first; bytes that are not a character yet wait for those that follow. For the few
+decoders in which a token's text depends on the token before it, pairs are decoded.
 
-    text(ids) = UTF-8( piece(id_0) + piece(id_1) + … )      tokens that are not shown have no piece
+    text(ids) = UTF-8( piece(id_0) + piece(id_1) + … )      a token that is not shown has no piece
 
-An invalid byte becomes U+FFFD and damages nothing beside it: one U+FFFD for each maximal invalid sequence in
-a byte-level tokenizer (as `tokenizers` has it), one for each byte in a byte-fallback tokenizer (as
-SentencePiece has it; `tokenizers` turns the valid characters of the same run into U+FFFD as well).
+An invalid byte becomes U+FFFD and damages nothing beside it. A byte-level tokenizer gets one U+FFFD for each
+maximal invalid sequence (like `tokenizers`), a byte-fallback tokenizer one for each byte (like SentencePiece;
+`tokenizers` turns the valid characters of the same run into U+FFFD as well).
 
 Knows neither prompts, stop strings nor requests.
 """
@@ -38,7 +38,7 @@ _ANCHOR = "a"
 
 
 class Detokenizer:
-    """What the tokens of one tokenizer read as. skip_special_tokens: they have no text."""
+    """Decodes the tokens of one tokenizer. skip_special_tokens: whether special tokens have no text."""
 
     def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
         added = backend.get_added_tokens_decoder()
@@ -58,10 +58,10 @@ class Detokenizer:
         self.first_piece = lru_cache(maxsize=4096)(partial(self._piece, before=()))
 
     def start(self, token_ids: Sequence[int] = (), *, is_shown: bool = True) -> Decoding:
-        """A decoding of what follows `token_ids`.
+        """Begin to decode the tokens that follow `token_ids`.
 
-        is_shown: their text was shown, an unfinished character at its end as U+FFFD. That character comes
-        again only if the next tokens finish it.
+        is_shown: the text of `token_ids` was shown, with U+FFFD for an unfinished character at its end. That
+        character is shown again only if the next tokens finish it.
         """
         if not self._is_separable:
             return _PairDecoding(self, token_ids)
@@ -74,12 +74,12 @@ class Detokenizer:
         return text + decoding.finish() + decoding.unfinished()
 
     def token(self, token_id: int) -> str | None:
-        """A token as it stands in the vocabulary; None if it has no text, because it is skipped or beyond the
+        """A token as the vocabulary spells it. None if it has no text: it is skipped, or outside the
         vocabulary (a model may have more rows than its tokenizer has tokens)."""
         return None if token_id in self._skipped else self._backend.id_to_token(token_id)
 
     def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
-        """The UTF-8 bytes that a token adds to a text; is_first: at its very beginning."""
+        """The UTF-8 bytes that a token adds to a text; is_first: at the text's very beginning."""
         piece = self.piece(token_id)
         if is_first:
             piece = self.strip(self.first_piece(token_id), self.num_to_strip)
@@ -92,16 +92,16 @@ class Detokenizer:
         return piece
 
     def decode_tokens(self, tokens: list[str]) -> str:
-        """The decoder's own word on a list of tokens."""
+        """Decode a list of tokens with the tokenizer's own decoder."""
         return " ".join(tokens) if self._decoder is None else str(self._decoder.decode(tokens))
 
     def decode_bytes(self, raw: bytes, *, is_last: bool = False) -> tuple[str, bytes]:
-        """As much of `raw` as is certain, and the unfinished character at its end."""
+        """The text of the complete characters in `raw`, and the bytes of an unfinished one at its end."""
         text, num_read = codecs.utf_8_decode(raw, self._errors, is_last)
         return text, raw[num_read:]
 
     def _piece(self, token_id: int, *, before: Sequence[str] = (_ANCHOR,)) -> str | bytes:
-        """Text, or bytes that are not text by themselves."""
+        """The text of a token, or its bytes if they are not text by themselves."""
         token = self.token(token_id)
         if token is None:
             return ""
@@ -115,13 +115,13 @@ class Detokenizer:
 
 
 class Decoding:
-    """The text of one growing sequence to which every token adds its piece.
+    """The text of one growing sequence, to which every token adds its piece.
 
-    is_at_start: nothing has been decoded yet, so the next token may lose its space. At most one unfinished
-    character is kept.
+    At most one unfinished character is kept.
     """
 
     def __init__(self, tokens: Detokenizer, token_ids: Sequence[int], *, is_shown: bool) -> None:
+        #: Whether nothing has been decoded yet, so that the next token may lose its space.
         self.is_at_start = True
         self._tokens = tokens
         self._piece = tokens.piece
@@ -135,18 +135,18 @@ class Decoding:
         self._shown = self.unfinished() if is_shown and self._pending else ""
 
     def push(self, token_id: int) -> str:
-        """Text that the token made certain."""
+        """Take the next token; return the text that has become certain."""
         piece = self._first_piece(token_id) if self.is_at_start else self._piece(token_id)
         if not self._pending and piece.__class__ is str:
             return piece  # type: ignore[return-value]
         return self._join(piece) if piece else ""
 
     def finish(self) -> str:
-        """What is certain once no token follows; an unfinished character is not."""
+        """The text that becomes certain when no token follows, without an unfinished character."""
         return ""
 
     def unfinished(self) -> str:
-        """U+FFFD for an unfinished character, as decoding the whole sequence shows it."""
+        """U+FFFD for an unfinished character, as decoding the whole sequence would show it."""
         return self._tokens.decode_bytes(self._pending, is_last=True)[0]
 
     def _join(self, piece: str | bytes) -> str:
@@ -171,9 +171,11 @@ class Decoding:
 
 
 class _PairDecoding(Decoding):
-    """A token adds what it adds to the text of the token before it (`BPEDecoder`, `CTC`, unusual sequences).
+    """A decoding where a token's text depends on the token before it (`BPEDecoder`, `CTC`, unusual
+    sequences).
 
-    Text that ends with U+FFFD is held back, for as many tokens as may make up a character.
+    A token adds the difference between the text of the pair and the text of the token before it. Text that
+    ends with U+FFFD is held back for as many tokens as may make up a character.
     """
 
     def __init__(self, tokens: Detokenizer, token_ids: Sequence[int]) -> None:
@@ -200,7 +202,7 @@ class _PairDecoding(Decoding):
         return text
 
     def _added(self) -> str:
-        """What the held tokens add."""
+        """The text that the held tokens add."""
         before = self._tokens.decode_tokens(self._before) if self._before else ""
         text = self._tokens.decode_tokens([*self._before, *self._held])
         same = 0
@@ -210,7 +212,7 @@ class _PairDecoding(Decoding):
 
 
 def _unfinished_end(token_ids: Sequence[int], piece: Any) -> bytes:
-    """The bytes of the character that the last tokens began and did not finish."""
+    """The bytes of a character that the last tokens began and did not finish."""
     tail = b""
     for token_id in reversed(token_ids):
         last = piece(token_id)
@@ -228,15 +230,15 @@ def _unfinished_end(token_ids: Sequence[int], piece: Any) -> bytes:
 
 
 def _unrolled(step: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a decoder, nested sequences unrolled."""
+    """The steps of a decoder, with nested sequences flattened."""
     if step["type"] != "Sequence":
         return [step]
     return [inner for part in step["decoders"] for inner in _unrolled(part)]
 
 
 def _leading_strip(steps: list[dict[str, Any]]) -> tuple[str, int, list[dict[str, Any]]]:
-    """The character that the last step strips from the front of the whole text, how many of it at most, and
-    the steps before it."""
+    """The character that the last step strips from the front of the whole text, how many of them at most, and
+    the steps before that one."""
     kinds = [step["type"] for step in steps]
     if len(steps) > 1 and kinds[-1] == "Strip" and "Fuse" in kinds and not steps[-1]["stop"]:
         return steps[-1]["content"], steps[-1]["start"], steps[:-1]
@@ -244,7 +246,7 @@ def _leading_strip(steps: list[dict[str, Any]]) -> tuple[str, int, list[dict[str
 
 
 def _is_separable(steps: list[dict[str, Any]]) -> bool:
-    """Whether a token's text depends on nothing but the token and on whether it is the first."""
+    """Whether a token's text depends on nothing but the token itself and whether it is the first."""
     kinds = [step["type"] for step in steps]
     end = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
     apart, whole = steps[:end], steps[end + 1 :]
@@ -275,7 +277,7 @@ codecs.register_error(_PER_BYTE, _replace_each_byte)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character → byte of byte-level BPE: printable Latin-1 is itself, the other bytes follow U+0100."""
+    """Byte-level BPE's character for each byte: printable Latin-1 is itself, the others follow U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -285,7 +287,7 @@ _BYTE_OF = _byte_level_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """A token outside the alphabet (an added one) is itself."""
+    """The bytes of a byte-level token. One outside the alphabet (an added token) stands for itself."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
     except KeyError:

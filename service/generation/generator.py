@@ -1,6 +1,6 @@
-"""From a prompt and options to sequences in flight: tokens, limits, the engine's requests.
+"""From a prompt and options to running sequences: encode, check limits, make the engine's requests.
 
-Knows no HTTP: what is wrong with a request is an `InvalidInput` that names the parameter.
+Knows no HTTP. A request that is wrong raises `InvalidInput` with the name of the parameter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from service.metrics.service_metrics import Metrics
 from service.processes.fair_gate import FairGate
 from tessera.errors import InvalidInput
 
-#: Tokenising 16 k characters takes about 5 ms, as long as the event loop may stand still.
+#: Longer inputs are tokenised in a thread: 16 k characters take about 5 ms, the longest that the event loop
+#: may be blocked.
 MAX_INLINE_CHARACTERS = 16 * 1024
-#: What a message of a conversation and a call of the tokenizer cost beside their characters, in characters.
+#: The fixed cost of one message and of one call of the tokenizer, expressed in characters.
 MESSAGE_CHARACTERS, CALL_CHARACTERS = 32, 256
-#: Sequences of one request: prompts × n.
+#: The most sequences of one request: prompts × n.
 MAX_SEQUENCES = 256
 
 T = TypeVar("T")
@@ -33,25 +34,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """How a prompt is continued.
+    """How a prompt is continued."""
 
-    max_tokens: None as far as the context goes, 0 not at all. skip_special_tokens: they have no text.
-    include_stop: the stop string or stop token that ends the text is a part of it. is_prompt_shown: the
-    client has seen the prompt whole, also an unfinished character at its end (`TextCodec.stream`).
-    """
-
+    #: Sequences per prompt.
     n: int = 1
+    #: None: until the context is full. 0: read the prompt and generate nothing.
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    #: Whether special tokens have no text.
     skip_special_tokens: bool = True
+    #: Whether the stop string or stop token that ends the text is a part of it.
     include_stop: bool = False
+    #: Whether the client has seen the whole prompt, including an unfinished character at its end
+    #: (`TextCodec.stream`).
     is_prompt_shown: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 class Generator:
-    """Starts generations."""
+    """Encodes prompts and starts their generation."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class Generator:
         request_timeout_s: float,
         gate: FairGate | None = None,
     ) -> None:
-        """gate: for inputs that are read beside the event loop, by tenant; None: one of its own."""
+        """gate: admits large inputs to a thread, fairly between tenants; None: a gate of its own."""
         self.codec = codec
         self.engine = engine
         self._gate = gate or heavy_gate()
@@ -71,7 +73,7 @@ class Generator:
         self._request_timeout_s = request_timeout_s
 
     async def text_prompts(self, tenant: str, texts: Sequence[str], *, param: str) -> list[list[int]]:
-        """Token ids of raw prompts, as the trainer would encode them. Raises `InvalidInput`."""
+        """The token ids of raw prompts, encoded as the trainer encodes them. Raises `InvalidInput`."""
         for text in texts:
             self.refuse_endless(text, param=param)
         size = sum(len(text) + CALL_CHARACTERS for text in texts)
@@ -80,12 +82,12 @@ class Generator:
     async def chat_prompt(
         self, tenant: str, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Token ids of a conversation up to the assistant's turn. variables: more names for the template.
+        """The token ids of a conversation up to and with the opening of the assistant's turn.
 
-        Raises `InvalidInput`.
+        variables: further variables of the chat template. Raises `InvalidInput`.
         """
         for message in messages:
-            if message["role"] != "assistant":  # of whose turns a template may leave out parts
+            if message["role"] != "assistant":  # a template may leave out parts of an assistant's turn
                 self.refuse_endless(message["content"].strip(), param="messages")
         size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
         return await self.off_loop(
@@ -93,12 +95,12 @@ class Generator:
         )
 
     async def off_loop(self, tenant: str, size: int, work: Callable[[], T]) -> T:
-        """The result of `work` on an input of `size` characters: beside the event loop if it would hold it
-        up, in the tenant's turn. Tokenizers give up Python's lock while they work.
+        """Run `work` on an input of `size` characters: in a thread, once the gate admits the tenant, if it
+        would block the event loop for too long. Tokenizers release Python's lock while they work.
         """
         if size <= MAX_INLINE_CHARACTERS and not self._gate.num_taken:
             return work()
-        if size <= MAX_INLINE_CHARACTERS:  # a large input may hold the lock of the template's renderer
+        if size <= MAX_INLINE_CHARACTERS:  # a large input may hold the template renderer's lock
             return await asyncio.to_thread(work)
         async with self._gate.room(tenant):
             return await asyncio.to_thread(work)
@@ -118,13 +120,14 @@ class Generator:
     def start(
         self, target: Target, prompts: Sequence[list[int]], options: Options, *, param: str
     ) -> Generation:
-        """n sequences for every prompt, prompts outermost; the engine sees them when the pieces are read.
+        """Make n sequences for every prompt, prompts outermost. The engine gets them when the pieces are
+        read.
 
-        param: the field that held the prompts. Raises `InvalidInput`, `EngineUnavailable`.
+        param: the field of the request that held the prompts. Raises `InvalidInput`, `EngineUnavailable`.
         """
         info = self.engine.info
         if len(prompts) * options.n > MAX_SEQUENCES:
-            raise InvalidInput(f"prompts × n must be at most {MAX_SEQUENCES}", param=param)
+            raise InvalidInput(f"the number of prompts times n must be at most {MAX_SEQUENCES}", param=param)
         for field_name in ("logit_bias", "stop_token_ids"):
             for token_id in getattr(options.sampling, field_name):
                 if not 0 <= token_id < info.vocab_size:
@@ -159,26 +162,27 @@ class Generator:
     def _sampling(
         self, token_ids: list[int], options: Options, info: EngineInfo, param: str
     ) -> SamplingParams:
-        """The parameters for one prompt: how many tokens it may have, what ends it."""
+        """The parameters for one prompt: how many tokens may follow it, and which tokens end them."""
         if not token_ids:
             raise InvalidInput("the prompt is empty", param=param, code="empty_prompt")
-        if len(token_ids) > info.max_model_len:  # before anything looks at each of a million ids
+        if len(token_ids) > info.max_model_len:  # before anything reads a million ids one by one
             raise too_long(len(token_ids), options.max_tokens or 1, info.max_model_len, param)
         if not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
             raise InvalidInput(f"token ids must be from 0 to {info.vocab_size - 1}", param=param)
-        room = info.max_model_len - len(token_ids)
-        max_tokens = max(1, room) if options.max_tokens is None else options.max_tokens
-        if max_tokens > room:
+        num_left = info.max_model_len - len(token_ids)
+        max_tokens = max(1, num_left) if options.max_tokens is None else options.max_tokens
+        if max_tokens > num_left:
             raise too_long(len(token_ids), max_tokens, info.max_model_len, param)
         if options.sampling.min_tokens > max_tokens:
-            raise InvalidInput("min_tokens exceeds max_tokens", param="min_tokens")
+            message = f"min_tokens is {options.sampling.min_tokens}, above max_tokens, which is {max_tokens}"
+            raise InvalidInput(message, param="min_tokens")
         eos = () if options.ignore_eos else self.codec.eos_token_ids
         stop_token_ids = tuple(dict.fromkeys((*options.sampling.stop_token_ids, *eos)))
         return replace(options.sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
 
 
 def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> InvalidInput:
-    more = f" and up to {num_more} more were asked for" if num_more else ""
+    more = f" and the answer up to {num_more}" if num_more else ""
     return InvalidInput(
         f"the context holds {max_model_len} tokens; the prompt has {num_prompt}{more}",
         param=param,
@@ -187,5 +191,6 @@ def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> 
 
 
 def heavy_gate() -> FairGate:
-    """For work on large inputs: two at once, one of each tenant, so that nobody keeps the others out."""
+    """A gate for work on large inputs: two at a time and one per tenant, so that no tenant blocks the
+    others."""
     return FairGate(capacity=2, share=1)

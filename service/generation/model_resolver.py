@@ -1,10 +1,10 @@
-"""What the `model` of a request means: the base model, or one of the caller's adapters at some version.
+"""Which model a request is for: the base model, or one of the caller's adapters at some version.
 
     <base>              the base model alone
     <adapter>           the active version of the caller's adapter; also `<base>:<adapter>`
     <adapter>@<version> that version
 
-Another tenant's adapter looks exactly like one that does not exist.
+Another tenant's adapter cannot be told from one that does not exist.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from tessera.store.ownership import PrivateBases
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
-#: `GET /v1/models` has no pages in OpenAI's clients; all of a tenant's adapters are at `GET /v1/adapters`.
+#: OpenAI's clients know no pages of `GET /v1/models`; `GET /v1/adapters` lists all of a tenant's adapters.
 MAX_LISTED_ADAPTERS = 100
 
 
 @dataclass(frozen=True)
 class Target:
-    """Who asks for what: `name` as the caller wrote it; adapter None means the base model alone."""
+    """The model that a request is for."""
 
     tenant: str
+    #: The model's name as the caller wrote it.
     name: str
+    #: None: the base model alone.
     adapter: AdapterRef | None
 
 
 class ModelResolver:
-    """The base model and the adapters, by the names that callers use."""
+    """Finds, checks and deletes models by the names that callers use."""
 
     def __init__(
         self, base_model: str, adapters: AdapterStore, private_bases: PrivateBases, engine: TokenEngine
     ) -> None:
-        """base_model: its directory or hub id."""
+        """base_model: directory or hub id of the base model."""
         self.base_name = model_name(base_model)
         self.base_source = public_source(base_model)
         self._adapters = adapters
@@ -53,17 +55,18 @@ class ModelResolver:
     async def resolve(
         self, tenant: str, name: str, aliases: Mapping[str, str] = MappingProxyType({})
     ) -> Target:
-        """What `name` means. aliases: the name that other fields give, by field; it counts where `name` is
-        the base model's, and must be the same elsewhere.
+        """Find the model that `name` means.
 
-        Raises `NotFound` with the field that counted as param, `InvalidInput` for an alias that contradicts.
+        aliases: field of the request -> the model's name in that field. An alias counts if `name` is the base
+        model's, and must otherwise be equal to `name`. Raises `NotFound` with the field that counted as
+        param, and `InvalidInput` for an alias that contradicts `name`.
         """
         param = "model"
         for field, alias in aliases.items():
             if name == self.base_name:
                 name, param = alias, field
             elif self._plain(alias) != self._plain(name):
-                message = f"{field} says {alias!r} and model {name!r}; name one, or the base model as model"
+                message = f"{field} is {alias!r}, but model is {name!r}; give one, or the base model as model"
                 raise InvalidInput(message, param=field)
         if name == self.base_name:
             return Target(tenant, name, None)
@@ -77,18 +80,18 @@ class ModelResolver:
         return name.removeprefix(f"{self.base_name}:")
 
     def parse(self, name: str) -> tuple[str, int | None]:
-        """Adapter id and version in a name. Raises `NotFound` for what can be no adapter's name."""
+        """Split a name into adapter id and version. Raises `NotFound` if no adapter can have that name."""
         adapter_id, at, version = name.removeprefix(f"{self.base_name}:").partition("@")
         if not ADAPTER_ID.fullmatch(adapter_id) or (at and not _VERSION.fullmatch(version)):
             raise unknown_model(name)
         return adapter_id, int(version) if at else None
 
     def check_new_id(self, adapter_id: str, *, param: str = "adapter.id") -> str:
-        """`adapter_id`, if an adapter may have this name. Raises `InvalidInput`."""
+        """Return `adapter_id` if an adapter may have this id. Raises `InvalidInput`."""
         if not ADAPTER_ID.fullmatch(adapter_id):
             raise InvalidInput(
-                f"an adapter id is 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit; "
-                f"got {adapter_id!r}",
+                "an adapter id has 1 to 64 characters out of a-z, 0-9, '.', '_' and '-', and begins with a "
+                f"letter or digit; got {adapter_id!r}",
                 param=param,
             )
         if adapter_id == self.base_name:
@@ -96,7 +99,7 @@ class ModelResolver:
         return adapter_id
 
     async def get(self, tenant: str, name: str) -> AdapterRecord | None:
-        """The adapter that `name` means; None if it is the base model. Raises `NotFound`."""
+        """The adapter that `name` means; None for the base model. Raises `NotFound`."""
         if name == self.base_name:
             return None
         adapter_id, version = self.parse(name)
@@ -106,18 +109,18 @@ class ModelResolver:
         return record
 
     async def delete(self, tenant: str, name: str) -> str:
-        """Delete an adapter with all its versions, here and in the engine, and with the bases that only it
-        needed; returns its id.
+        """Delete an adapter with all its versions, and the private bases that only it needed; return its id.
 
-        Raises `NotFound`, and `InvalidInput` for the base model and for a single version.
+        The engine drops its copies as well. Raises `NotFound`, and `InvalidInput` for the base model and for
+        a single version.
         """
         if name == self.base_name:
             raise InvalidInput("the base model cannot be deleted", param="model")
         adapter_id, version = self.parse(name)
         if version is not None:
-            raise InvalidInput("a single version cannot be deleted, only the adapter", param="model")
+            raise InvalidInput("a single version cannot be deleted; delete the adapter", param="model")
         is_deleted = await self._adapters.delete(tenant, adapter_id)
-        # Also if it was deleted before: that deletion may have been cut off here.
+        # Even if it was deleted before: that deletion may have been interrupted at this point.
         deletion_count = await self._adapters.deletion_count(tenant, adapter_id)
         await self._private_bases.release(tenant, adapter_id, deletion_count=deletion_count)
         if not is_deleted:
@@ -126,7 +129,8 @@ class ModelResolver:
         return adapter_id
 
     async def forget(self, tenant: str, adapter_id: str) -> None:
-        """Make the engine drop its copies. One that is down has none, and the store is the truth."""
+        """Make the engine drop its copies. An engine that is down has none, and the store is
+        authoritative."""
         try:
             await self._engine.unload(tenant, adapter_id)
         except EngineUnavailable:

@@ -1,6 +1,6 @@
-"""How many characters a context of so many tokens can hold at most: what is longer need not be tokenised.
+"""The most characters that one token can stand for: a longer text cannot fit and need not be tokenised.
 
-Knows the tokenizer's description and nothing else.
+Knows nothing but the tokenizer's description.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-#: Canonical composition makes one character of at most four.
+#: Unicode's canonical composition makes one character out of at most four.
 _MAX_COMPOSED = 4
+#: How many characters each normalizer may turn into one.
 _NORMALIZERS = {
     "NFC": _MAX_COMPOSED,
     "NFKC": _MAX_COMPOSED,
@@ -21,23 +22,26 @@ _NORMALIZERS = {
     "Prepend": 1,
     "Lowercase": 1,
 }
-#: They cut a text and drop nothing of it (`Split` and `Punctuation` unless they are told to).
+#: Pre-tokenizers that cut a text without dropping a part of it (`Split` and `Punctuation` have an option that
+#: drops).
 _PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Split", "Punctuation"}
 
 
 @dataclass(frozen=True)
 class PromptBound:
-    """The most characters that one token can stand for: in a text of ASCII alone, and in any other."""
+    """The most characters that one token of a tokenizer can stand for."""
 
+    #: In a text that is all ASCII.
     ascii_chars: int
+    #: In any other text, where normalizing may shorten it first.
     other_chars: int
 
 
 def prompt_bound(backend: Backend) -> PromptBound | None:
-    """The bound of a tokenizer; None if it has none.
+    """The bound of a tokenizer; None if there is none.
 
-    It has none where it drops characters, where one unknown token stands for any run of unknown characters,
-    or where a token swallows the white space beside it.
+    There is none if the tokenizer drops characters, if one unknown token stands for any run of unknown
+    characters, or if a token swallows the white space beside it.
     """
     description = json.loads(backend.to_str())
     model = description["model"]

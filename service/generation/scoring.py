@@ -1,7 +1,7 @@
-"""How likely a model finds a given text: the measure by which an adapter is judged.
+"""Score a given text by its log-probability, the measure by which adapters are compared.
 
-The engine reads each text as a prompt and reports the log-probability of every token after the first; which
-of them count is decided by the same mask that decides what is trained.
+The engine reads each text as a prompt and reports the log-probability of every token after the first. The
+mask that selects the tokens to train on also selects the tokens that count here.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from tessera.chat.chat_format import EncodedExample
 from tessera.data.examples import Example
 from tessera.errors import InvalidInput, RequestFailed
 
-#: The prompt's own log-probabilities and nothing beside.
+#: Report the log-probabilities of the prompt, and generate nothing.
 _PROMPT_ONLY = Options(max_tokens=0, sampling=SamplingParams(temperature=0.0, prompt_logprobs=0))
 
 
 @dataclass(frozen=True)
 class ScoredText:
-    """One item. rows: its token ids. logprobs: of the tokens after each row's first one, in nats; is_counted:
-    which of them count.
+    """One item of a scoring request."""
 
-    A conversation has several rows if its answers cannot share one (`tessera/chat/rows.py`).
-    """
-
+    #: Token ids. A conversation has several rows if its answers cannot share one (`tessera/chat/rows.py`).
     rows: tuple[list[int], ...]
+    #: Log-probabilities in nats of the tokens after the first one of each row.
     logprobs: tuple[TokenLogprobs, ...]
+    #: Which of these tokens count.
     is_counted: tuple[bool, ...]
 
     @property
@@ -57,7 +56,8 @@ class ScoredText:
 async def score(
     generator: Generator, target: Target, examples: Sequence[Example]
 ) -> tuple[list[ScoredText], Generation]:
-    """Score all examples at once; also what it took. Raises `InvalidInput` (param "input.<i>")."""
+    """Score all examples in one generation, and return that as well. Raises `InvalidInput` (param
+    "input.<i>")."""
     limit = generator.engine.info.max_model_len
     for index, example in enumerate(examples):
         for text in _texts(example):
@@ -68,9 +68,7 @@ async def score(
     )
     prompts = [row.token_ids for rows in encoded for row in rows]
     if len(prompts) > MAX_SEQUENCES:
-        message = (
-            f"the conversations are read in {len(prompts)} rows, the limit is {MAX_SEQUENCES}; send fewer"
-        )
+        message = f"the input takes {len(prompts)} rows, the limit is {MAX_SEQUENCES}; send fewer items"
         raise InvalidInput(message, param="input")
     generation = generator.start(target, prompts, _PROMPT_ONLY, param="input")
     finished = iter(await generation.collect())
@@ -85,7 +83,7 @@ def _encode(generator: Generator, example: Example, index: int, limit: int) -> l
         raise InvalidInput(error.message, param=param, code=error.code) from error
     if any(row.truncated for row in rows):
         raise InvalidInput(
-            f"the text has more than {limit} tokens, which is all that the context holds",
+            f"the text has more tokens than the context holds, which is {limit}",
             param=param,
             code="context_length_exceeded",
         )

@@ -1,6 +1,6 @@
-"""Sequences in flight: the engine's tokens become pieces of text, and several sequences one stream.
+"""Running sequences: the engine's tokens become pieces of text, and several sequences become one stream.
 
-Knows the engine's messages and the text codec; no HTTP and no JSON.
+Knows the engine's messages and the text codec, but neither HTTP nor JSON.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ class Token:
     """A generated token with its log-probability."""
 
     logprobs: TokenLogprobs
-    #: Where its text begins in the sequence's text.
+    #: Where the token's text begins in the sequence's text.
     offset: int
-    #: Whether no text is before it, so that it may lose its space.
+    #: Whether no text stands before the token, so that it may lose its space.
     is_first: bool = False
-    #: Whether it ended the sequence and is no part of the text.
+    #: Whether the token ended the sequence and is not a part of the text.
     is_end: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What became certain of one sequence: text, and the tokens whose text began to show."""
+    """The part of a sequence that has become certain since the piece before."""
 
+    #: The number of the sequence within its generation.
     index: int
     text: str = ""
+    #: The tokens whose text has begun to show, if the request wants log-probabilities.
     tokens: tuple[Token, ...] = ()
-    #: All tokens that came since the piece before, whether they show or not.
+    #: All tokens that came since the piece before, whether their text shows or not.
     token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
@@ -49,7 +51,7 @@ class Piece:
 
 @dataclass
 class Finished:
-    """A whole sequence, put together from its pieces."""
+    """A whole sequence, joined from its pieces."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Finished:
 
 @dataclass
 class Usage:
-    """Tokens of one API request. A prompt that is continued n times counts once."""
+    """The tokens of one API request. A prompt that is continued n times counts once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -68,7 +70,7 @@ class Usage:
 
 
 class LiveSequence:
-    """One sequence that the engine continues. `pieces` ends it, however it is left."""
+    """One sequence that the engine continues. Leaving `pieces` in any way ends it in the engine as well."""
 
     def __init__(self, index: int, request: GenerationRequest, text: TextStream, metrics: Metrics) -> None:
         self.index = index
@@ -85,7 +87,7 @@ class LiveSequence:
         self._unsent_ids: list[int] = []
 
     async def pieces(self, engine: TokenEngine) -> AsyncGenerator[Piece, None]:
-        """Pieces up to the one with a finish_reason. Raises what the engine gave up with."""
+        """Pieces up to the one that has a finish_reason. Raises the error with which the engine gave up."""
         async with aclosing(engine.generate(self.request)) as outputs:
             async for output in outputs:
                 piece = self._read(output)
@@ -93,7 +95,7 @@ class LiveSequence:
                     yield piece
                 if piece.finish_reason:
                     return
-        raise RequestFailed("the engine ended a sequence without saying why")
+        raise RequestFailed("the engine ended a sequence without a finish_reason")
 
     def _read(self, output: TokenOutput) -> Piece:
         if output.error is not None or output.finish_reason in ("error", "cancelled"):
@@ -121,7 +123,7 @@ class LiveSequence:
         if finish_reason is not None:
             text += self._text.flush()
         token_ids: tuple[int, ...] = ()
-        if text or finish_reason or prompt:  # it will be sent
+        if text or finish_reason or prompt:  # this piece will be sent
             token_ids = tuple(self._unsent_ids)
             self._unsent_ids.clear()
         self._shown += len(text)
@@ -129,7 +131,7 @@ class LiveSequence:
         return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
 
     def _end(self, logprobs: TokenLogprobs | None) -> str:
-        """The rest of the text, before a stop token that is no part of it."""
+        """The rest of the text before a stop token that is not a part of it."""
         text = self._text.flush()
         if logprobs is not None:
             self._waiting.append(Token(logprobs, self._text.length, is_end=True))
@@ -145,7 +147,8 @@ class LiveSequence:
             self._metrics.inter_token_latency.observe(waited_s / num_tokens)
 
     def _shown_tokens(self, finish_reason: str | None) -> tuple[Token, ...]:
-        """The waiting tokens whose text has begun to show; at the end all but those after a stop string."""
+        """The waiting tokens whose text has begun to show; at the end, all except those after a stop
+        string."""
         is_cut = finish_reason is None or self._text.is_stopped
         shown = []
         while self._waiting and (not is_cut or self._waiting[0].offset < self._shown):
@@ -165,7 +168,7 @@ class Generation:
     started_at: float = field(default_factory=time.monotonic)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The pieces of all sequences as they come. Leaving it cancels what still runs."""
+        """The pieces of all sequences as they arrive. Leaving it cancels the sequences that still run."""
         outcome = "cancelled"
         try:
             sources = [sequence.pieces(self.engine) for sequence in self.sequences]
@@ -181,7 +184,7 @@ class Generation:
             self.metrics.generation_ended(outcome, duration_s, self.max_distinct)
 
     async def collect(self) -> list[Finished]:
-        """All sequences, whole, in order."""
+        """Wait for all sequences and return them whole, in order."""
         finished = [Finished() for _ in self.sequences]
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
@@ -195,12 +198,13 @@ class Generation:
 
     @property
     def ttft_ms(self) -> float | None:
-        """Until the first token of any sequence, in milliseconds."""
+        """Time to the first token of any sequence, in milliseconds."""
         times = [1000 * s.ttft_s for s in self.sequences if s.ttft_s is not None]
         return min(times, default=None)
 
     @property
     def max_distinct(self) -> int:
+        """The most distinct models (adapters, base) that shared a step with one of the sequences."""
         return max((s.max_distinct for s in self.sequences), default=0)
 
     @property
@@ -214,8 +218,10 @@ class Generation:
 
 
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-    """The items of all sources as they come; the first error of any ends all. Closing it closes them."""
-    # Bounded: what a slow reader does not fetch waits in one place, where it is counted (`connection.py`).
+    """The items of several sources as they arrive; the first error ends all. Closing it closes the
+    sources."""
+    # Bounded, so that outputs that a slow reader has not fetched wait where they are counted
+    # (`connection.py`).
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(len(sources))
     tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
     running = len(tasks)
@@ -243,7 +249,7 @@ async def _pump(source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece 
 
 
 def error_of(output: TokenOutput) -> TesseraError:
-    """The exception that an engine's error output stands for: the class whose `code` it carries."""
+    """The exception that the engine's error output stands for, found by its `code`."""
     if output.error is None:
         return RequestFailed("the request was cancelled", code="cancelled")
     code, message = output.error
@@ -256,8 +262,8 @@ def _error_classes(root: type[TesseraError]) -> list[type[TesseraError]]:
     return [root, *(found for child in root.__subclasses__() for found in _error_classes(child))]
 
 
-#: A class without a code of its own shares its parent's, and the parent comes first. `InvalidTrainingData` is
-#: never the engine's, and is made of a list of problems.
+#: A class without a code of its own shares its parent's, and the parent wins. `InvalidTrainingData` never
+#: comes from the engine, and its constructor takes a list of problems.
 _BY_CODE: dict[str, type[TesseraError]] = {
     cls.code: cls
     for cls in reversed(_error_classes(TesseraError))

@@ -1,8 +1,8 @@
-"""The text of an answer: what its tokens read as after their prompt, up to a stop string.
+"""The text of an answer: its tokens, decoded after their prompt, up to a stop string.
 
-From text to token ids is `tessera/chat/chat_format.py`, which the trainer shares; single tokens are
-`detokenizer.py`. Knows no HTTP and no engine. A character that several tokens make up is held
-back until it is whole, and text that may be the beginning of a stop string until it is clear that it is not.
+`tessera/chat/chat_format.py`, which the trainer shares, turns text into token ids; `detokenizer.py` decodes
+single tokens. Knows neither HTTP nor the engine. A character that several tokens make up is held back until
+it is complete, and text that may begin a stop string is held back until it is certain that it does not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tessera.model.files import model_folder
 
 
 class TextCodec:
-    """The base model's tokenizer, as the service uses it. eos_token_ids: what ends a generation by itself."""
+    """The base model's tokenizer, as the service uses it."""
 
     def __init__(
         self,
@@ -33,14 +33,16 @@ class TextCodec:
         eos_token_ids: Iterable[int] = (),
         allow_control_tokens: bool = False,
     ) -> None:
-        """As `ChatFormat`. Raises `UnsupportedModel` for a tokenizer without a fast backend."""
+        """Takes the arguments of `ChatFormat`. Raises `UnsupportedModel` for a tokenizer without a fast
+        backend."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Backend):
-            raise UnsupportedModel("the tokenizer has no tokenizers backend", param="base_model")
+            raise UnsupportedModel("the tokenizer has no fast backend (`tokenizers`)", param="base_model")
         self.chat = ChatFormat(
             tokenizer, eos_token_ids=eos_token_ids, allow_control_tokens=allow_control_tokens
         )
         self._backend = backend
+        #: The tokens at which a generation stops by itself.
         self.eos_token_ids = self.chat.end_ids
         self.token_text = lru_cache(maxsize=65_536)(self._token_text)
         self._shown = {skip: Detokenizer(backend, skip_special_tokens=skip) for skip in (True, False)}
@@ -56,8 +58,11 @@ class TextCodec:
     def echo(
         self, token_ids: Sequence[int], text: str | None = None, *, skip_special_tokens: bool = True
     ) -> Echo:
-        """A prompt as it goes before its answer: `text`, if it was given as text, or what its tokens read as
-        without an unfinished character at its end."""
+        """The text of a prompt that is returned with its answer.
+
+        It is `text` if the prompt was given as text, and otherwise the decoded tokens without an unfinished
+        character at the end.
+        """
         decoding = self._shown[skip_special_tokens].start()
         offsets, read, num_first = [], "", 0
         for token_id in token_ids:
@@ -69,8 +74,11 @@ class TextCodec:
         return Echo(text, self._offsets_in(text, len(token_ids)), num_first)
 
     def _offsets_in(self, text: str, num_tokens: int) -> list[int]:
-        """Where in `text` each of its tokens begins. The parts follow each other without gaps, whatever the
-        tokenizer normalised; what it added by itself is empty."""
+        """Where in `text` each of its tokens begins.
+
+        The parts follow each other without gaps, whatever the tokenizer normalised; a token that the
+        tokenizer added has an empty part.
+        """
         spans = self.chat.text_spans(text)
         offsets, end = [], 0
         for first, last in spans[:num_tokens]:
@@ -88,21 +96,21 @@ class TextCodec:
         include_stop: bool = False,
         is_prompt_shown: bool = True,
     ) -> TextStream:
-        """The text of what follows `prompt_ids`.
+        """Decode the tokens that follow `prompt_ids`.
 
-            text(ids) = decode(prompt_ids + ids) without the decode(prompt_ids) that it begins with
+            text(ids) = decode(prompt_ids + ids) without its beginning, decode(prompt_ids)
 
-        So a first word has its space if there is text before it. An unfinished character at the very end is
+        So a first word keeps its space if there is text before it. An unfinished character at the very end is
         left out, because more tokens might have finished it. A character that the prompt began belongs to the
-        text if the text finishes it. If it does not, the U+FFFD belongs to the prompt, or to the text if
+        text if the text finishes it. Otherwise its U+FFFD belongs to the prompt, or to the text if
         is_prompt_shown is false.
         """
         decoding = self._shown[skip_special_tokens].start(prompt_ids, is_shown=is_prompt_shown)
         return TextStream(decoding, StopStrings(stop, include_stop), min_tokens)
 
     def _token_text(self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True) -> str:
-        """One token as text; `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character, a skipped special
-        token by its name."""
+        """One token as text: `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character, and the name of a
+        special token that is skipped."""
         raw = self.token_bytes(token_id, is_first=is_first, skip_special_tokens=skip_special_tokens)
         if not raw and self._shown[skip_special_tokens].token(token_id) is None:
             return self._backend.id_to_token(token_id) or ""
@@ -114,8 +122,8 @@ class TextCodec:
     def token_bytes(
         self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True
     ) -> bytes:
-        """The bytes that a token adds to a text; is_first: at its beginning. Those of all tokens make up the
-        text, as far as it is valid."""
+        """The bytes that a token adds to a text; is_first: at the text's beginning. The bytes of all tokens
+        make up the text, as far as it is valid UTF-8."""
         return self._shown[skip_special_tokens].token_bytes(token_id, is_first=is_first)
 
 
@@ -137,19 +145,21 @@ class Echo:
     text: str
     #: Where in `text` each token begins.
     offsets: Sequence[int]
-    #: That many tokens have no text before them.
+    #: How many tokens have no text before them.
     num_first: int
 
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text. are_included: the one that is met is a part of it."""
+    """Strings that end a text."""
 
     strings: Sequence[str] = ()
+    #: Whether the string that ends the text is a part of it.
     are_included: bool = False
 
     def find(self, text: str) -> int | None:
-        """The length of `text` up to the stop string that begins first; of several the shortest."""
+        """The length of `text` up to the stop string that begins first (the shortest of several); None
+        without one."""
         found = [(at, len(stop)) for stop in self.strings if (at := text.find(stop)) >= 0]
         if not found:
             return None
@@ -157,7 +167,7 @@ class StopStrings:
         return at + length if self.are_included else at
 
     def safe_length(self, text: str) -> int:
-        """How much of `text` can be no part of a stop string, whatever follows."""
+        """How many characters of `text` cannot be a part of a stop string, whatever follows."""
         safe = len(text)
         for stop in self.strings:
             for length in range(min(len(stop) - 1, len(text)), 0, -1):
@@ -170,9 +180,9 @@ class StopStrings:
 class TextStream:
     """The text of one growing sequence.
 
-    `push` token by token; what it returns can be shown to the user at once. `is_stopped` turns true when a
-    stop string is met; then `length` is the length of the text up to it. Stop strings are not looked for in
-    what the first `min_tokens` tokens bring.
+    `push` takes one token and returns text that can be shown to the user at once. `is_stopped` becomes true
+    when a stop string is found; `length` is then the length of the text up to it. The text of the first
+    `min_tokens` tokens is not searched for stop strings.
     """
 
     def __init__(self, decoding: Decoding, stop: StopStrings, min_tokens: int) -> None:
@@ -186,16 +196,16 @@ class TextStream:
 
     @property
     def is_at_start(self) -> bool:
-        """Whether the next token is the first of its text, where some tokenizers drop a leading space."""
+        """Whether the next token is the first of the text, where some tokenizers drop a leading space."""
         return self._decoding.is_at_start
 
     @property
     def includes_stop(self) -> bool:
-        """Whether what ends the text is a part of it."""
+        """Whether the stop string or token that ends the text is a part of it."""
         return self._stop.are_included
 
     def push(self, token_id: int) -> str:
-        """Text that has become certain. Nothing follows a stop."""
+        """Take the next token; return the text that has become certain. Do not call it after a stop."""
         self._num_tokens += 1
         text = self._decoding.push(token_id)
         if text and self._stop.strings:
@@ -204,7 +214,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """The rest, when no token follows. An unfinished character is left out."""
+        """Return the rest of the text when no token follows. An unfinished character is left out."""
         if self.is_stopped:
             return ""
         rest = self._decoding.finish()
@@ -215,7 +225,7 @@ class TextStream:
         return shown if self.is_stopped else shown + self._release(len(self._held_text))
 
     def _add(self, text: str) -> str:
-        """Look for the stop strings in what has not been shown yet; returns what can be shown now."""
+        """Search the text that has not been shown yet for stop strings; return what can be shown now."""
         self.length += len(text)
         self._held_text += text
         if self._num_tokens <= self._min_tokens:
