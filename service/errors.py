@@ -1,14 +1,14 @@
-"""The errors that only the HTTP side knows; the tree of all others stands in `tessera/errors.py`.
+"""The errors that only the HTTP side raises. `tessera/errors.py` has the tree of all others.
 
 TesseraError
-  Unauthenticated      no API key, or one that is not known
-  BodyTooLarge         more bytes than the limit, counted as they come
+  Unauthenticated      no API key, or an unknown one
+  BodyTooLarge         the body has more bytes than the limit
   BodyTimeout          the body did not arrive in time
   Unavailable
-    ServiceOverloaded  as many requests as allowed are being answered
+    ServiceOverloaded  the limit of concurrent requests is reached
     ShuttingDown       this process is being stopped
   RequestFailed
-    DeadlineExceeded   the engine did not finish in the time that a request has
+    DeadlineExceeded   the engine did not finish within the time limit of a request
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tessera.errors import RequestFailed, TesseraError, Unavailable
 
 
 class Unauthenticated(TesseraError):
-    """The request carries no API key, or one that is not known."""
+    """The request carries no API key, or an unknown one."""
 
     code = "invalid_api_key"
 
 
 class BodyTooLarge(TesseraError):
-    """The request's body has more bytes than the limit; counted, not believed from a header."""
+    """The request's body has more bytes than the limit. They are counted; the header is not trusted."""
 
     code = "body_too_large"
 
@@ -35,7 +35,7 @@ class BodyTimeout(TesseraError):
 
 
 class ServiceOverloaded(Unavailable):
-    """As many requests as allowed are being answered already."""
+    """The limit of requests that are answered at the same time is reached."""
 
     code = "service_overloaded"
 
@@ -47,6 +47,6 @@ class ShuttingDown(Unavailable):
 
 
 class DeadlineExceeded(RequestFailed):
-    """The engine did not finish in the time that a request has."""
+    """The engine did not finish within the time limit of a request."""
 
     code = "deadline_exceeded"

@@ -1,6 +1,7 @@
-"""API keys: who calls. Only SHA-256 digests of keys are known here; the tenant comes from the key alone.
+"""API keys: which tenant a request belongs to. Only SHA-256 digests of the keys are stored.
 
-A key is 32 random bytes, so a plain digest is enough: there is no guessing that a slow hash would hinder.
+A key has 32 random bytes, so a plain digest is enough: nobody can guess a key, and a slow hash would gain
+nothing.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from service.errors import Unauthenticated
 from tessera.errors import InvalidInput
 from tessera.redis.keys import TENANT_ID
 
-#: Whose everything is when no keys are configured.
+#: The tenant of every request when no keys are configured.
 DEFAULT_TENANT = "default"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-#: Digests are found by their first 8 hex digits, so 100,000 keys cost no more than one; what timing tells of
-#: the prefix of a SHA-256 helps nobody to find a key. The rest is compared in constant time.
+#: Digests are looked up by their first 8 hex digits, so that 100,000 keys cost no more than one. What timing
+#: reveals about the prefix of a SHA-256 does not help to find a key. The whole is compared in constant time.
 _PREFIX = 8
 
 
 class ApiKeys:
-    """The known keys. `digests` maps the SHA-256 of a key, as hex, to its tenant; None lets everybody in."""
+    """The known keys. digests: SHA-256 of a key in hex -> its tenant; None accepts every request."""
 
     def __init__(self, digests: dict[str, str] | None) -> None:
         self._is_open = digests is None
@@ -36,9 +37,11 @@ class ApiKeys:
 
     @classmethod
     def load(cls, path: Path | None) -> ApiKeys:
-        """From a file of lines `<tenant> <sha256 hex>` (# comments), or a JSON object {tenant: [sha256 hex]}.
+        """Read a file of lines `<tenant> <sha256 hex>` (with # comments), or a JSON object {tenant: [sha256
+        hex]}.
 
-        Raises `InvalidInput` naming the line: a key file that is half understood must not open the door.
+        Raises `InvalidInput` that names the line, so that a key file that is read only in part lets nobody
+        in.
         """
         if path is None:
             return cls(None)
@@ -50,15 +53,15 @@ class ApiKeys:
         digests: dict[str, str] = {}
         for where, tenant, digest in pairs:
             if not TENANT_ID.fullmatch(tenant) or not _DIGEST.fullmatch(digest):
-                raise _bad_file(f"{where} is not a tenant id and a SHA-256 digest as hex")
+                raise _bad_file(f"{where} does not hold a tenant id and a SHA-256 digest in hex")
             if digests.setdefault(digest, tenant) != tenant:
-                raise _bad_file(f"{where} gives a second tenant to a key")
+                raise _bad_file(f"{where} gives a key to a second tenant")
         if not digests:
             raise _bad_file(f"{path} holds no key")
         return cls(digests)
 
     def tenant_of(self, authorization: str | None) -> str:
-        """The tenant that an Authorization header speaks for. Raises `Unauthenticated`."""
+        """The tenant of the key in an Authorization header. Raises `Unauthenticated`."""
         if self._is_open:
             return DEFAULT_TENANT
         scheme, _, key = (authorization or "").partition(" ")

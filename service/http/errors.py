@@ -1,8 +1,8 @@
-"""From an exception to an HTTP answer: the one table of status codes, and the one error body.
+"""From an exception to an HTTP response: the one table of status codes, and the one error body.
 
     {"error": {"message", "type", "param", "code"}}
 
-What is ours alone to know (which host does not answer, what a bug said) goes to the log, never to the caller.
+Details that are not the caller's business (which host does not answer, the text of a bug) go to the log only.
 """
 
 from __future__ import annotations
@@ -50,15 +50,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """How an error is told. message: instead of the error's own. retry_after_s: when to come again."""
+    """How an error is reported to the caller."""
 
     status: int
+    #: The `type` field of the error body.
     type: str
+    #: Replaces the error's own message; None keeps it.
     message: str | None = None
+    #: The `retry-after` header: seconds after which the caller may try again.
     retry_after_s: int | None = None
 
 
-#: By class; a subclass that is not listed is told like its nearest parent.
+#: Error class -> its row. A subclass that is not listed is reported like its nearest parent.
 TABLE: dict[type[Exception], Row] = {
     InvalidInput: Row(400, "invalid_request_error"),
     Unauthenticated: Row(401, "authentication_error"),
@@ -81,13 +84,13 @@ TABLE: dict[type[Exception], Row] = {
     Exception: Row(500, "server_error", "internal error"),
 }
 
-#: What the framework raises by itself.
+#: Status -> code of the errors that the framework raises by itself.
 HTTP_CODES = {400: "invalid_body", 404: "unknown_route", 405: "method_not_allowed", 413: "body_too_large"}
 
-#: A client library must not repeat what will fail again.
+#: Statuses of requests that would fail again, so that client libraries must not repeat them.
 PERMANENT = {409, 429}
 
-#: A part of an object, as forms write it.
+#: How forms write a field of an object: `object[field]`.
 _FORM_FIELD = re.compile(r"^(\w+)\[(\w+)\]$")
 
 MAX_ERRORS_SHOWN = 20
@@ -99,7 +102,7 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 
-#: What pydantic and Starlette say less plainly, by type or by message.
+#: Plainer wordings for errors of pydantic and Starlette, by type or by message.
 _SENTENCES = {
     "model_type": "Input should be an object",
     "model_attributes_type": "Input should be an object",
@@ -122,7 +125,7 @@ _NAMES = {
     504: "not finished in time",
 }
 
-#: For OpenAPI: what every route may answer.
+#: For OpenAPI: the errors that every route may return.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description} for status, description in _NAMES.items()
 }
@@ -146,7 +149,7 @@ def row_of(error: Exception) -> Row:
 
 
 def body_of(error: Exception) -> dict[str, Any]:
-    """The error body of any exception, also for an event in a stream that has begun."""
+    """The error body of any exception. An event of a stream that has begun carries the same body."""
     row = row_of(error)
     if not isinstance(error, TesseraError):
         return error_body(row.message or "internal error", row.type, "internal_error")
@@ -157,7 +160,7 @@ def body_of(error: Exception) -> dict[str, Any]:
 
 
 def response_of(error: Exception) -> JSONResponse:
-    """The HTTP answer to any exception. What the caller is not told is logged."""
+    """The HTTP response to any exception. Details that the caller does not get are logged."""
     row = row_of(error)
     if row.status >= 500:
         is_bug = row.status == 500
@@ -172,7 +175,7 @@ def response_of(error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every exception with the error body."""
+    """Make `app` respond to every exception with the error body."""
     app.add_exception_handler(TesseraError, _on_tessera_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -194,14 +197,14 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
-    """All problems in the message, the first one in param; never what the caller sent."""
+    """Put all problems into the message and the first one into param, but never the values that were sent."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
-    said = [_sentence(problem) for problem in problems[:MAX_ERRORS_SHOWN]]
+    sentences = [_sentence(problem) for problem in problems[:MAX_ERRORS_SHOWN]]
     if len(problems) > MAX_ERRORS_SHOWN:
-        said.append(f"and {len(problems) - MAX_ERRORS_SHOWN} more")
+        sentences.append(f"and {len(problems) - MAX_ERRORS_SHOWN} more")
     code = _CODES.get(problems[0]["type"], "invalid_value")
-    body = error_body("; ".join(said), "invalid_request_error", code, _param(problems[0]))
+    body = error_body("; ".join(sentences), "invalid_request_error", code, _param(problems[0]))
     return JSONResponse(body, 400)
 
 
@@ -214,12 +217,12 @@ def _sentence(problem: Mapping[str, Any]) -> str:
     if _CODES.get(problem["type"]) == "unknown_parameter":
         known = problem.get("ctx", {}).get("known", ())
         return f"{param}: {unknown_field(str(problem['loc'][-1]), known)}"
-    said = str(_SENTENCES.get(problem["type"], problem["msg"])).removeprefix("Value error, ")
-    return f"{param}: {_SENTENCES.get(said, said)}"
+    message = str(_SENTENCES.get(problem["type"], problem["msg"])).removeprefix("Value error, ")
+    return f"{param}: {_SENTENCES.get(message, message)}"
 
 
 def _param(problem: Mapping[str, Any]) -> str | None:
-    """The dotted path to the field; names that the caller chose are cut short."""
+    """The dotted path to the field. Names that the caller chose are cut short."""
     if problem["type"] == "json_invalid":
         return None
     _, *path = problem["loc"]
@@ -228,5 +231,5 @@ def _param(problem: Mapping[str, Any]) -> str | None:
 
 
 def shown_path(parts: Iterable[object]) -> str:
-    """A dotted path in ASCII; names that the caller chose are cut short."""
+    """A dotted path in ASCII. Names that the caller chose are cut short."""
     return ".".join(str(part)[:MAX_NAME_SHOWN].encode("ascii", "backslashreplace").decode() for part in parts)

@@ -25,29 +25,31 @@ from service.processes.fair_gate import FairGate
 from service.processes.twin import LIMITS, Twin, Work
 from tessera.errors import InvalidInput
 
-#: Query parameters whose parts the caller names: `metadata[project]=x`.
+#: Query parameters with names that the caller chooses: `metadata[project]=x`.
 DEEP_PARAMETERS = frozenset({"metadata"})
 
-#: Never sent: the client is gone. The number is nginx's.
+#: nginx's number for a client that has left. It is never sent.
 CLIENT_CLOSED_REQUEST = 499
 
-#: Larger bodies are read in a thread, in their tenant's turn: 64 KB take about 2 ms.
+#: Larger bodies are read in a thread, admitted fairly between tenants: 64 KB take about 2 ms.
 MAX_INLINE_BYTES = 64 * 1024
-#: Larger ones in a process of their own. The reader holds Python's lock: for 4 MB of escapes that would be
-#: 25 ms, for as many numbers as are allowed 10, for this at most 5.
+#: Even larger bodies are read in a process of their own, because the reader holds Python's lock: 25 ms for 4
+#: MB of escapes, 10 ms for as many numbers as are allowed, and at most 5 ms for this size.
 MAX_THREAD_BYTES = 256 * 1024
-#: Of a body, outside its strings: 256 thousand token ids, or as many of anything else. For 4 MB of numbers
-#: the reader takes 0.1 s, for 4 MB of `[],` a second.
+#: The most values of a body: 256 thousand token ids, or as many of anything else. The reader takes 0.1 s for
+#: 4 MB of numbers, and a second for 4 MB of `[],`.
 MAX_VALUES = 256 * 1024
 MAX_CONTAINERS = 16 * 1024
-#: Of one object. Each that is unknown or wrong is an error of its own, which takes 50 µs to tell.
+#: The most fields of one object. Every unknown or wrong field is an error of its own, which takes 50 µs to
+#: report.
 MAX_FIELDS = 2048
-#: Smaller bodies have fewer.
+#: Smaller bodies cannot have more fields than that.
 _FEW_FIELDS_BYTES = 8 * 1024
-#: Looked through at a time: 0.1 ms.
+#: Bytes that are checked at a time: 0.1 ms.
 _PIECE_BYTES = 64 * 1024
-#: How an answer of the twin begins.
+#: The first byte of the twin's reply.
 _VALUE, _ERROR = b"v", b"e"
+#: The twin's name of this work.
 _NAME = b"j"
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -57,7 +59,7 @@ class JsonRequest(Request):
     """A request whose `json()` refuses NaN, lone surrogates, 5,000-digit integers and 200 nested lists."""
 
     async def json(self) -> Any:
-        """Raises `json.JSONDecodeError`, which the framework turns into a validation error."""
+        """The parsed body. Raises `json.JSONDecodeError`, which the framework makes a validation error."""
         if not hasattr(self, "_json"):
             reader: JsonBodies = self.app.state.services.json_bodies
             try:
@@ -108,26 +110,27 @@ class JsonRoute(APIRoute):
 
 
 class CancellableRoute(JsonRoute):
-    """A route whose handler is cancelled when its client disconnects: nobody waits for its tokens."""
+    """A route whose handler is cancelled when its client disconnects, because nobody waits for the result."""
 
     is_cancellable = True
 
 
 def _parts(dependant: Dependant) -> Iterator[Dependant]:
-    """A route's own parameters, and those of everything that it depends on."""
+    """A route's own parameters, and those of all its dependencies."""
     yield dependant
     for part in dependant.dependencies:
         yield from _parts(part)
 
 
 def _check_names(items: Iterable[tuple[str, object]], known: Set[str]) -> None:
-    """Raises `InvalidInput` for a name that is unknown or comes twice."""
+    """Raise `InvalidInput` for a name that is unknown or given twice."""
     seen = set()
     for name, _ in items:
         group = name.partition("[")[0] if name.endswith("]") else name
         if name not in known and not (group in DEEP_PARAMETERS and group in known):
-            param, said = _dotted(name), unknown_field(name, known)
-            raise InvalidInput(f"{param}: {said}", param=param, code="unknown_parameter")
+            param = _dotted(name)
+            message = f"{param}: {unknown_field(name, known)}"
+            raise InvalidInput(message, param=param, code="unknown_parameter")
         if name in seen:
             param = _dotted(name)
             raise InvalidInput(f"{param} is given more than once", param=param)
@@ -135,12 +138,12 @@ def _check_names(items: Iterable[tuple[str, object]], known: Set[str]) -> None:
 
 
 def _dotted(name: str) -> str:
-    """`a.b` for what forms and queries write as `a[b]`."""
+    """The name `a[b]` of a form or a query as `a.b`."""
     return shown_path(part.removesuffix("]") for part in name.split("["))
 
 
 async def _refuse_body(request: JsonRequest) -> None:
-    """Raises `InvalidInput` if there is anything in the body of a request that should have none."""
+    """Raise `InvalidInput` if a request that should have no body has one."""
     if (await request.body()).strip() in (b"", b"{}", b"null"):
         return
     try:
@@ -155,16 +158,19 @@ async def _refuse_body(request: JsonRequest) -> None:
 
 
 class JsonBodies:
-    """Reads bodies. gate: for large ones, by tenant. twin: of which `works` are a part; None: large bodies
-    are read in threads of this process."""
+    """Reads the JSON of bodies strictly and within bounds.
+
+    gate: admits large bodies, fairly between tenants. twin: reads the largest ones, with `works`; None: they
+    are read in threads of this process.
+    """
 
     def __init__(self, gate: FairGate, twin: Twin | None = None) -> None:
         self._gate = gate
         self._twin = twin
 
     async def read(self, tenant: str, body: bytes) -> Any:
-        """Raises `ValueError` for what is no JSON, NaN, lone surrogates, 5,000-digit integers, 200 nested
-        lists, and more values than there may be."""
+        """The value of a body. Raises `ValueError` for invalid JSON, NaN, lone surrogates, 5,000-digit
+        integers, 200 nested lists, and too many values."""
         if len(body) <= _FEW_FIELDS_BYTES:
             return from_json(body, allow_inf_nan=False)
         if len(body) <= MAX_INLINE_BYTES:
@@ -173,16 +179,16 @@ class JsonBodies:
             if self._twin is None or len(body) <= MAX_THREAD_BYTES:
                 return await asyncio.to_thread(read_large, body)
             reply = await self._twin.work(_NAME, body)
-        await asyncio.sleep(0)  # the answer may be as large as the body: others get their turn
+        await asyncio.sleep(0)  # the reply may be as large as the body: give other tasks a turn
         if reply[:1] == _VALUE:
-            value = marshal.loads(reply[1:])  # written by a fork of this very process
-            await asyncio.sleep(0)  # before it is judged
+            value = marshal.loads(reply[1:])  # safe: it was written by a fork of this very process
+            await asyncio.sleep(0)  # before it is validated
             return value
         raise ValueError(bytes(reply[1:]).decode() or f"it could not be read within {LIMITS}")
 
 
 def works() -> dict[bytes, Work]:
-    """The reader, for `fork_twin`."""
+    """The work of reading a body, for `fork_twin`."""
 
     def work(body: bytes) -> bytes:
         try:
@@ -194,7 +200,7 @@ def works() -> dict[bytes, Work]:
 
 
 def read_large(body: bytes) -> Any:
-    """Raises `ValueError`."""
+    """The value of a body that is checked first. Raises `ValueError`."""
     check_structure(body)
     value = from_json(body, allow_inf_nan=False)
     check_objects(value)
@@ -202,15 +208,16 @@ def read_large(body: bytes) -> Any:
 
 
 def check_structure(body: bytes) -> None:
-    """Count what the reader would make objects of, outside of strings. Raises `ValueError`.
+    """Count the values that the reader would make. Raises `ValueError` if there are too many.
 
-    Piece by piece, so that Python's lock is free in between, and no further than the limits: 1 ms per MB.
+    Counts outside strings, piece by piece, so that Python's lock is free in between, and stops at the limits:
+    1 ms per MB.
     """
     num_values = num_containers = start = 0
     is_in_string = False
     while start < len(body):
         end = _piece_end(body, start)
-        # Without escapes a string is what stands between two quotes.
+        # Without its escapes, a string is everything between two quotes.
         plain = body[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = plain.split(b'"')
         outside = b"".join(parts[is_in_string::2])
@@ -220,14 +227,14 @@ def check_structure(body: bytes) -> None:
         num_values += containers + outside.count(b",")
         if num_containers > MAX_CONTAINERS or num_values > MAX_VALUES:
             raise ValueError(
-                f"a body may have up to {MAX_VALUES} values, and {MAX_CONTAINERS} lists and objects; "
-                "send several smaller ones"
+                f"a body may have up to {MAX_VALUES} values and {MAX_CONTAINERS} lists and objects; "
+                "send several smaller requests"
             )
         start = end
 
 
 def _piece_end(body: bytes, start: int) -> int:
-    """Where the piece that begins at `start` ends: not within an escape."""
+    """The end of the piece that begins at `start`, which does not fall within an escape."""
     end = min(start + _PIECE_BYTES, len(body))
     piece = body[start:end]
     num_backslashes = len(piece) - len(piece.rstrip(b"\\"))
@@ -235,7 +242,7 @@ def _piece_end(body: bytes, start: int) -> int:
 
 
 def check_objects(value: Any) -> None:
-    """Raises `ValueError` for an object of too many fields, wherever it stands."""
+    """Raise `ValueError` for an object with too many fields, at any depth."""
     open_values = [value] if isinstance(value, dict | list) else []
     while open_values:
         value = open_values.pop()

@@ -1,7 +1,7 @@
-"""What routes ask for, as types: a route's signature says what it uses.
+"""The dependencies of routes, as types: a route's signature says what it uses.
 
-Everything comes from the `Services` that `create_app` put together; nothing is global. All are coroutine
-functions, because FastAPI runs a plain function in a thread, and a completion asks for four of them.
+Everything comes from the `Services` that `create_app` assembles; nothing is global. All are coroutine
+functions, because FastAPI would run plain functions in a thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tessera.store.ownership import PrivateBases
 
 @dataclass(frozen=True)
 class Stores:
-    """What is kept in Redis, one object per kind, over one client."""
+    """The stores in Redis, one per kind of object, over one client."""
 
     redis: Redis
     adapters: AdapterStore
@@ -47,7 +47,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class Services:
-    """The parts that answer requests."""
+    """Everything that routes use."""
 
     settings: ServiceSettings
     engine: TokenEngine
@@ -73,7 +73,7 @@ async def _services(request: Request) -> Services:
 
 ServicesDep = Annotated[Services, Depends(_services)]
 
-#: For the documentation; `middleware.Authentication` has checked the key before the body was read.
+#: For the documentation only: `middleware.Authentication` has checked the key before the body was read.
 _bearer = Security(HTTPBearer(auto_error=False, description="API key; none if the service has no keys"))
 
 
@@ -109,7 +109,7 @@ LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]
 
 
 async def _event_page(request: Request, stream: Annotated[bool, _STREAM] = False) -> bool:
-    """Whether events are to be followed, which knows no pages. Raises `InvalidInput`."""
+    """Whether to follow the events as a stream, which has no pages. Raises `InvalidInput`."""
     for name in ("after", "limit"):
         if stream and name in request.query_params:
             raise InvalidInput(f"{name} is for a page of events; stream sends all", param=name)
@@ -136,7 +136,7 @@ async def _metadata_filter(
         str | None, Query(description="`metadata[key]=value` for jobs with it; `null` for jobs without any")
     ] = None,
 ) -> Callable[[Job], bool] | None:
-    """Which jobs of a list are wanted: those with all the pairs of metadata that the query names."""
+    """The filter of a list of jobs: those that have all the metadata pairs of the query."""
     prefix = "metadata["
     pairs = {
         name.removeprefix(prefix)[:-1]: value
