@@ -1,28 +1,28 @@
 """Every error that Tessera raises on purpose.
 
     TesseraError
-      InvalidInput               the caller sent something wrong; names the parameter
-        InvalidTrainingData      a training file with problems, all of them, by line
+      InvalidInput               the caller sent something wrong; `param` names it
+        InvalidTrainingData      a training file has problems; lists them by line
         UnsupportedModel         a base model or a layer that cannot carry adapters
-      NotFound                   no such adapter, version, basis, file, job or model (or not yours)
+      NotFound                   no such adapter, version, basis, file, job or model of this tenant
       Conflict                   the request and the stored state disagree
         BasisMismatch            the adapter belongs to another basis than the one named
         AdapterDeleted           the adapter was deleted after the work on it began
-        BasisDeleted             a basis of the tenant's own was deleted while something was made in it
+        BasisDeleted             a private basis was deleted while something was made in it
         StaleLease               another worker holds the job now
-        QuotaExceeded            the tenant may not store so much
-      CorruptRecord              stored bytes that fail their checksum or their shape
+        QuotaExceeded            the private bases of the tenant would exceed its quota
+      CorruptRecord              stored bytes do not match their checksum or shape
       Unavailable                try again later
-        AdapterReplaced          other weights have taken the place of the version that was asked for
+        AdapterReplaced          the requested version holds other weights by now
         StoreUnavailable         Redis does not answer
         StoreFull                Redis is at `maxmemory`
         EngineUnavailable        the engine process is starting, restarting or gone
         EngineOverloaded         the engine's waiting queue is full
-        TenantOverloaded         as many requests of this tenant wait as may
+        TenantOverloaded         this tenant has reached its limit of waiting requests
       RequestFailed              the engine gave up on this one request
 
-`raise` one of these for what others can cause, `assert` for what only our own code can. The table from
-error to HTTP status stands in `service/http/errors.py` and nowhere else.
+Raise one of these for what others can cause, and `assert` for what only our own code can cause. The only
+table from errors to HTTP status codes is in `service/http/errors.py`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from dataclasses import dataclass
 
 
 class TesseraError(Exception):
-    """Base of all. `code` is stable and machine-readable, `param` names the offending field, if any."""
+    """Base class of all of them."""
 
+    #: Machine-readable and stable. `param` names the offending field, if there is one.
     code = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -51,20 +52,20 @@ class InvalidInput(TesseraError):
 
 @dataclass(frozen=True)
 class LineError:
-    """One problem in a training file: 1-based `line`, a stable `code`, a sentence that says what to do."""
+    """One problem in a training file."""
 
-    line: int
-    code: str
-    message: str
+    line: int  # counted from 1
+    code: str  # stable
+    message: str  # a sentence that says what to do
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.message}"
 
 
 class InvalidTrainingData(InvalidInput):
-    """A training file with problems. Carries all of them (up to the limit that the validator states).
+    """A training file with problems.
 
-    num_problems: how many there are, where `errors` does not list every one.
+    `errors` lists them up to the limit of the validator; `num_problems` counts all of them.
     """
 
     code = "invalid_training_file"
@@ -91,7 +92,7 @@ class UnsupportedModel(InvalidInput):
 
 
 class NotFound(TesseraError):
-    """No such object, or it belongs to another tenant (the two look alike on purpose)."""
+    """No such object, or it belongs to another tenant. The two look alike on purpose."""
 
     code = "not_found"
 
@@ -115,7 +116,7 @@ class AdapterDeleted(Conflict):
 
 
 class BasisDeleted(Conflict):
-    """A tenant's own basis was deleted while something was made in it."""
+    """A private basis was deleted while something was made in it."""
 
     code = "basis_deleted"
 
@@ -127,19 +128,19 @@ class StaleLease(Conflict):
 
 
 class QuotaExceeded(Conflict):
-    """The tenant's own bases would take more bytes than one tenant may have."""
+    """The private bases of a tenant would exceed its quota in bytes."""
 
     code = "basis_quota_exceeded"
 
 
 class CorruptRecord(TesseraError):
-    """Stored bytes that fail their checksum, their shape or their limits."""
+    """Stored bytes that do not match their checksum, their shape or their limits."""
 
     code = "corrupt_record"
 
 
 class Unavailable(TesseraError):
-    """A part of the system is not there at the moment; the same call may succeed later."""
+    """A part of the system is not available at the moment; the same call may succeed later."""
 
     code = "unavailable"
 
@@ -175,7 +176,7 @@ class EngineOverloaded(Unavailable):
 
 
 class TenantOverloaded(Unavailable):
-    """As many requests of this tenant wait in the engine as may; those of others are still taken."""
+    """This tenant has reached its limit of waiting requests; the engine still accepts those of others."""
 
     code = "tenant_overloaded"
 

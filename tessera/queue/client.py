@@ -1,7 +1,9 @@
-"""The client side of the training queue: submit, look, cancel, pause, resume. Workers use `leases.py`.
+"""The client side of the training queue: submit, read, cancel, pause and resume jobs. Workers use
+`leases.py`.
 
-Knows no HTTP and nothing of how a job is trained. Jobs are seen by their own tenant only: another tenant's
-job is `NotFound`. All steps are atomic on the server (`client_scripts.py`) and use its clock.
+A job is visible only to its own tenant; to others it does not exist (`NotFound`). All steps are atomic on the
+server (`client_scripts.py`) and use its clock. This module knows no HTTP, and nothing of how a job is
+trained.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = ["Job", "JobEvent", "JobQueue", "JobSpec", "JobStatus", "QueueStats"]
 
 logger = logging.getLogger(__name__)
 
-#: Without a dedupe key, a submission is still protected against a repetition by the client library.
+#: Even without a dedupe key, a submission is protected against a repetition by the Redis client.
 _REPETITION_TTL_S = 60
 _EVENT_ID = re.compile(r"\d{1,19}-\d{1,19}")
 
@@ -44,31 +46,30 @@ EventPage: TypeAlias = tuple[list[JobEvent], bool]
 
 @dataclass(frozen=True)
 class QueueStats:
-    """The queue over all tenants.
+    """The queue over all tenants."""
 
-    jobs: how many are queued, running and paused now, and how many ever ended in each final state. delayed:
-    those of the queued that may not run yet. oldest_queued_s: how long the longest waiting has been
-    claimable, 0 if none is. backlog_cost: estimated tokens of all queued jobs.
-    """
-
+    #: Jobs that are queued, running or paused now, and jobs that ever ended in each final state.
     jobs: dict[JobStatus, int]
+    #: Queued jobs that may not run yet.
     delayed: int
+    #: How long the oldest claimable job has waited; 0 if there is none.
     oldest_queued_s: float
+    #: Estimated tokens of all queued jobs.
     backlog_cost: int
 
 
-#: What the ids of each kind of job begin with, so that a job of one kind is unknown among those of another.
+#: Prefix of the ids of each kind of job, so that a job of one kind is not found among those of another.
 ID_PREFIXES = {"adapter": "ftjob-", "basis": "basisjob-"}
 
 
-#: Jobs that are looked at between two calls of the store, where only some are wanted.
+#: Jobs read at a time while a filtered page is filled.
 _PAGE_SIZE = 100
 
 
 class JobQueue:
     """Jobs of one kind in Redis, as their owners see them. All methods raise `StoreUnavailable`, `StoreFull`.
 
-    All kinds wait in one line; `stats` and `set_share` are about all of them.
+    Jobs of all kinds wait in one queue; `stats` and `set_share` apply to all of them.
     """
 
     def __init__(self, redis: Client, *, kind: str = "adapter") -> None:
@@ -83,9 +84,11 @@ class JobQueue:
         dedupe_key: str | None = None,
         not_before: float | None = None,
     ) -> Job:
-        """Queue a job. A dedupe_key that the tenant used within `keys.IDEMPOTENCY_TTL_S` returns that job.
+        """Queue a job.
 
-        cost: estimated tokens, what fairness between tenants counts. not_before: Unix seconds.
+        cost: estimated tokens, which the fairness between tenants counts. dedupe_key: if the tenant has used
+        it within `keys.IDEMPOTENCY_TTL_S`, the job of that time is returned. not_before: Unix time in
+        seconds.
         """
         assert spec.kind == self._kind
         ttl_s = keys.IDEMPOTENCY_TTL_S if dedupe_key is not None else _REPETITION_TTL_S
@@ -107,16 +110,16 @@ class JobQueue:
         return parse_job(reply)
 
     async def get(self, tenant: str, job_id: str) -> Job:
-        """The job as it is now. Raises `NotFound`."""
+        """Return the job as it is now. Raises `NotFound`."""
         reply = await self._run(GET, tenant, self._of_kind(job_id))
         if reply is None:
             raise _not_found(job_id)
         return parse_job(reply)
 
     async def events(self, tenant: str, job_id: str, after: str | None = None, limit: int = 20) -> EventPage:
-        """Newest first, those older than the event `after`; and whether there are more. Raises `NotFound`."""
+        """Return events older than `after`, newest first, and whether there are more. Raises `NotFound`."""
         if after is not None and not _EVENT_ID.fullmatch(after):
-            raise InvalidInput(f"not an event id: {after!r}", param="after")
+            raise InvalidInput(f"{after!r} is not an event id", param="after")
         reply: list[tuple[bytes, list[bytes]]] | None = await self._run(
             LIST_EVENTS, tenant, self._of_kind(job_id), after or "", limit
         )
@@ -125,22 +128,22 @@ class JobQueue:
         return [parse_event(*entry) for entry in reply[:limit]], len(reply) > limit
 
     async def cancel(self, tenant: str, job_id: str) -> Job:
-        """End a job: at once if no worker has it, else once its worker has stopped (`cancel_requested`).
+        """Cancel a job: at once if no worker has it, else when its worker has stopped (`cancel_requested`).
 
-        A worker that completes the job first wins. Raises `NotFound`, and `Conflict` (job_not_cancellable) if
-        the job has ended.
+        If the worker completes the job first, the job has succeeded. Raises `NotFound`, and `Conflict`
+        (job_not_cancellable) if the job has ended.
         """
         return await self._command(CANCEL, tenant, job_id, "cancel")
 
     async def pause(self, tenant: str, job_id: str) -> Job:
-        """Set a job aside: at once if no worker has it, else after a checkpoint (`pause_requested`).
+        """Pause a job: at once if no worker has it, else after a checkpoint (`pause_requested`).
 
         Raises `NotFound`, and `Conflict` (job_not_pausable) if the job has ended or is being cancelled.
         """
         return await self._command(PAUSE, tenant, job_id, "pause")
 
     async def resume(self, tenant: str, job_id: str) -> Job:
-        """Queue a paused job again, at its old place in the tenant's backlog; withdraw a pause not yet taken.
+        """Queue a paused job again at its old place in the tenant's backlog, or withdraw a requested pause.
 
         Raises `NotFound`, and `Conflict` (job_not_resumable) if the job has ended.
         """
@@ -149,7 +152,7 @@ class JobQueue:
     async def set_share(
         self, tenant: str, *, weight: float = 1.0, max_running_jobs: int | None = None
     ) -> None:
-        """Give a tenant `weight` times the usual share, and a cap of its own. Holds until set again."""
+        """Give a tenant `weight` times the usual share, and its own cap on running jobs."""
         if not 0 < weight < float("inf"):
             raise InvalidInput("weight must be a positive number", param="weight")
         if max_running_jobs is not None and max_running_jobs < 1:
@@ -157,9 +160,11 @@ class JobQueue:
         await self._run(SET_SHARE, tenant, weight, "" if max_running_jobs is None else max_running_jobs)
 
     async def stats(self) -> QueueStats:
+        """Count the jobs of all tenants."""
         waiting, delayed, running, paused, oldest_ms, cost, flat = await self._run(STATS)
         jobs = dict.fromkeys(JobStatus, 0)
-        jobs |= {JobStatus(flat[i].decode()): int(flat[i + 1]) for i in range(0, len(flat), 2)}
+        for name, total in zip(flat[::2], flat[1::2], strict=True):
+            jobs[JobStatus(name.decode())] = int(total)
         jobs[JobStatus.QUEUED] = waiting + delayed
         jobs[JobStatus.RUNNING] = running
         jobs[JobStatus.PAUSED] = paused
@@ -173,9 +178,9 @@ class JobQueue:
         *,
         is_wanted: Callable[[Job], bool] | None = None,
     ) -> JobPage:
-        """The tenant's jobs, newest first, those older than the job `after`; and whether there are more.
+        """Return the tenant's jobs older than the job `after`, newest first, and whether there are more.
 
-        is_wanted: which jobs to list; None: all.
+        is_wanted: a filter; None lists all jobs.
         """
         found: list[Job] = []
         page, has_next = limit if is_wanted is None else _PAGE_SIZE, True
@@ -204,7 +209,7 @@ class JobQueue:
         return parse_job(reply)
 
     def _of_kind(self, job_id: str) -> str:
-        """The id. Raises `NotFound` if it can be no job's of this kind."""
+        """Return the id. Raises `NotFound` if it cannot belong to a job of this kind."""
         if not job_id.startswith(self._prefix):
             raise _not_found(job_id)
         return job_id
@@ -214,13 +219,13 @@ class JobQueue:
 
 
 def _readable(replies: Iterable[JobReply]) -> Iterable[Job]:
-    """One damaged record must not hide the others of its page."""
+    """Parse the jobs, and leave out corrupt records: one must not hide the others of its page."""
     for reply in replies:
         try:
             yield parse_job(reply)
         except CorruptRecord as error:
-            logger.error("passed over in a list of jobs: %s", error)
+            logger.error("a job is left out of a list: %s", error)
 
 
 def _not_found(job_id: str) -> NotFound:
-    return NotFound(f"no such job: {job_id}", param="job_id", code="job_not_found")
+    return NotFound(f"there is no job {job_id!r}", param="job_id", code="job_not_found")

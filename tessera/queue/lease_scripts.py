@@ -1,21 +1,23 @@
-"""The atomic steps of the queue's worker side. The shared Lua and the places of a job: `client_scripts.py`.
+"""The atomic steps of the queue's worker side. The shared Lua is in `client_scripts.py`.
 
-Every step on a running job names its epoch, which each claim raises by one: whoever holds an older epoch is
-told so ('stale') and changes nothing. The reply 'repeated' means that this very step was already done.
+Each claim raises the epoch of its job by one, and every step on a running job names the epoch. A step with an
+older epoch changes nothing and gets the reply 'stale'. The reply 'repeated' means that this very step was
+carried out before.
 """
 
 from __future__ import annotations
 
 from tessera.queue.client_scripts import queue_script
 
-#: A worker with a basis loaded prefers a tenant's jobs on it among that many of the tenant's oldest …
+#: A worker that has a basis loaded prefers jobs on this basis, among this many of the tenant's oldest jobs.
 LOOKAHEAD = 16
-#: … but no job is overtaken more often than this by its own tenant's later ones.
+#: No job is overtaken more often than this by later jobs of its own tenant.
 MAX_OVERTAKES = 8
 
 _RUN = f"""
 local LOOKAHEAD, MAX_OVERTAKES = {LOOKAHEAD}, {MAX_OVERTAKES}
 
+-- The tenant's job to run next: its oldest, or one on the worker's basis.
 local function choose(tenant, basis)
   local ids = call('ZRANGE', BACKLOG .. tenant, 0, basis == '' and 0 or LOOKAHEAD - 1)
   local oldest = ids[1]
@@ -31,12 +33,15 @@ local function choose(tenant, basis)
   return oldest
 end
 
+-- Lease the job to the worker. start: the virtual time of the tenant.
 local function run(id, worker, lease_ms, start)
+  -- Charge the tenant: its next job starts later by cost / weight.
   local tenant = get(id, 'tenant')
   local charge = number(id, 'cost') / tonumber(call('HGET', SHARES, tenant .. ':weight') or 1)
   call('SET', CLOCK, precise(start))
   call('ZADD', TAGS, precise(start + charge), tenant)
   call('ZADD', RING, precise(start + charge), tenant)
+  -- Move the job from the queue to the running ones, under a new epoch.
   dequeue(id)
   call('HDEL', JOB .. id, 'overtaken', 'advanced')
   call('HINCRBY', JOB .. id, 'epoch', 1)
@@ -50,7 +55,7 @@ end
 """
 
 #: ARGV: worker, limit, lease (ms), preferred basis (or ''), default cap per tenant, token.
-#: Reply: per job its lease's deadline (ms) and the job. A repeated token gets the same jobs again.
+#: Reply: for each job the deadline of its lease (ms) and the job. A repeated token gets the same jobs again.
 CLAIM = queue_script(
     _RUN,
     """
@@ -58,19 +63,22 @@ local worker, limit, lease_ms, basis, default_cap, token =
   ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local ids = {}
 
+-- Claim a job of the tenant with the lowest virtual time. Returns false if no tenant is left.
 local function claim_next()
   local tenant, start = unpack(call('ZRANGE', RING, 0, 0, 'WITHSCORES'))
   if not tenant then return false end
   local cap = tonumber(call('HGET', SHARES, tenant .. ':cap') or default_cap)
   if call('SCARD', RUNNING .. tenant) >= cap then
-    call('ZREM', RING, tenant) -- enters again when one of its jobs leaves its worker
+    -- The tenant is at its cap. It enters the ring again when one of its jobs leaves its worker.
+    call('ZREM', RING, tenant)
     return true
   end
   local id = choose(tenant, basis)
   if get(id, 'tenant') == tenant then
     run(id, worker, lease_ms, tonumber(start))
     ids[#ids + 1] = id
-  else -- a record that someone deleted by hand must not stop the queue
+  else
+    -- Someone has deleted the record by hand; that must not stop the queue.
     call('ZREM', BACKLOG .. tenant, id)
     call('ZREM', WAITING, id)
     if call('EXISTS', BACKLOG .. tenant) == 0 then call('ZREM', RING, tenant) end
@@ -78,6 +86,7 @@ local function claim_next()
   return true
 end
 
+-- A repeated claim gets the jobs of the first that this worker still holds.
 local earlier = call('GET', CLAIM .. worker)
 if earlier and string.sub(earlier, 1, #token) == token then
   for id in string.gmatch(string.sub(earlier, #token + 1), '%S+') do
@@ -85,8 +94,10 @@ if earlier and string.sub(earlier, 1, #token) == token then
   end
 else
   enqueue_due()
-  if call('EXISTS', RING, LEASES) == 0 then call('DEL', TAGS) end -- what was used while nobody waited is free
+  -- With no job waiting or running, all tenants start equal again.
+  if call('EXISTS', RING, LEASES) == 0 then call('DEL', TAGS) end
   while #ids < limit and claim_next() do end
+  -- Forget tags that the clock has passed, and silence the doorbell if nothing is left to claim.
   call('ZREMRANGEBYSCORE', TAGS, '-inf', call('GET', CLOCK) or 0)
   if call('EXISTS', RING) == 0 then call('DEL', DOORBELL) end
   if #ids > 0 then call('SET', CLAIM .. worker, token .. ' ' .. table.concat(ids, ' '), 'PX', lease_ms) end
@@ -98,14 +109,15 @@ return jobs
 """,
 )
 
-#: Reply: 0 if a claim would find a job now, else ms until the next delayed one is due, -1 if there is none.
+#: Reply: 0 if a claim would find a job now; else ms until the next delayed job is due, or -1 if there is
+#: none.
 NEXT_WORK = queue_script("""
 if call('EXISTS', RING) == 1 then return 0 end
 local due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 return due and math.max(0, due - NOW) or -1
 """)
 
-# ARGV of every step on a running job begins: job id, epoch, token.
+# ARGV of every step on a running job begins with job id, epoch, token. "…" below stands for these three.
 _FENCE = """
 local id, epoch, token = ARGV[1], ARGV[2], ARGV[3]
 if get(id, 'epoch') ~= epoch then return 'stale' end
@@ -115,13 +127,14 @@ set(id, 'last_op', token)
 """
 
 _ASKED = """
+-- What the owner of the job wants of its worker.
 local function asked(id)
   return get(id, 'cancel_requested') and 'cancel' or get(id, 'pause_requested') and 'pause' or 'held'
 end
 """
 
-# An attempt that comes further than any before it is marked, because its end does not speak against the job.
 _ADVANCE = """
+-- Mark an attempt that comes further than all earlier ones: its failure does not count against the job.
 local function advance(id, step)
   if step and step > tonumber(get(id, 'best_step') or -1) then
     set(id, 'best_step', whole(step), 'advanced', 1)
@@ -130,6 +143,7 @@ end
 """
 
 _LEAVE = """
+-- End the lease. returns_charge: the tenant gets its share back, because the job will run again.
 local function leave_worker(id, returns_charge)
   local tenant, charge = unpack(call('HMGET', JOB .. id, 'tenant', 'charge'))
   call('ZREM', LEASES, id)
@@ -143,7 +157,7 @@ local function leave_worker(id, returns_charge)
   enter_ring(tenant)
 end
 
--- Off the worker, to where the job's owner wants it: cancelled, paused, or queued again.
+-- Take the job from its worker to where its owner wants it: cancelled, paused, or queued again.
 local function give_back(id, level, message)
   if get(id, 'cancel_requested') then
     leave_worker(id, false)
@@ -154,12 +168,14 @@ local function give_back(id, level, message)
   if get(id, 'pause_requested') then park(id) else enqueue(id) end
 end
 
+-- End the job as failed.
 local function fail(id, problem, message)
   leave_worker(id, false)
   set(id, 'error', problem)
   finish(id, 'failed', 'error', message)
 end
 
+-- End the job as failed after its last attempt, and note it among the dead jobs.
 local function bury(id, problem, message)
   fail(id, problem, message)
   call('XADD', DEAD, 'MAXLEN', '~', MAX_DEAD, '*', 'job', id, 'tenant', get(id, 'tenant'),
@@ -167,7 +183,7 @@ local function bury(id, problem, message)
 end
 """
 
-#: ARGV: lease (ms), then job id, epoch of each lease. Reply: held, lost, cancel or pause for each.
+#: ARGV: lease (ms), then job id and epoch of each lease. Reply: for each 'held', 'lost', 'cancel' or 'pause'.
 RENEW = queue_script(
     _ASKED,
     """
@@ -186,8 +202,9 @@ return states
 """,
 )
 
-#: ARGV: …, level, type ('' for no event), message, data, progress ('' to leave it).
-#: The number `step` in the progress says how far the job has come. Reply: held, cancel or pause; or stale.
+#: ARGV: …, level, type ('' for no event), message, data, progress ('' to leave it as it is).
+#: The number `step` in the progress says how far the job has come. Reply: 'held', 'cancel', 'pause' or
+#: 'stale'.
 REPORT = queue_script(
     _ASKED,
     _ADVANCE,
@@ -203,7 +220,7 @@ return asked(id)
 """,
 )
 
-#: ARGV: …, bytes ('' deletes), the step after which they were taken ('' if it is not known).
+#: ARGV: …, bytes ('' deletes the checkpoint), the step after which they were taken ('' if unknown).
 CHECKPOINT = queue_script(
     _ADVANCE,
     _FENCE,
@@ -214,7 +231,7 @@ return 'done'
 """,
 )
 
-#: ARGV: …, result. A second completion by the same epoch is a repetition.
+#: ARGV: …, result. A second completion with the same epoch counts as a repetition.
 COMPLETE = queue_script(
     """
 if get(ARGV[1], 'status') == 'succeeded' and get(ARGV[1], 'epoch') == ARGV[2] then return 'repeated' end
@@ -229,14 +246,14 @@ return 'done'
 """,
 )
 
-#: ARGV: …, error, its message, delay before the next attempt (ms; -1: not retryable), attempts allowed, how
-#: many workers it costs. An attempt that came further than those before it counts as the first. Reply: the
-#: job's new status.
+#: ARGV: …, error, its message, delay before the next attempt (ms; -1: not retryable), attempts allowed,
+#: number of workers lost by it. Reply: the new status of the job.
 FAIL = queue_script(
     _FENCE.replace("return 'repeated'", "return get(id, 'status')"),
     _LEAVE,
     """
 local problem, message, delay_ms, max_attempts = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+-- An attempt that came further than all before it counts as the first one.
 if get(id, 'advanced') then set(id, 'attempt', 1) end
 local attempt = number(id, 'attempt')
 if delay_ms < 0 then
@@ -252,7 +269,8 @@ return get(id, 'status')
 """,
 )
 
-#: ARGV: …. The attempt does not count.
+#: ARGV: …
+#: The attempt does not count.
 RELEASE = queue_script(
     _FENCE,
     _LEAVE,
@@ -263,7 +281,7 @@ return 'done'
 """,
 )
 
-#: ARGV: …. Reply 'unasked' if nobody asked for it.
+#: ARGV: …. Reply: 'done', or 'unasked' if nobody asked for a cancellation.
 ACKNOWLEDGE_CANCEL = queue_script(
     """
 local status, claimed, cancel = unpack(call('HMGET', JOB .. ARGV[1], 'status', 'epoch', 'cancel_requested'))
@@ -277,21 +295,23 @@ return 'done'
 """,
 )
 
-#: ARGV: attempts allowed, error of a job given up on, grace (ms). Reply: job id, status, … of the lost
-#: leases. With a grace a lease is lost if it is found expired twice, so long apart, without a renewal in
-#: between.
+#: ARGV: attempts allowed, error of a job that is given up, grace (ms). Reply: job id, status, … of the lost
+#: leases. With a grace, a lease is lost if it is found expired twice, at least that long apart, without a
+#: renewal in between.
 REAP = queue_script(
     _LEAVE,
     """
 local max_attempts, problem, grace_ms = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 enqueue_due()
 
-local function is_lost(id)
+-- Note when the lease was first found expired. Returns whether its grace is over.
+local function note_overdue(id)
   if grace_ms == 0 or not get(id, 'tenant') then return true end
   call('HSETNX', JOB .. id, 'overdue_ms', whole(NOW))
   return NOW - number(id, 'overdue_ms') >= grace_ms
 end
 
+-- Take the job from its lost worker, and queue it again unless it has no attempt left.
 local function take_back(id)
   local attempt = number(id, 'attempt')
   if not get(id, 'tenant') then
@@ -299,7 +319,7 @@ local function take_back(id)
   elseif get(id, 'advanced') then
     set(id, 'attempt', 0)
     call('HINCRBY', JOB .. id, 'lost_workers', 1)
-    give_back(id, 'warn', 'Its worker was lost, or too busy to say that it lives, but had made progress: ' ..
+    give_back(id, 'warn', 'The worker was lost, or too busy to renew its lease, but had made progress: ' ..
                           'the attempt does not count')
   elseif attempt >= max_attempts and not get(id, 'cancel_requested') then
     bury(id, problem, string.format('Job failed: its worker died in each of %d attempts', attempt))
@@ -311,13 +331,14 @@ end
 
 local reaped = {}
 for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', whole(NOW), 'LIMIT', 0, MAX_SWEEP)) do
-  if is_lost(id) then
+  if note_overdue(id) then
     take_back(id)
     reaped[#reaped + 1] = id
     reaped[#reaped + 1] = get(id, 'status') or ''
   end
 end
 
+-- Drop expired jobs from the lists of their tenants.
 for _, member in ipairs(call('ZRANGEBYSCORE', FINISHED, '-inf', whole(NOW - JOB_TTL_S * 1000),
                              'LIMIT', 0, MAX_SWEEP)) do
   local tenant, id = string.match(member, '^(%S+) (%S+)$')

@@ -1,9 +1,11 @@
-"""The worker side of the training queue: claim jobs, keep them, report, end them. Clients use `client.py`.
+"""The worker side of the training queue: claim jobs, keep their leases, report, end them. Clients use
+`client.py`.
 
-Knows nothing of training, and no worker's clock: deadlines are the server's. A worker that is killed loses
-its leases; `reap`, which every worker calls every few seconds, queues its jobs again. Execution is at least
-once. Each claim raises the job's epoch, and every step on a running job names it, so a worker that lost a job
-without noticing cannot change it any more: at most one epoch is alive, and a job ends exactly once.
+Deadlines follow the clock of the server, never that of a worker. A worker that is killed loses its leases,
+and `reap`, which every worker calls every few seconds, queues its jobs again. So a job is executed at least
+once. Each claim raises the epoch of the job, and every step on a running job names the epoch. A worker that
+lost a job without noticing can therefore no longer change it: at most one epoch is alive, and a job ends
+exactly once. This module knows nothing of training.
 """
 
 from __future__ import annotations
@@ -41,49 +43,51 @@ __all__ = ["JobLeases", "Lease", "LeaseState"]
 
 logger = logging.getLogger(__name__)
 
-#: Tries before a job is given up on. Only failures that another try may mend are tried again.
+#: Attempts before a job is given up. Only failures that another attempt may avoid are retried.
 MAX_ATTEMPTS = 3
-#: Seconds before the second attempt; each further one waits RETRY_FACTOR times longer: 1, 4, 16 s …
+#: Seconds before the second attempt. Each further one waits RETRY_FACTOR times longer: 1, 4, 16 s …
 RETRY_BASE_S = 1.0
 RETRY_FACTOR = 4
-#: … times a factor within 1 ± RETRY_JITTER, so that jobs which failed together do not come back together.
+#: Each delay is multiplied by a factor within 1 ± RETRY_JITTER, so that jobs that failed together do not come
+#: back together.
 RETRY_JITTER = 0.25
-#: Running jobs of one tenant, unless `JobQueue.set_share` says otherwise. High, because most installations
-#: have one tenant with many users; a cap is for those that share workers between strangers.
+#: Cap on the running jobs of one tenant, unless `JobQueue.set_share` has set another. It is high, because
+#: most installations have one tenant with many users; a lower cap is for those that share workers between
+#: strangers.
 MAX_RUNNING_JOBS = 64
-#: Longest message of an event; a traceback belongs into the worker's log.
+#: Longest message of an event. A traceback belongs into the log of the worker.
 MAX_MESSAGE_CHARS = 2000
-#: A wait is made of blocking reads no longer than this, and than half of the client's time-out.
+#: Longest blocking read while waiting for work. It is also at most half of the client's time-out.
 MAX_BLOCK_S = 1.0
-_MIN_BLOCK_S = 0.01  # 0 would block for ever
+_MIN_BLOCK_S = 0.01  # 0 would block forever
 
 _WORKER_DIED = {"code": "worker_died", "message": "the worker died in every attempt", "param": None}
 
 
 class LeaseState(StrEnum):
-    """What a renewal says about one lease."""
+    """The state of a lease, as a renewal or a report returns it."""
 
     HELD = "held"
-    LOST = "lost"  # the job is someone else's or has ended: drop it, write nothing
-    CANCEL = "cancel"  # held; its owner wants it cancelled: stop, then `acknowledge_cancel`
-    PAUSE = "pause"  # held; its owner wants it paused: write a checkpoint, then `release`
+    LOST = "lost"  # another worker has the job, or it has ended: drop it, write nothing
+    CANCEL = "cancel"  # held, but its owner cancels it: stop, then `acknowledge_cancel`
+    PAUSE = "pause"  # held, but its owner pauses it: write a checkpoint, then `release`
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to work on a job until `deadline` (Unix seconds of the server's clock) or its renewal."""
+    """The right to work on a job until the deadline, which a renewal moves."""
 
     job: Job
-    epoch: int
+    epoch: int  # fencing number of this claim
     worker_id: str
-    deadline: float
+    deadline: float  # Unix seconds of the server's clock
 
 
 class JobLeases:
     """Leases on training jobs. All methods raise `StoreUnavailable`, `StoreFull`.
 
-    Those that take a lease raise `StaleLease` if it is not alive any more; then nothing was changed. Retry
-    and cap must be the same for all workers of a queue.
+    Methods that take a lease raise `StaleLease` if it is no longer alive, in which case nothing was changed.
+    All workers of a queue must use the same arguments here.
     """
 
     def __init__(
@@ -103,7 +107,10 @@ class JobLeases:
         self._max_block_s = MAX_BLOCK_S if time_out_s is None else min(MAX_BLOCK_S, time_out_s / 2)
 
     async def wait_for_work(self, timeout_s: float) -> bool:
-        """True once a claim may find something, False after timeout_s. A submission wakes it at once."""
+        """Wait until a claim may find a job.
+
+        Return False after timeout_s. A submission ends the wait at once.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             next_ms: int = await self._run(NEXT_WORK)
@@ -113,7 +120,7 @@ class JobLeases:
             block_s = min(remaining_s, self._max_block_s)
             if next_ms > 0:
                 block_s = min(block_s, next_ms / 1000)
-            # A server that is a little late is not down; if it is down, the next look at the queue says so.
+            # A server that replies a little late is not down. If it is down, the next NEXT_WORK raises.
             with translate_errors(), suppress(TimeoutError):
                 if await self._redis.blpop([keys.QUEUE_DOORBELL], timeout=max(block_s, _MIN_BLOCK_S)):
                     return True
@@ -121,11 +128,12 @@ class JobLeases:
     async def claim(
         self, worker_id: str, *, limit: int, lease_s: float, basis_hint: str | None = None
     ) -> list[Lease]:
-        """Up to `limit` jobs, fair between tenants, each tenant's in the order of submission.
+        """Claim up to `limit` jobs, fairly between tenants, and in the order of submission within each
+        tenant.
 
-        basis_hint: prefer a tenant's jobs on this basis, never one tenant over another. Fewer than `limit`
-        means that nothing else may run now. If the reply is lost (`StoreUnavailable`), the next call of this
-        object returns the same leases, as long as they live.
+        Fewer than `limit` jobs mean that no other job may run now. basis_hint: within a tenant, prefer jobs
+        on this basis. If the reply is lost (`StoreUnavailable`), the next call of this object returns the
+        same leases, as long as they live.
         """
         reply: list[tuple[bytes, JobReply]] = await self._run(
             CLAIM,
@@ -148,7 +156,7 @@ class JobLeases:
         return leases
 
     async def renew(self, leases: Sequence[Lease], *, lease_s: float) -> dict[str, LeaseState]:
-        """Hold the leases for another lease_s from now, and learn what is asked of each, by job id."""
+        """Extend the leases to lease_s from now. Return the state of each, by job id."""
         if not leases:
             return {}
         pairs = [item for lease in leases for item in (lease.job.job_id, lease.epoch)]
@@ -169,7 +177,7 @@ class JobLeases:
     ) -> LeaseState:
         """Append an event (if there is a message or data) and replace the progress (if given), in one step.
 
-        Returns HELD, CANCEL or PAUSE, like a renewal, but does not extend the lease.
+        Returns HELD, CANCEL or PAUSE. Unlike a renewal, this does not extend the lease.
         """
         text = message[:MAX_MESSAGE_CHARS].encode(errors="replace")
         kind = type if message or data is not None else ""
@@ -178,32 +186,35 @@ class JobLeases:
         return LeaseState(state)
 
     async def checkpoint(self, lease: Lease, content: bytes | None, *, step: int | None = None) -> None:
-        """Keep what a later attempt continues from, or drop it. It is dropped when the job ends.
+        """Store what a later attempt continues from; None drops it. It is also dropped when the job ends.
 
-        step: how far the job has come with it; see `reap`.
+        step: how far the job has come with it (see `reap`).
         """
         await self._step(CHECKPOINT, lease, content or b"", "" if step is None else step)
 
     async def load_checkpoint(self, job_id: str) -> bytes | None:
-        """What the last attempt, on whichever worker, left to continue from."""
+        """Return the checkpoint of the last attempt, on whichever worker; None if there is none."""
         with translate_errors():
             content = await self._redis.get(keys.job_checkpoint(job_id))
         assert content is None or isinstance(content, bytes)  # the client does not decode
         return content
 
     async def complete(self, lease: Lease, result: Mapping[str, Any]) -> None:
-        """End the job as succeeded, cancellation asked for or not. May be called again after success."""
+        """End the job as succeeded, even if its cancellation was requested.
+
+        May be called again after success.
+        """
         await self._step(COMPLETE, lease, to_json(result))
 
     async def fail(
         self, lease: Lease, error: Mapping[str, Any], *, retryable: bool, ends_worker: bool = False
     ) -> JobStatus:
-        """End the attempt with an error {code, message, param}; returns the job's new status.
+        """End the attempt with an error {code, message, param}, and return the new status of the job.
 
-        retryable: for faults of the infrastructure; the job is queued again after a growing delay, or fails
-        after the last attempt and is noted in `keys.QUEUE_DEAD`. Otherwise (bad data) the job fails at once.
-        An attempt that came further than all before it counts as the first one: what failed before is past.
-        ends_worker: the worker does not survive this; counted as `Job.num_lost_workers`, as if it had died.
+        retryable: true for faults of the infrastructure. The job is then queued again after a growing delay;
+        after the last attempt it fails and is noted in `keys.QUEUE_DEAD`. Otherwise (bad data) the job fails
+        at once. An attempt that came further than all before it counts as the first one. ends_worker: the
+        worker ends because of this; it is counted in `Job.num_lost_workers`, as if it had died.
         """
         delay_ms = -1
         if retryable:
@@ -213,30 +224,33 @@ class JobLeases:
         return JobStatus(await self._step(FAIL, lease, *_problem(error), delay_ms, self.max_attempts, lost))
 
     async def release(self, lease: Lease) -> None:
-        """Give the job back unharmed, for a shutdown or a pause. The attempt does not count.
+        """Give the job back, for a shutdown or a pause. The attempt does not count.
 
-        It is queued again at its old place; or paused or cancelled, if its owner asked for that.
+        The job is queued again at its old place, or paused or cancelled if its owner has requested that.
         """
         await self._step(RELEASE, lease)
 
     async def acknowledge_cancel(self, lease: Lease) -> None:
-        """End the job as cancelled, after the work on it has stopped. Raises `Conflict` if nobody asked."""
+        """End the job as cancelled, after the work on it has stopped.
+
+        Raises `Conflict` if nobody cancelled it.
+        """
         if await self._step(ACKNOWLEDGE_CANCEL, lease) == "unasked":
             raise Conflict(f"nobody cancelled job {lease.job.job_id}", code="cancel_not_requested")
 
     async def reap(self, *, grace_s: float = 0.0) -> dict[str, JobStatus]:
-        """Take back the jobs whose lease has expired; returns their new status by job id.
+        """Take back jobs with an expired lease, and return their new status by job id.
 
-        grace_s: a lease is lost if it is found expired twice, so long apart, without a renewal in between.
-        When everything stood still, the store included, all leases have run out by its clock: those who live
-        must have the time to renew them. (A call that was under way then is carried out when the store goes
-        on, so the caller cannot see to this.)
+        Any worker may call this every few seconds. A lost worker counts as an attempt; after the last one the
+        job fails as "worker_died". But an attempt that came further than all before it, by the `step` of its
+        reports and checkpoints, does not count, and the earlier ones are forgotten: its worker may only have
+        been starved, and a job that kills its workers does so without getting any further. This also queues
+        delayed jobs that have become due, and drops expired ones from the lists.
 
-        For any worker, every few seconds. A lost worker counts as an attempt: after the last the job fails as
-        "worker_died". But an attempt that came further than all before it, by the `step` of its reports and
-        checkpoints, does not count, and those before it are forgotten: the worker may only have been starved,
-        and a job that kills its workers does so without getting any further. Also queues delayed jobs that
-        have become due and drops expired ones from the lists.
+        grace_s: a lease is lost if it is found expired twice, at least that long apart, without a renewal in
+        between. After everything including the store was suspended, all leases have expired by the store's
+        clock, and living workers need time to renew theirs. (The caller cannot take care of this itself: a
+        call that was under way is carried out as soon as the store goes on.)
         """
         flat: list[bytes] = await self._run(
             REAP, self.max_attempts, to_json(_WORKER_DIED), int(grace_s * 1000)
@@ -245,17 +259,19 @@ class JobLeases:
         return {job_id.decode(): JobStatus(status.decode()) for job_id, status in pairs if status}
 
     async def _fail_unreadable(self, view: JobReply, error: CorruptRecord) -> None:
-        logger.error("claimed a job that cannot be read: %s", error)
+        logger.error("a claimed job fails because it cannot be read: %s", error)
         job_id, flat, _ = view
         epoch = dict(zip(flat[::2], flat[1::2], strict=True))[b"epoch"]
         problem = _problem({"code": error.code, "message": error.message})
         await self._run(FAIL, job_id, epoch, secrets.token_hex(8), *problem, -1, self.max_attempts, 0)
 
     async def _step(self, script: Script, lease: Lease, *args: Argument) -> str:
-        """A fenced step. Its token makes a repetition by the client library harmless."""
+        """Run a fenced step. Its token makes a repetition by the Redis client harmless."""
         reply: bytes = await self._run(script, lease.job.job_id, lease.epoch, secrets.token_hex(8), *args)
         if reply == b"stale":
-            raise StaleLease(f"job {lease.job.job_id}: epoch {lease.epoch} of {lease.worker_id} is over")
+            raise StaleLease(
+                f"job {lease.job.job_id}: the lease of {lease.worker_id} (epoch {lease.epoch}) has ended"
+            )
         return reply.decode()
 
     async def _run(self, script: Script, *args: Argument) -> Any:
@@ -263,7 +279,7 @@ class JobLeases:
 
 
 def _problem(error: Mapping[str, Any]) -> tuple[str, bytes]:
-    """The error as it is stored, and its message for the event."""
+    """Return the error as it is stored, and its message for the event."""
     message = str(error.get("message", ""))[:MAX_MESSAGE_CHARS]
     problem = {"code": error.get("code") or "internal_error", "message": message, "param": error.get("param")}
     return to_json(problem), message.encode(errors="replace")

@@ -1,8 +1,8 @@
-"""What a training job is: its specification, its state, its events, and how they are read back from Redis.
+"""A training job: its specification, its state, its events, and how they are read from Redis.
 
-Knows no Redis commands. A record is a hash of strings, its structured fields JSON. Readers pass over fields
-that they do not know and fill in those that are missing, so an old and a new release can share one queue.
-Times are Unix seconds of the Redis server's clock.
+A record is a hash of strings; its structured fields are JSON. Readers ignore fields that they do not know,
+and fill in missing ones, so that an old and a new release can share one queue. Times are Unix seconds by the
+clock of the Redis server. This module knows no Redis commands.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from tessera.errors import CorruptRecord
 
-#: Of a job's basis: its calibration data are the examples that it trains on.
+#: Value of `JobSpec.calibration`: the calibration data are the examples that the job trains on.
 OWN_DATA = "own"
 
-#: The names in `JobSpec.hyperparameters`.
+#: The keys of `JobSpec.hyperparameters`.
 HYPERPARAMETERS = (
     "n_epochs", "batch_size", "learning_rate_multiplier", "learning_rate", "lr_scheduler_type",
     "warmup_ratio", "weight_decay", "max_length",
@@ -28,15 +28,16 @@ HYPERPARAMETERS = (
 #: Fields of a JobSpec that its stored JSON calls by another name.
 _STORED_NAMES = {"deletion_count": "generation"}
 
-#: The server's reply for one job: its id, its hash as name, value, name, value …, its place in the backlog.
+#: The server's reply for one job: its id, its hash as name, value, name, value …, and its place in the
+#: backlog.
 JobReply = tuple[bytes, list[bytes], int]
 
 
 class JobStatus(StrEnum):
-    """Where a job is. The last three are final."""
+    """The state of a job. The last three are final."""
 
-    QUEUED = "queued"  # waits for a worker, or for its time
-    RUNNING = "running"  # leased to a worker, also while a cancellation or a pause is asked of it
+    QUEUED = "queued"  # waits for a worker, or for `not_before`
+    RUNNING = "running"  # leased to a worker, even if a cancellation or a pause was requested
     PAUSED = "paused"  # waits for its owner
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -49,41 +50,38 @@ class JobStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What to train or to build: written once at submission, never changed.
+    """What to train or to build. It is written once at submission and never changes."""
 
-    kind: "adapter" trains one; "basis" builds a basis and leaves adapter_id and training_file empty.
-
-    form: "core" trains R in a frozen basis; "lora" trains A and B as the LoRA form `method` says
-    (`forms.py`), with basis_options for what it starts from, and publishes a basis of its own.
-
-    The basis: basis_id, if it is stored already; else method, rank and basis_options say how it is found or
-    built (target_modules None: those of the worker's settings), from calibration: None, "own" (the examples
-    that the job trains on) or the id of a file. start: {"method", "options"} of `START_METHODS`, None: zero,
-    or the adapter `warm_start_from`.
-
-    deletion_count: of the adapter's name when the job was created (`AdapterStore.deletion_count`).
-    hyperparameters: by the names in `HYPERPARAMETERS`; "auto" is the same as none.
-    """
-
+    #: "adapter" trains an adapter; "basis" builds a basis, with empty adapter_id and training_file.
     kind: str = "adapter"
+    #: "core" trains R in a frozen basis. "lora" trains A and B in the LoRA form that `method` names
+    #: (`tessera/methods/forms.py`), and publishes them as a private basis.
     form: str = "core"
     adapter_id: str = ""
     training_file: str = ""
     base_model: str
+    #: How the basis is found or built, unless basis_id names a stored one.
     method: str = "lora_xs"
     rank: int = 16
+    #: Options of the method; for form "lora", of what A and B start from.
     basis_options: dict[str, Any] = field(default_factory=dict)
+    #: Name patterns; None: those of the worker's settings.
     target_modules: list[str] | None = None
+    #: Data that the basis is built from: None, OWN_DATA or the id of a file.
     calibration: str | None = None
+    #: How R is initialized: {"method", "options"}. None: zero, or the adapter `warm_start_from`.
     start: dict[str, Any] | None = None
+    #: `AdapterStore.deletion_count` of the adapter's name when the job was created.
     deletion_count: int = 0
     validation_file: str | None = None
     basis_id: str | None = None
+    #: Keys are those of HYPERPARAMETERS. The value "auto" means the same as a missing key.
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     suffix: str | None = None
     early_stopping: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    #: An adapter, with an optional version, to continue from.
     warm_start_from: str | None = None
 
     def to_json(self) -> str:
@@ -98,13 +96,7 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """One request to train or to build, as it was when it was read.
-
-    attempt: tries that count, the running one included; 0 before the first. epoch: the fencing number of the
-    last claim. cost: estimated tokens. error: {code, message, param} of a failed job. queue_position: 1-based
-    place among its tenant's claimable jobs, None if it is not one of them. num_lost_workers: attempts that
-    ended with their worker.
-    """
+    """A job as it was when it was read."""
 
     job_id: str
     tenant: str
@@ -113,24 +105,30 @@ class Job:
     created_at: float
     started_at: float | None
     finished_at: float | None
+    #: Attempts that count, including the running one; 0 before the first.
     attempt: int
+    #: Fencing number of the last claim.
     epoch: int
+    #: Estimated tokens.
     cost: int
     progress: dict[str, Any]
     result: dict[str, Any] | None
+    #: {code, message, param} of a failed job.
     error: dict[str, Any] | None
+    #: Place among the tenant's claimable jobs, counted from 1; None if the job is not claimable.
     queue_position: int | None
     not_before: float | None = None
     cancel_requested: bool = False
     pause_requested: bool = False
+    #: Attempts that ended with the death of their worker.
     num_lost_workers: int = 0
 
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One line of a job's history. event_id rises strictly within a job and serves as a cursor."""
+    """One entry in the history of a job."""
 
-    event_id: str
+    event_id: str  # strictly rising within a job; serves as a cursor
     created_at: float
     level: str  # info, warn or error
     type: str  # message or metrics
@@ -139,7 +137,7 @@ class JobEvent:
 
 
 def parse_job(reply: JobReply) -> Job:
-    """The job in a reply of the server. Raises `CorruptRecord` if it cannot be read."""
+    """Parse the server's reply for one job. Raises `CorruptRecord`."""
     job_id, flat, position = reply
     record = {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
     try:
@@ -168,7 +166,7 @@ def parse_job(reply: JobReply) -> Job:
 
 
 def parse_event(event_id: bytes, flat: list[bytes]) -> JobEvent:
-    """The event in a stream entry. Raises `CorruptRecord` if it cannot be read."""
+    """Parse a stream entry. Raises `CorruptRecord`."""
     entry = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
     try:
         return JobEvent(
@@ -184,7 +182,7 @@ def parse_event(event_id: bytes, flat: list[bytes]) -> JobEvent:
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """Compact JSON. NaN and infinities become null: a diverged loss must not break those who read it."""
+    """Write compact JSON. NaN and infinities become null, so that a diverged loss does not break readers."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except ValueError:

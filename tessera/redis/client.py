@@ -1,7 +1,7 @@
-"""The connection to Redis or Valkey: explicit time-outs, bounded retries, scripts, one place for its errors.
+"""The connection to Redis or Valkey: explicit time-outs, bounded retries, scripts, translated errors.
 
-Knows nothing of adapters or jobs. Everything is portable to Redis >= 7.0 and Valkey >= 7.2, alone or as a
-cluster.
+It knows nothing of adapters or jobs. Everything works on Redis >= 7.0 and Valkey >= 7.2, as one server or as
+a cluster.
 """
 
 from __future__ import annotations
@@ -28,38 +28,41 @@ from redis.exceptions import (
 
 from tessera.errors import InvalidInput, StoreFull, StoreUnavailable
 
-#: What the stores accept: one server, or a cluster (every script's keys share one hash tag, see `keys.py`).
+#: The clients that the stores accept: of one server, or of a cluster. All keys of a script share one hash tag
+#: (see `keys.py`).
 Client = Redis | RedisCluster
 Argument = bytes | str | int | float
 
-#: One process holds at most this many connections; a caller beyond them waits up to its time-out. Each costs
-#: 1 ms of handshakes when it is first needed: 64 requests at once on 64 new ones took 59 ms, on 16 18 ms (and
-#: 3.8 and 4.7 ms when they were open).
+#: Connections of one process. If all are in use, a caller waits up to its time-out. The first use of a
+#: connection costs 1 ms of handshakes: 64 requests at once took 59 ms over 64 new connections and 18 ms over
+#: 16 (3.8 and 4.7 ms when the connections were open).
 MAX_CONNECTIONS = 16
-#: Taken from a connection at a time. 256 adapters of 115 kB by 16 commands at once: 30 ms; by 64 KiB 43 ms.
+#: Bytes read from a connection at a time. Fetching 256 adapters of 115 kB with 16 commands at once takes 30
+#: ms; with 64 KiB at a time it takes 43 ms.
 READ_BYTES = 2**20
-#: A connection idle for longer is probed before it is used: its server may have been replaced.
+#: A connection that was idle for longer is probed before use, because its server may have been replaced.
 HEALTH_CHECK_INTERVAL_S = 15
-#: Refused or cut connections and a server that still loads its data are tried again after 50, 100, 200, 400
-#: and 500 ms, so a restart of the local server goes unnoticed (130 ms when empty; a publish right after a
-#: kill -9 took 500 to 740 ms with 57 MB of data on a busy machine). A time-out is not tried again: redis-py's
-#: defaults (10 retries of 5 s) hold a request for over 40 s behind a stalled server.
+#: If a connection is refused or broken, or the server is still loading its data, the command is retried after
+#: 50, 100, 200, 400 and 500 ms. So a restart of the local server goes unnoticed: it takes 130 ms when the
+#: server is empty, and a publish right after a kill -9 took 500 to 740 ms with 57 MB of data on a busy
+#: machine. A time-out is not retried: redis-py's defaults (10 retries of 5 s) hold a request for over 40 s
+#: behind a stalled server.
 MAX_RETRIES = 5
 _BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.025, 0.5
 
-#: First words of replies that mean "not now", for which redis-py has no exception of its own.
+#: First words of error replies that mean "not now". redis-py has no exceptions for them.
 _TRANSIENT_REPLIES = (
     "BUSY ", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "READONLY", "TRYAGAIN",
 )  # fmt: skip
 
 
 def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
-    """A client of the server at a redis://, rediss:// or unix:// URL; connects on first use, gives bytes.
+    """Make a client of the server at a redis://, rediss:// or unix:// URL. It connects on first use.
 
-    timeout_s bounds the connect, each read, and the wait for a free connection, so a blocking command (BLPOP)
-    must ask for less than that. Retries mean that a write may run twice if its connection breaks before the
-    reply: scripts must be idempotent. A RESP2-only proxy is reached with `?protocol=2`. Raises `InvalidInput`
-    for a malformed URL.
+    Replies are bytes. timeout_s bounds the connect, each read, and the wait for a free connection, so a
+    blocking command (BLPOP) must block for less than that. If a connection breaks before the reply, the retry
+    may run a write twice, so scripts must be idempotent. Add `?protocol=2` for a proxy that knows only RESP2.
+    Raises `InvalidInput` for a malformed URL.
     """
     backoff = ExponentialBackoff(base=_BACKOFF_BASE_S, cap=_BACKOFF_CAP_S)
     try:
@@ -75,15 +78,15 @@ def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
             socket_read_size=READ_BYTES,
         )
     except ValueError as error:
-        raise InvalidInput(f"store URL: {error}", param="TESSERA_STORE_URL") from error
+        raise InvalidInput(f"TESSERA_STORE_URL is malformed: {error}", param="TESSERA_STORE_URL") from error
     return Redis.from_pool(pool)
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turn Redis' errors into ours: `StoreUnavailable` (try again later) and `StoreFull` (at maxmemory).
+    """Turn errors of Redis into `StoreUnavailable` (try again later) and `StoreFull` (at maxmemory).
 
-    Other errors (a wrong type, a script that fails) are bugs and pass unchanged.
+    Other errors, such as a wrong type or a failing script, are bugs and pass unchanged.
     """
     try:
         yield
@@ -95,14 +98,16 @@ def translate_errors() -> Iterator[None]:
         raise StoreUnavailable(f"the store's cluster does not answer: {_describe(error)}") from error
     except ResponseError as error:
         if str(error).startswith(_TRANSIENT_REPLIES):
-            raise StoreUnavailable(f"the store refuses for now: {error}") from error
+            raise StoreUnavailable(f"the store refuses commands at the moment: {error}") from error
         raise
 
 
 class Script:
-    """One Lua script: an atomic step. Sent by its SHA-1, and in full to a server that does not know it yet.
+    """One Lua script, which is one atomic step.
 
-    A script declares every key it touches (KEYS), all of one hash tag, and may run twice to the same effect.
+    It is sent by its SHA-1, and in full to a server that does not know it yet. A script declares every key
+    that it touches (KEYS), all with one hash tag. Running it twice must have the same effect as running it
+    once.
     """
 
     def __init__(self, source: str) -> None:
@@ -110,7 +115,7 @@ class Script:
         self.sha1 = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, redis: Client, *, keys: Sequence[str], args: Sequence[Argument] = ()) -> Any:
-        """The script's reply. Raises `StoreUnavailable`, `StoreFull`."""
+        """Run the script and return its reply. Raises `StoreUnavailable`, `StoreFull`."""
         with translate_errors():
             try:
                 return await redis.evalsha(self.sha1, len(keys), *keys, *args)
@@ -119,7 +124,7 @@ class Script:
 
 
 class _RetryUnlessTimedOut(Retry):
-    """redis-py wraps a time-out during its handshake into a ConnectionError; without this it is retried."""
+    """Does not retry a time-out during the handshake, which redis-py wraps in a ConnectionError."""
 
     async def call_with_retry(self, do: Callable[[], Awaitable[Any]], *args: Any, **options: Any) -> Any:
         async def attempt() -> Any:

@@ -1,12 +1,13 @@
-"""The store when no URL is given: a local Valkey or Redis, supervised, that ends with its processes.
+"""The store when no URL is given: a supervised local Valkey or Redis that ends with its processes.
 
-All processes with one data folder share one server. Whoever holds the lock of the folder runs the server and
-starts it again if it dies; the others attach, and one of them takes over when the holder is gone. Real Redis
-protocol over a unix socket, appendonly file, no eviction. Knows nothing of what is stored.
+All processes with one data folder share one server. The process that holds the lock of the folder runs the
+server and restarts it if it dies. The others attach to it, and one of them takes over when the holder ends.
+The server speaks the Redis protocol over a unix socket, keeps an appendonly file and never evicts. This
+module knows nothing of what is stored.
 
-    <data_dir>/store/  lock         held by the process that supervises (flock)
-                       server.lock  held by the server itself, so that two never write to one appendonly file
-                       server.log   what the server says
+    <data_dir>/store/  lock         locked (flock) by the process that supervises
+server.lock  locked by the server itself, so that two servers never write one appendonly file
+                       server.log   output of the server
                        redis.sock   (under the system's temporary folder if the path is too long for a socket)
 """
 
@@ -38,26 +39,27 @@ log = logging.getLogger(__name__)
 
 #: `sun_path` holds 108 bytes on Linux, 104 on macOS.
 MAX_SOCKET_PATH_BYTES = 100
-#: How often a process without the lock looks whether the holder is gone.
+#: Seconds between two checks, by a process without the lock, whether the holder has ended.
 TAKEOVER_POLL_S = 0.1
-#: Before a server is started again: 50 ms, and 100, 200 … ms if it did not get to run for long, whatever
-#: ended it.
+#: Seconds before the server is started again. The delay doubles (50, 100, 200 … ms) while the server does not
+#: run for long, whatever ended it.
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 5.0
-#: A server that lived for longer than this did start.
+#: A server that ran for longer than this counts as started.
 _STARTED_S = 5.0
-#: Between two looks whether the server answers.
+#: Seconds between two checks whether the server answers.
 _START_POLL_S = 0.01
-#: What one look may count towards a time-out: one that took longer was interrupted by a pause of this
-#: process.
-_MAX_LOOK_S = 2.0
-#: `start` gives up after this many starts in a row that ended at once: the data or the machine is at fault.
+#: The most that one check may count towards a time-out. A check that took longer was interrupted, because
+#: this process was paused.
+_MAX_CHECK_S = 2.0
+#: `start` gives up when this many servers in a row have ended at once, because then the data or the machine
+#: is at fault.
 _MAX_FAILED_STARTS = 3
 _STOP_TIMEOUT_S = 15.0
 
-#: appendfsync always: an acknowledged write survives a kill -9 of the server and a power cut. Measured on a
-#: virtual disk, one writer of 28 KB records: SET 0.37 ms at p50 (everysec: 0.10), GET beside it 0.33 (0.12).
-#: everysec keeps writes back while a sync runs, and a kill then loses them. Compression takes 23 s instead of
-#: 5 s for 2 GB, and floats do not shrink.
+#: With appendfsync always, an acknowledged write survives a kill -9 of the server and a power cut. Measured
+#: on a virtual disk with one writer of 28 KB records: SET takes 0.37 ms at p50 (0.10 with everysec), a GET
+#: beside it 0.33 ms (0.12). everysec holds writes back while a sync runs, and a kill then loses them.
+#: rdbcompression is off because it takes 23 s instead of 5 s for 2 GB, and floats do not shrink.
 _SERVER_OPTIONS = (
     "--port", "0",
     "--unixsocketperm", "700",
@@ -72,9 +74,9 @@ _SERVER_OPTIONS = (
 
 
 class EmbeddedStore:
-    """A local server for one data folder, run by this process or by another one that uses the same folder.
+    """A local server for one data folder, run by this process or by another one that uses the folder.
 
-    binary: the server to run instead of the one that `find_binary` chooses.
+    binary: the server program to run instead of the one that `find_binary` chooses.
     """
 
     def __init__(self, data_dir: Path, *, binary: str | None = None) -> None:
@@ -91,9 +93,9 @@ class EmbeddedStore:
         self._failure: StoreUnavailable | None = None
 
     def start(self, *, timeout_s: float = 60.0) -> str:
-        """Run or join the server; returns its unix:// URL once it answers.
+        """Run the server or attach to it, and return its unix:// URL once it answers.
 
-        Raises `StoreUnavailable` if there is no binary to run, or it does not answer within timeout_s.
+        Raises `StoreUnavailable` if there is no server program, or if it does not answer within timeout_s.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._thread is None:
@@ -102,13 +104,13 @@ class EmbeddedStore:
             self._restart_delay = _restart_delay()
             self._thread = threading.Thread(target=self._supervise, name="embedded-store", daemon=True)
             self._thread.start()
-        waited_s, looked_at = 0.0, time.monotonic()
+        waited_s, checked_at = 0.0, time.monotonic()
         while not answers(self._socket):
             failure = self._failure
-            before, looked_at = looked_at, time.monotonic()
-            waited_s += min(looked_at - before, _MAX_LOOK_S)
+            previous, checked_at = checked_at, time.monotonic()
+            waited_s += min(checked_at - previous, _MAX_CHECK_S)
             if failure is None and waited_s > timeout_s:
-                failure = StoreUnavailable(f"the embedded store does not answer within {timeout_s:g} s")
+                failure = StoreUnavailable(f"the embedded store did not answer within {timeout_s:g} s")
             if failure is not None:
                 self.stop()
                 raise StoreUnavailable(failure.message + self._log_tail()) from failure.__cause__
@@ -116,13 +118,16 @@ class EmbeddedStore:
         return f"unix://{quote(str(self._socket))}"
 
     def stop(self) -> None:
-        """End the server if this process runs it (another attached process then takes over), else detach."""
+        """Detach from the server, and end it if this process runs it.
+
+        Another attached process then takes over.
+        """
         self._stopping.set()
         if self._thread is None:
             return
         with self._server_guard:
             if self._server is not None:
-                self._server.terminate()  # it writes out its appendonly file first
+                self._server.terminate()  # the server writes its appendonly file before it ends
         self._thread.join(_STOP_TIMEOUT_S)
         if self._thread.is_alive() and self._server is not None:
             self._server.kill()
@@ -130,16 +135,16 @@ class EmbeddedStore:
         self._thread = None
 
     def server_pid(self) -> int | None:
-        """The server's process id if this process runs it."""
+        """Return the process id of the server if this process runs it."""
         server = self._server
         return server.pid if server is not None and server.poll() is None else None
 
     def _supervise(self) -> None:
-        # The kernel ends the server with the thread that spawned it, so this one thread does all spawning
-        # and lives as long as the process.
+        # The kernel ends the server with the thread that started it, so one thread starts every server, and
+        # lives as long as this process.
         while not self._stopping.is_set():
             try:
-                if not self._is_holder():
+                if not self._try_lock():
                     self._stopping.wait(TAKEOVER_POLL_S)
                     continue
                 started = time.monotonic()
@@ -157,16 +162,20 @@ class EmbeddedStore:
             self._lock = None
 
     def _note_end(self, status: int, *, lived_s: float) -> None:
-        """status: the exit status, negative if a signal ended the server."""
+        """Count a server that ended at once. status: its exit status, negative if a signal ended it."""
         if self._stopping.is_set():
             return
-        log.warning("the embedded store's server ended with status %d; starting it again", status)
+        log.warning("the server of the embedded store ended with status %d; starting it again", status)
         self._failed_starts = self._failed_starts + 1 if status > 0 and lived_s < _STARTED_S else 0
         if self._failed_starts >= _MAX_FAILED_STARTS:
-            message = f"the embedded store's server does not start (status {status})"
+            message = f"the server of the embedded store does not start (status {status})"
             self._failure = StoreUnavailable(message)
 
-    def _is_holder(self) -> bool:
+    def _try_lock(self) -> bool:
+        """Take the lock of the folder unless another process holds it.
+
+        Return whether this process holds it.
+        """
         if self._lock is not None:
             return True
         lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -179,17 +188,18 @@ class EmbeddedStore:
         return True
 
     def _run_server(self) -> int:
-        """Spawn the server and wait until it ends; returns its exit status."""
+        """Start the server, wait until it ends, and return its exit status."""
         self._failure = None
         binary = find_binary(self._binary)
         if self._server is None and answers(self._socket):
-            _shut_down(self._socket)  # its parent was killed on a system without PR_SET_PDEATHSIG
-        place = ["--dir", str(self._folder), "--unixsocket", str(self._socket)]
+            # Left over from a parent that was killed, on a system without PR_SET_PDEATHSIG.
+            _shut_down(self._socket)
+        paths = ["--dir", str(self._folder), "--unixsocket", str(self._socket)]
         with (self._folder / "server.log").open("ab") as output, self._server_guard:
             if self._stopping.is_set():
                 return 0
             self._server = start_child(
-                [str(binary), *_SERVER_OPTIONS, *place],
+                [str(binary), *_SERVER_OPTIONS, *paths],
                 output=output,
                 lock_file=self._folder / "server.lock",
             )
@@ -205,7 +215,7 @@ class EmbeddedStore:
 
 
 def store_url(settings: CommonSettings) -> tuple[str, EmbeddedStore | None]:
-    """The URL of the configured store, or of an embedded one started here (which the caller must stop).
+    """Return the URL of the configured store; or start an embedded one, which the caller must stop.
 
     Raises `StoreUnavailable` if the embedded store does not start.
     """
@@ -217,7 +227,7 @@ def store_url(settings: CommonSettings) -> tuple[str, EmbeddedStore | None]:
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the server of a store folder listens: inside it, or in a short private folder of this user."""
+    """Return the socket of the server of a store folder: in that folder, or in a short private folder."""
     direct = folder / "redis.sock"
     if len(os.fsencode(direct)) <= MAX_SOCKET_PATH_BYTES:
         return direct
@@ -226,12 +236,12 @@ def socket_path(folder: Path) -> Path:
     short.mkdir(mode=0o700, exist_ok=True)
     status = short.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or short.is_symlink():
-        raise StoreUnavailable(f"{short} belongs to someone else or is open to others; remove it")
+        raise StoreUnavailable(f"{short} belongs to another user or is open to others; remove it")
     return short / "redis.sock"
 
 
 def answers(path: Path) -> bool:
-    """Whether a server listens and has loaded its data."""
+    """Return whether a server listens and has loaded its data."""
     return _inline_command(path, b"PING\r\n").startswith(b"+PONG")
 
 
@@ -240,7 +250,7 @@ def _restart_delay() -> RestartDelay:
 
 
 def _shut_down(path: Path) -> None:
-    log.warning("ending a server without a parent at %s", path)
+    log.warning("ending the server at %s, which has no parent process any more", path)
     _inline_command(path, b"SHUTDOWN NOSAVE\r\n")
 
 
@@ -256,6 +266,6 @@ def _inline_command(path: Path, command: bytes) -> bytes:
 def _as_unavailable(error: OSError | StoreUnavailable) -> StoreUnavailable:
     if isinstance(error, StoreUnavailable):
         return error
-    failure = StoreUnavailable(f"the embedded store's server cannot be started: {error}")
+    failure = StoreUnavailable(f"the server of the embedded store cannot be started: {error}")
     failure.__cause__ = error
     return failure

@@ -1,8 +1,9 @@
-"""Every Redis key, lifetime and limit. Units stand in the names.
+"""Every Redis key, lifetime and limit. The names carry the units.
 
-Everything that one atomic step touches carries one hash tag, so that it lies on one slot of a cluster:
-`{tenant:bucket}` for an adapter or a file with its index, `{basis:<id>}` for a basis, `{queue}` for the job
-queue. A tenant is spread over NUM_BUCKETS buckets, so one tenant with a million users still uses every shard.
+All keys of one atomic step carry the same hash tag, so that they lie on one slot of a cluster:
+`{tenant:bucket}` for an adapter with its index, `{tenant:files}` for files, `{basis:<id>}` for a basis,
+`{queue}` for the job queue. The adapters of a tenant are spread over NUM_BUCKETS buckets, so that one tenant
+with a million users still uses every shard.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import zlib
 
 PREFIX = "tessera"
 
-#: 1024 buckets over 6 shards leave an imbalance of 5 %, 64 buckets 13 %, one bucket all on one shard.
+#: Over 6 shards, 1024 buckets leave an imbalance of 5 % and 64 buckets one of 13 %.
 NUM_BUCKETS = 1024
 
-#: Clients choose adapter names; they appear in URLs, keys and `model`, so no "/", ":" or "@".
+#: Clients choose adapter names. They appear in URLs, keys and `model`, so they contain no "/", ":" or "@".
 ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 BASIS_ID = re.compile(r"[0-9a-f]{64}")
 TENANT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
-#: Longer than any job may run and any cache keeps an adapter: a late trainer cannot resurrect a deleted one.
+#: Longer than any job may run or any cache keeps an adapter, so that a late trainer cannot resurrect one that
+#: was deleted.
 TOMBSTONE_TTL_S = 30 * 24 * 3600
 #: How long a finished job can be read.
 JOB_TTL_S = 30 * 24 * 3600
@@ -28,7 +30,7 @@ JOB_TTL_S = 30 * 24 * 3600
 IDEMPOTENCY_TTL_S = 24 * 3600
 #: Events kept per job.
 MAX_JOB_EVENTS = 2000
-#: Largest MGET reply asked for at once; above this Redis stalls other clients for tens of milliseconds.
+#: Largest reply of one MGET. A larger one stalls other clients for tens of milliseconds.
 MAX_MGET_BYTES = 4 * 1024 * 1024
 
 
@@ -40,7 +42,8 @@ def _tenant_tag(tenant: str, number: int) -> str:
     return f"{PREFIX}:{{{tenant}:{number}}}"
 
 
-# Adapters: the record is a hash, each version one packed string, the index a zset (scores 0) to page by name.
+# Adapters: the record is a hash, each version one packed string. The index is a zset with scores 0, for
+# paging by name.
 
 
 def adapter_record(tenant: str, adapter_id: str) -> str:
@@ -66,7 +69,7 @@ def adapter_index(tenant: str, number: int) -> str:
 
 
 def tenant_buckets(tenant: str) -> str:
-    """A set of the buckets that may hold something: a superset, written before the first write to one."""
+    """A set of the buckets that may hold something. A bucket is added before the first write to it."""
     return f"{PREFIX}:{{{tenant}}}:buckets"
 
 
@@ -75,7 +78,7 @@ def tenants() -> str:
     return f"{PREFIX}:{{tenants}}"
 
 
-# Bases: manifest, one string per module (A then B), the preconditioner; and the name of a built recipe.
+# Bases: a manifest, one string per module (A, then B), a preconditioner; and indexes by recipe.
 
 
 def basis_manifest(basis_id: str) -> str:
@@ -91,36 +94,40 @@ def basis_preconditioner(basis_id: str) -> str:
 
 
 def basis_step(basis_id: str) -> str:
-    """The step that the method of an own basis found in the same pass, for a start without another one."""
+    """The first step of a private basis, found in the same pass, so that it is not computed again."""
     return f"{PREFIX}:{{basis:{basis_id}}}:step"
 
 
 def basis_owners(basis_id: str) -> str:
-    """A hash: tenant → token of its ownership; "*" for everybody. Absent if it was built for all."""
+    """A hash: tenant → token of its ownership, with "*" for a shared basis. Absent if it was built as
+    shared."""
     return f"{PREFIX}:{{basis:{basis_id}}}:owners"
 
 
 def tenant_bases(tenant: str) -> str:
-    """A hash of the bases that a tenant owns: basis id → "<bytes>:<token>"."""
+    """A hash of the private bases of a tenant: basis id → "<bytes>:<token>"."""
     return f"{PREFIX}:{{{tenant}}}:bases"
 
 
 def basis_users(tenant: str, basis_id: str) -> str:
-    """A hash of the tenant's adapters that are in a basis of its own: adapter id → deletion count."""
+    """A hash of what uses a private basis: adapter id or name of a hold → deletion count."""
     return f"{PREFIX}:{{{tenant}}}:basis:{basis_id}:adapters"
 
 
 def tenant_recipes(tenant: str) -> str:
-    """A hash: recipe key (with the digest of the calibration data) → basis id, of the tenant's own bases."""
+    """A hash of private bases: recipe key (with the digest of the calibration data) → basis id."""
     return f"{PREFIX}:{{{tenant}}}:recipes"
 
 
 def basis_index() -> str:
-    """A hash: recipe key (model id, method, rank, options) → basis id. The first to build it wins."""
+    """A hash of the shared bases: recipe key (model id, method, rank, options) → basis id.
+
+    The first one wins.
+    """
     return f"{PREFIX}:{{bases}}"
 
 
-# Files: the record is a hash, the content one string, the index per tenant a zset by creation time.
+# Files: the record is a hash, the content one string, the index of a tenant a zset by time of creation.
 
 
 def file_record(tenant: str, file_id: str) -> str:
@@ -136,11 +143,11 @@ def file_index(tenant: str) -> str:
 
 
 def idempotency(tenant: str, digest: str) -> str:
-    """What a creation request was about, by the digest of its idempotency key or its body."""
+    """What a creation request has created, by the digest of its idempotency key or its body."""
     return f"{PREFIX}:{{{tenant}}}:idempotency:{digest}"
 
 
-# Training jobs: all under one tag, because a claim looks at every tenant's backlog in one step.
+# Training jobs: all keys carry one tag, because a claim looks at the backlogs of all tenants in one step.
 
 QUEUE = f"{PREFIX}:{{queue}}"
 
@@ -158,7 +165,7 @@ def job_checkpoint(job_id: str) -> str:
 
 
 def job_backlog(tenant: str) -> str:
-    """A zset of the tenant's claimable jobs by their sequence number: they run in the order of submission."""
+    """A zset of the tenant's claimable jobs by sequence number: they run in the order of submission."""
     return f"{QUEUE}:backlog:{tenant}"
 
 
@@ -168,17 +175,17 @@ def job_running(tenant: str) -> str:
 
 
 def job_index(tenant: str) -> str:
-    """A zset (all scores 0) of all the tenant's jobs; job ids sort by the time of submission."""
+    """A zset with scores 0 of all jobs of the tenant. Job ids sort by the time of submission."""
     return f"{QUEUE}:jobs:{tenant}"
 
 
 def job_dedupe(digest: str) -> str:
-    """The job id that a submission with this digest of (tenant, dedupe key) led to."""
+    """The job id of the submission with this digest of (tenant, dedupe key)."""
     return f"{QUEUE}:dedupe:{digest}"
 
 
 def worker_claim(worker_id: str) -> str:
-    """The worker's last claim, so that one whose reply was lost can be asked for again."""
+    """The worker's last claim, so that the worker can repeat a claim after a lost reply."""
     return f"{QUEUE}:claim:{worker_id}"
 
 

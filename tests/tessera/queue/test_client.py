@@ -1,4 +1,4 @@
-"""The client side of the training queue, on a real server: submission, lists, commands, fairness, figures."""
+"""The client side of the training queue, on a real server: submission, lists, commands, statistics."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_lists_are_newest_first_and_paged_by_job_id(redis: Redis) -> None:
     newest_first = submitted[::-1]
     assert pages == [newest_first[:3], newest_first[3:6], newest_first[6:]]
 
-    # A cursor need not exist any more, and expired records leave no holes in a page.
+    # The job of a cursor may have expired, and expired records leave no holes in a page.
     await redis.delete(*[keys.job_record(job_id) for job_id in newest_first[1:4]])
     page, has_more = await queue.list("acme", after=newest_first[1], limit=2)
     assert ([job.job_id for job in page], has_more) == (newest_first[4:6], True)

@@ -1,4 +1,4 @@
-"""Which job comes next: fairness between tenants by cost and weight, caps, a worker's preference of basis."""
+"""Which job comes next: fairness between tenants by cost and weight, caps, and preference for a basis."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def test_a_whale_does_not_delay_another_tenants_first_job(redis: Redis) ->
     for tenant in minnows:
         for _ in range(4):
             await queue.submit(tenant, make_spec(), cost=100)
-    # Everyone's first job comes at once, and from then on all take turns, the whale among them.
+    # The first job of each tenant comes at once; then all tenants take turns, including the whale.
     claimed = [lease.job.tenant for lease in await leases.claim("w", limit=17, lease_s=60)]
     assert sorted(claimed[:5]) == minnows
     assert sorted(claimed[5:11]) == sorted([*minnows, "whale"])

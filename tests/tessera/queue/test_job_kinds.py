@@ -1,4 +1,4 @@
-"""Jobs of two kinds in one queue, told apart by their ids; and what a lost worker leaves on a job."""
+"""Jobs of two kinds in one queue, distinguished by their ids; and how lost workers are counted."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ async def test_an_older_epoch_can_do_nothing(redis: Redis) -> None:
     assert await queue.get("acme", lease.job.job_id) == before
     assert await leases.load_checkpoint(lease.job.job_id) == b"good"
     await leases.complete(lease, {"version": 1})
-    with pytest.raises(StaleLease):  # only the epoch that completed the job may repeat that
+    with pytest.raises(StaleLease):  # only the epoch that completed the job may repeat the completion
         await leases.complete(stale, {"version": 2})
     assert (await queue.get("acme", lease.job.job_id)).result == {"version": 1}
 
@@ -226,14 +226,17 @@ async def test_a_submission_wakes_a_waiting_worker(redis: Redis) -> None:
         await wait_until(is_blocked)
         await queue.submit("acme", make_spec(), cost=1)
         assert await waiter
-        was_rung = await redis.llen(keys.QUEUE_DOORBELL) == 0  # a look at the queue would leave the ring
+        was_rung = (
+            await redis.llen(keys.QUEUE_DOORBELL) == 0
+        )  # a mere check of the queue would leave the entry
         assert len(await leases.claim("w", limit=5, lease_s=60)) == 1
         return was_rung
 
     await queue.submit("acme", make_spec(), cost=1)
     assert await redis.llen(keys.QUEUE_DOORBELL) == 1
     await leases.claim("w", limit=5, lease_s=60)
-    # A submission that falls between two blocking reads is found by looking, so one round may prove nothing.
+    # A submission between two blocking reads is found by a check of the queue, so one round may prove
+    # nothing.
     await wait_until(is_woken_by_the_bell)
 
 

@@ -56,7 +56,7 @@ class ModelJob:
     leases: list[Lease] = field(default_factory=list)
 
     def back(self, *, is_delayed: bool = False) -> None:
-        """Off its worker, to where its owner wants it."""
+        """Take the job from its worker to where its owner wants it."""
         if self.cancel:
             self.end("cancelled")
         elif self.pause:
@@ -101,7 +101,7 @@ class QueueMachine(RuleBasedStateMachine):
         )
 
     def given(self) -> list[tuple[Lease, ModelJob]]:
-        """Every lease ever given, with its job."""
+        """Return every lease that was ever given, with its job."""
         return [(lease, job) for job in self.jobs.values() for lease in job.leases]
 
     def having(self, status: str) -> list[str]:

@@ -91,7 +91,7 @@ async def test_a_command_outlives_its_worker(redis: Redis, command: str, status:
 
 
 async def lose_worker(redis: Redis, lease: Lease) -> Lease:
-    """The next lease on a job whose worker was lost."""
+    """Return the next lease on a job after its worker was lost."""
     leases = JobLeases(redis)
     await expire_lease(redis, lease.job.job_id)
     assert await leases.reap() == {lease.job.job_id: JobStatus.QUEUED}
@@ -100,7 +100,7 @@ async def lose_worker(redis: Redis, lease: Lease) -> Lease:
 
 
 async def test_an_expired_lease_is_lost_only_when_a_second_look_finds_no_renewal(redis: Redis) -> None:
-    """After a pause of everything, the store included, all leases have run out and nobody has died."""
+    """After everything was suspended, the store too, all leases have expired but every worker lives."""
     leases = JobLeases(redis)
     lease = await submit_and_claim(redis)
     job_id = lease.job.job_id
@@ -118,7 +118,7 @@ async def test_an_expired_lease_is_lost_only_when_a_second_look_finds_no_renewal
 
 @pytest.mark.parametrize("by", ["report", "checkpoint"])
 async def test_a_worker_that_was_lost_on_its_way_forward_costs_no_attempt(redis: Redis, by: str) -> None:
-    """A starved worker looks like a dead one. Either way, what gets further every time comes to an end."""
+    """A starved worker looks like a dead one. Either way, a job that gets further each time ends at last."""
     leases = JobLeases(redis)
     lease = await lose_worker(redis, await submit_and_claim(redis))
     assert lease.job.attempt == 2, "it had done nothing"
@@ -133,7 +133,7 @@ async def test_a_worker_that_was_lost_on_its_way_forward_costs_no_attempt(redis:
 
 
 async def test_a_job_that_gets_no_further_is_given_up_on(redis: Redis) -> None:
-    """It goes back to its checkpoint and dies at the same place: coming as far as before is no progress."""
+    """It resumes from its checkpoint and dies at the same place: reaching the same step is no progress."""
     queue, leases = JobQueue(redis), JobLeases(redis)
     lease = await submit_and_claim(redis)
     for attempt in (1, 1, 2, 3):
@@ -287,7 +287,7 @@ async def test_a_killed_workers_job_goes_on_from_its_checkpoint(redis: Redis, re
 
 
 class CuttingProxy:
-    """A proxy that can lose one reply: the server has done the work, the client sees a broken connection."""
+    """A proxy that can lose one reply: the server has done the work, but the client's connection breaks."""
 
     def __init__(self, server_path: str) -> None:
         self._server_path = server_path
@@ -336,7 +336,7 @@ async def test_a_step_whose_reply_is_lost_is_done_once(
         assert not proxy.loses_next_reply, "the reply was not lost"
         return result
 
-    # Every script is known to the server before replies are lost: the first call loads it.
+    # The first call of each script loads it, so that the server knows all before replies are lost.
     for lose in (lambda call: call, with_lost_reply):
         await redis.flushall()
         job = await lose(queue.submit("acme", make_spec(), cost=10))

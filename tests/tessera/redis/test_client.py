@@ -56,7 +56,7 @@ async def test_an_error_inside_a_script_is_our_bug_and_passes_unchanged(redis: R
 
 @pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://host?socket_timeout=soon"])
 def test_a_malformed_url_names_the_setting(url: str) -> None:
-    with pytest.raises(InvalidInput, match="store URL") as refused:
+    with pytest.raises(InvalidInput, match="TESSERA_STORE_URL is malformed") as refused:
         connect(url)
     assert refused.value.param == "TESSERA_STORE_URL"
 
@@ -92,7 +92,7 @@ async def test_a_stalled_server_is_given_up_after_the_time_out(tmp_path: Path) -
             await client.get(f"{KEY}:other")
         os.kill(server.pid, signal.SIGCONT)
         await wait_until(lambda: answers(url))
-        assert await client.get(KEY) == b"1"  # and not the reply that came too late
+        assert await client.get(KEY) == b"1"  # not the reply that arrived too late
         await client.aclose()
 
 

@@ -1,4 +1,4 @@
-"""The supervised local server: it keeps its data, ends with its processes, and comes back when it dies."""
+"""The supervised local server: it keeps its data, ends with its processes, and is restarted when it dies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def started(data_dir: Path) -> Iterator[tuple[EmbeddedStore, str]]:
 
 @contextmanager
 def parent_process(data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Another process that has started the store of the same folder, and the URL that it got."""
+    """Start another process with a store of the same folder; yield it and its URL."""
     command = [sys.executable, str(Path(__file__).with_name("embedded_parent.py")), str(data_dir)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -55,7 +55,7 @@ def parent_process(data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]
 
 
 async def read(url: str) -> bytes | None:
-    """The value of KEY, None if the server is not there or has no such key."""
+    """Return the value of KEY, None if the server does not answer or has no such key."""
     async with connect(url) as client:
         try:
             with translate_errors():
@@ -105,7 +105,7 @@ async def test_the_same_object_can_start_again(data_dir: Path) -> None:
 async def test_a_killed_server_comes_back_with_its_data(data_dir: Path) -> None:
     with started(data_dir) as (store, url):
         await write(url, "kept")
-        for _ in range(4):  # more often than a server that never started would be tried
+        for _ in range(4):  # more often than a server that never starts is tried
             first = store.server_pid()
             assert first is not None
             os.kill(first, signal.SIGKILL)
@@ -185,7 +185,7 @@ async def test_many_that_start_at_once_share_one_server(data_dir: Path) -> None:
 
 
 async def test_a_server_that_still_ends_is_waited_for(data_dir: Path) -> None:
-    """Two servers that write to one appendonly file would ruin it: the second waits for the first to go."""
+    """Two servers would ruin one appendonly file, so the second waits until the first has ended."""
     with parent_process(data_dir) as (parent, url):
         await write(url, "kept")
         old = server_of(parent)
@@ -200,7 +200,8 @@ async def test_a_server_that_still_ends_is_waited_for(data_dir: Path) -> None:
         old.resume()
         thread.join()
         assert await read(url) == b"kept"
-        await wait_until(lambda: has_ended(old.pid))  # it closed its files, and the lock, a moment before
+        # It closed its files, and released the lock, a moment before.
+        await wait_until(lambda: has_ended(old.pid))
         successor.stop()
 
 
@@ -251,12 +252,12 @@ def test_data_that_the_server_cannot_read_end_the_start_with_its_words(data_dir:
 
 
 def test_a_missing_binary_is_named(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreUnavailable, match="no-such-server is no server"):
+    with pytest.raises(StoreUnavailable, match="no-such-server is not a server"):
         EmbeddedStore(data_dir, binary=str(tmp_path / "no-such-server")).start(timeout_s=60)
 
 
 def fake_server(folder: Path, name: str, says: str) -> Path:
-    """A program that can only say its version."""
+    """Make a program that can only print its version."""
     folder.mkdir(exist_ok=True)
     binary = folder / name
     binary.write_text(f"#!/bin/sh\necho '{says}'\n")
