@@ -1,11 +1,11 @@
 """One user's adapter: an `r × r` matrix for every target module, and its packed binary form.
 
-What is stored, cached and moved to the GPU is always one contiguous tensor `R [M, r, r]` in the module
-order of the basis manifest; names and shapes live there, once, and not in a million adapters. All scalars
+An adapter is always stored, cached and moved to the GPU as one contiguous tensor `R [M, r, r]`, in the module
+order of the basis manifest. Names and shapes are in the manifest once, not in a million adapters. All scalars
 of the training methods (alpha / r, singular values, …) are folded into R when an adapter is made
 (`basis.py`), so the delta needs no scale.
 
-Packed form, little-endian, all in one Redis string:
+The packed form is little-endian and fits one Redis string:
 
     offset  size  field
     0       4     magic  b"TSRA"
@@ -23,8 +23,8 @@ Packed form, little-endian, all in one Redis string:
     128           metadata: UTF-8 JSON
                   payload: [float32 scales [M],] then R [M, r, r]
 
-The payload starts at byte 128 + metadata length. Fixed offsets let the store's scripts read a version with
-`GETRANGE` and no parser. No pickle anywhere.
+The payload starts at byte 128 + metadata length. Because offsets are fixed, the store's scripts read the
+checksum of a version with `GETRANGE`, without a parser. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 3: torch.int8}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 DTYPE_NAMES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ADAPTER_DTYPES}
 
-#: Refused before any allocation, as ranks above MAX_RANK are. 16,384 modules is 2,340 layers of 7.
+#: Larger adapters are refused before anything is allocated, as are ranks above MAX_RANK. 16,384 modules are
+#: 2,340 layers of 7.
 MAX_MODULES = 16_384
 MAX_METADATA_BYTES = 64 * 1024
 
@@ -59,7 +60,7 @@ assert _HEADER.size == HEADER_BYTES
 
 
 def delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor) -> Tensor:
-    """y[t] = B @ R @ A @ x[t], what one adapter adds to one target module.
+    """Compute y[t] = B @ R @ A @ x[t], which one adapter adds to the output of one target module.
 
     x: [T, d_in];  A: [r, d_in];  R: [r, r];  B: [d_out, r];  returns [T, d_out] in x.dtype.
     Source: LoRA-XS (arXiv 2405.17604) eq. 2, with the scale folded into R.
@@ -71,20 +72,21 @@ def delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor) -> Tensor:
 class Adapter:
     """R for every target module of one basis.
 
-    R: [M, r, r] float32, contiguous, on the CPU, all finite. metadata: JSON object (training provenance).
-    Raises `InvalidInput` if R has another shape or dtype or is not finite.
+    Raises `InvalidInput` if R has another shape or dtype, or holds a value that is not finite.
     """
 
     basis_id: str
+    #: [M, r, r] float32, contiguous, on the CPU, all values finite.
     R: Tensor
+    #: A JSON object, such as the provenance of the training.
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = tuple(self.R.shape)
         if len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
-            raise InvalidInput(f"R must be [modules, rank, rank], got {list(shape)}", param="R")
+            raise InvalidInput(f"R must be of shape [modules, rank, rank]; got {list(shape)}", param="R")
         if self.R.dtype != torch.float32:
-            raise InvalidInput(f"R must be float32, got {self.R.dtype}", param="R")
+            raise InvalidInput(f"R must be float32; got {self.R.dtype}", param="R")
         if not _is_all_finite(self.R):
             bad = int((~torch.isfinite(self.R)).flatten(1).any(1).nonzero()[0])
             raise InvalidInput(f"R of module {bad} holds a value that is not finite", param="R")
@@ -98,12 +100,13 @@ class Adapter:
         return self.R.shape[0]
 
     def to_bytes(self, *, version: int, dtype: torch.dtype = torch.float16) -> bytes:
-        """The packed form. Raises `InvalidInput` if a value overflows `dtype`."""
+        """Write the packed form. Raises `InvalidInput` if a value overflows `dtype`."""
         payload = _pack(self.R, dtype)
         metadata = json.dumps(self.metadata, separators=(",", ":"), allow_nan=False).encode()
         if len(metadata) > MAX_METADATA_BYTES:
             raise InvalidInput(
-                f"metadata of {len(metadata)} bytes exceeds {MAX_METADATA_BYTES}", param="metadata"
+                f"the metadata has {len(metadata)} bytes; the limit is {MAX_METADATA_BYTES}",
+                param="metadata",
             )
         header = bytearray(
             _HEADER.pack(
@@ -125,9 +128,9 @@ class Adapter:
 
     @classmethod
     def from_bytes(cls, blob: bytes, *, basis_id: str | None = None) -> Adapter:
-        """Read the packed form; with `basis_id`, refuse an adapter of another basis.
+        """Read the packed form. With `basis_id`, refuse an adapter of another basis.
 
-        Raises `CorruptRecord` for anything that is not exactly what `to_bytes` wrote, `BasisMismatch`.
+        Raises `BasisMismatch`, and `CorruptRecord` for anything but the exact bytes that `to_bytes` wrote.
         """
         header = read_header(blob)
         if basis_id is not None and header.basis_id != basis_id:
@@ -135,30 +138,33 @@ class Adapter:
         body = memoryview(blob)[HEADER_BYTES:]
         if len(body) != header.metadata_bytes + header.payload_bytes:
             raise CorruptRecord(
-                f"adapter record holds {len(body)} bytes after its header, "
-                f"its header says {header.metadata_bytes + header.payload_bytes}"
+                f"the adapter record has {len(body)} bytes after its header, but its header announces "
+                f"{header.metadata_bytes + header.payload_bytes}"
             )
         zeroed = bytearray(blob[:HEADER_BYTES])
         zeroed[CHECKSUM] = _NO_CHECKSUM
         if _checksum(zeroed, body) != header.checksum:
-            raise CorruptRecord("adapter record fails its checksum")
+            raise CorruptRecord("the adapter record does not match its checksum")
         R = _unpack(body[header.metadata_bytes :], header)
         metadata = _read_metadata(bytes(body[: header.metadata_bytes]))
         try:
             return cls(header.basis_id, R, metadata)
-        except InvalidInput as error:  # its shape is the header's
+        except InvalidInput as error:  # the values: the shape comes from the header
             raise CorruptRecord(f"adapter record: {error.message}") from error
 
     @classmethod
     def of_version(cls, ref: AdapterRef, blob: bytes | None) -> Adapter:
-        """Read what was fetched for `ref`. Raises `NotFound` if it is gone, `AdapterReplaced` if the store
-        holds other weights under this version by now, `CorruptRecord`, `BasisMismatch`."""
+        """Read the packed form that was fetched for `ref`.
+
+        Raises `NotFound` if there is none, `AdapterReplaced` if the store holds other weights under this
+        version by now, `CorruptRecord`, `BasisMismatch`.
+        """
         name = f"version {ref.version} of adapter {ref.adapter_id}"
         if blob is None:
             raise NotFound(f"{name} is no longer stored", code="model_not_found", param="model")
         header = read_header(blob)
         if header.version != ref.version:
-            raise CorruptRecord(f"the record of {name} says that it is version {header.version}")
+            raise CorruptRecord(f"the record stored as {name} is version {header.version}")
         adapter = cls.from_bytes(blob)
         if ref.checksum not in ("", header.checksum.hex()):
             raise AdapterReplaced(
@@ -184,19 +190,19 @@ class Header:
 
 
 def read_header(blob: bytes) -> Header:
-    """Parse and bound-check the first 128 bytes. Raises `CorruptRecord`; does not verify the checksum."""
+    """Parse the first 128 bytes and check their bounds, but not the checksum. Raises `CorruptRecord`."""
     if len(blob) < HEADER_BYTES:
         raise CorruptRecord(
-            f"adapter record of {len(blob)} bytes is shorter than its {HEADER_BYTES}-byte header"
+            f"the adapter record has {len(blob)} bytes, fewer than its header of {HEADER_BYTES} bytes"
         )
     magic, fmt, code, flags, version, modules, rank, metadata_bytes, payload_bytes, basis, checksum = (
         _HEADER.unpack(blob[:HEADER_BYTES])
     )
     if magic != MAGIC:
-        raise CorruptRecord("not an adapter record: wrong magic bytes")
+        raise CorruptRecord("these bytes are not an adapter record: they do not begin with TSRA")
     if fmt != FORMAT or flags != 0:
         raise CorruptRecord(
-            f"adapter record of format {fmt}, flags {flags}; this build reads format {FORMAT}"
+            f"the adapter record has format {fmt} and flags {flags}; this build reads format {FORMAT}"
         )
     if code not in _DTYPES or not 0 < rank <= MAX_RANK or not 0 < modules <= MAX_MODULES:
         raise CorruptRecord(f"adapter header out of range: dtype {code}, rank {rank}, modules {modules}")
@@ -211,20 +217,20 @@ def read_header(blob: bytes) -> Header:
 
 
 def payload_size(num_modules: int, rank: int, dtype: torch.dtype) -> int:
-    """Bytes of R [M, r, r] in `dtype`, with int8's scales. 8B Llama, r = 16, float16: 114,688."""
+    """Return the bytes of R [M, r, r] in `dtype`, with int8 scales. 8B Llama, r = 16, float16: 114,688."""
     scales = 4 * num_modules if dtype == torch.int8 else 0
     return scales + num_modules * rank * rank * dtype.itemsize
 
 
 def _read_metadata(text: bytes) -> dict[str, Any]:
-    """A checksum can be forged along with what it covers, so the content is checked all the same."""
+    """Parse and check the metadata: a forged record can carry a correct checksum."""
     try:
         metadata = json.loads(text or b"{}")
         json.dumps(metadata, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise CorruptRecord(f"adapter record with unreadable metadata: {error}") from error
+        raise CorruptRecord(f"the metadata of the adapter record cannot be read: {error}") from error
     if not isinstance(metadata, dict):
-        raise CorruptRecord("adapter record whose metadata is no JSON object")
+        raise CorruptRecord("the metadata of the adapter record is not a JSON object")
     return metadata
 
 
@@ -236,7 +242,9 @@ def _checksum(header: bytes | bytearray, body: bytes | memoryview) -> bytes:
 
 def _pack(R: Tensor, dtype: torch.dtype) -> bytes:
     if dtype not in _DTYPE_CODES:
-        raise InvalidInput(f"adapters are stored as {', '.join(DTYPE_NAMES)}, not as {dtype}", param="dtype")
+        raise InvalidInput(
+            f"an adapter can be stored as {', '.join(DTYPE_NAMES)}, not as {dtype}", param="dtype"
+        )
     R = R.detach().contiguous()
     if dtype == torch.int8:
         scales = R.abs().amax(dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / 127
@@ -245,14 +253,17 @@ def _pack(R: Tensor, dtype: torch.dtype) -> bytes:
     values = R.to(dtype)
     if not bool(torch.isfinite(values).all()):
         raise InvalidInput(
-            f"R does not fit {dtype}: largest magnitude {float(R.abs().max()):g}", param="dtype"
+            f"R does not fit {dtype}: its largest magnitude is {float(R.abs().max()):g}", param="dtype"
         )
     return _raw(values)
 
 
 def _is_all_finite(R: Tensor) -> bool:
-    """A sum is finite only if all values are, and takes a tenth of the time of testing each (8B, rank 16: 9
-    µs against 109); where it overflows, each is tested."""
+    """Return whether all values are finite.
+
+    A finite sum proves it in a tenth of the time of testing each value (8B, rank 16: 9 µs against 109 µs). If
+    the sum is not finite, it may only have overflowed, so each value is tested.
+    """
     return math.isfinite(R.sum()) or bool(torch.isfinite(R).all())
 
 
@@ -261,7 +272,7 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def _unpack(payload: memoryview, header: Header) -> Tensor:
-    """R [M, r, r] float32 from the payload bytes (copied: the result owns its memory)."""
+    """Read R [M, r, r] float32 from the payload. The result owns its memory."""
     buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     shape = (header.num_modules, header.rank, header.rank)
     if header.dtype != torch.int8:

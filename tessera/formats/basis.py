@@ -5,12 +5,12 @@ A' = P_in A, B' = B P_out (QR) and any scale s give
 
     s B' R' A' = B (s P_out R' P_in) A = B R A,
 
-so the methods differ, once trained, only in their two orthonormal factors. What they differ in while
-training is the preconditioner (P_in, P_out): the trainer steps on R', and `fold` turns it into the R that is
-stored and served. Scale, singular values and alpha / r never reach the serving path.
+so after training the methods differ only in their two orthonormal factors. While training they also differ in
+the preconditioner (P_in, P_out): the trainer steps on R', and `fold` turns it into the R that is stored and
+served. Scale, singular values and alpha / r never reach the serving path.
 
-A basis is a stored, hashed artifact. Two runs of the same SVD may differ by half of the subspace, so an
-adapter names the digest of its basis and is refused on any other.
+A basis is a stored, hashed artifact. Two runs of the same SVD may differ in half of the subspace. Therefore
+an adapter carries the digest of its basis, and is refused in any other.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BY
 
 
 def storage_dtype(model_dtype: torch.dtype) -> str:
-    """Of the factors of a basis that adapters are trained in, for a base model of this dtype: 16 bits.
+    """Return the 16-bit dtype in which a basis for a base model of this dtype is stored.
 
-    Engine and trainer convert factors to the model's dtype, so a bfloat16 model works in bfloat16 ones as it
-    would in float32 ones; by way of float16, 6 % of the numbers would be others. For any other model float16,
-    which changes B R A by 2.9e-4 of itself (bfloat16 by 2.4e-3; R as it is stored by 2.1e-4). That is an
-    error only for a core that comes from elsewhere, a start say: what is trained is trained in these factors.
+    Engine and trainer convert factors to the dtype of the model. So for a bfloat16 model, bfloat16 factors
+    give the same numbers as float32 ones; rounding through float16 would change 6 % of them. All other models
+    get float16, which changes B R A by 2.9e-4 of itself (bfloat16: 2.4e-3; storing R: 2.1e-4). This error
+    matters only for a core that was made elsewhere, such as an initial one: training happens in the stored
+    factors.
     """
     return "bfloat16" if model_dtype == torch.bfloat16 else "float16"
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A basis with its tensors, all in the manifest's dtype on one device.
-
-    A[i]: [r, d_in], B[i]: [d_out, r] for module i of the manifest. P_in, P_out: [M, r, r] float32, the
-    training preconditioner. start: [M, r, r] float32, the stored core that the training of a user begins with
-    best, where the method has learned one; else None.
-    """
+    """A basis with its tensors, all on one device."""
 
     manifest: BasisManifest
+    #: [r, d_in] for each module of the manifest, in its dtype.
     A: tuple[Tensor, ...]
+    #: [d_out, r] for each module of the manifest, in its dtype.
     B: tuple[Tensor, ...]
+    #: Training preconditioner, [M, r, r] float32.
     P_in: Tensor
     P_out: Tensor
+    #: The stored core with which the training of a user best begins, [M, r, r] float32, if the method has
+    #: learned one.
     start: Tensor | None = None
 
     @property
@@ -71,46 +72,51 @@ class Basis:
         return len(self.manifest.modules)
 
     def fold(self, R: Tensor) -> Tensor:
-        """P_out @ R @ P_in: from the trained core to the stored one. R: [..., M, r, r], any device."""
+        """Turn a trained core into a stored one: P_out @ R @ P_in. R: [..., M, r, r], on any device."""
         return self.P_out.to(R) @ R @ self.P_in.to(R)
 
     def unfold(self, R: Tensor) -> Tensor:
-        """The inverse of `fold`: from a stored core to the trained one (warm start). R: [..., M, r, r]."""
+        """Invert `fold`: turn a stored core into a trained one (for a warm start). R: [..., M, r, r]."""
         halfway: Tensor = torch.linalg.solve(self.P_out.to(R), R)
         solved: Tensor = torch.linalg.solve(self.P_in.to(R), halfway, left=False)
         return solved
 
     def module_bytes(self) -> Iterator[bytes]:
-        """Per module the raw bytes of A, then of B: what the store keeps and the digest covers."""
+        """Yield the raw bytes of A and then B for each module, as they are stored and hashed."""
         for A, B in zip(self.A, self.B, strict=True):
             yield raw_bytes(A) + raw_bytes(B)
 
     def preconditioner_bytes(self) -> bytes:
-        """P_in, P_out and, if there is one, the start: what only training needs."""
+        """Return the raw bytes of P_in, P_out and, if there is one, `start`. Only training needs them."""
         start = b"" if self.start is None else raw_bytes(self.start)
         return raw_bytes(self.P_in) + raw_bytes(self.P_out) + start
 
     @classmethod
     def from_bytes(cls, manifest: BasisManifest, modules: list[bytes], preconditioner: bytes) -> Basis:
-        """Rebuild from stored bytes. Raises `CorruptRecord` unless they give the manifest's digest."""
+        """Rebuild a basis from stored bytes.
+
+        Raises `CorruptRecord` unless they match the manifest's digest.
+        """
         dtype, rank, M = DTYPES[manifest.dtype], manifest.rank, len(manifest.modules)
         A, B = [], []
         for shape, blob in zip(manifest.modules, modules, strict=True):
             if len(blob) != rank * (shape.d_in + shape.d_out) * dtype.itemsize:
-                raise CorruptRecord(f"factors of {shape.name} hold {len(blob)} bytes")
+                raise CorruptRecord(
+                    f"the stored factors of {shape.name} have a wrong size, {len(blob)} bytes"
+                )
             flat = torch.frombuffer(bytearray(blob), dtype=dtype)
             A.append(flat[: rank * shape.d_in].view(rank, shape.d_in))
             B.append(flat[rank * shape.d_in :].view(shape.d_out, rank))
         if len(preconditioner) not in (2 * M * rank * rank * 4, 3 * M * rank * rank * 4):
-            raise CorruptRecord(f"the preconditioner holds {len(preconditioner)} bytes")
+            raise CorruptRecord(f"the stored preconditioner has a wrong size, {len(preconditioner)} bytes")
         P = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32).view(-1, M, rank, rank)
         basis = cls(manifest, tuple(A), tuple(B), P[0], P[1], P[2] if len(P) == 3 else None)
         if basis.digest() != manifest.basis_id:
-            raise CorruptRecord(f"stored factors do not give basis {manifest.basis_id}")
+            raise CorruptRecord(f"the stored factors do not match the digest of basis {manifest.basis_id}")
         return basis
 
     def digest(self) -> str:
-        """SHA-256 over the model id, the layout and the bytes of all tensors, as hex."""
+        """Compute SHA-256 over the model id, the layout and the bytes of all tensors, as hex."""
         manifest = self.manifest
         layout = [[m.name, m.d_in, m.d_out] for m in manifest.modules]
         head = json.dumps([FORMAT, manifest.model_id, manifest.rank, manifest.dtype, layout])
@@ -130,29 +136,29 @@ def make_basis(
     dtype: str = "float32",
     start: Tensor | None = None,
 ) -> Basis:
-    """A canonical basis from any frozen factors (A' [r, d_in], B' [d_out, r]) per module.
+    """Make a canonical basis from any frozen factors (A' [r, d_in], B' [d_out, r]) of each module.
 
-    start: R'_0 [M, r, r] in the coordinates of these factors, which the basis keeps as P_out R'_0 P_in.
+    A' = P_in A and B' = B P_out are computed by QR in float64. The diagonals of the triangular factors are
+    positive, so that factors that are orthonormal already come back unchanged but for rounding, with P the
+    identity. If a module is too narrow for the rank (d = min(d_in, d_out) < r), all rows of A' and columns of
+    B' after the first d must be zero, and stay zero.
 
-    A' = P_in A and B' = B P_out by QR in float64; signs are canonical (`canonical_signs`), so equal subspaces
-    give equal bytes. Factors that are orthonormal already come back unchanged but for rounding, with
-    P = identity. Of a module that is too narrow for the rank (d = min(d_in, d_out) < r), all rows of A' and
-    columns of B' after the first d must be zero, and stay so. Raises `InvalidInput` for a non-finite factor
-    or one without full rank.
+    start: R'_0 [M, r, r] in the coordinates of these factors; the basis keeps it as P_out R'_0 P_in. Raises
+    `InvalidInput` for a factor that is not finite or does not have full rank.
     """
     if dtype not in DTYPES:
-        raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
+        raise InvalidInput(f"a basis can be stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
     A, B, P_in, P_out = [], [], [], []
     for module, (raw_A, raw_B) in factors.items():
         _check_factors(module, raw_A, raw_B)
-        room = min(len(raw_A), module.d_in, module.d_out)
-        QA, LA = torch.linalg.qr(raw_A[:room].double().T)  # Aᵀ = Q L, so P_in = Lᵀ
-        QB, LB = torch.linalg.qr(raw_B[:, :room].double())
+        width = min(len(raw_A), module.d_in, module.d_out)
+        QA, LA = torch.linalg.qr(raw_A[:width].double().T)  # Aᵀ = Q L, so P_in = Lᵀ
+        QB, LB = torch.linalg.qr(raw_B[:, :width].double())
         QA, LA = _positive_diagonal(QA, LA)
         QB, LB = _positive_diagonal(QB, LB)
         _check_rank(module, "A", LA)
         _check_rank(module, "B", LB)
-        QA, QB = (F.pad(Q, (0, len(raw_A) - room)) for Q in (QA, QB))
+        QA, QB = (F.pad(Q, (0, len(raw_A) - width)) for Q in (QA, QB))
         LA, LB = (_extend(L, len(raw_A)) for L in (LA, LB))
         A.append(QA.T.to(DTYPES[dtype]).contiguous().cpu())
         B.append(QB.to(DTYPES[dtype]).contiguous().cpu())
@@ -181,19 +187,19 @@ def canonical_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The tensor's memory, row-major, little-endian."""
+    """Return the numbers of the tensor as bytes, row-major and little-endian."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _positive_diagonal(Q: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """QR with a positive diagonal is unique, and leaves orthonormal input as it is."""
+    """Make the diagonal positive: QR is unique then, and leaves orthonormal input unchanged."""
     signs = torch.sign(torch.diagonal(L))
     signs[signs == 0] = 1
     return Q * signs, L * signs[:, None]
 
 
 def _extend(L: Tensor, rank: int) -> Tensor:
-    """L with ones on the rest of a diagonal of `rank` numbers, so that it stays invertible."""
+    """Extend L to [rank, rank] with ones on the rest of the diagonal, so that it stays invertible."""
     whole = torch.eye(rank, dtype=L.dtype, device=L.device)
     whole[: len(L), : len(L)] = L
     return whole
@@ -206,10 +212,10 @@ def _check_factors(module: ModuleShape, A: Tensor, B: Tensor) -> None:
             f"factors of {module.name} are {list(A.shape)} and {list(B.shape)}, "
             f"expected [r, {module.d_in}] and [{module.d_out}, r]"
         )
-    room = min(module.d_in, module.d_out)
-    if bool(A[room:].any()) or bool(B[:, room:].any()):
+    width = min(module.d_in, module.d_out)
+    if bool(A[width:].any()) or bool(B[:, width:].any()):
         raise InvalidInput(
-            f"rank {rank} exceeds the smaller side {room} of {module.name}",
+            f"rank {rank} exceeds the smaller side {width} of {module.name}",
             param="rank",
         )
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):

@@ -1,4 +1,4 @@
-"""Everything about a basis but its tensors, which are in `basis.py`. Needs no torch."""
+"""The description of a basis without its tensors, which are in `basis.py`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,41 +24,40 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class BasisManifest:
-    """Everything about a basis but its tensors; the only place where names and shapes are written.
+    """Everything about a basis but its tensors. Names and shapes of the modules are written only here."""
 
-    basis_id: SHA-256 over the model id, the layout and the stored bytes of all factors, as hex. model_id: of
-    the base model it was built for. recipe: how it was built (method, options, seed, library versions); not
-    part of the digest, because two recipes that give the same bytes give the same basis.
-    """
-
+    #: SHA-256 over the model id, the layout and the stored bytes of all factors, as hex.
     basis_id: str
+    #: Id of the base model that the basis was built for.
     model_id: str
     method: str
     rank: int
     dtype: str
     modules: tuple[ModuleShape, ...]
+    #: How the basis was built: method, options, seed, library versions. Not part of the digest, because two
+    #: recipes that give the same bytes give the same basis.
     recipe: dict[str, Any]
     format: int = FORMAT
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of all A and B in the storage dtype."""
+        """Return the bytes of all A and B in the storage dtype."""
         numbers = sum(self.rank * (m.d_in + m.d_out) for m in self.modules)
         return numbers * ITEM_BYTES[self.dtype]
 
     @property
     def is_regenerated(self) -> bool:
-        """Whether its tensors follow from this manifest alone, so that nothing else is stored (LoRAM)."""
+        """Return whether the tensors follow from this manifest alone, so that only it is stored (LoRAM)."""
         return bool(self.recipe.get("is_regenerated"))
 
     @property
     def stored_bytes(self) -> int:
-        """What the basis takes in a store, which is what a quota counts: its factors, or this as JSON."""
+        """Return the bytes that a quota counts: the factors, or this manifest if only it is stored."""
         return len(self.to_json()) if self.is_regenerated else self.factor_bytes
 
     @property
     def is_own(self) -> bool:
-        """Whether it was made for adapters of its owner, not for everybody's."""
+        """Return whether this is a private basis."""
         return bool(self.recipe.get("is_own"))
 
     def to_json(self) -> str:
@@ -70,8 +69,10 @@ class BasisManifest:
         try:
             fields = json.loads(text)
             if fields["format"] != FORMAT:
-                raise CorruptRecord(f"basis manifest of format {fields['format']}; this build reads {FORMAT}")
+                raise CorruptRecord(
+                    f"the basis manifest has format {fields['format']}; this build reads {FORMAT}"
+                )
             modules = tuple(ModuleShape(**module) for module in fields.pop("modules"))
             return cls(modules=modules, **fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptRecord(f"unreadable basis manifest: {error}") from error
+            raise CorruptRecord(f"the basis manifest cannot be read: {error}") from error

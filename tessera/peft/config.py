@@ -1,8 +1,10 @@
-"""What `adapter_config.json` says of a LoRA, as far as it decides what is computed; the rest is refused.
+"""Reading `adapter_config.json` of a LoRA: the keys that decide what is computed. What cannot be kept is
+refused.
 
     y = W x + s_m B_m A_m x            s_m = α_m / r_m, or α_m / √r_m for rsLoRA
 
-Only what PEFT would compute from the same files is accepted (checked against PEFT 0.21.2). Knows no tensors.
+A config is accepted only if the import computes what PEFT would compute from the same files (checked against
+PEFT 0.21.2). This module knows no tensors.
 """
 
 from __future__ import annotations
@@ -21,21 +23,21 @@ from tessera.errors import InvalidInput
 CONFIG_NAME = "adapter_config.json"
 MODEL_NAME = "adapter_model.safetensors"
 CODE = "invalid_peft_adapter"
-#: How an adapter of mlx-lm becomes one of PEFT.
+#: How to turn an adapter of mlx-lm into one of PEFT.
 MLX_ADVICE = (
     f"write lora_a and lora_b of each layer, both transposed, into {MODEL_NAME} as "
     f"base_model.model.<layer>.lora_A.weight and …lora_B.weight, and a {CONFIG_NAME} with peft_type LORA, "
     "the rank as r and scale × rank as lora_alpha"
 )
-#: The config of an 8B model with a rank of its own for each of 224 modules is 20 KB.
+#: The config of an 8B model with a separate rank for each of 224 modules has 20 KB.
 MAX_CONFIG_BYTES = 1024**2
 MAX_ALPHA = 1e6
 
-#: Initialisations that leave W alone, so that the files hold all that was trained: by name as PEFT compares
-#: it (None: however it is written).
+#: Initialisations that do not change W, so that the files hold everything that was trained. The value is the
+#: spelling that PEFT accepts (None: any upper and lower case).
 _PLAIN_INITS = {"eva": "eva", "orthogonal": "orthogonal", "gaussian": None, "mica": None}
 _SUBTRACTS = "PEFT takes an initial product off the base model's weights when it loads the files"
-#: Those that do not, by the beginning of their name, and what is wrong with the files.
+#: Initialisations that change W, by the beginning of their name, and why the files are not enough.
 _BASE_CHANGING_INITS = {
     "pissa": _SUBTRACTS,
     "olora": _SUBTRACTS,
@@ -48,8 +50,8 @@ _CONVERT_INIT = (
     "gives a plain LoRA"
 )
 
-#: PEFT methods whose change of W `peft.save_as_lora` turns into a LoRA, exactly at a sufficient rank. (Of
-#: DoRA, aLoRA and lora_bias it writes B A and leaves the rest out, without an error.)
+#: PEFT methods that `peft.save_as_lora` can turn into a LoRA, exactly if the rank is large enough. (For DoRA,
+#: aLoRA and lora_bias it writes only B A and drops the rest without an error.)
 _CONVERTIBLE = frozenset((
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA",
     "UNILORA", "VBLORA", "VERA", "WAVEFT",
@@ -58,17 +60,17 @@ _CONVERT_TYPE = (
     "load it in PEFT, write it with peft.save_as_lora(folder, model, rank=1.0), which keeps all that was "
     "learned (a whole number keeps so many directions), and import that folder"
 )
-#: Those that PEFT can only merge.
+#: PEFT methods that PEFT can only merge.
 _MERGEABLE = frozenset((
     "ADALORA", "BOFT", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3", "LN_TUNING", "OFT", "OSF", "PEANUT",
     "PVERA", "SHIRA", "SUPERTUNING",
 ))  # fmt: skip
-_MERGE = "merge it with PEFT's merge_and_unload and serve the result as a base model of its own"
+_MERGE = "merge it with PEFT's merge_and_unload and serve the result as another base model"
 
-#: What has no say in what a trained LoRA computes. Which modules it changes is read from its tensors;
-#: fan_in_fan_out says how W lies in memory, A and B lie the same way in any case. The last lines are of other
+#: Keys without effect on what a trained LoRA computes. The changed modules are read from the tensors, and
+#: fan_in_fan_out describes the layout of W in memory, not that of A and B. The last lines are keys of other
 #: programs.
-_PASSED_OVER = frozenset((
+_IGNORED = frozenset((
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
@@ -76,7 +78,7 @@ _PASSED_OVER = frozenset((
     "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "merge_weights", "transformers_version",
     "unsloth_version",
 ))  # fmt: skip
-#: What cannot be represented by A, B and a scale, and why.
+#: Keys that ask for more than A, B and a scale can represent, and why.
 _REFUSED = {
     "use_dora": f"DoRA rescales the columns of W + BA; {_MERGE}",
     "lora_bias": "a bias of lora_B is no low-rank change; train without it",
@@ -96,41 +98,44 @@ _PARSED = frozenset((
 ))  # fmt: skip
 _ABSENT: tuple[Any, ...] = (None, False, [], {}, "")
 
-#: Patterns of one key.
+#: Most patterns of one key.
 _MAX_PATTERNS = 4096
 _MAX_PATTERN_CHARACTERS = 2000
-#: That RE2 may use for a pattern; without this a name could take milliseconds.
+#: Memory that RE2 may use for a pattern. Without this limit, matching a name could take milliseconds.
 _MAX_PATTERN_BYTES = 64 * 1024
-#: Instructions of all patterns of a key, times modules. A pattern of its own for each of 882 modules (405B)
-#: comes to 47 million and takes 2.5 s, in a thread.
+#: Limit on the instructions of all patterns of a key, times the number of modules. A separate pattern for
+#: each of the 882 modules of a 405B model makes 47 million and takes 2.5 s, in a thread.
 _MAX_EFFORT = 60_000_000
-#: What Python's `re`, which PEFT uses, and RE2 both accept but read in different ways, or will one day.
+#: Syntax that RE2 and Python's `re` (which PEFT uses) both accept but interpret differently, or may in
+#: future.
 _AMBIGUOUS = ("{,", "[:", "[[", "--", "&&", "~~", "||")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """rank, alpha: where no pattern says otherwise. base_model: what it was trained on, as its file says."""
+    """The part of `adapter_config.json` that decides what is computed."""
 
-    rank: int
-    alpha: float
+    rank: int  # where no pattern matches
+    alpha: float  # where no pattern matches
     is_rank_stabilised: bool = False
-    #: (compiled by re2, value) in the file's order: as in PEFT, the first that matches a name's end counts.
+    #: (pattern compiled by re2, value) in the order of the file. As in PEFT, the first one that matches the
+    #: end of a module's name counts.
     rank_patterns: list[tuple[Any, int]] = field(default_factory=list)
     alpha_patterns: list[tuple[Any, float]] = field(default_factory=list)
+    #: The base model that the LoRA was trained on, according to the file.
     base_model: str | None = None
 
     def rank_of(self, module: str) -> int:
         return next((value for pattern, value in self.rank_patterns if pattern.match(module)), self.rank)
 
     def scale_of(self, module: str) -> float:
-        """s_m of a module."""
+        """Return the scale s_m of a module."""
         rank = self.rank_of(module)
         alpha = next((value for pattern, value in self.alpha_patterns if pattern.match(module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
     def check_effort(self, num_modules: int) -> None:
-        """Raises `InvalidInput` where it would take too long to match the patterns with so many modules."""
+        """Raise `InvalidInput` if matching the patterns with so many modules would take too long."""
         for key, patterns in (("rank_pattern", self.rank_patterns), ("alpha_pattern", self.alpha_patterns)):
             effort = num_modules * sum(pattern.programsize for pattern, _ in patterns)
             if effort > _MAX_EFFORT:
@@ -141,7 +146,7 @@ class PeftConfig:
 
 
 def parse_config(content: bytes) -> PeftConfig:
-    """Raises `InvalidInput` naming the key and its value for whatever cannot be represented."""
+    """Parse the config. Raises `InvalidInput`, with the key and its value, for what cannot be represented."""
     values = _parse_json(content)
     _check_type(values)
     if values.get("task_type") not in (None, "CAUSAL_LM"):
@@ -153,8 +158,8 @@ def parse_config(content: bytes) -> PeftConfig:
         if values.get(key) not in _ABSENT:
             _refuse(key, values[key], reason)
     for key, value in values.items():
-        if key not in _PARSED | _PASSED_OVER | _REFUSED.keys() and value not in _ABSENT:
-            _refuse(key, value, "this build does not know what it does; remove the key if it changes nothing")
+        if key not in _PARSED | _IGNORED | _REFUSED.keys() and value not in _ABSENT:
+            _refuse(key, value, "this key is unknown here; remove it if it has no effect")
     base_model = values.get("base_model_name_or_path")
     return PeftConfig(
         rank=_rank("r", values.get("r", 8)),
@@ -172,19 +177,19 @@ def _check_type(values: Mapping[str, Any]) -> None:
     if name == "LORA":
         return
     if peft_type is None and ("lora_parameters" in values or "fine_tune_type" in values):
-        _malformed(f"it is the config of an mlx-lm adapter, not of PEFT; {MLX_ADVICE}")
+        _malformed(f"this is the config of an mlx-lm adapter, not of PEFT; {MLX_ADVICE}")
     reason = "only LORA can be imported"
     if name in _CONVERTIBLE:
         reason += f"; {_CONVERT_TYPE}"
     elif name in _MERGEABLE:
-        reason += f", and PEFT turns this method into no LoRA; {_MERGE}"
+        reason += f", and PEFT cannot turn this method into a LoRA; {_MERGE}"
     elif name:
-        reason += ", and PEFT turns this method neither into a LoRA nor into weights; train a LORA instead"
+        reason += ", and PEFT can turn this method neither into a LoRA nor into weights; train a LORA instead"
     _refuse("peft_type", peft_type, reason)
 
 
 def _check_init(init: Any) -> None:
-    """Whether the files hold all that was trained."""
+    """Check that the files hold everything that was trained."""
     if init is None or isinstance(init, bool):
         return
     if isinstance(init, str):
@@ -195,64 +200,70 @@ def _check_init(init: Any) -> None:
             if name.startswith(start):
                 _refuse("init_lora_weights", init, f"{reason}; {_CONVERT_INIT}")
     known = ", ".join(["true", "false", *_PLAIN_INITS])
-    _refuse("init_lora_weights", init, f"PEFT knows no such initialisation; these can be imported: {known}")
+    _refuse(
+        "init_lora_weights", init, f"PEFT does not know this initialisation; these can be imported: {known}"
+    )
 
 
 def _parse_json(content: bytes) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
-        _malformed(f"it holds {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
+        _malformed(f"it has {len(content)} bytes; the limit is {MAX_CONFIG_BYTES}")
     try:
         values = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         _malformed(f"it is not JSON: {error}")
     if not isinstance(values, dict):
-        _malformed("it is no JSON object")
+        _malformed("it is not a JSON object")
     return values
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _rank(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        _refuse(key, value, "a rank is a whole number of at least 1")
+        _refuse(key, value, "a rank must be a whole number of at least 1")
     return value
 
 
 def _alpha(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
-        _refuse(key, value, f"a number of at most {MAX_ALPHA:g} is needed")
+        _refuse(key, value, f"it must be a number of at most {MAX_ALPHA:g}")
     return float(value)
 
 
 def _boolean(key: str, value: Any) -> bool:
     if value not in (None, True, False):
-        _refuse(key, value, "true or false is needed")
+        _refuse(key, value, "it must be true or false")
     return bool(value)
 
 
 def _patterns(key: str, values: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     given = values.get(key) or {}
     if not isinstance(given, dict) or len(given) > _MAX_PATTERNS:
-        _refuse(key, given, f"an object of at most {_MAX_PATTERNS} patterns is needed")
+        _refuse(key, given, f"it must be an object with at most {_MAX_PATTERNS} patterns")
     options = re2.Options()
     options.log_errors, options.max_mem = False, _MAX_PATTERN_BYTES
     return [(_compile(key, pattern, options), value) for pattern, value in given.items()]
 
 
 def _compile(key: str, pattern: str, options: Any) -> Any:
-    """PEFT's pattern for a module of this name. Matching takes a time linear in the name's length."""
+    """Compile a pattern as PEFT matches it, in a form that takes time linear in the length of a name."""
     if len(pattern) > _MAX_PATTERN_CHARACTERS:
-        _refuse(key, pattern, f"a pattern may have {_MAX_PATTERN_CHARACTERS} characters")
+        _refuse(key, pattern, f"a pattern may have at most {_MAX_PATTERN_CHARACTERS} characters")
     for part in _AMBIGUOUS:
         if part in pattern:
-            _refuse(key, pattern, f"{part!r} does not mean the same everywhere; write the pattern without it")
+            _refuse(
+                key,
+                pattern,
+                f"{part!r} has different meanings in different libraries; write the pattern without it",
+            )
     whole = rf"(.*\.)?({pattern})$"
     try:
         re.compile(whole)
     except (re.error, RecursionError, OverflowError) as error:
-        _refuse(key, pattern, f"it is no regular expression: {error}")
+        _refuse(key, pattern, f"it is not a regular expression: {error}")
     try:
         return re2.compile(whole, options)
     except (re2.error, UnicodeEncodeError) as error:
@@ -260,7 +271,7 @@ def _compile(key: str, pattern: str, options: Any) -> Any:
         _refuse(
             key, pattern,
             f"it cannot be matched in linear time ({printable(detail)}): look-around, back-references and "
-            "repetitions beyond 1,000 cannot; name the modules instead",
+            "repetitions above 1,000 are not supported; name the modules instead",
         )  # fmt: skip
 
 
@@ -271,7 +282,7 @@ def _refuse(key: str, value: Any, reason: str) -> NoReturn:
 
 
 def printable(text: str) -> str:
-    """What a stranger wrote, short and in ASCII: a lone surrogate in an answer cannot be encoded."""
+    """Shorten a caller's text and escape it to ASCII, because an answer cannot encode a lone surrogate."""
     return text[:200].encode("ascii", "backslashreplace").decode()
 
 

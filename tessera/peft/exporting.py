@@ -1,9 +1,9 @@
-"""An adapter as an ordinary LoRA that PEFT, vLLM and every other LoRA runtime loads.
+"""Exporting an adapter as an ordinary LoRA, which PEFT, vLLM and every other LoRA runtime can load.
 
     delta_W = B R A = (B R) A      so     lora_A = A [r, d_in],   lora_B = B R [d_out, r],   lora_alpha = r
 
-The export is exact up to the dtype, and 30 to 80 times larger than the adapter: it carries its own copy of
-the factors of the basis. Leaving Tessera costs bytes, nothing else.
+The export is exact up to its dtype, and 30 to 80 times larger than the adapter, because it contains a copy of
+the factors of the basis. Leaving Tessera costs only bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tessera.peft.files import PeftFiles
 def to_peft(
     basis: Basis, adapter: Adapter, *, base_model: str, dtype: torch.dtype = torch.float32
 ) -> PeftFiles:
-    """The files of a PEFT LoRA with the same delta. base_model: written as `base_model_name_or_path`.
+    """Make the files of a PEFT LoRA with the same delta. base_model: value of `base_model_name_or_path`.
 
     Raises `BasisMismatch` if the adapter belongs to another basis.
     """

@@ -1,10 +1,11 @@
-"""An ordinary LoRA, as PEFT saves it, on its way in: as an adapter in a basis of its own, or in a shared one.
+"""Importing an ordinary LoRA, as PEFT saves it: as an adapter in a private basis, or in the basis it came
+from.
 
     adapter_config.json, adapter_model.safetensors   →   delta_W of every module, as PEFT computes it
 
-Whatever A, B and a scale per module cannot represent is refused by name; pickled files are never opened.
-A file that this system wrote itself (`exporting.py`) names the basis that its A's came from: if they are
-that basis' factors, bit for bit, what comes back is the small adapter and not a copy of the basis.
+What A, B and a scale per module cannot represent is refused by name. Pickled files are never opened. A file
+that Tessera exported (`exporting.py`) names the basis of its A's. If they equal the factors of that basis bit
+for bit, the import gives back the small adapter instead of a copy of the basis.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter, stored_rank
 from tessera.peft.config import CODE, CONFIG_NAME, MLX_ADVICE, MODEL_NAME, PeftConfig, parse_config, printable
 
-#: What the manifest of an imported basis calls its method.
+#: The method in the manifest of an imported basis.
 METHOD = "peft"
-#: 1,500 modules have a header of 400 KB.
+#: The header for 1,500 modules has 400 KB.
 MAX_HEADER_BYTES = 8 * 1024**2
 _LENGTH = struct.Struct("<Q")
-#: PEFT writes `base_model.model.<module>.lora_A.weight`; a state dict of the model itself also names the
-#: adapter, and its wrappers.
+#: PEFT writes `base_model.model.<module>.lora_A.weight`. A state dict of the model itself also contains the
+#: name of the adapter, and those of wrappers.
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _PREFIX = "base_model.model."
-#: Parts of a name that torch.compile, FSDP and checkpointing put in. They hold no weights of their own.
+#: Parts of a name that torch.compile, FSDP and checkpointing insert. These wrappers have no weights.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-#: Left over from training: what has no say in what a trained LoRA computes.
+#: Tensors left over from training, without effect on what a trained LoRA computes.
 _TRAINING_ONLY = (".lora_velora_", ".lora_monteclora_sampler.")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WHOLE = (
     "whole embeddings and output heads cannot be replaced; if they are the base model's own, write the files "
     "with PEFT's save_pretrained(..., save_embedding_layers=False)"
 )
-#: What other names in such a file mean, by a part of the name.
+#: Why other tensors in such a file are refused, by a part of their name.
 _OTHER_TENSORS = {
     "lora_magnitude_vector": "DoRA rescales the columns of W + BA",
     "lora_embedding_": "embeddings cannot carry adapters",
@@ -54,44 +55,46 @@ _OTHER_TENSORS = {
         "PEFT adds it where the embeddings or the output head have a LoRA, and neither can carry an adapter; "
         "train without them in target_modules"
     ),
-    ".bias": "a bias cannot be changed",
+    ".bias": "an adapter cannot change a bias",
     ".lora_a": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
     ".lora_b": f"that is a factor as mlx-lm writes it; {MLX_ADVICE}",
     "lora_diag": "KaSA's diagonal stands between the factors",
     "embed": _WHOLE,
     "lm_head": _WHOLE,
 }
-#: A core is taken for that of a shared basis if its product gives B back within the rounding of its dtype.
+#: A core in the labelled basis is accepted if it reproduces B within the rounding of its dtype.
 _SPAN_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True)
 class PeftLora:
-    """The change of each module in model order, and what the files say of themselves.
+    """The changes that a LoRA makes to the base model, and what its files claim."""
 
-    label: the basis that the A's are said to come from; anybody can write one.
-    """
-
+    #: Change of each module, in model order.
     changes: dict[ModuleShape, LowRank]
     base_model: str | None
+    #: Id of the basis that the A's are claimed to come from. Anybody can write one, so it has to be verified.
     label: str | None
 
     @property
     def rank(self) -> int:
-        """Of a basis of its own."""
+        """The rank of a private basis for this LoRA."""
         return stored_rank(self.changes)
 
     @property
     def storage_dtype(self) -> str:
-        """Also of that. Orthonormal factors lose less in float16 than a half-precision file has."""
+        """The dtype of that basis.
+
+        Orthonormal factors lose less in float16 than a half-precision file has lost.
+        """
         is_single = any(X.dtype == torch.float32 for c in self.changes.values() for X in (c.A, c.B))
         return "float32" if is_single else "float16"
 
 
 def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora:
-    """Parse and check both files. modules: the base model's linear layers by name (`linear_shapes`).
+    """Parse and check both files. modules: the linear layers of the base model by name (`linear_shapes`).
 
-    Raises `InvalidInput` naming the key, tensor or module and its value, before any work is done.
+    Raises `InvalidInput`, with the key, tensor or module and its value, before any work is done.
     """
     settings = parse_config(config)
     header = _read_header(model)
@@ -116,7 +119,7 @@ def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -
 
 
 def to_single_adapter(lora: PeftLora, *, model_id: str) -> SingleAdapter:
-    """The LoRA as a basis of its own with its adapter. Raises `InvalidInput`."""
+    """Turn the LoRA into a private basis with its adapter. Raises `InvalidInput`."""
     provenance: dict[str, Any] = {"source": "peft", "base_model": lora.base_model, "rank": lora.rank}
     return make_single_adapter(
         lora.changes, model_id=model_id, method=METHOD, recipe=provenance, metadata=provenance,
@@ -125,9 +128,10 @@ def to_single_adapter(lora: PeftLora, *, model_id: str) -> SingleAdapter:
 
 
 def core_in(lora: PeftLora, basis: Basis) -> Tensor | None:
-    """R [M, r, r] of the LoRA in `basis`, if its A's are the basis' own bytes and its B's lie in the basis.
+    """Return R [M, r, r] of the LoRA in `basis`, or None if the LoRA does not come from that basis.
 
-    Else None: the label was wrong, or the files were changed since.
+    Its A's must equal those of the basis bit for bit, and its B's must lie in the span of the basis.
+    Otherwise the label is wrong, or the files have been changed.
     """
     if tuple(lora.changes) != basis.manifest.modules:
         return None
@@ -135,23 +139,23 @@ def core_in(lora: PeftLora, basis: Basis) -> Tensor | None:
     for A, B, change in zip(basis.A, basis.B, lora.changes.values(), strict=True):
         if not torch.equal(A.to(change.A.dtype), change.A):
             return None
-        # B is orthonormal but for the rounding of its dtype, hence least squares and not Bᵀ alone.
-        wanted = change.scale * change.B.double()
-        core = torch.linalg.lstsq(B.double(), wanted).solution
-        error = torch.linalg.matrix_norm(B.double() @ core - wanted)
-        if error > _SPAN_TOLERANCE[change.B.dtype] * torch.linalg.matrix_norm(wanted):
+        # Rounding to its dtype leaves B not quite orthonormal, so Bᵀ alone would not do.
+        target = change.scale * change.B.double()
+        core = torch.linalg.lstsq(B.double(), target).solution
+        error = torch.linalg.matrix_norm(B.double() @ core - target)
+        if error > _SPAN_TOLERANCE[change.B.dtype] * torch.linalg.matrix_norm(target):
             return None
         cores.append(core)
     return torch.stack(cores).float().contiguous()
 
 
 def _read_header(model: bytes) -> dict[str, Any]:
-    """The header of a safetensors file: name → {dtype, shape, data_offsets}. Nothing is allocated by it."""
+    """Read the header, name → {dtype, shape, data_offsets}, before anything is allocated."""
     if len(model) < _LENGTH.size:
-        _refuse(f"holds {len(model)} bytes and is no safetensors file")
+        _refuse(f"has {len(model)} bytes, too few for a safetensors file")
     (length,) = _LENGTH.unpack_from(model)
     if length > min(len(model) - _LENGTH.size, MAX_HEADER_BYTES):
-        _refuse("is truncated, or no safetensors file")
+        _refuse("is truncated, or not a safetensors file")
     try:
         header = json.loads(model[_LENGTH.size : _LENGTH.size + length])
     except (ValueError, RecursionError) as error:
@@ -163,15 +167,18 @@ def _read_header(model: bytes) -> dict[str, Any]:
         for name, entry in entries
     )
     if not is_sound:
-        _refuse("has a header that is not that of a safetensors file")
+        _refuse("does not have the header of a safetensors file")
     return dict(header)
 
 
 def _find_factors(header: Mapping[str, Any], modules: Mapping[str, ModuleShape]) -> dict[str, dict[str, str]]:
-    """Module → {"lora_A": name, "lora_B": name}, from names as PEFT writes them and from those of a state
-    dict, wherever there is one module and one adapter that they can mean."""
+    """Return module → {"lora_A": name, "lora_B": name}.
+
+    Accepts the names that PEFT writes and those of a state dict, if they can mean only one module and one
+    adapter.
+    """
     found: dict[str, dict[str, str]] = {}
-    adapters: dict[str, str] = {}  # → a name in which it stands
+    adapters: dict[str, str] = {}  # adapter → the first tensor name that contains it
     for name in header:
         if any(part in name for part in _TRAINING_ONLY):
             continue
@@ -197,17 +204,17 @@ def _find_factors(header: Mapping[str, Any], modules: Mapping[str, ModuleShape])
 
 
 def _module_of(written: str, modules: Mapping[str, ModuleShape]) -> str:
-    """The module that a name in the file means: with PEFT's prefix, or without it and the model's own."""
+    """Find the module of a name in the file, which may lack the prefixes of PEFT and of the model."""
     parts = [part for part in written.split(".") if part not in _WRAPPERS]
     name = ".".join(parts).removeprefix("module.").removeprefix(_PREFIX)
     if name in modules:
         return name
-    meant = [module for module in modules if module.endswith(f".{name}")]
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
-        _refuse(f"changes {printable(written)}, which may mean {meant[0]} or {meant[1]}")
-    _refuse(f"changes {printable(written)}, which is no linear layer that can carry an adapter")
+    candidates = [module for module in modules if module.endswith(f".{name}")]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        _refuse(f"changes {printable(written)}, which may mean {candidates[0]} or {candidates[1]}")
+    _refuse(f"changes {printable(written)}, which is not a linear layer that can carry an adapter")
 
 
 def _check_tensors(
@@ -216,7 +223,7 @@ def _check_tensors(
     settings: PeftConfig,
     modules: Mapping[str, ModuleShape],
 ) -> None:
-    """Whether all factors are there, in dtypes and shapes that fit."""
+    """Check that all factors are present, with fitting dtypes and shapes."""
     for module, sides in names.items():
         for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
             if side not in sides:
@@ -228,7 +235,7 @@ def _check_tensors(
                 _refuse(f"holds {name} as {str(entry.get('dtype'))[:20]}, not as {', '.join(_FLOATS)}")
             if entry["shape"] != expected:
                 shown = str(entry["shape"])[:40]
-                _refuse(f"has {side} of {module} as {shown}; by {CONFIG_NAME} and the model it is {expected}")
+                _refuse(f"has {side} of {module} as {shown}; {CONFIG_NAME} and the model require {expected}")
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -1,11 +1,10 @@
-"""The worker side of the training queue: claim jobs, keep their leases, report, end them. Clients use
-`client.py`.
+"""The worker side of the training queue: claim jobs, keep their leases, report, end them.
 
-Deadlines follow the clock of the server, never that of a worker. A worker that is killed loses its leases,
-and `reap`, which every worker calls every few seconds, queues its jobs again. So a job is executed at least
-once. Each claim raises the epoch of the job, and every step on a running job names the epoch. A worker that
-lost a job without noticing can therefore no longer change it: at most one epoch is alive, and a job ends
-exactly once. This module knows nothing of training.
+`client.py` has the client side. Deadlines follow the clock of the server, never that of a worker. A worker
+that is killed loses its leases, and `reap`, which every worker calls every few seconds, queues its jobs
+again. So a job is executed at least once. Each claim raises the epoch of the job, and every step on a running
+job names the epoch. A worker that lost a job without noticing can therefore no longer change it: at most one
+epoch is alive, and a job ends exactly once. This module knows nothing of training.
 """
 
 from __future__ import annotations
@@ -128,8 +127,7 @@ class JobLeases:
     async def claim(
         self, worker_id: str, *, limit: int, lease_s: float, basis_hint: str | None = None
     ) -> list[Lease]:
-        """Claim up to `limit` jobs, fairly between tenants, and in the order of submission within each
-        tenant.
+        """Claim up to `limit` jobs, fairly between tenants and in order of submission within each.
 
         Fewer than `limit` jobs mean that no other job may run now. basis_hint: within a tenant, prefer jobs
         on this basis. If the reply is lost (`StoreUnavailable`), the next call of this object returns the

@@ -121,9 +121,9 @@ def test_a_start_is_part_of_the_stored_basis(learned: Basis) -> None:
     assert torch.equal(read.start, learned.start)
     assert replace(learned, start=None).digest() != learned.basis_id
     assert replace(learned, start=2 * learned.start).digest() != learned.basis_id
-    with pytest.raises(CorruptRecord, match="do not give basis"):
+    with pytest.raises(CorruptRecord, match="do not match the digest of basis"):
         Basis.from_bytes(learned.manifest, blobs, tail[: 2 * len(tail) // 3])
-    with pytest.raises(CorruptRecord, match="the preconditioner holds"):
+    with pytest.raises(CorruptRecord, match="the stored preconditioner has a wrong size"):
         Basis.from_bytes(learned.manifest, blobs, tail[:-4])
 
 
