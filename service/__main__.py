@@ -6,19 +6,14 @@ import asyncio
 import logging
 import sys
 
-from service.app import create_app, load_text, stores_over
 from service.engine.client.engine_client import EngineClient
 from service.engine.settings import EngineSettings
-from service.generation.text import TextCodec
 from service.processes.api_workers import serve_with_workers
-from service.processes.http_server import serve_app
-from service.processes.memory import favour_event_loop, return_freed_memory
-from service.processes.twin import Twin
+from service.processes.memory import return_freed_memory
 from service.settings import ServiceSettings, refuse_open_door
 from tessera.errors import TesseraError
 from tessera.processes.log_setup import set_up_logging
 from tessera.processes.tasks import new_event_loop
-from tessera.redis.client import connect
 from tessera.redis.embedded import store_url
 from tessera.settings import CommonSettings, refuse_unknown_variables, settings_parser
 
@@ -41,44 +36,33 @@ def main() -> int:
         logger.error("%s", error)
         return 2
     try:
-        return _serve_with_store(common, settings)
+        return _serve(common, settings)
     except TesseraError as error:
         logger.error("%s", error)
         return 1
 
 
-def _serve_with_store(common: CommonSettings, settings: ServiceSettings) -> int:
-    text = load_text(common) if settings.workers == 1 else None  # before the store's thread
+def _serve(common: CommonSettings, settings: ServiceSettings) -> int:
+    if settings.workers > 1:
+        return _supervise_workers(common, settings)
+    engine = None
+    if (url := common.store_url_with_password()) is not None:
+        # The engine takes longest to load, so it begins first.
+        engine = EngineClient(common, url)
+        engine.start_process()
+    from service.api_process import serve_alone
+
+    return serve_alone(common, settings, engine)
+
+
+def _supervise_workers(common: CommonSettings, settings: ServiceSettings) -> int:
     url, store = store_url(common)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            if text is None:
-                return runner.run(serve_with_workers(common, settings, url))
-            return runner.run(serve(common, settings, url, *text))
+            return runner.run(serve_with_workers(common, settings, url))
     finally:
         if store is not None:
             store.stop()
-
-
-async def serve(
-    common: CommonSettings, settings: ServiceSettings, url: str, codec: TextCodec, twin: Twin
-) -> int:
-    """Serve until SIGTERM or SIGINT; requests in flight may finish. Raises what cannot be started."""
-    redis = connect(url, timeout_s=common.store_timeout_s)
-    try:
-        app = create_app(
-            engine=EngineClient(common, url),
-            stores=stores_over(redis, common),
-            codec=codec,
-            settings=settings,
-            common=common,
-            twin=twin,
-            store_url=url,
-        )
-        favour_event_loop()
-        return 0 if await serve_app(app, settings) else 1
-    finally:
-        await redis.aclose()
 
 
 if __name__ == "__main__":

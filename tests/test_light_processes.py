@@ -14,6 +14,7 @@ LIGHT = (
     "service.engine.settings",
     "trainer_worker.settings",
     "service.local",
+    "service.__main__",
     "service.processes.api_workers",
     "trainer_worker.__main__",
 )
@@ -26,7 +27,7 @@ def loaded(module: str, names: tuple[str, ...]) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.parametrize("module", ["service.__main__", "service.api_worker"])
+@pytest.mark.parametrize("module", ["service.api_process", "service.api_worker"])
 def test_an_api_process_loads_no_torch(module: str) -> None:
     assert loaded(module, HEAVY) == ["transformers"], "the part of it that turns text into tokens"
 

@@ -98,3 +98,27 @@ async def test_the_process_loads_torch_for_its_first_job(
     finally:
         process.kill()
         process.wait()
+
+
+async def test_the_waiting_ends_although_a_duty_loses_its_cancellation(redis: Redis, queue: JobQueue) -> None:
+    """As redis-py may: `end_tasks` says why."""
+
+    class Deaf(JobLeases):
+        num_cancelled = 0
+
+        async def reap(self, *, grace_s: float) -> dict[str, JobStatus]:
+            try:
+                await asyncio.sleep(HANG_S)
+            except asyncio.CancelledError:
+                self.num_cancelled += 1
+                if self.num_cancelled > 1:
+                    raise
+            return {}
+
+    leases = Deaf(redis)
+    settings = WorkerSettings(reap_every_s=0.01)
+    idle = IdleWorker(leases, settings, metrics=TrainerMetrics(), heartbeat=Heartbeat())
+    waiting = asyncio.create_task(idle.wait_for_first_job())
+    await asyncio.sleep(0.2)
+    await queue.submit(TENANT, JobSpec(training_file="file-1", **SPEC), cost=1)
+    assert await asyncio.wait_for(waiting, HANG_S)

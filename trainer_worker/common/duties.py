@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tessera.errors import Unavailable
+from tessera.processes.tasks import end_tasks
 from tessera.queue.leases import JobLeases
 from trainer_worker.common.health import Heartbeat
 from trainer_worker.settings import WorkerSettings
@@ -66,6 +67,4 @@ class Duties:
             for duty in done.intersection(duties):
                 duty.result()
         finally:
-            for task in (*tasks, *duties):
-                task.cancel()
-            await asyncio.gather(*tasks, *duties, return_exceptions=True)
+            await end_tasks(*tasks, *duties)

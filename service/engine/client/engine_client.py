@@ -8,6 +8,7 @@ the store.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -71,6 +72,15 @@ class EngineClient(EngineConnection):
         )
         self._ready_at: float | None = None
         self._supervision: asyncio.Task[None] | None = None
+        #: Started before `start`, if `start_process` was called.
+        self._first_child: EngineChild | None = None
+
+    def start_process(self) -> None:
+        """Start the first engine process now, before there is an event loop, so that it loads beside this
+        one. It ends with the calling thread; `start` supervises it. If it cannot be started, `start` tries
+        again and says why."""
+        with contextlib.suppress(OSError, EngineUnavailable):
+            self._first_child = self._start_child()
 
     async def start(self) -> None:
         """Start to keep an engine process alive. Returns at once; see `wait_ready`."""
@@ -96,12 +106,16 @@ class EngineClient(EngineConnection):
             await asyncio.sleep(delay_s)
             self.restarts_total += 1
 
+    def _start_child(self) -> EngineChild:
+        """Raises `OSError`, `EngineUnavailable`."""
+        child = EngineChild(self._command, self._environment, self._socket or socket_path(self._data_dir))
+        child.start(restarts=self.restarts_total)
+        return child
+
     async def _run_child(self) -> str:
         """Start one engine process and watch it until it has ended. Returns why it ended."""
         try:
-            socket = self._socket or socket_path(self._data_dir)
-            child = EngineChild(self._command, self._environment, socket)
-            child.start(restarts=self.restarts_total)
+            child, self._first_child = self._first_child or self._start_child(), None
         except (OSError, EngineUnavailable) as error:
             self.starting_error = f"the engine process cannot be started: {error}"
             return self.starting_error

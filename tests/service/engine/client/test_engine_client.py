@@ -233,6 +233,28 @@ async def test_a_command_that_does_not_exist_is_reported(tmp_path: Path) -> None
         await wait_until(lambda: "cannot be started" in (client.starting_error or ""))
 
 
+async def test_a_process_that_was_started_early_is_the_one_that_is_supervised(
+    client_of: Callable[..., EngineClient],
+) -> None:
+    client = client_of("answers")
+    client.start_process()
+    [child] = await wait_until(children)
+    async with running(client):
+        await client.wait_ready(HANG_S)
+        assert (children(), client.restarts_total) == ([child], 0)
+        child.kill()
+        await wait_until(lambda: client.restarts_total == 1)
+        await client.wait_ready(HANG_S)
+    assert not children()
+
+
+async def test_a_command_that_does_not_exist_is_reported_by_start_alone(tmp_path: Path) -> None:
+    client = EngineClient(CommonSettings(data_dir=tmp_path), "unix:///nowhere", command=["/no/such/program"])
+    client.start_process()
+    async with running(client):
+        await wait_until(lambda: "cannot be started" in (client.starting_error or ""))
+
+
 async def test_close_leaves_no_process_and_no_socket(
     client_of: Callable[..., EngineClient], tmp_path: Path
 ) -> None:
