@@ -1,4 +1,4 @@
-"""What the tests of training share: a random model small enough for float64, and a run on it."""
+"""Shared by the tests of training: a random model small enough for float64, and runs on it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chat() -> ChatFormat:
 
 
 def random_examples(seed: int, count: int, *, longest: int = 20) -> tuple[EncodedExample, ...]:
-    """Examples of random tokens and lengths; about half of each is learned."""
+    """Examples with random tokens and lengths, of which about half is learned."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for _ in range(count):
@@ -66,7 +66,7 @@ MakeRun = Callable[..., TrainRun]
 
 @pytest.fixture
 def make_run(small_basis: Basis) -> MakeRun:
-    """A run on random data for the small model, its data made from its name."""
+    """Makes runs for the small model, with random data that depend on the run's name."""
 
     def make(
         run_id: str, *, num_train: int = 12, num_valid: int = 4, basis: Basis = small_basis, **plan: Any

@@ -1,4 +1,4 @@
-"""A worker without a job: it holds no model, does its duties, and loads the model when a job waits."""
+"""A worker before its first job holds no model, does its duties, and loads the model when a job waits."""
 
 from __future__ import annotations
 

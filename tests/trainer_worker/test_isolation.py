@@ -1,4 +1,4 @@
-"""A job that kills its worker costs the jobs beside it one attempt and no more."""
+"""A job that kills its worker costs the other jobs of that worker one attempt and no more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 from trainer_worker.common.commands import Command
 from trainer_worker.worker import EXIT_FAILED
 
-#: What only the poisonous job says.
+#: A character that only the poisonous job contains.
 POISON = "§"
 
 
@@ -34,7 +34,7 @@ def world(redis: Redis, tiny: BaseModel, chat: ChatFormat, tmp_path: Path) -> Wo
 
 @contextmanager
 def poisonous(world: World, is_deadly: Callable[[], bool]) -> Iterator[None]:
-    """While this lasts, a batch with the poison in it breaks the step as a device error would."""
+    """Within the block, a batch that contains the poison breaks the step like a device error."""
     [*_, poison] = world.chat.tokenizer(POISON, add_special_tokens=False)["input_ids"]
 
     def check(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ async def test_a_job_that_breaks_the_step_costs_the_one_beside_it_one_attempt(wo
     for job_id in (bad, good):
         job = await world.job(job_id)
         assert (job.status, job.attempt, job.num_lost_workers) == (JobStatus.QUEUED, 1, 1)
-    await world.queue.pause(TENANT, bad)  # so that it is known which comes first
+    await world.queue.pause(TENANT, bad)  # so that the other one is claimed first
 
     async with world.worker():
         assert (await world.ended(good)).status is JobStatus.SUCCEEDED
@@ -79,7 +79,7 @@ async def test_a_job_that_breaks_the_step_costs_the_one_beside_it_one_attempt(wo
 
 
 async def test_a_broken_step_counts_also_where_the_worker_ends_before_the_session_looks(world: World) -> None:
-    """Else a job that breaks workers could be handed back as unharmed, and break the next one."""
+    """Otherwise a job that breaks workers could be released as intact, and break the next worker."""
     job_id = await world.submit(epochs=50, early_stopping={"patience": None})
     worker = world.make_worker()
     running = asyncio.create_task(worker.run())
@@ -94,7 +94,7 @@ async def test_a_broken_step_counts_also_where_the_worker_ends_before_the_sessio
 
 
 async def test_a_job_that_lost_a_worker_has_the_next_one_for_itself(world: World) -> None:
-    """And others wait until it has ended, however many would fit."""
+    """The other jobs wait until it has ended, however many the worker could hold."""
     suspect = await world.submit(adapter_id="suspect", epochs=1)
     [lease] = await JobLeases(world.redis).claim("dead", limit=1, lease_s=60)
     long = await world.submit(adapter_id="long", lines=40, epochs=50, early_stopping={"patience": None})

@@ -1,4 +1,4 @@
-"""The worker in this process: real store, real queue, real model; every way in which a job can end."""
+"""The worker in this process, with a real store, queue and model: every way in which a job can end."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_a_paused_job_goes_on_where_it_stopped(world: World) -> None:
 
 
 async def test_a_stopped_worker_hands_its_job_back_and_the_result_is_the_same(world: World) -> None:
-    """Alone in its batches, an interrupted job gives bitwise the adapter of an uninterrupted one."""
+    """If it is alone in its batches, an interrupted job gives the same bytes as an uninterrupted one."""
     reference, job_id = await world.submit(adapter_id="a"), await world.submit(adapter_id="b")
     async with world.worker(max_resident_jobs=1):
         await world.ended(reference)
@@ -144,14 +144,14 @@ async def test_a_stopped_worker_hands_its_job_back_and_the_result_is_the_same(wo
 async def test_a_worker_that_lost_its_lease_drops_the_job(
     world: World, lease_s: float, stale_commits: int
 ) -> None:
-    """It learns so from a renewal, or, where none comes in time, because its next write is refused.
+    """It notices the loss at a renewal or, if none comes in time, because its next write is refused.
 
-    It has room for one job only, else it might claim the job again before the other does.
+    It has room for one job only, because otherwise it might claim the job again before the other worker does.
     """
     job_id = await world.submit(epochs=50)
     other = JobLeases(world.redis)
-    quiet = {"report_every_s": 1000, "checkpoint_every_s": 1000} if lease_s == 1 else {}
-    async with world.worker(max_resident_jobs=1, reap_every_s=1000, lease_s=lease_s, **quiet) as worker:
+    rare_writes = {"report_every_s": 1000, "checkpoint_every_s": 1000} if lease_s == 1 else {}
+    async with world.worker(max_resident_jobs=1, reap_every_s=1000, lease_s=lease_s, **rare_writes) as worker:
         await world.under_way(job_id)
 
         async def is_taken_back() -> bool:
@@ -225,7 +225,7 @@ async def test_too_little_data_and_a_rate_that_is_too_high_are_told(world: World
 async def test_workers_that_a_stalled_store_held_up_take_no_job_from_each_other(
     tiny: BaseModel, chat: ChatFormat, tmp_path: Path
 ) -> None:
-    """By the store's clock the lease has run out when it goes on. Both workers first let it be renewed."""
+    """When the store continues, the lease has expired by its clock. Both workers allow time to renew it."""
     socket = tmp_path / "s"
     with run_server(tmp_path, "--port", "0", "--unixsocket", str(socket)) as server:
         redis, second = (connect(f"unix://{socket}", timeout_s=0.3) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The worker as a process of its own: killed in the middle of a job, and told to end."""
+"""The worker as a process of its own: killed in the middle of a job, and stopped by a signal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def worker_process(redis_url: str, folder: Path, name: str) -> Iterator[subproce
 
 
 def step_of(checkpoint: bytes) -> int:
-    """How far the training had got, from the header of its safetensors file."""
+    """The step of a checkpoint, from the header of its safetensors file."""
     header = json.loads(checkpoint[8 : 8 + int.from_bytes(checkpoint[:8], "little")])
     step: int = json.loads(header["__metadata__"]["tessera_run"])["progress"]["step"]
     return step
@@ -57,7 +57,7 @@ def step_of(checkpoint: bytes) -> int:
 async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_published(
     redis: Redis, redis_url: str, tmp_path: Path
 ) -> None:
-    """In one basis, which the job builds from its own data, from one start."""
+    """All attempts train in one basis, which the job builds from its own data, from one initialization."""
     queue = JobQueue(redis)
     content = b"\n".join((DATA / "devil.jsonl").read_bytes().split(b"\n")[:12])
     file = await FileStore(redis).put(TENANT, filename="d.jsonl", purpose="fine-tune", content=content)
@@ -76,7 +76,7 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_publ
         found = await job()
         assert not found.status.is_final, found
         content = await redis.get(keys.job_checkpoint(job_id))
-        return content is not None and step_of(content) >= 1  # the first one holds the start alone
+        return content is not None and step_of(content) >= 1  # the first one holds only the initialization
 
     with worker_process(redis_url, tmp_path, "first") as first:
         await wait_until(is_checkpointed, HANG_S)

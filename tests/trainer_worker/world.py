@@ -1,4 +1,4 @@
-"""What the tests of workers share: a store with files, a queue, and workers to be started in it."""
+"""Shared by the tests of workers: a store with files, a queue, and workers that can be started."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ class SilentListener:
 
 
 class World:
-    """A store with files, a queue, and workers to be started in it."""
+    """A store with files, a queue, and workers that can be started."""
 
     def __init__(self, redis: Redis, base: BaseModel, chat: ChatFormat, folder: Path) -> None:
         self.redis, self.base, self.chat, self.folder = redis, base, chat, folder
         self.queue, self.files, self.adapters = JobQueue(redis), FileStore(redis), AdapterStore(redis)
-        self.common: dict[str, Any] = {}  # settings beside the data folder
+        #: Common settings beside the data folder.
+        self.common: dict[str, Any] = {}
 
     async def upload(self, content: bytes, tenant: str = TENANT) -> str:
         record = await self.files.put(tenant, filename="data.jsonl", purpose="fine-tune", content=content)
@@ -53,7 +54,7 @@ class World:
     async def submit(
         self, name: str = "devil", *, lines: int = 12, tenant: str = TENANT, epochs: int = 2, **spec: Any
     ) -> str:
-        """A job on the first lines of a data set, for the adapter of that name."""
+        """Submit a job on the first lines of a data set, for the adapter of the same name."""
         content = b"\n".join((DATA / f"{name}.jsonl").read_bytes().split(b"\n")[:lines])
         fields = {
             "adapter_id": name, "training_file": await self.upload(content, tenant), "base_model": "tiny",
@@ -62,7 +63,7 @@ class World:
         return (await self.queue.submit(tenant, JobSpec(**fields), cost=100)).job_id
 
     def make_worker(self, redis: Redis | None = None, **settings: Any) -> Worker:
-        """A worker that does not run yet."""
+        """A worker that is not running yet."""
         self.metrics = TrainerMetrics()
         return make_worker(
             redis or self.redis,

@@ -1,4 +1,4 @@
-"""The worker's own port, its figures, its settings."""
+"""The worker's health server, its metrics and its settings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_metrics_and_health_are_served_and_the_port_is_given_back() -> None:
 
 
 class Clock:
-    """A clock that somebody turns, and a heartbeat that is looked at once a second."""
+    """A clock that the test moves, with a heartbeat that is looked at once a second."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -78,10 +78,10 @@ def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
     assert heartbeat.report()[0]
     clock.pass_by(health.MAX_STEP_S)
     heartbeat.beat()
-    assert heartbeat.report()[0], "nobody is in a step"
+    assert heartbeat.report()[0], "no step is running"
 
 
-def test_a_pause_of_the_process_is_held_against_nobody() -> None:
+def test_a_pause_of_the_process_does_not_count() -> None:
     clock = Clock()
     clock.heartbeat.begin_step()
     clock.pass_by(3)

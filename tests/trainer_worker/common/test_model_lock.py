@@ -1,4 +1,4 @@
-"""The base model for one piece of work at a time: order, interruption, memory, and nothing left behind."""
+"""The lock on the base model: order, interruption, memory, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def batch() -> torch.Tensor:
 
 
 async def test_progress_arrives_in_the_event_loop_while_the_work_runs(small: BaseModel) -> None:
-    told: list[tuple[int, int]] = []
+    received: list[tuple[int, int]] = []
     seen = threading.Event()
     home = threading.get_ident()
 
     def listen(done: int, total: int) -> None:
         assert threading.get_ident() == home
-        told.append((done, total))
+        received.append((done, total))
         seen.set()
 
     def work(progress: Progress) -> str:
@@ -47,7 +47,7 @@ async def test_progress_arrives_in_the_event_loop_while_the_work_runs(small: Bas
     await asyncio.sleep(0)
 
     assert made == "made"
-    assert told == [(1, 2), (2, 2)]
+    assert received == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("where", ["between modules", "between batches"])
@@ -73,7 +73,7 @@ async def test_a_cancelled_piece_of_work_ends_before_the_model_is_free(small: Ba
     await begun.wait()
     task.cancel()
     await asyncio.sleep(0)
-    task.cancel()  # a second one must not let the model go either
+    task.cancel()  # a second cancellation must not release the model either
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -1,6 +1,6 @@
-"""Jobs of `POST /v1/bases` that only a worker can refuse: each ends with a name and a value.
+"""Jobs of `POST /v1/bases` that only a worker can refuse: the error names what is wrong.
 
-What can be told from the request alone is refused before a job is queued:
+What is wrong in the request itself is refused before a job is queued:
 tests/service/http/routes/test_bases.py.
 """
 
@@ -29,7 +29,7 @@ TARGETS = ["*.layers.0.*.down_proj", "*.layers.1.*.down_proj"]
 
 
 async def refused(world: World, content: bytes, *, method: str = "lora_sb", rank: int = 4) -> str:
-    """The message that a job on these data ends with, at its first attempt and without a basis."""
+    """Run a job on these data, which fails at its first attempt without a basis; returns the message."""
     queue = JobQueue(world.redis, kind="basis")
     spec = JobSpec(
         kind="basis", base_model="tiny", method=method, rank=rank, target_modules=TARGETS,
@@ -66,9 +66,9 @@ async def test_too_little_data_for_the_rank(broken: World, method: str) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     line = json.dumps({"messages": messages}).encode()
 
-    said = await refused(broken, line, method=method, rank=64)
+    message = await refused(broken, line, method=method, rank=64)
 
-    assert "tokens, too few for rank 64" in said
+    assert "tokens, too few for rank 64" in message
 
 
 @pytest.mark.parametrize("method", ["lora_sb", "lora_da"])
@@ -82,16 +82,16 @@ async def test_a_quantised_weight(broken: World) -> None:
     linear = broken.base.model.model.layers[1].mlp.down_proj
     linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
 
-    said = await refused(broken, some_lines())
+    message = await refused(broken, some_lines())
 
-    # A worker that is training has layers of its own in the model, of a name of their own.
-    assert re.search(r"model.layers.1.mlp.down_proj is a \w*Linear with torch.int8 weights", said)
+    # A training worker has replaced layers of the model, so the class has another name.
+    assert re.search(r"model.layers.1.mlp.down_proj is a \w*Linear with torch.int8 weights", message)
 
 
 async def test_a_tied_weight(broken: World) -> None:
     layers = broken.base.model.model.layers
     layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
 
-    said = await refused(broken, some_lines())
+    message = await refused(broken, some_lines())
 
-    assert "model.layers.0.mlp.down_proj is tied to model.layers.1.mlp.down_proj" in said
+    assert "model.layers.0.mlp.down_proj is tied to model.layers.1.mlp.down_proj" in message

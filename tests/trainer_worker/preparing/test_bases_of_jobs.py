@@ -1,4 +1,4 @@
-"""Bases and starts of jobs in a worker: built from data, found again, kept, counted, and deleted."""
+"""Bases and initializations of jobs in a worker: built from data, found again, held, counted, deleted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.training import checkpoint
 
-#: Few modules, so that a basis is built in a moment.
+#: Only a few modules, so that a basis is built quickly.
 TARGETS = ["*.layers.0.*.v_proj", "*.layers.1.*.down_proj"]
 SB = {
     "method": "lora_sb", "rank": 4, "calibration": "own", "target_modules": TARGETS,
@@ -35,7 +35,7 @@ SB = {
 
 
 class Bases:
-    """What the tests look at: whose the bases are."""
+    """The stores in which the tests look up who owns the bases."""
 
     def __init__(self, redis: Redis) -> None:
         self.store = BasisStore(redis)
@@ -78,7 +78,7 @@ def assert_untouched(base: BaseModel, before: dict[str, torch.Tensor]) -> None:
 
 
 async def delete_adapter(world: World, bases: Bases, name: str, tenant: str = TENANT) -> None:
-    """What the service does."""
+    """Delete an adapter as the service does."""
     assert await world.adapters.delete(tenant, name)
     deletion_count = await world.adapters.deletion_count(tenant, name)
     await bases.own.release(tenant, name, deletion_count=deletion_count)
@@ -107,7 +107,7 @@ async def test_an_own_basis_lives_from_its_first_adapter_to_its_last(world: Worl
     assert manifest.factor_bytes == 2 * 4 * sum(module.d_in + module.d_out for module in manifest.modules)
     assert await bases.own.of_tenant(TENANT) == {basis_id: manifest.factor_bytes}
     assert await bases.own.users(TENANT, basis_id) == {"devil", "again"}
-    assert await bases.store.list() == []  # it is not everybody's
+    assert await bases.store.list() == []  # it is not shared
 
     with pytest.raises(Conflict, match="again, devil"):
         await bases.holds.delete(TENANT, basis_id)
@@ -121,7 +121,7 @@ async def test_an_own_basis_lives_from_its_first_adapter_to_its_last(world: Worl
 
 
 async def test_a_job_tried_again_gives_the_same_adapter_from_one_basis(world: World, bases: Bases) -> None:
-    """Its worker died once it had basis and start: with the start in a checkpoint, or before that."""
+    """Its worker died after preparing it, with or without a checkpoint of the initialization."""
     job = {**SB, "epochs": 1, "early_stopping": {"patience": None}}
     calm = await world.submit(adapter_id="calm", tenant="t1", **job)
     async with world.worker(max_resident_jobs=1):
@@ -149,7 +149,7 @@ async def test_a_job_tried_again_gives_the_same_adapter_from_one_basis(world: Wo
 
 
 async def die_prepared(world: World, *, with_checkpoint: str) -> None:
-    """What a worker leaves that dies when it has prepared its jobs, one of them with a checkpoint."""
+    """Leave what a worker leaves that dies after preparing its jobs, one of them with a checkpoint."""
     leases, preparation = JobLeases(world.redis), world.make_worker()._services.preparation
     for lease in await leases.claim("dead", limit=2, lease_s=60):
         prepared = await preparation.prepare(Attempt(lease.job, SilentListener()), None)
@@ -193,7 +193,7 @@ async def test_a_basis_job_builds_for_many_and_what_it_built_stays(world: World,
 
 
 async def test_methods_without_labels_and_without_data(world: World, bases: Bases) -> None:
-    """LoLoRA reads text only; LoRAM nothing, so with its defaults it is everybody's."""
+    """LoLoRA reads only text. LoRAM reads no data, so with its defaults its basis is shared."""
     hebbian = {"method": "lolora", "calibration": "own", "target_modules": TARGETS, "rank": 4}
     jobs = [
         await world.submit(adapter_id="lolora", epochs=1, **hebbian),

@@ -1,7 +1,7 @@
-"""One job gets its basis while another one of the tenant's gives up the same basis, command by command.
+"""One job gets its basis while another job of the tenant releases the same basis, command by command.
 
-Every test runs one piece of work up to its k-th command, lets the other make m commands, and finishes both;
-for all k and m that there are.
+Every test runs one job up to its k-th command, lets the other make m commands, and finishes both, for all
+possible k and m.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer_worker.training.run import RunResult
 
 TENANT = "acme"
 JOBS = ("ftjob-a", "ftjob-b")
-#: One small layer and no data, so that a basis is built in a moment; not the default, so it is the tenant's.
+#: One small layer and no data, so that a basis is built quickly; not the default, so the tenant owns it.
 SPEC = JobSpec(
     adapter_id="a", training_file="file-1", base_model="tiny", method="lora_xs", rank=2,
     target_modules=["*.layers.0.*.v_proj"],
@@ -44,7 +44,7 @@ SPEC = JobSpec(
 
 
 class Worker:
-    """The parts of a worker that have to do with bases. gate: where its commands wait, if they do."""
+    """The parts of a worker that deal with bases. Its commands wait at `gate` if it is gated."""
 
     def __init__(self, redis: Redis, base: BaseModel, *, max_bytes: int = 2**30, gated: bool = True) -> None:
         self.was_refused = False
@@ -70,7 +70,7 @@ class Worker:
         await self.holds.let_go(TENANT, job.job_id)
 
     async def delete(self, basis_id: str) -> None:
-        """What the service does; the answer may be that a job needs it."""
+        """Delete a basis as the service does, which refuses it while a job needs the basis."""
         try:
             await self.holds.delete(TENANT, basis_id)
         except Conflict:
@@ -89,7 +89,7 @@ def job_of(name: str, **changes: Any) -> Job:
 
 
 class Race:
-    """Two workers, the job's and the other's, and one whose commands do not wait."""
+    """Two gated workers, one for the job and one for the other job, and one without a gate."""
 
     def __init__(self, redis: Redis, base: BaseModel, *, max_bytes: int) -> None:
         self.first = Worker(redis, base, max_bytes=max_bytes)
@@ -111,7 +111,10 @@ Check = Callable[[Race, Any], Awaitable[None]]
 async def run_all(
     redis: Redis, base: BaseModel, begin: Begin, check: Check, *, max_bytes: int = 2**30
 ) -> int:
-    """Every interleaving; gives their number. check: what the job's work gave, or raised as ours."""
+    """Run every interleaving and return their number.
+
+    check: called with the result of the first piece of work, or with the `TesseraError` that it raised.
+    """
     num_runs = 0
     for num_other in count(1):
         other_has_more = False
@@ -136,7 +139,7 @@ async def run_all(
 
 
 async def check_held(race: Race, outcome: Any) -> None:
-    """The job has its basis, whole and held, alone and counted once; and nothing is left when it ends."""
+    """The job has its whole basis, is its only holder, and is charged once; nothing is left when it ends."""
     assert isinstance(outcome, JobBasis), outcome
     basis_id = outcome.basis.basis_id
     assert (await race.free.store.get(basis_id)).basis_id == basis_id
@@ -160,7 +163,7 @@ async def test_a_job_gets_the_basis_that_another_one_is_just_giving_up(redis: Re
 
 
 async def test_a_job_gets_the_basis_that_its_owner_is_just_deleting(redis: Redis, tiny: BaseModel) -> None:
-    """Unless the job was first: then the owner is told, and the basis stays pinned."""
+    """Unless the job comes first: then the owner gets an error, and the basis stays pinned."""
 
     async def begin(race: Race) -> Any:
         built = await race.free.get(job_of("a"))
@@ -180,7 +183,7 @@ async def test_a_job_gets_the_basis_that_its_owner_is_just_deleting(redis: Redis
 
 
 async def test_two_jobs_build_one_basis_where_there_is_room_for_one(redis: Redis, tiny: BaseModel) -> None:
-    """Neither is in the other's way, although one of them ends as soon as it has the basis."""
+    """Neither fails because of the other, although one of them ends as soon as it has the basis."""
     built = await Worker(redis, tiny, gated=False).get(job_of("a"))
 
     async def begin(race: Race) -> Any:
@@ -210,7 +213,7 @@ def trained() -> SingleAdapter:
 
 
 async def test_a_result_is_published_although_its_twin_is_just_failing(redis: Redis, tiny: BaseModel) -> None:
-    """Two LoRA jobs have trained the same; one holds the basis and gives it up when it cannot publish."""
+    """Two LoRA jobs have the same result. One holds the basis, and releases it when it cannot publish."""
     made = trained()
     result = RunResult(made.adapter, made.basis)
 
@@ -232,7 +235,7 @@ async def test_a_result_is_published_although_its_twin_is_just_failing(redis: Re
 async def test_what_cannot_be_published_does_not_take_the_basis_from_its_namesake(
     redis: Redis, tiny: BaseModel
 ) -> None:
-    """Two jobs for one new adapter, and the R of one of them does not fit the type that it is stored in."""
+    """Two jobs train one new adapter, and the R of one of them overflows the dtype that it is stored in."""
     basis = trained().basis
 
     async def publish_overflowing(worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""A file that builds a basis, as the worker reads it: users told apart, or one pile."""
+"""A calibration file, as the worker reads it: grouped by user, or as one set."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def content_of(*users: str | None) -> bytes:
 
 def test_the_lines_of_a_file_are_gathered_by_user(chat: ChatFormat) -> None:
     read = read_calibration(chat, content_of("ann", "bob", "ann", "bob", "ann"), max_tokens=64)
-    pile = read_calibration(chat, content_of(*[None] * 5), max_tokens=64)
+    ungrouped = read_calibration(chat, content_of(*[None] * 5), max_tokens=64)
 
     assert isinstance(read.examples, Population)
     assert read.examples.sizes == (3, 2)
-    assert type(pile.examples) is CalibrationSet
-    one, two, three, four, five = pile.examples.examples
+    assert type(ungrouped.examples) is CalibrationSet
+    one, two, three, four, five = ungrouped.examples.examples
     assert read.examples.examples == (one, three, five, two, four)
-    assert read.examples.digest != pile.examples.digest
-    assert read.sha256 != pile.sha256
+    assert read.examples.digest != ungrouped.examples.digest
+    assert read.sha256 != ungrouped.sha256
 
 
 def test_training_data_know_no_users(chat: ChatFormat) -> None:
@@ -39,7 +39,7 @@ def test_training_data_know_no_users(chat: ChatFormat) -> None:
 
 
 def test_the_split_of_training_data_is_what_it_was(chat: ChatFormat) -> None:
-    """By the hash of each example: a new field of examples must not move what has been held back so far."""
+    """The split goes by the hash of each example, so a new field of `Example` must not change it."""
     content = b"\n".join(b'{"text": "sentence number %d"}' % i for i in range(20))
     data = read_data(chat, content, None, max_tokens=64)
 

@@ -1,4 +1,4 @@
-"""A template that shows today's date: fixed for a job, whenever its attempts run."""
+"""A chat template that shows today's date gets the same date in all attempts at a job."""
 
 from __future__ import annotations
 

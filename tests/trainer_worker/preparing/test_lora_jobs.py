@@ -1,4 +1,4 @@
-"""Jobs that train A and B: through the queue, published as a basis of the tenant's own, with its adapter."""
+"""Jobs that train A and B: from the queue to a basis of the tenant's own with its adapter."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_lora_and_core_jobs_train_side_by_side(world: World, own: PrivateB
 
 
 async def test_an_interrupted_job_gives_bitwise_what_an_uninterrupted_one_gives(world: World) -> None:
-    """LoLoRA: B by the gradient, A by a local rule, whose moments and means must survive as well."""
+    """LoLoRA trains B by the gradient and A by a local rule, whose state must survive as well."""
     spec = {"method": "lolora", "epochs": 4, "early_stopping": {"patience": None}, **LORA}
     reference, job_id = await world.submit(adapter_id="a", **spec), await world.submit(adapter_id="b", **spec)
     async with world.worker(max_resident_jobs=1):
@@ -149,7 +149,7 @@ async def test_what_ends_without_a_version_leaves_no_basis(world: World, own: Pr
 async def test_two_jobs_do_not_train_for_one_place(
     world: World, own: PrivateBases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for one result: the second order fails before it trains, the first gets what it was promised."""
+    """There is quota for one result: the second job fails before it trains, the first one can publish."""
     monkeypatch.setenv("TESSERA_MAX_OWN_BASIS_BYTES", "200000")
     spec = {"form": "lora", "method": "lora", "rank": 1}
     first = await world.submit(adapter_id="a", epochs=3, **spec)
@@ -165,7 +165,7 @@ async def test_two_jobs_do_not_train_for_one_place(
     assert await own.of_tenant(TENANT) == {ended.result["basis_id"]: 116_736}
 
 
-async def test_faults_of_an_order_end_it_before_any_work(
+async def test_a_bad_request_ends_its_job_before_any_work(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = {
@@ -192,7 +192,7 @@ async def test_faults_of_an_order_end_it_before_any_work(
     assert await world.adapters.count() == 0
 
 
-# Its parts, without a worker
+# The parts, without a worker
 
 
 def trained(base: BaseModel, name: str, *, steps: int = 3, seed: int = 0) -> LoraRun:

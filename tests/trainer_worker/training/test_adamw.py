@@ -10,15 +10,15 @@ from trainer_worker.training.adamw import BETAS, EPS, BatchedAdamW, UserStep, cl
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equal_to_separate_optimisers(dtype: torch.dtype, tolerance: float, weight_decay: float) -> None:
-    """Own learning rates, own gradients of very different size, clipping, and users that sit steps out."""
+def test_equal_to_separate_optimizers(dtype: torch.dtype, tolerance: float, weight_decay: float) -> None:
+    """With separate learning rates, gradients of very different size, clipping, and skipped steps."""
     torch.manual_seed(0)
     K, shape, max_norm = 4, (3, 5, 5), 0.5
     batched = BatchedAdamW((K, *shape), dtype=dtype, device=torch.device("cpu"))
     batched.R += torch.randn(K, *shape, dtype=dtype)
     alone = [torch.nn.Parameter(batched.R[k].clone()) for k in range(K)]
     rates = [1e-3, 3e-2, 1e-2, 2e-1]
-    optimisers = [
+    optimizers = [
         torch.optim.AdamW([p], lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay)
         for p, lr in zip(alone, rates, strict=True)
     ]
@@ -31,8 +31,8 @@ def test_equal_to_separate_optimisers(dtype: torch.dtype, tolerance: float, weig
             counts[k] += 1
             alone[k].grad = grad[k].clone()
             norm = torch.nn.utils.clip_grad_norm_(alone[k], max_norm)
-            optimisers[k].param_groups[0]["lr"] = rates[k] / (step + 1)
-            optimisers[k].step()
+            optimizers[k].param_groups[0]["lr"] = rates[k] / (step + 1)
+            optimizers[k].step()
             clip = clip_factor(float(norm), max_norm)
             steps.append(UserStep(k, rates[k] / (step + 1), counts[k], clip, weight_decay))
         batched.step(grad, steps)

@@ -1,4 +1,4 @@
-"""A run continued from its bytes is the run that was never interrupted."""
+"""A run that continues from a checkpoint equals a run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(small: BaseModel, basis: Basis, run: TrainRun, *, steps: int | None = 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     small: BaseModel, small_basis: Basis, make_run: MakeRun, steps: int
 ) -> None:
-    """Across epochs (3 steps each), evaluations and the moments of the optimiser."""
+    """Across epochs (3 steps each), evaluations and the moments of the optimizer."""
     plan = {"evaluate_every": 2, "patience": None, "warmup_steps": 2}
     whole = train(small, small_basis, make_run("a", **plan))
     content = checkpoint.to_bytes(train(small, small_basis, make_run("a", **plan), steps=steps))

@@ -1,4 +1,4 @@
-"""Examples to batches: the split, the order, the rows."""
+"""From examples to batches: the split, the order, the rows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_epoch_visits_every_example_once_in_an_order_of_its_own(batch_size: i
 
 
 def conversations(count: int) -> list[Example]:
-    """Of one to three answers each."""
+    """Conversations with one to three answers each."""
     examples = []
     for line in range(1, count + 1):
         turns = [
@@ -96,7 +96,7 @@ def conversations(count: int) -> list[Example]:
 
 
 def test_no_template_changes_what_is_an_example() -> None:
-    """Not the split, not the number of examples, not their order and batches: only how many rows each has."""
+    """The template changes only the number of rows per example, not the split, the order or the batches."""
     kept, rewritten = (
         encode_data(ChatFormat(tokenizer_of("byte_level", template)), conversations(30), max_tokens=512)
         for template in ("lines", "opens_thoughts")

@@ -1,4 +1,4 @@
-"""The automatic learning rates: the rule, that every combination has one, and the records that chose it."""
+"""The automatic learning rates: the rule, the records that chose it, and a rate for every combination."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from trainer_worker.training.plan import make_plan
 RECORDS = Path(__file__).parents[3] / "benchmarks/results/quality-h100-small/records.jsonl.gz"
 #: One step of the recorded sweeps: 3e-3, 1e-2, 3e-2, 1e-1, 3e-1.
 GRID_STEP = 10 / 3
-#: Losses so near to the best are as good: the seeds' noise, and the tolerance of the benchmark's own ties.
+#: A loss this close to the best counts as equal: the noise between seeds, and the benchmark's tolerance.
 TOLERANCE = 0.01
-#: What the cases of the benchmark are to the rule: its line in the table, its start, and the preconditioner's
-#: gain at ranks 4 and 16 of the model that was measured (1 where both factors are orthonormal).
+#: For each case of the benchmark its row in the table, its initialization, and the preconditioner's gain at
+#: ranks 4 and 16 in the measured model (1 where both factors are orthonormal).
 CASES = {
     "lora_xs": ("lora_xs", "zero", {4: 4.315, 16: 3.489}),
     "lora_xs_orth": ("lora_xs", "zero", {}),
@@ -53,7 +53,7 @@ Sweep = dict[float, list[float]]
 
 @cache
 def sweeps() -> dict[tuple[str, int, str], Sweep]:
-    """(case, rank, data set) to the losses of each rate."""
+    """The losses at each rate, by (case, rank, data set)."""
     found: dict[tuple[str, int, str], Sweep] = defaultdict(lambda: defaultdict(list))
     with gzip.open(RECORDS, "rt", encoding="utf-8") as lines:
         for record in map(json.loads, lines):
@@ -64,7 +64,7 @@ def sweeps() -> dict[tuple[str, int, str], Sweep]:
 
 
 def good_rates(sweep: Sweep) -> tuple[list[float], bool]:
-    """The rates whose mean loss is as good as the best; whether a larger one might be better still."""
+    """The rates with a mean loss as good as the best, and whether a larger rate might be even better."""
     means = {rate: sum(losses) / len(losses) for rate, losses in sweep.items()}
     best = min(means.values())
     good = sorted(rate for rate, mean in means.items() if mean <= best + TOLERANCE)
@@ -72,7 +72,7 @@ def good_rates(sweep: Sweep) -> tuple[list[float], bool]:
 
 
 def is_near(rate: float, sweep: Sweep) -> bool:
-    """Within one step of the grid of a good rate; above the largest rate tried, if that was a good one."""
+    """Whether a rate is within one grid step of a good one, or above the largest if that one is good."""
     good, is_open = good_rates(sweep)
     return good[0] / GRID_STEP <= rate and (is_open or rate <= good[-1] * GRID_STEP)
 
@@ -95,7 +95,7 @@ def test_the_rule_is_within_one_grid_step_of_every_recorded_best() -> None:
 
 
 def test_nearness_is_a_real_condition() -> None:
-    """The rule would be refused at a tenth, and at ten times, of what it gives."""
+    """The check would fail for a tenth and for ten times the rule's rate."""
     sweep = sweeps()["lora_xs", 16, "jargon"]
     rate = BasisKind("lora_xs", 16, 3.489).learning_rate
     assert is_near(rate, sweep)
@@ -152,7 +152,7 @@ def test_the_rate_falls_with_the_rank_and_the_gain() -> None:
 
 
 def test_variants_have_their_own_step(small: BaseModel) -> None:
-    """Bottom and random vectors answer less to a step than the top ones, at the same gain."""
+    """At the same gain, bottom and random vectors respond less to a step than the top ones."""
     bottom = BasisKind.of(build_basis(small, rank=2, vectors="bottom", with_sigma=False))
     top = BasisKind.of(build_basis(small, rank=2, with_sigma=False), start="noise")
     assert (bottom.method, top.method, top.start) == ("lora_xs/bottom", "lora_xs", "noise")
@@ -163,7 +163,7 @@ def test_variants_have_their_own_step(small: BaseModel) -> None:
 
 
 def test_a_scale_in_the_basis_changes_the_rate_and_not_the_step(small: BaseModel) -> None:
-    """What LoRA's alpha / r does elsewhere: R' is scaled, the stored core moves as far as before."""
+    """Like LoRA's alpha / r, the scale multiplies R', but the stored core moves as far as before."""
     plain = build_basis(small, rank=4, with_sigma=False)
     assert BasisKind.of(plain).gain == pytest.approx(1.0)
     scaled = dataclasses.replace(plain, P_out=plain.P_out * 7)
@@ -171,7 +171,7 @@ def test_a_scale_in_the_basis_changes_the_rate_and_not_the_step(small: BaseModel
 
 
 def test_the_rates_of_the_bundled_model_are_among_those_that_were_measured(tiny: BaseModel) -> None:
-    """Where its losses are flat: 2e-3 to 8e-3 with singular values, 8e-3 to 16e-3 without."""
+    """Its losses are flat from 2e-3 to 8e-3 with singular values, and from 8e-3 to 16e-3 without."""
     for with_sigma, low, high in ((True, 2e-3, 8e-3), (False, 8e-3, 16.1e-3)):
         kind = BasisKind.of(build_basis(tiny, rank=16, with_sigma=with_sigma))
         assert low <= kind.learning_rate <= high

@@ -1,4 +1,4 @@
-"""What hyper-parameters come to."""
+"""From hyperparameters to a plan."""
 
 from __future__ import annotations
 

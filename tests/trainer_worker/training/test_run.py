@@ -1,4 +1,4 @@
-"""The rules of a run without a model: the best state, early ends, losses that are not finite."""
+"""The rules of a run, without a model: the best state, early stopping, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer_worker.training.trainer import CoreRun
 
 
 def evaluate(run: TrainRun, *losses: float) -> None:
-    """Evaluations in a row, one step and a little change of R between them."""
+    """Record these evaluations, with one step and a change of R between them."""
     for loss in losses:
         run.record_evaluation(loss)
         if not run.is_finished:

@@ -1,4 +1,4 @@
-"""The layer that trains many users' cores: its output and every gradient, against dense autograd."""
+"""The layer that trains the cores of many users: its output and every gradient against dense autograd."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_target_modules_are_replaced_once_and_still_found(small: BaseModel) -> N
 
 @pytest.mark.parametrize("shape", [(2 * 3, 6), (2, 1, 3, 6), (1, 6, 6)], ids=str)
 def test_tokens_that_the_model_has_flattened_in_order_are_those_of_their_rows(shape: tuple[int, ...]) -> None:
-    """OPT's MLP and shared experts read [S · L, d], latent attention [S, 1, L, d]."""
+    """OPT's MLP and shared experts receive [S · L, d], latent attention receives [S, 1, L, d]."""
     layer = TrainableLinear(nn.Linear(6, 5), "mlp.fc1")
     R = torch.randn(2, 2, 2)
     owners = RowOwners(torch.tensor([1, 0]), 3)
@@ -123,7 +123,7 @@ def test_tokens_of_unknown_order_are_refused(name: str, num_tokens: int) -> None
 
 @pytest.mark.parametrize("kind", ["core", "lora"])
 def test_a_layer_may_read_the_sequences_one_after_the_other(kind: str) -> None:
-    """As shared experts of a mixture do: [S · L, d] and not [S, L, d]."""
+    """Shared experts of a mixture receive [S · L, d] instead of [S, L, d]."""
     torch.manual_seed(3)
     S, L, d_in, d_out, r, K = 3, 5, 11, 7, 4, 2
     rows, linear = torch.tensor([1, 0, 1]), nn.Linear(d_in, d_out).double()

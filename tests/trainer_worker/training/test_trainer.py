@@ -1,4 +1,4 @@
-"""The step of many users: equal to plain torch, independent of the company, harmless to the base model."""
+"""The step of many users: equal to plain torch, independent of other users, harmless to the base model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def alone(small: BaseModel, basis: Basis, run: TrainRun) -> TrainRun:
 
 
 def plain_loss(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> Tensor:
-    """Mean loss of the learned tokens, one example at a time and so without any padding."""
+    """Mean loss of the learned tokens, one example at a time and therefore without padding."""
     losses = []
     for example in examples:
         ids, learned = torch.tensor(example.token_ids), torch.tensor(example.loss_mask)
@@ -67,7 +67,7 @@ class PlainAdapter(nn.Module):
 
 
 def test_a_run_equals_plain_torch(small: BaseModel, small_basis: Basis, make_run: MakeRun) -> None:
-    """Preconditioner, padding, loss, clipping, schedule and AdamW, all at once."""
+    """This covers preconditioner, padding, loss, clipping, schedule and AdamW at once."""
     run = make_run("x", total_steps=7, warmup_steps=2, max_grad_norm=0.05, weight_decay=0.1, patience=None)
     model = copy.deepcopy(small.model)
     plain = []
@@ -104,7 +104,7 @@ def test_a_run_equals_plain_torch(small: BaseModel, small_basis: Basis, make_run
 def test_a_user_gets_the_same_alone_and_in_company(
     small: BaseModel, small_basis: Basis, make_run: MakeRun
 ) -> None:
-    """Other data, other batch sizes, other ends, and somebody who joins in the middle."""
+    """The others have other data, batch sizes and lengths, and one of them joins in the middle."""
     plans: dict[str, dict[str, int]] = {
         "a": {"batch_size": 4, "total_steps": 9},
         "b": {"batch_size": 1, "total_steps": 4},
@@ -129,10 +129,10 @@ def test_a_user_gets_the_same_alone_and_in_company(
 
 
 def test_shared_experts_of_a_mixture_learn_for_each_user_alone(make_run: MakeRun) -> None:
-    """They read all tokens of all users without telling the sequences apart."""
+    """Shared experts receive the tokens of all users in one flat tensor."""
     config = make_config("qwen2_moe", vocab_size=VOCABULARY, num_hidden_layers=2)
     model = build(config).double()
-    model.set_experts_implementation("eager")  # the others do not know float64
+    model.set_experts_implementation("eager")  # the other implementations do not support float64
     base = BaseModel("mixture", "mixture", model)
     basis = build_basis(base, rank=4)
     assert any("shared_expert" in module.name for module in basis.manifest.modules)

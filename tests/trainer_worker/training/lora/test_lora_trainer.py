@@ -1,4 +1,4 @@
-"""LoRA forms against a reference that really subtracts from W, and their way into the engine."""
+"""LoRA forms against a reference implementation that subtracts from W, and their results in the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trainer_worker.training.run import RunResult
 RANK = 4
 #: One of every kind: random A, scaled, two rates, A frozen, subtracted, frozen and subtracted, from data.
 KINDS = ("lora", "rslora", "lora_plus", "lora_fa", "pissa", "pissa_fa", "loram", "lora_one")
-#: Starts that are a step away from the base model, as their papers say.
+#: Forms that start one step away from the base model, as in their papers.
 STEPPED = tuple(name for name in LORA_PRESETS if name.startswith(("lora_one", "lora_da")))
 
 
@@ -68,7 +68,7 @@ def run_to_end(base: BaseModel, runs: list[LoraRun]) -> dict[str, list[float]]:
 def train_lora(
     base: BaseModel, data: TrainingData, plan: TrainingPlan, preset: str
 ) -> tuple[RunResult, LoraRun]:
-    """Train one run to its end; returns its stored form, as a job publishes it."""
+    """Train one run to its end and return its result, as a job publishes it."""
     calibration = CalibrationSet.from_encoded(data.train)
     factors = initial_factors(base, preset, rank=RANK, calibration=calibration, seed=plan.seed)
     run = LoraRun("lora", data, plan, factors)
@@ -83,7 +83,7 @@ def train_lora(
 
 
 class ReferenceLora(nn.Module):
-    """The textbook: W - s B_0 A_0 in the layer, A and B as parameters."""
+    """The reference implementation: W - s B_0 A_0 in the layer, A and B as parameters."""
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scale: float, factors: LoraFactors) -> None:
         super().__init__()
@@ -97,20 +97,20 @@ class ReferenceLora(nn.Module):
 
 
 def reference_losses(
-    base: BaseModel, data: TrainingData, plan: TrainingPlan, start: LoraFactors
+    base: BaseModel, data: TrainingData, plan: TrainingPlan, initial: LoraFactors
 ) -> list[float]:
     """Losses of training with torch's own AdamW, one example at a time."""
     model = copy.deepcopy(base.model)
     layers = []
-    for shape, A, B in zip(start.modules, start.A, start.B, strict=True):
+    for shape, A, B in zip(initial.modules, initial.A, initial.B, strict=True):
         parent, _, child = shape.name.rpartition(".")
         linear = model.get_submodule(shape.name)
-        layer = ReferenceLora(linear, A.double(), B.double(), start.scale, start)
+        layer = ReferenceLora(linear, A.double(), B.double(), initial.scale, initial)
         setattr(model.get_submodule(parent), child, layer)
         layers.append(layer)
     trained = [[layer.B for layer in layers], [layer.A for layer in layers if layer.A.requires_grad]]
     groups = [{"params": params, "factor": factor} for params, factor in
-              zip(trained, (start.preset.b_rate, 1.0), strict=True) if params]  # fmt: skip
+              zip(trained, (initial.preset.b_rate, 1.0), strict=True) if params]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     losses = []
     for step in range(plan.total_steps):
@@ -147,7 +147,7 @@ def test_trains_as_the_paper_does(
 def test_begins_at_the_base_model_and_is_stored_exactly(
     small: BaseModel, data: TrainingData, calibration: CalibrationSet, name: str
 ) -> None:
-    """F1: what is subtracted does not show at the start; what is served is what was trained."""
+    """The subtracted product has no effect at the start, and the stored adapter equals the trained one."""
     run = LoraRun(name, data, plan(total_steps=3), initial_factors(
         small, name, rank=RANK, calibration=calibration))  # fmt: skip
     ids = torch.tensor([[5, 9, 2, 40, 77, 8]])
@@ -192,7 +192,7 @@ def assert_same_logits(base: BaseModel, run: LoraRun, ids: Tensor) -> None:
 def test_co_training_changes_nothing(
     small: BaseModel, data: TrainingData, calibration: CalibrationSet
 ) -> None:
-    """Different forms, rates and seeds in one batch end where each ends alone."""
+    """Runs with different forms, rates and seeds in one batch give the same results as each alone."""
 
     def make() -> list[LoraRun]:
         runs = []
@@ -273,7 +273,7 @@ def test_row_linear_gradients() -> None:
 
 
 def test_the_engine_serves_what_was_trained(small: BaseModel, data: TrainingData) -> None:
-    """A dedicated basis of rank 2 r and its adapter, through the engine's own path, in float32."""
+    """A basis of its own of rank 2 r and its adapter, through the engine's own path, in float32."""
     base = BaseModel(small.name, small.model_id, copy.deepcopy(small.model).float())
     stored, run = train_lora(base, data, plan(learning_rate=5e-2), "pissa")
     assert stored.own_basis is not None
