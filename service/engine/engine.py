@@ -76,7 +76,7 @@ class Engine:
         )
         self.runner = ModelRunner(base.model, facts, self.kv, self.bases, config, max_model_len=max_model_len)
         self._in_flight = InFlight(self.scheduler)
-        self._orders = itertools.count()
+        self._numbers = itertools.count()
         self._looks_ahead = config.lookahead == "on" or (config.lookahead == "auto" and device.type == "cuda")
         self.loop = StepLoop(self.scheduler, self.runner, self._in_flight)
 
@@ -124,7 +124,7 @@ class Engine:
             )
         engine_request = EngineRequest(
             request,
-            order=next(self._orders),
+            number=next(self._numbers),
             root_key=root_key(self._base.model_id, request.tenant, ref),
             generator=make_generator(request.sampling, self._device),
         )

@@ -64,7 +64,7 @@ class InFlight:
         self._requests[request.request_id] = request
         if request.submitted.deadline_s is not None:
             expires_at = time.monotonic() + request.submitted.deadline_s
-            heapq.heappush(self._deadlines, (expires_at, request.order, request.request_id))
+            heapq.heappush(self._deadlines, (expires_at, request.number, request.request_id))
             # Deadlines may lie far ahead: at a thousand requests a second those of ten minutes would take
             # 100 MB. So drop those of ended requests once they are the majority.
             if len(self._deadlines) > 2 * len(self._requests) + MAX_PAST_DEADLINES:
@@ -118,9 +118,9 @@ class InFlight:
         """Fail the requests whose deadline has passed."""
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, order, request_id = heapq.heappop(self._deadlines)
+            _, number, request_id = heapq.heappop(self._deadlines)
             request = self._requests.get(request_id)
-            if request is not None and request.order == order:
+            if request is not None and request.number == number:
                 message = f"not finished within {request.submitted.deadline_s:g} s"
                 self.fail(request, "deadline_exceeded", message)
 

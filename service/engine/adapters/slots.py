@@ -109,6 +109,7 @@ class SlotTable:
         self.num_loads = self.num_evictions = 0
         self._loads = SlotLoads(self.R_slots)
         self._token_slots = torch.zeros(max_tokens, device=device, dtype=torch.int64)
+        self.nbytes = self.R_slots.nbytes + self._token_slots.nbytes
         self._free = list(range(num_slots, 0, -1))
         self._slot_of: dict[AdapterRef, int] = {}
         self._ref_of: dict[int, AdapterRef] = {}
@@ -129,10 +130,6 @@ class SlotTable:
     @property
     def num_pinned(self) -> int:
         return len(self._pins)
-
-    @property
-    def nbytes(self) -> int:
-        return self.R_slots.nbytes + self._token_slots.nbytes
 
     def pin(self, ref: AdapterRef, adapter: PackedAdapter | None) -> int | None:
         """Pin the slot of `ref` and return it; None while all slots are pinned. If `ref` is not resident, it

@@ -206,14 +206,9 @@ class ForwardPass:
         self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
     ) -> Tensor:
         """The logits [n, V] of some rows of the flattened batch, int64 [n], or of all rows."""
-        forward = self.forward_generic if self.fused is None else self.forward_fused
-        return forward(rows, kv, step, logit_rows)
-
-    def forward_fused(
-        self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
-    ) -> Tensor:
-        assert self.fused is not None
-        return self.fused.forward(rows, kv, step, logit_rows)
+        if self.fused is not None:
+            return self.fused.forward(rows, kv, step, logit_rows)
+        return self.forward_generic(rows, kv, step, logit_rows)
 
     def forward_generic(
         self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None

@@ -135,7 +135,7 @@ def qkv_rope(
     squares: RowSquares | None = None,
 ) -> Tensor:
     heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-    wide = _outputs(y, shape.width, delta, shape.bias, squares)
+    wide = _outputs(y, sum(heads) * shape.head_dim, delta, shape.bias, squares)
     q, k, v = torch.split(wide.view(len(y), sum(heads), shape.head_dim), heads, dim=1)
     if shape.q_norm is not None:
         q = _normed(q, shape.q_norm)

@@ -57,10 +57,7 @@ class PagedKV:
             self._stacks += [K, V]
             for place, index in enumerate(layers):
                 self._K[index], self._V[index] = K[place], V[place]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(stack.nbytes for stack in self._stacks)
+        self.nbytes = sum(stack.nbytes for stack in self._stacks)
 
     def clear(self, blocks: Tensor) -> None:
         """Zero these blocks in every layer. blocks: int64 [n]."""

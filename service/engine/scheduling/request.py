@@ -87,7 +87,7 @@ class EngineRequest:
     #: The request as the API sent it.
     submitted: GenerationRequest
     #: Running number of the submission.
-    order: int
+    number: int
     #: The root of its prefix keys, see `kv/blocks.py`.
     root_key: bytes
     #: Its own, so that its draws do not depend on the other requests of the batch; None if it draws nothing.

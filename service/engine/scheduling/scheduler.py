@@ -41,7 +41,7 @@ class Scheduler:
         self, config: EngineConfig, pool: BlockPool, residency: Residency, *, max_logit_rows: int
     ) -> None:
         self.waiting = FairQueue(config.tenant_weights)
-        self.running: list[EngineRequest] = []  # oldest first, by order
+        self.running: list[EngineRequest] = []  # oldest first
         self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
         self._config = config
         self._max_running = config.max_running
@@ -137,8 +137,8 @@ class Scheduler:
         assert not any(request.blocks for request in self.waiting)
         self._pool.check_integrity([request.blocks for request in self.running])
         assert len(self.running) <= self._config.max_running
-        orders = [request.order for request in self.running]
-        assert orders == sorted(set(orders))
+        numbers = [request.number for request in self.running]
+        assert numbers == sorted(set(numbers))
         assert all(not s.is_pinned and not s.is_running for s in self._starved.values())
         pinned = {(s.basis_id, s.slot) for s in (*self.running, *self.waiting) if s.is_pinned}
         assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
@@ -240,7 +240,7 @@ class Scheduler:
             self.num_prompt_tokens += request.num_prompt
             self.num_cached_tokens += request.num_computed
         self.waiting.start(request)
-        bisect.insort(self.running, request, key=lambda s: s.order)
+        bisect.insort(self.running, request, key=lambda r: r.number)
         request.is_running = True
         return True
 

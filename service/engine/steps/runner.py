@@ -172,7 +172,8 @@ class ModelRunner:
             max_tokens=self._config.max_batch_tokens,
         )
         logits = []
-        for forward in (self._forward_pass.forward_fused, self._forward_pass.forward_generic):
+        assert self._forward_pass.fused is not None
+        for forward in (self._forward_pass.fused.forward, self._forward_pass.forward_generic):
             kv = PagedKV(
                 self._kv.shapes,
                 num_blocks=self_check.num_trial_blocks(self._kv.block_size),

@@ -136,10 +136,10 @@ def test_every_request_runs_and_those_of_one_tenant_in_their_order(
     for number, (tenant, cost, num_output) in enumerate(wanted):
         line.submit(tenant, cost)
         if number % 3 == 0 and (request := line.take()) is not None:
-            orders.setdefault(request.tenant, []).append(request.order)
+            orders.setdefault(request.tenant, []).append(request.number)
             line.end(request, min(num_output, request.sampling.max_tokens))
     while (request := line.take()) is not None:
-        orders.setdefault(request.tenant, []).append(request.order)
+        orders.setdefault(request.tenant, []).append(request.number)
 
     assert sum(len(order) for order in orders.values()) == len(wanted)
     assert all(order == sorted(order) for order in orders.values())
