@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.operators.stack import NUM_MODULES, Adapters, Step, Weights
-from service.engine.kernels import adapter_delta, add_residual, glu, qkv_rope, rms_norm
+from service.engine.kernels import adapter_delta, ops_for
 
 #: Adds one group's delta to y: layer, group, x, y.
 AddDelta = Callable[[int, str, Tensor, Tensor], None]
@@ -80,7 +80,8 @@ def _add_by_bmm(
 def _run(step: Step, add: AddDelta) -> Tensor:
     weights = step.weights
     residual = step.residual.clone()
-    x, squares = rms_norm(residual, weights.norm), None
+    ops = ops_for(residual.device)
+    x, squares = ops.rms_norm(residual, weights.norm), None
     for layer, weight in enumerate(weights.W):
 
         def product(name: str, x: Tensor, layer: int = layer, weight: dict[str, Tensor] = weight) -> Tensor:
@@ -88,8 +89,8 @@ def _run(step: Step, add: AddDelta) -> Tensor:
             add(layer, name, x, y)
             return y
 
-        qkv_rope(product("qkv", x), step.shape, step.rows, None, squares)
-        x, squares = add_residual(product("o", step.attended), residual, weights.norm)
-        gated = glu(product("gate_up", x), weights.geometry.ff, "silu", None, squares=squares)
-        x, squares = add_residual(product("down", gated), residual, weights.norm)
+        ops.qkv_rope(product("qkv", x), step.shape, step.rows, None, squares)
+        x, squares = ops.add_residual(product("o", step.attended), residual, weights.norm)
+        gated = ops.glu(product("gate_up", x), weights.geometry.ff, "silu", None, squares=squares)
+        x, squares = ops.add_residual(product("down", gated), residual, weights.norm)
     return residual

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.device_time import time_on_device
 from benchmarks.operators.stack import Adapters, Step
-from service.engine.kernels import GroupDelta, add_residual, add_rms_norm, glu, qkv_rope
+from service.engine.kernels import GroupDelta, ops_for
 
 #: Layers that take turns in one measured run, so that B and R come from where they come from in a model.
 _MAX_LAYERS = 16
@@ -26,30 +26,31 @@ def single_ops(
         for name in geometry.groups
     }
     residual, norm = step.residual.clone(), weights.norm
-    _, squares = add_residual(ys["o"][0], residual, norm)
+    ops = ops_for(residual.device)
+    _, squares = ops.add_residual(ys["o"][0], residual, norm)
 
     def delta(layer: int, name: str, has_delta: bool) -> GroupDelta | None:
         return GroupDelta(adapters.factors[layer][name], token_slots) if has_delta else None
 
     yield (
         "qkv_rope",
-        lambda layer, has: qkv_rope(
+        lambda layer, has: ops.qkv_rope(
             ys["qkv"][layer], step.shape, step.rows, delta(layer, "qkv", has), squares
         ),
     )
     yield (
         "glu",
-        lambda layer, has: glu(
+        lambda layer, has: ops.glu(
             ys["gate_up"][layer], geometry.ff, "silu", delta(layer, "gate_up", has), squares=squares
         ),
     )
     yield (
         "add_residual",
-        lambda layer, has: add_residual(ys["o"][layer], residual, norm, delta(layer, "o", has)),
+        lambda layer, has: ops.add_residual(ys["o"][layer], residual, norm, delta(layer, "o", has)),
     )
     yield (
         "add_rms_norm",
-        lambda layer, has: add_rms_norm(ys["o"][layer], residual, norm, delta(layer, "o", has)),
+        lambda layer, has: ops.add_rms_norm(ys["o"][layer], residual, norm, delta(layer, "o", has)),
     )
 
 

@@ -23,11 +23,7 @@ from service.engine.kernels import (
     QKVShape,
     RowSquares,
     StepRows,
-    add_residual,
-    add_rms_norm,
-    glu,
-    qkv_rope,
-    rms_norm,
+    ops_for,
     stack_factors,
 )
 from tests.popularity import make_token_slots
@@ -128,6 +124,7 @@ class Step:
         geometry, device = weights.geometry, weights.device
         self.weights, self.num_tokens = weights, num_tokens
         self.shape = QKVShape(geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.head_dim)
+        self._ops = ops_for(device)
         self.residual = weights.random(num_tokens, geometry.hidden)
         self.attended = weights.random(num_tokens, geometry.heads * geometry.head_dim)
         angles = torch.rand(num_tokens, geometry.head_dim, device=device)
@@ -160,12 +157,12 @@ class Step:
     ) -> Tensor:
         ff, norm = self.weights.geometry.ff, self.weights.norm
         residual = self.residual.clone()
-        x, squares = rms_norm(residual, norm), None
+        x, squares = self._ops.rms_norm(residual, norm), None
         for weight, delta in zip(W, deltas, strict=True):
-            qkv_rope(x @ weight["qkv"].T, self.shape, self.rows, delta.get("qkv"), squares)
+            self._ops.qkv_rope(x @ weight["qkv"].T, self.shape, self.rows, delta.get("qkv"), squares)
             x, squares = self._add(self.attended @ weight["o"].T, residual, delta.get("o"), puts_off)
             y = x @ weight["gate_up"].T
-            gated = glu(y, ff, "silu", delta.get("gate_up"), squares=squares)
+            gated = self._ops.glu(y, ff, "silu", delta.get("gate_up"), squares=squares)
             x, squares = self._add(gated @ weight["down"].T, residual, delta.get("down"), puts_off)
         return residual
 
@@ -174,5 +171,5 @@ class Step:
     ) -> tuple[Tensor, RowSquares | None]:
         norm = self.weights.norm
         if puts_off:
-            return add_residual(y, residual, norm, delta)
-        return add_rms_norm(y, residual, norm, delta), None
+            return self._ops.add_residual(y, residual, norm, delta)
+        return self._ops.add_rms_norm(y, residual, norm, delta), None

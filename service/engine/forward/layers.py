@@ -24,20 +24,7 @@ from transformers import PreTrainedModel
 from service.engine.attention.reference import AttentionStep, TokenRows
 from service.engine.forward.projection import FusedProjection
 from service.engine.forward.spec import LayerSpec, ModelSpec, NotFusable, rotary_tables
-from service.engine.kernels import (
-    AddedDelta,
-    Norm,
-    QKVShape,
-    ResidualAdd,
-    RowSquares,
-    StepRows,
-    add_deltas,
-    add_residual,
-    add_rms_norm,
-    glu,
-    qkv_rope,
-    rms_norm,
-)
+from service.engine.kernels import AddedDelta, Norm, QKVShape, ResidualAdd, RowSquares, StepRows, ops_for
 from service.engine.kv.cache import KVShape, PagedKV
 
 #: The dtypes in which a norm's division may be deferred. What the product reads is then the residual times
@@ -87,6 +74,7 @@ class FusedModel:
         num_positions: int,
     ) -> None:
         self._spec = spec
+        self._ops = ops_for(model.device)
         self._embed = model.get_submodule("model.embed_tokens")
         self._head = _linear(model, "lm_head")
         self.vocab_size = self._head.out_features
@@ -139,7 +127,8 @@ class FusedModel:
         residual: Tensor = self._embed(rows.input_ids)
         if spec.embedding_scale != 1:
             residual = residual * spec.embedding_scale
-        x, squares = (residual if spec.first_norm is None else rms_norm(residual, spec.first_norm)), None
+        x = residual if spec.first_norm is None else self._ops.rms_norm(residual, spec.first_norm)
+        squares: RowSquares | None = None
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             cos, sin = (None, None) if layer.spec.rotary is None else angles[layer.spec.rotary]
@@ -148,7 +137,7 @@ class FusedModel:
             attended = step.attend_cached(index, q, layer.spec.attention).flatten(1)
             x, squares = self._add(residual, layer.o, attended, layer.spec.pre_mlp_norm, layer.add_attention)
             group = layer.gate_up
-            gated = glu(
+            gated = self._ops.glu(
                 group(x), group.width // 2, spec.activation, group.delta, bias=group.bias, squares=squares
             )
             x, squares = self._add(
@@ -171,8 +160,9 @@ class FusedModel:
         y = projection(x)
         can_defer = how.post is None and residual.dtype in _DEFERRING_DTYPES and not is_last
         if norm is not None and can_defer:
-            return add_residual(y, residual, norm, projection.delta, how)
-        return add_rms_norm(y, residual, norm, projection.delta, how), None
+            deferred: _Input = self._ops.add_residual(y, residual, norm, projection.delta, how)
+            return deferred
+        return self._ops.add_rms_norm(y, residual, norm, projection.delta, how), None
 
     def _query(self, layer: FusedLayer, y: Tensor, places: StepRows, squares: RowSquares | None) -> Tensor:
         """The rotated q [T, Hq, D] of the layer. K and V are written to their pages."""
@@ -181,15 +171,16 @@ class FusedModel:
             assert squares is None
             if delta is not None:
                 h = y[:, layer.shape.width :]
-                add_deltas(y, [AddedDelta(delta.factors, delta.token_slots, h)])
+                self._ops.add_deltas(y, [AddedDelta(delta.factors, delta.token_slots, h)])
             q_width = layer.shape.num_heads * layer.shape.head_dim
             kv_width = layer.shape.num_kv_heads * layer.shape.head_dim
             for norm, first, width in ((spec.q_norm, 0, q_width), (spec.k_norm, q_width, kv_width)):
                 assert norm is not None
                 heads = y[:, first : first + width]
-                rms_norm(heads, norm, out=heads)
+                self._ops.rms_norm(heads, norm, out=heads)
             delta = None
-        return qkv_rope(y, layer.shape, places, delta, squares)
+        q: Tensor = self._ops.qkv_rope(y, layer.shape, places, delta, squares)
+        return q
 
     def _logits(self, x: Tensor, out: Tensor | None) -> Tensor:
         logits = torch.mm(x, self._head.weight.t(), out=out)

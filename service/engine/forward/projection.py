@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from service.engine.adapters.linear import AdapterLinear, Factors
 from service.engine.adapters.slots import SlotTable
-from service.engine.kernels import NO_MODULE, AddedDelta, GroupDelta, GroupFactors, add_deltas, stack_factors
+from service.engine.kernels import NO_MODULE, AddedDelta, GroupDelta, GroupFactors, ops_for, stack_factors
 
 #: The fused weight is padded with zero rows to a multiple of this, so that every row of y is aligned to 16
 #: bytes, as tensor cores and vector loads require. From rank 8 on N + c r is such a multiple anyway.
@@ -37,6 +37,7 @@ class FusedProjection:
         self._others: dict[str, tuple[GroupFactors, SlotTable, Tensor]] = {}
         self.width = sum(widths)
         linears = self._linears
+        self._ops = ops_for(linears[0].weight.device)
         assert self.width == sum(linear.out_features for linear in linears)
         self.bias = _cat_biases(linears)
 
@@ -94,7 +95,7 @@ class FusedProjection:
             for factors, slots, A in self._others.values()
             if slots.active is not None
         ]
-        return add_deltas(y, added) if added else y
+        return self._ops.add_deltas(y, added) if added else y  # type: ignore[no-any-return]
 
     @property
     def delta(self) -> GroupDelta | None:

@@ -1,19 +1,20 @@
-"""The public ops of the adapter path. `fused.py` and `layouts.py` document their meaning, shapes and errors.
+"""The ops of the adapter path: each fused op that reads a GEMM's output also applies R and B to it.
 
-The rest of the tree imports ops only from here. `reference.py` has the reference implementation of each.
-Importing this package does not import Triton.
+`ops_for` gives the implementation for a device, `reference.py` documents the ops, and `layouts.py` the
+layouts of their arguments. No op waits for the device, and all are safe to capture in a CUDA graph: shapes
+alone decide what is launched, never the slots. A row of slot 0 loads no R, and NaN in one slot reaches only
+the rows of that slot. Importing this package does not import Triton.
 """
 
-from service.engine.kernels.fused import (
-    ACTIVATIONS,
-    add_deltas,
-    add_residual,
-    add_rms_norm,
-    glu,
-    qkv_rope,
-    rms_norm,
-)
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from service.engine.kernels import reference
 from service.engine.kernels.layouts import (
+    ACTIVATIONS,
     MAX_SEGMENTS,
     NO_MODULE,
     PLAIN_ADD,
@@ -43,12 +44,17 @@ __all__ = [
     "RowSquares",
     "StepRows",
     "adapter_delta",
-    "add_deltas",
-    "add_residual",
-    "add_rms_norm",
-    "glu",
-    "qkv_rope",
+    "ops_for",
     "rank_delta",
-    "rms_norm",
     "stack_factors",
 ]
+
+
+def ops_for(device: torch.device) -> ModuleType:
+    """The fused ops for tensors on `device`: Triton kernels on CUDA, otherwise the reference
+    implementation."""
+    if device.type != "cuda":
+        return reference
+    from service.engine.kernels import launch  # Triton need not be installed without CUDA
+
+    return launch

@@ -1,7 +1,7 @@
 """The fused ops on a CUDA device: check the arguments, choose tiles by the shapes, launch the kernels.
 
-The functions have the same names as in `reference.py`; `fused.py` documents them. Importing this module
-imports Triton.
+The functions have the same names as in `reference.py`, which documents them. Importing this module imports
+Triton.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from service.engine.kernels.arguments import (
     squares_arguments,
 )
 from service.engine.kernels.layouts import (
+    ACTIVATIONS,
     PLAIN_ADD,
     AddedDelta,
     GroupDelta,
@@ -105,6 +106,7 @@ def glu(
     bias: Tensor | None = None,
     squares: RowSquares | None = None,
 ) -> Tensor:
+    assert act in ACTIVATIONS, act
     assert y.stride(1) == 1
     T = len(y)
     out = torch.empty(T, width, dtype=y.dtype, device=y.device)
@@ -157,6 +159,7 @@ def add_residual(
     delta: GroupDelta | None = None,
     how: ResidualAdd = PLAIN_ADD,
 ) -> tuple[Tensor, RowSquares]:
+    assert how.post is None, "a norm behind the block needs whole rows first"
     x, sums = _add(y, residual, norm, delta, how, is_scaled=True)
     return x, RowSquares(sums, residual.shape[1], norm.eps)
 

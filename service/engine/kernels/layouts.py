@@ -19,6 +19,8 @@ from torch import Tensor
 
 #: Marks a segment in `GroupFactors.modules` that is no target module and gets no delta.
 NO_MODULE = -1
+#: Activations of `glu`.
+ACTIVATIONS = ("silu", "gelu_tanh")
 #: Most segments of a group (q, k, v): the kernels take a scalar for each.
 MAX_SEGMENTS = 3
 

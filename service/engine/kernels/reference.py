@@ -1,7 +1,8 @@
-"""The reference implementation of every op of the adapter path: plain torch, any device and dtype.
+"""The ops of the adapter path, and their reference implementation: plain torch, any device and dtype.
 
-The fused ops compute in float32 (float64 stays float64) and round once, when a result is stored. `fused.py`
-documents the meaning and the shapes of each; the functions here have the same names.
+The docstrings here hold for every implementation: `launch.py` has the same functions as Triton kernels. The
+fused ops compute in float32 (float64 stays float64) and round once, when a result is stored. T is always the
+number of rows of `y`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.engine.kernels.layouts import (
+    ACTIVATIONS,
     NO_MODULE,
     PLAIN_ADD,
     AddedDelta,
@@ -73,6 +75,12 @@ def group_delta(h: Tensor, factors: GroupFactors, token_slots: Tensor) -> Tensor
 
 
 def add_deltas(y: Tensor, deltas: Sequence[AddedDelta]) -> Tensor:
+    """y[t, :N] += Σ over deltas b of B_b R_b[slot_b[t]] h_b[t], in place, one launch for all bases.
+
+    Serves models that cannot be fused, and every further resident basis beside a fused one. y: [T, at least
+    N]. A token has a slot other than 0 in at most one of the bases; rows without one are not touched. All
+    groups have the same widths; ranks and dtypes may differ. Returns y.
+    """
     for delta in deltas:
         rows = delta.token_slots.nonzero()[:, 0]
         added = group_delta(delta.h[rows], delta.factors, delta.token_slots[rows])
@@ -82,6 +90,11 @@ def add_deltas(y: Tensor, deltas: Sequence[AddedDelta]) -> Tensor:
 
 
 def rms_norm(x: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+    """out = x * rsqrt(mean(x²) + eps) * weight, row by row.
+
+    x: [T, N], rows of any stride, such as a part of y. out: [T, N], rows of any stride; may be x itself; None
+    allocates it. Returns out, in x's dtype.
+    """
     result = _normed(_wide(x), norm).to(x.dtype)
     return result if out is None else out.copy_(result)
 
@@ -93,6 +106,13 @@ def add_rms_norm(
     delta: GroupDelta | None = None,
     how: ResidualAdd = PLAIN_ADD,
 ) -> Tensor:
+    """residual += multiplier * post(y[:, :N] + delta + bias); returns norm(residual).
+
+    y: [T, N + C * r], the output of o or down (a group of one segment).
+    residual: [T, N], contiguous; changed in place, and rounded to its dtype before the norm reads it.
+    norm: with None, `residual` itself is returned (for models whose blocks read the residual as it is).
+    Returns [T, N] in residual's dtype.
+    """
     _add(y, residual, delta, how)
     return rms_norm(residual, norm) if norm is not None else residual
 
@@ -104,6 +124,17 @@ def add_residual(
     delta: GroupDelta | None = None,
     how: ResidualAdd = PLAIN_ADD,
 ) -> tuple[Tensor, RowSquares]:
+    """`add_rms_norm` with the division deferred to the op behind the next GEMM, so that no program needs a
+    whole row.
+
+        residual += multiplier * (y[:, :N] + delta + bias)
+        returns x = residual * weight, and the partial sums of residual²
+
+    Because W(x * rstd) = (W x) * rstd, `qkv_rope` and `glu` can multiply the GEMM's output by rstd; pass them
+    the `RowSquares`. The delta's h comes from the same GEMM and needs nothing else. Only for bfloat16 and
+    float32: x has the magnitude of the residual, which may exceed the range of float16. how.post must be
+    None. Returns x [T, N].
+    """
     assert how.post is None, "a norm behind the block needs whole rows first"
     _add(y, residual, delta, how)
     wide = _wide(residual)
@@ -122,6 +153,12 @@ def glu(
     bias: Tensor | None = None,
     squares: RowSquares | None = None,
 ) -> Tensor:
+    """out = act(gate) * up, where gate, up = split((y[:, :2 width] + delta) * rstd + bias).
+
+    y: [T, 2 * width + C * r], the output of the group gate, up. act: one of ACTIVATIONS. delta: of a group
+    with the widths (width, width). bias: [2 * width]. Returns [T, width] in y's dtype.
+    """
+    assert act in ACTIVATIONS, act
     gate, up = torch.split(_outputs(y, 2 * width, delta, bias, squares), width, dim=1)
     gate = F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")
     return (gate * up).to(y.dtype)
@@ -134,6 +171,14 @@ def qkv_rope(
     delta: GroupDelta | None = None,
     squares: RowSquares | None = None,
 ) -> Tensor:
+    """q, k, v = split((y[:, :N] + delta) * rstd + bias); q, k = rope(norm(q, k)); K, V to their pages.
+
+    y: [T, N + C * r] with N = shape.width = (Hq + 2 Hkv) * D, the output of the group q, k, v.
+    delta: of a group with the widths (Hq D, Hkv D, Hkv D); None for the base model alone.
+    squares: the norm that `add_residual` deferred; None if y was computed from normalised rows.
+    Returns q [T, Hq, D] in y's dtype, contiguous. Writes rows.K[blocks[t], :, offsets[t]], and rows.V
+    likewise, rounded to their dtype.
+    """
     heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
     wide = _outputs(y, sum(heads) * shape.head_dim, delta, shape.bias, squares)
     q, k, v = torch.split(wide.view(len(y), sum(heads), shape.head_dim), heads, dim=1)

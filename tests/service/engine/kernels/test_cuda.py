@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import service.engine.kernels as public_ops
 from service.engine.kernels import (
     NO_MODULE,
     PLAIN_ADD,
@@ -22,6 +21,7 @@ from service.engine.kernels import (
     QKVShape,
     ResidualAdd,
     RowSquares,
+    ops_for,
 )
 from tests.popularity import POPULARITIES
 from tests.service.engine.kernels.fused_cases import (
@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-OPS: ModuleType = public_ops
+OPS: ModuleType = ops_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 QKV = QKVShape(num_heads=8, num_kv_heads=2, head_dim=128, rotary_dim=128)
 QKV_WIDTHS = (1024, 256, 256)
 GLU_WIDTH, ROW_WIDTH = 1500, 4096
@@ -145,9 +145,9 @@ def test_a_captured_graph_follows_the_slots(num_tokens: int, rank: int) -> None:
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         residual.copy_(start)
-        x, squares = public_ops.add_residual(y, residual, norm, GroupDelta(down, slots))
-        out = public_ops.glu(wide, 700, "silu", GroupDelta(gate_up, slots), squares=squares)
-        added = public_ops.add_deltas(wide.clone(), [AddedDelta(gate_up, slots, h)])
+        x, squares = OPS.add_residual(y, residual, norm, GroupDelta(down, slots))
+        out = OPS.glu(wide, 700, "silu", GroupDelta(gate_up, slots), squares=squares)
+        added = OPS.add_deltas(wide.clone(), [AddedDelta(gate_up, slots, h)])
         return x, out, added
 
     run()  # compiles
@@ -167,7 +167,7 @@ def test_a_token_does_not_see_its_neighbours() -> None:
     norm, slots = case.norm(ROW_WIDTH), case.token_slots
     results = []
     for others in (slots, torch.where(torch.arange(64, device="cuda") == 5, slots, 0)):
-        x, squares = public_ops.add_residual(y, residual.clone(), norm, GroupDelta(factors, others))
+        x, squares = OPS.add_residual(y, residual.clone(), norm, GroupDelta(factors, others))
         assert isinstance(squares, RowSquares)
         results.append((x[5], squares.sums[5]))
     for actual, expected in zip(*results, strict=True):

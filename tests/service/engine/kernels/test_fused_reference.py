@@ -17,13 +17,15 @@ from service.engine.kernels import (
     QKVShape,
     ResidualAdd,
     StepRows,
+    stack_factors,
+)
+from service.engine.kernels.reference import (
     add_deltas,
     add_residual,
     add_rms_norm,
     glu,
     qkv_rope,
     rms_norm,
-    stack_factors,
 )
 from tessera.formats.adapter import delta
 
