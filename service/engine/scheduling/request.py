@@ -141,7 +141,7 @@ class EngineRequest:
             or sampling.repetition_penalty != 1
             or bool(sampling.logit_bias)
         )
-        #: Whether log-probabilities of the prompt are wanted and not sent yet.
+        #: Whether log-probabilities of the prompt are requested and not sent yet.
         self.needs_prompt_logprobs: bool = sampling.prompt_logprobs is not None
         #: Whether its next token is always the largest of the model's own logits, and nothing else is
         #: reported.

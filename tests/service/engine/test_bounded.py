@@ -37,13 +37,13 @@ def test_what_the_engine_remembers_of_adapters_is_what_it_holds(start: Callable[
         tenant = f"t{number % NUM_TENANTS}"
         ref = AdapterRef(tenant, f"bounded-{number}", 1, basis_id)
         engine.submit(GenerationRequest(f"r{number}", tenant, [1, 2], PARAMS, ref, deadline_s=600.0))
-        for wanted in engine.missing_adapters():
-            engine.provide_adapter(wanted, Adapter(basis_id, R.clone()))
+        for missing in engine.missing_adapters():
+            engine.provide_adapter(missing, Adapter(basis_id, R.clone()))
         while engine.has_work:
             engine.step()
         if number % 7 == 0:
             engine.unload(tenant, ref.adapter_id)
-    del ref, wanted
+    del ref, missing
 
     assert num_alive("bounded-") <= NUM_SLOTS + NUM_CACHED
     assert len(engine._in_flight._deadlines) <= MAX_PAST_DEADLINES + 2

@@ -98,7 +98,7 @@ def test_requests_in_flight_keep_what_was_unloaded_and_later_ones_do_not_get_it(
 
 
 @dataclass
-class Asked:
+class SentRequest:
     """A request in flight or answered. content: what its name meant. num_changes: how often the store had
     changed by then, or by the read of its adapter that was running already, if it shares the failure of that
     read."""
@@ -117,7 +117,7 @@ class World:
         self.driver = Driver(engine)
         self.meaning: dict[str, dict[int, int]] = {"a": {}, "b": {}}  # version → content
         self.active: dict[str, int] = {}
-        self.asked: list[Asked] = []
+        self.requests: list[SentRequest] = []
         self.num_changes = 0
         self._on_the_way: list[tuple[AdapterRef, PackedAdapter | TesseraError, int]] = []
         self._saved: tuple[dict[bytes, bytes], dict[str, dict[int, int]], dict[str, int]] | None = None
@@ -165,8 +165,8 @@ class World:
                 await self._read()
             case "provide":
                 self._provide()
-            case "cancel" if self.asked:
-                self.engine.cancel(self.driver.id_of(self.asked[-1].answer))
+            case "cancel" if self.requests:
+                self.engine.cancel(self.driver.id_of(self.requests[-1].answer))
             case "step":
                 if self.engine.has_work:
                     self.driver.step()
@@ -183,7 +183,7 @@ class World:
         prompt = number % len(PROMPTS)
         answer = self.driver.submit(PROMPTS[prompt], replace(GREEDY, max_tokens=NUM_TOKENS), ref)
         reads = [num_changes for on_the_way, _, num_changes in self._on_the_way if on_the_way == ref]
-        self.asked.append(Asked(answer, content, prompt, min(reads, default=self.num_changes)))
+        self.requests.append(SentRequest(answer, content, prompt, min(reads, default=self.num_changes)))
 
     async def _read(self) -> None:
         refs = self.engine.missing_adapters()
@@ -205,13 +205,13 @@ class World:
             if not self.engine.has_work:
                 break
             self.driver.step()
-        for asked in self.asked:
-            reason = asked.answer.finish_reason
+        for request in self.requests:
+            reason = request.answer.finish_reason
             if reason == "length":
-                assert asked.answer.token_ids == right_answer(asked.content, asked.prompt)
+                assert request.answer.token_ids == right_answer(request.content, request.prompt)
             elif reason != "cancelled":
-                assert asked.answer.error_code in ("model_not_found", "adapter_replaced")
-                assert self.num_changes > asked.num_changes
+                assert request.answer.error_code in ("model_not_found", "adapter_replaced")
+                assert self.num_changes > request.num_changes
 
 
 CROWDED = EngineConfig(num_blocks=24, block_size=8, num_slots=2, max_batch_seqs=4, host_cache_bytes=10_000)

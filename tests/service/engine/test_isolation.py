@@ -124,9 +124,9 @@ def company(request: pytest.FixtureRequest) -> Iterator[Company]:
 
 def assert_same(answer: Answer, expected: Answer) -> None:
     assert answer.token_ids == expected.token_ids
-    for got, wanted in zip(answer.logprobs, expected.logprobs, strict=True):
-        assert got.logprob == pytest.approx(wanted.logprob, abs=TOLERANCE)
-        assert dict(got.top) == pytest.approx(dict(wanted.top), abs=TOLERANCE)
+    for got, other in zip(answer.logprobs, expected.logprobs, strict=True):
+        assert got.logprob == pytest.approx(other.logprob, abs=TOLERANCE)
+        assert dict(got.top) == pytest.approx(dict(other.top), abs=TOLERANCE)
 
 
 @settings(max_examples=25)

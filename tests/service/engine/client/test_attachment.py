@@ -85,8 +85,8 @@ def request(request_id: str, *, max_tokens: int = 8, adapter: AdapterRef | None 
     return GenerationRequest(request_id, "default", [1, 2, 3], params, adapter)
 
 
-async def tokens_of(engine: AttachedEngine, wanted: GenerationRequest) -> list[int]:
-    return [token async for output in engine.generate(wanted) for token in output.token_ids]
+async def tokens_of(engine: AttachedEngine, request: GenerationRequest) -> list[int]:
+    return [token async for output in engine.generate(request) for token in output.token_ids]
 
 
 @pytest.fixture

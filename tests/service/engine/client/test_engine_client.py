@@ -54,8 +54,8 @@ def request(request_id: str = "r", first_token: int = 5) -> GenerationRequest:
     return GenerationRequest(request_id, "default", [first_token, 2], SamplingParams())
 
 
-async def collect(client: EngineClient, wanted: GenerationRequest) -> list[TokenOutput]:
-    return [output async for output in client.generate(wanted)]
+async def collect(client: EngineClient, request: GenerationRequest) -> list[TokenOutput]:
+    return [output async for output in client.generate(request)]
 
 
 def children() -> list[psutil.Process]:

@@ -130,10 +130,10 @@ def test_a_gpt2_is_trained_served_and_exported(tmp_path: Path) -> None:
     engine = Engine(served, ITSELF)
     engine.add_basis(basis)
     driver = Driver(engine, {ref: adapter})
-    told, untold = driver.submit(prompt, adapter=ref), driver.submit(prompt)
+    adapted, plain = driver.submit(prompt, adapter=ref), driver.submit(prompt)
     driver.run()
-    assert told.token_ids[: len(answer)] == answer
-    assert untold.token_ids[: len(answer)] != answer
+    assert adapted.token_ids[: len(answer)] == answer
+    assert plain.token_ids[: len(answer)] != answer
 
     peft = pytest.importorskip("peft")
     for name, content in to_peft(basis, adapter, base_model="gpt2").items():

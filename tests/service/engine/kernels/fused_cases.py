@@ -141,7 +141,7 @@ def check_qkv_rope(
     angles = torch.rand(T, half).to(case.device)
     cos, sin = (torch.cat([part, part], dim=1) for part in (angles.cos(), angles.sin()))
     pages = torch.full((T + 1, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim), NAN)
-    rows, truth = (
+    rows, for_reference = (
         StepRows(
             cos if half else None,
             sin if half else None,
@@ -153,11 +153,11 @@ def check_qkv_rope(
     )
     before = buffer_of(y).clone()
     q = ops.qkv_rope(y, shape, rows, with_delta(case, factors), squares)
-    expected = reference.qkv_rope(y, shape, truth, with_delta(case, factors), squares)
+    expected = reference.qkv_rope(y, shape, for_reference, with_delta(case, factors), squares)
     assert not torch.isnan(expected).any()
     assert_same(case, q, expected)
-    assert_same(case, rows.K, truth.K)
-    assert_same(case, rows.V, truth.V)
+    assert_same(case, rows.K, for_reference.K)
+    assert_same(case, rows.V, for_reference.V)
     assert torch.equal(before.nan_to_num(7), buffer_of(y).nan_to_num(7)), "y is only read"
 
 
@@ -189,12 +189,12 @@ def check_add_rms_norm(
     width: int,
 ) -> None:
     y = make_y(case, width, factors)
-    residual, truth = _residuals(case, width)
+    residual, for_reference = _residuals(case, width)
     delta = with_delta(case, factors)
-    expected = reference.add_rms_norm(copy_of(y), truth, norm, delta, how)
+    expected = reference.add_rms_norm(copy_of(y), for_reference, norm, delta, how)
     assert not torch.isnan(expected).any()
     assert_same(case, ops.add_rms_norm(y, residual, norm, delta, how), expected)
-    assert_same(case, buffer_of(residual), buffer_of(truth))
+    assert_same(case, buffer_of(residual), buffer_of(for_reference))
 
 
 def check_add_residual(
@@ -203,13 +203,13 @@ def check_add_residual(
     """x and the residual as the reference implementation has them, and x * rstd is what `add_rms_norm`
     returns."""
     y = make_y(case, width, factors)
-    residual, truth = _residuals(case, width)
+    residual, for_reference = _residuals(case, width)
     delta = with_delta(case, factors)
-    normed = reference.add_rms_norm(y, truth.clone(), norm, delta, how)
-    expected, _ = reference.add_residual(y, truth, norm, delta, how)
+    normed = reference.add_rms_norm(y, for_reference.clone(), norm, delta, how)
+    expected, _ = reference.add_residual(y, for_reference, norm, delta, how)
     x, squares = ops.add_residual(y, residual, norm, delta, how)
     assert_same(case, x, expected)
-    assert_same(case, buffer_of(residual), buffer_of(truth))
+    assert_same(case, buffer_of(residual), buffer_of(for_reference))
     rstd = torch.rsqrt(squares.sums.sum(1, keepdim=True) / squares.width + squares.eps)
     assert_same(case, x * rstd, normed)
 
@@ -226,11 +226,11 @@ def check_add_deltas(ops: ModuleType, cases: Sequence[Case], widths: Sequence[in
         h[slots == 0] = NAN
         deltas.append(AddedDelta(factors, slots, h))
     y = make_rows(first, sum(widths) + 1)  # one column more than the group has
-    truth = copy_of(y)
-    reference.add_deltas(truth, deltas)
+    for_reference = copy_of(y)
+    reference.add_deltas(for_reference, deltas)
     assert ops.add_deltas(y, deltas) is y
     assert not torch.isnan(y).any()
-    assert_same(first, buffer_of(y), buffer_of(truth))
+    assert_same(first, buffer_of(y), buffer_of(for_reference))
 
 
 def _residuals(case: Case, width: int) -> tuple[Tensor, Tensor]:

@@ -42,5 +42,5 @@ def test_follows_lists_that_grow_end_and_begin_again(seed: int) -> None:
                 lists[index] = [chance.randrange(1, 99) for _ in range(chance.randrange(1, 4))]
             elif chance.random() < 0.5:
                 blocks.append(chance.randrange(1, 99))
-        wanted = chance.sample(lists, chance.randrange(1, 6))
-        assert write(tables, wanted) == wanted
+        chosen = chance.sample(lists, chance.randrange(1, 6))
+        assert write(tables, chosen) == chosen

@@ -129,11 +129,11 @@ def test_while_tenants_wait_they_get_tokens_by_their_weights(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), COSTS, st.integers(0, 300)), min_size=1, max_size=60))
 def test_every_request_runs_and_those_of_one_tenant_in_their_order(
-    wanted: list[tuple[str, Cost, int]],
+    traffic: list[tuple[str, Cost, int]],
 ) -> None:
     line = Line()
     orders: dict[str, list[int]] = {}
-    for number, (tenant, cost, num_output) in enumerate(wanted):
+    for number, (tenant, cost, num_output) in enumerate(traffic):
         line.submit(tenant, cost)
         if number % 3 == 0 and (request := line.take()) is not None:
             orders.setdefault(request.tenant, []).append(request.number)
@@ -141,7 +141,7 @@ def test_every_request_runs_and_those_of_one_tenant_in_their_order(
     while (request := line.take()) is not None:
         orders.setdefault(request.tenant, []).append(request.number)
 
-    assert sum(len(order) for order in orders.values()) == len(wanted)
+    assert sum(len(order) for order in orders.values()) == len(traffic)
     assert all(order == sorted(order) for order in orders.values())
     for request in list(line.running):
         line.end(request)

@@ -60,9 +60,9 @@ def test_everything_is_in_its_place_once(
     assert (singles[:, 1] <= 1).all()
     assert (tiles[:, 1] <= per_tile).all()
     last_rows = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
-    wanted = [row for row, chunk in zip(last_rows.tolist(), plan.chunks, strict=True) if chunk.samples]
-    assert logit_rows.tolist()[: len(wanted)] == wanted
-    assert not logit_rows[len(wanted) :].any()
+    sampling_rows = [row for row, chunk in zip(last_rows.tolist(), plan.chunks, strict=True) if chunk.samples]
+    assert logit_rows.tolist()[: len(sampling_rows)] == sampling_rows
+    assert not logit_rows[len(sampling_rows) :].any()
 
 
 def test_a_step_that_decodes_has_a_logit_of_every_row() -> None:
