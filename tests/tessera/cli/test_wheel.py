@@ -81,8 +81,10 @@ def test_only_the_library_is_in_the_wheel(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"tessera", f"tessera_adapters-{PROJECT['version']}.dist-info"}
     assert "tessera/py.typed" in names
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tessera").rglob("*.py")}
-    assert {name for name in names if name.startswith("tessera/")} == modules | {"tessera/py.typed"}
+    files = {path for path in (ROOT / "tessera").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {name for name in names if name.startswith("tessera/")} == {
+        str(path.relative_to(ROOT)) for path in files
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
