@@ -9,10 +9,10 @@ MODULES = (
     "benchmarks.attention",
     "benchmarks.operators",
     "benchmarks.decode",
-    "benchmarks.host",
-    "benchmarks.slot_loads",
-    "benchmarks.cold",
-    "benchmarks.server",
+    "benchmarks.engine.host",
+    "benchmarks.engine.slot_loads",
+    "benchmarks.serving.cold",
+    "benchmarks.serving.server",
 )
 
 

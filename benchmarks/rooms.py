@@ -27,7 +27,7 @@ from benchmarks.report import print_table, save
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tessera", "service", "trainer_worker")
 #: Folders whose own modules each count as a node.
-TOP = ("tessera", "service", "service/engine", "trainer_worker")
+TOP = ("tessera", "tessera/cli", "tessera/methods", "service", "service/engine", "trainer_worker")
 
 BOX_HEIGHT, ROW_HEIGHT, GAP = 26, 78, 14
 CHARACTER_WIDTH = 6.6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.host import host_row, parse_arguments
+from benchmarks.engine.host import host_row, parse_arguments
 
 
 def test_the_parts_of_a_step() -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import population as command
-from benchmarks.population_presets import PRESETS
-from benchmarks.population_report import tables
-from benchmarks.population_score import Job, matmul_precision
-from benchmarks.population_tasks import Setting, Task, perform
-from benchmarks.population_users import Sizes, make_cast, read_files
+from benchmarks.population import __main__ as command
+from benchmarks.population.presets import PRESETS
+from benchmarks.population.report import tables
+from benchmarks.population.score import Job, matmul_precision
+from benchmarks.population.tasks import Setting, Task, perform
+from benchmarks.population.users import Sizes, make_cast, read_files
 from benchmarks.quality.records import read_records
 from tessera.chat.chat_format import ChatFormat
 from tessera.chat.tokenizer import load_tokenizer

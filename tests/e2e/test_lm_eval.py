@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.lm_eval_sums import NUM_ANSWERED, TOLERANCE, Item, make_items
+from benchmarks.serving.lm_eval_sums import NUM_ANSWERED, TOLERANCE, Item, make_items
 from service.generation.text import load_text_codec
 from tessera.defaults import BUNDLED_MODEL
 from tests.e2e.conftest import Stack

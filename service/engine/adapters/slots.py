@@ -11,8 +11,8 @@ it is pinned loses its name at once, and its slot when the last request has ende
 On CUDA the loads run on a stream of their own, beside the running step, and the next step waits for them on
 the device; the host waits for nothing. Each adapter takes one copy, straight from its pinned memory:
 gathering them first would move the same bytes through the host once more (115 kB at 8B, rank 16: about 10 µs,
-as long as the launch that it saves; `benchmarks/slot_loads.py` compares). On a CPU the copies are made at
-once. A slot that is loaded or cleared was idle or free. The running step may still read it for a row of a
+as long as the launch that it saves; `benchmarks/engine/slot_loads.py` compares). On a CPU the copies are made
+at once. A slot that is loaded or cleared was idle or free. The running step may still read it for a row of a
 request that has ended meanwhile, whose result is dropped, and for no other row.
 """
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.population_score import Job, base_losses, drive, matmul_precision, train_cores, train_lora
-from benchmarks.population_users import Cast
+from benchmarks.population.score import Job, base_losses, drive, matmul_precision, train_cores, train_lora
+from benchmarks.population.users import Cast
 from benchmarks.quality.settings import BuildMeter
 from tessera.chat.chat_format import EncodedExample
 from tessera.formats.basis import Basis

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.population_presets import PRESETS, Preset
-from benchmarks.population_report import report
-from benchmarks.population_tasks import Setting, Task, perform
-from benchmarks.population_users import Cast, make_cast, read_files
+from benchmarks.population.presets import PRESETS, Preset
+from benchmarks.population.report import report
+from benchmarks.population.tasks import Setting, Task, perform
+from benchmarks.population.users import Cast, make_cast, read_files
 from benchmarks.quality.records import RecordFile, read_records
 from benchmarks.report import hardware
 from tessera.chat.chat_format import ChatFormat

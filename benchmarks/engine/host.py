@@ -1,6 +1,6 @@
 """What does the host do in a step of decoding, and how long does it take?
 
-    python -m benchmarks.host [--batch 1 32 256] [--context 256] [--prefix-cache] [--json FILE]
+    python -m benchmarks.engine.host [--batch 1 32 256] [--context 256] [--prefix-cache] [--json FILE]
 
 A model of one narrow layer, whose computation is timed alone and taken off, so that it runs anywhere; on
 CUDA, where it is replayed beside the host, nothing is taken off. Every sequence has an adapter of its own,

@@ -1,6 +1,6 @@
 """How much does one tenant's abuse cost another? Blank uploads and 4 MB prompts beside small requests.
 
-    python -m benchmarks.noisy [--rounds 4] [--phase-s 20] [--rate 10] [--workers 1] [--json FILE]
+    python -m benchmarks.serving.noisy [--rounds 4] [--phase-s 20] [--rate 10] [--workers 1] [--json FILE]
 
 A quiet tenant sends small completions at a steady rate. In every second phase two processes of a noisy
 tenant send, one after the other and without a pause, what costs most to read: JSON lines that are all blank,

@@ -1,6 +1,7 @@
 """How does the service hold up under load? Open-loop HTTP, bursts, adapters popular by Zipf's law.
 
-    python -m benchmarks.server [--adapters 1000 10000] [--cv 1 4] [--rate 4] [--duration-s 20] [--json FILE]
+    python -m benchmarks.serving.server [--adapters 1000 10000] [--cv 1 4] [--rate 4] [--duration-s 20]
+        [--json FILE]
 
 Requests come when they come, whatever has been answered: gaps are Gamma distributed (cv 1: Poisson, 4:
 bursts), and latencies count from the moment that a request was due. Adapters lie in the store; their names

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.population_users import Newcomer
+from benchmarks.population.users import Newcomer
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData

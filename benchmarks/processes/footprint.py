@@ -1,6 +1,6 @@
 """What does an idle installation cost? Memory of each process of `make serve`, and the time until ready.
 
-    python -m benchmarks.footprint [--rounds 3] [--against 45babb2] [--json FILE]
+    python -m benchmarks.processes.footprint [--rounds 3] [--against 45babb2] [--json FILE]
 
 `python -m service.local` is started with the bundled model and a store of its own, watched until it can take
 requests, left alone until no process does anything, and measured. With --against, the program of that commit
@@ -41,7 +41,7 @@ import psutil
 from benchmarks.report import print_table, save
 from tessera.processes.child_process import start_child
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 300.0
 POLL_S = 0.05
 #: A tree that uses less than this share of one core for SETTLE_S is idle. It is measured after at most

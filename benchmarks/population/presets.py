@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.population_tasks import Task
-from benchmarks.population_users import Sizes
+from benchmarks.population.tasks import Task
+from benchmarks.population.users import Sizes
 
 BOTH = ("zero", "population")
 LORA_RANK = 16

@@ -1,6 +1,6 @@
 """Does anything leak or get stuck? Minutes of mixed traffic with cancellations, errors and adapter churn.
 
-    python -m benchmarks.soak [--minutes 10] [--clients 8] [--workers 2] [--json FILE]
+    python -m benchmarks.serving.soak [--minutes 10] [--clients 8] [--workers 2] [--json FILE]
 
 Clients send requests without pause: adapters and the base model, short and long, some hang up in the middle,
 some ask for what cannot be served. Meanwhile adapters are published, published again (what a training does),
@@ -28,7 +28,7 @@ from benchmarks.load.figures import latencies, slope_per_minute
 from benchmarks.load.options import add_stack_options, stack_environment
 from benchmarks.load.stack import ServiceStack, running_stack
 from benchmarks.report import print_table, save
-from benchmarks.server import default_basis_id
+from benchmarks.serving.server import default_basis_id
 from service.engine.client.attachment import AttachedEngine
 from service.engine.wire.messages import EngineStats
 from tessera.errors import EngineUnavailable, RequestFailed

@@ -1,6 +1,6 @@
 """What does an adapter cost that is only in the store? Time to first token, cold against resident.
 
-    python -m benchmarks.cold [--singles 40] [--burst 32] [--slots 32] [--json FILE]
+    python -m benchmarks.serving.cold [--singles 40] [--burst 32] [--slots 32] [--json FILE]
 
 Three questions, over HTTP against a running stack: one cold adapter at a time against the same adapter when
 it is resident; a burst of cold ones at once against the same burst resident; and working sets of 0.5, 1, 2
@@ -25,7 +25,7 @@ from benchmarks.load.figures import errors, hit_rates, latencies
 from benchmarks.load.options import add_stack_options, stack_environment
 from benchmarks.load.stack import ServiceStack, running_stack
 from benchmarks.report import print_table, save
-from benchmarks.server import default_basis_id
+from benchmarks.serving.server import default_basis_id
 from tessera.redis.client import connect
 from tessera.store.bases import BasisStore
 

@@ -1,6 +1,6 @@
 """Does a pause of the machine, or of one process, cost a restart? `service.local`, idle, is stopped.
 
-    python -m benchmarks.pause [--seconds 90] [--workers 1] [--json FILE]
+    python -m benchmarks.processes.pause [--seconds 90] [--workers 1] [--json FILE]
 
 SIGSTOP to the whole tree, to the engine's parent, to the engine and to the store, for longer than the
 engine's heartbeat and the trainer's lease allow; then SIGCONT, children first, parents first, or one by one.

@@ -1,6 +1,6 @@
 """Does lm-eval's `local-completions` score against Tessera as transformers does?
 
-    python -m benchmarks.lm_eval_sums --url http://127.0.0.1:8000 --model tiny [--folder models/tiny]
+    python -m benchmarks.serving.lm_eval_sums --url http://127.0.0.1:8000 --model tiny [--folder models/tiny]
 
 Needs a running service and `pip install 'lm-eval[api]==0.4.13'`, in a virtual environment of your own: it has
 many dependencies. Half of the items are chats with the model's own answer, after which it ends: lm-eval cuts

@@ -1,6 +1,6 @@
 """What does it cost to bring adapters into slots? Host and device time, for some adapters at once.
 
-    python -m benchmarks.slot_loads [--modules 224] [--rank 16] [--repeats 20] [--json FILE]
+    python -m benchmarks.engine.slot_loads [--modules 224] [--rank 16] [--repeats 20] [--json FILE]
 
 Two ways: one copy per adapter, straight from its (pinned) host memory into its slot, which is what the
 engine does; and gathering all of them in one pinned buffer first, one copy, and an `index_copy_` on the

@@ -1,6 +1,6 @@
 """Twenty answers that begin with white space, trained and asked for through the API of a running service.
 
-    python -m benchmarks.trained_answers --url http://127.0.0.1:8000/v1 --model smollm2
+    python -m benchmarks.serving.trained_answers --url http://127.0.0.1:8000/v1 --model smollm2
 
 White space merges with the line break that many chat templates end a prompt with, so a trainer that tokenises
 the two together teaches an answer to a prompt that serving never sends. Prints how many answers come back as
@@ -78,7 +78,7 @@ def wrong_answers(client: openai.OpenAI, model: str) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trained_answers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.trained_answers", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="smollm2", help="name of the base model that the service serves")
     parser.add_argument("--epochs", type=int, default=20)

@@ -1,0 +1,1 @@
+"""What does the host do between two computations of the engine?"""

@@ -1,0 +1,1 @@
+"""What do the processes of an installation cost, and what do they survive?"""
