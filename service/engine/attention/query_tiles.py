@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 _ENOUGH_ROUNDS = 4
 #: A context is split if it is this many times the equal share of a program, ...
 _LONG = 1.5
-#: ... and that is at least so many tokens.
+#: ... and has at least this many tokens.
 _SHORTEST_PART_TOKENS = 64
 
 

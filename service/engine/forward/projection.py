@@ -77,7 +77,7 @@ class FusedProjection:
             self._others[basis_id] = (*self._share(basis_id, factors, A_views), stacked)
 
     def forget(self, basis_id: str) -> None:
-        """Serve it no more; its factors are the model's layers' business."""
+        """Stop serving a basis. The model's layers own its factors."""
         self._others.pop(basis_id, None)
 
     def restore(self) -> None:

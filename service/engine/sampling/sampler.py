@@ -52,7 +52,7 @@ def is_greedy(sampling: SamplingParams) -> bool:
 
 
 def is_plain_greedy(request: EngineRequest) -> bool:
-    """Whether its next token is the largest of the model's own logits."""
+    """Whether a request's next token is the largest of the model's own logits."""
     return request.generator is None and not has_rules(request)
 
 
@@ -116,7 +116,7 @@ def _ids(
 
 def finite_rows(logits: Tensor) -> Tensor:
     """Which rows hold only finite numbers, bool [N]. logits: [N, V]."""
-    low, high = torch.aminmax(logits, dim=-1)  # both are NaN if anything is; one pass, no mask of [N, V]
+    low, high = torch.aminmax(logits, dim=-1)  # both are NaN if any number is; makes no mask of [N, V]
     return torch.isfinite(low) & torch.isfinite(high)
 
 
