@@ -1,11 +1,10 @@
-"""From messages and examples to token ids, by the tokenizer's own chat template.
+"""Turning messages and examples into token ids, with the chat template of the tokenizer.
 
-The service and the trainer must agree on every token, so both ask this one class. Knows neither a model nor a
-file.
+Service and trainer must agree on every token, so both use this class. It knows neither a model nor a file.
 
-What is trained is what serving sees: for every answer the ids of its prompt, exactly as the chat endpoint
-sends them, and then what the model has to generate: the answer's text as its author wrote it, tokenised
-apart, and the token that ends a turn. See `docs/training-data.md`, "What is learned".
+Training uses what serving will see. Every answer is preceded by the ids of its prompt, exactly as the chat
+endpoint sends them. Then comes what the model has to generate: the text of the answer as its author wrote it,
+tokenised separately, and the token that ends a turn. See `docs/training-data.md`, "What is learned".
 """
 
 from __future__ import annotations
@@ -33,17 +32,12 @@ __all__ = ["ChatFormat", "EncodedExample", "load_chat_format"]
 
 #: Longer texts have at least two tokens.
 MAX_CHARS_OF_A_TOKEN = 128
-#: What a text is shown to the tokenizer after, if it puts a space before the first word of a text.
+#: Texts to put before another one, for tokenizers that put a space before the first word of a text.
 _ANCHORS = ("\n", "a", ".", ":")
 
 
 class ChatFormat:
-    """The token ids of prompts and examples for one tokenizer.
-
-    turn_end: the token that ends an answer, in training and in serving; None if there is none.
-    text_end: the token that ends a text or a completion.
-    end_ids: the tokens at which a generation stops by itself, `turn_end` and `text_end` among them.
-    """
+    """The token ids of prompts and examples for one tokenizer."""
 
     def __init__(
         self,
@@ -52,7 +46,10 @@ class ChatFormat:
         eos_token_ids: Iterable[int] = (),
         allow_control_tokens: bool = False,
     ) -> None:
-        """eos_token_ids: what the model's files name. allow_control_tokens: those typed in messages act."""
+        """eos_token_ids: the end tokens in the model's files.
+
+        allow_control_tokens: let control tokens that are typed in messages act as such.
+        """
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         shape = self._template.shape
@@ -64,10 +61,13 @@ class ChatFormat:
         self._puts_space_first = self._ids("x") != self._after("\n", "x", self._ids)
         named = list(eos_token_ids)
         eos = tokenizer.eos_token_id
+        #: The token that ends a text or a completion.
         self.text_end = eos if eos is not None else named[0] if named else None
         special = {*tokenizer.all_special_ids, *named, *(i for i, token in added.items() if token.special)}
+        #: The token that ends an answer, in training and in serving; None if there is none.
         self.turn_end = self._find_turn_end(special)
         ends = (eos, self.text_end, self.turn_end)
+        #: The tokens at which a generation stops by itself, including `turn_end` and `text_end`.
         self.end_ids = tuple(sorted({*named, *(int(end) for end in ends if end is not None)}))
 
     @property
@@ -76,11 +76,11 @@ class ChatFormat:
 
     @cached_property
     def template_variables(self) -> frozenset[str]:
-        """The names that `variables` of `prompt_ids` may have: those that the template reads."""
+        """The names that `variables` of `prompt_ids` may contain: those that the template reads."""
         return self._template.variables
 
     def at(self, moment: datetime) -> ChatFormat:
-        """The same, but the date that a template may ask for is always that of `moment`."""
+        """Return a copy whose template sees `moment` as the date."""
         fixed = copy(self)
         fixed._template = self._template.at(moment)
         return fixed
@@ -88,18 +88,19 @@ class ChatFormat:
     def prompt_ids(
         self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """A conversation up to and with the opening of the assistant's next turn.
+        """Return the ids of a conversation, including the opening of the assistant's next turn.
 
-        variables: by the names in `template_variables`. Raises `InvalidInput` if the base
-        model has no chat template or the template refuses the messages.
+        variables: values for names in `template_variables`. Raises `InvalidInput` if the base model has no
+        chat template, or if the template refuses the messages.
         """
         text, encode = self._render(messages, variables)
         return encode(text)
 
     def text_ids(self, text: str) -> list[int]:
-        """Plain text with the special tokens that the tokenizer puts in front, if they do not stand there.
+        """Return the ids of plain text, with the special tokens that the tokenizer puts before a text.
 
-        An empty text is one start token, if the tokenizer has one. Raises `InvalidInput`.
+        Those are not added if the text already begins with them. An empty text gives the start token, if the
+        tokenizer has one. Raises `InvalidInput`.
         """
         ids = self._ids(text)
         if ids[: len(self._head)] != self._head:
@@ -108,17 +109,17 @@ class ChatFormat:
         return ids if ids or bos is None else [bos]
 
     def text_spans(self, text: str) -> list[tuple[int, int]]:
-        """For each of `text_ids` the characters [start, end) of the text that it stands for."""
+        """Return the characters [start, end) of the text for each of its `text_ids`."""
         spans = self.tokenizer(text, verbose=False, add_special_tokens=False, return_offsets_mapping=True)
         own: list[tuple[int, int]] = spans["offset_mapping"]
         return [(0, 0)] * (len(self.text_ids(text)) - len(own)) + own
 
     def encode_rows(self, example: Example, *, max_tokens: int) -> list[EncodedExample]:
-        """The training rows of an example of any kind, each at most `max_tokens` (>= 2) long.
+        """Return the training rows of an example of any kind, each at most `max_tokens` (>= 2) long.
 
-        One row per learned answer, but for answers whose rows begin alike: they share one (`rows_of`). Of a
-        row that is too long the end of the prompt and the beginning of the answer are kept. Raises
-        `InvalidInput` if the template refuses it or no token is left to learn.
+        There is one row per learned answer, except that a row that begins with another one replaces it
+        (`rows_of`). Of a row that is too long, the end of the prompt and the beginning of the answer are
+        kept. Raises `InvalidInput` if the template refuses the example, or if no token is left to learn.
         """
         if example.messages is not None:
             answered = list(self._conversation(example.messages))
@@ -136,10 +137,10 @@ class ChatFormat:
         return rows
 
     def check(self, example: Example) -> None:
-        """Raise `InvalidInput` for what `encode_rows` would refuse.
+        """Raise `InvalidInput` for an example that `encode_rows` would refuse.
 
-        Of a conversation the first learned answer after every role is tried, and the last one: a template
-        that takes these takes what comes between. Only what is typed as a control token may fail to encode.
+        Of a conversation, the first learned answer after each role and the last one are tried: a template
+        that accepts these accepts the others too. Encoding can fail only for typed control tokens.
         """
         if (messages := example.messages) is not None:
             learned = self._learned(messages)
@@ -155,7 +156,7 @@ class ChatFormat:
             self.encode_rows(example, max_tokens=8)
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Answered]:
-        """The prompt and the answer of every learned message."""
+        """Yield the prompt and the answer of every learned message."""
         learned = self._learned(messages)
         prompts = Prompts(self._borders if len(learned) > 1 else ())
         marked, _, encode = self._marked(messages, None)
@@ -165,10 +166,11 @@ class ChatFormat:
             yield Answered(prompts.ids(text, encode), answer)
 
     def _learned(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Which messages are learned: the assistant's, without those of weight 0 and those nothing asks for.
+        """Return the indices of learned messages: the assistant's, except those with weight 0 and greetings.
 
-        The chat endpoint sends no prompt that a conversation's first message could answer, and many templates
-        none before the user has spoken. Such a greeting is context. Raises `InvalidInput` if none is left.
+        A greeting is a message that no prompt leads to: the chat endpoint sends none for the first message of
+        a conversation, and many templates render none before the first user message. It is context only.
+        Raises `InvalidInput` if no message is left.
         """
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
         learned = [i for i in answers if i > 0 and self._is_asked(messages[:i])]
@@ -194,9 +196,9 @@ class ChatFormat:
         return True
 
     def _answer(self, text: str) -> list[int]:
-        """Ids of what the model is to generate as `text`.
+        """Return the ids that the model should generate for `text`.
 
-        A tag that the template has opened already (`<think>`) is not opened again.
+        A tag that the template has already opened (`<think>`) is not repeated.
         """
         tag, gap = self._template.shape.opened
         if tag and text.startswith(tag):
@@ -207,9 +209,10 @@ class ChatFormat:
         return [*self._continuation(*marked), *([] if self.turn_end is None else [self.turn_end])]
 
     def _continuation(self, text: str, encode: Encode) -> list[int]:
-        """Ids of a text that goes on after another one: without the spaces that some tokenizers put.
+        """Return the ids of a text that continues another one.
 
-        They put one before the first word of a text, or of every piece between added tokens.
+        Some tokenizers put a space before the first word of a text, or of every piece between added tokens.
+        These spaces are left out here.
         """
         if not self._puts_space_first:
             return encode(text)
@@ -217,7 +220,7 @@ class ChatFormat:
         return [token for piece in pieces for token in self._piece(piece, encode)]
 
     def _piece(self, text: str, encode: Encode) -> list[int]:
-        """Ids of an added token, or of a text between two."""
+        """Return the ids of an added token, or of a text between two added tokens."""
         for anchor in () if self._added.fullmatch(text) else _ANCHORS:
             ids = self._after(anchor, text, encode)
             if ids is not None:
@@ -225,33 +228,33 @@ class ChatFormat:
         return encode(text)
 
     def _after(self, anchor: str, text: str, encode: Encode) -> list[int] | None:
-        """Ids of `text` where it follows `anchor`; None if the two merge."""
+        """Return the ids of `text` after `anchor`, or None if the two merge."""
         before, both = encode(anchor), encode(anchor + text)
         return both[len(before) :] if both[: len(before)] == before else None
 
     def _ended(self, ids: list[int], text: str, end: int | None) -> list[int]:
-        """The ids of `text` and an end token, unless one stands at its end (white space may follow)."""
+        """Append an end token, unless `text` ends with one (possibly followed by white space)."""
         last = self._ids(text.rstrip())[-1:] if text[-1:].isspace() else ids[-1:]
         return ids if end is None or (last and last[0] in self.end_ids) else [*ids, end]
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None
     ) -> tuple[str, Encode]:
-        """The text of a prompt, and what makes ids of it. Raises `InvalidInput`."""
+        """Return the text of a prompt, and the function that encodes it. Raises `InvalidInput`."""
         marked, variables, encode = self._marked(messages, variables)
         return self._template.render(marked, add_generation_prompt=True, variables=variables), encode
 
     def _marked(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None
     ) -> tuple[list[dict[str, Any]], Mapping[str, Any], Encode]:
-        """What a template is shown of messages and variables, and what makes ids of their rendering."""
+        """Return messages and variables as the template gets them, and the encoder of the rendering."""
         shown = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
         if self._control is None:
             return shown, variables or {}, self._ids
         return self._control.mark(shown, variables or {}, self._ids)
 
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """The text as it is, with the tokens that are written in it. Raises `InvalidInput`."""
+        """Encode the text as it is, including the control tokens in it. Raises `InvalidInput`."""
         try:
             encoded = self.tokenizer(text, verbose=False, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
@@ -259,7 +262,7 @@ class ChatFormat:
         return list(encoded["input_ids"])
 
     def _tokens_put_first(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text by itself."""
+        """Return the special tokens that the tokenizer itself puts before a text."""
         plain, whole = self._ids("x"), self._ids("x", add_special_tokens=True)
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
@@ -267,11 +270,11 @@ class ChatFormat:
         return []
 
     def _find_turn_end(self, special: set[int]) -> int | None:
-        """The token that the template writes after an answer, or else the one that ends a text.
+        """Find the token that the template writes after an answer; else the one that ends a text.
 
-        A special token goes before another added one: `</answer>` may stand before `<|im_end|>`. Some
-        templates leave the end of the last turn open (Qwen1.5's). Then it is what stands between an answer
-        and the next question, if that is no token with which a turn begins.
+        A special token is preferred to another added one, because `</answer>` may come before `<|im_end|>`.
+        Some templates (Qwen1.5's) do not close the last turn. Then it is the token between an answer and the
+        next question, unless that is a token that begins a turn.
         """
         shape = self._template.shape
         if ends := self._added_in(shape.tail, special):
@@ -282,7 +285,7 @@ class ChatFormat:
         return ends[0] if ends and ends[0] not in (bos, *begun[:1], *begun[-1:]) else self.text_end
 
     def _added_in(self, text: str, special: set[int]) -> list[int]:
-        """The added tokens in a text that are not white space, the special ones first."""
+        """Return the added tokens in a text that are not white space, special ones first."""
         added = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
         ids = [i for i in self._ids(text) if (i in special or i in added) and not added.get(i, "x").isspace()]
         return sorted(ids, key=lambda token_id: token_id not in special)
@@ -291,7 +294,7 @@ class ChatFormat:
 def load_chat_format(
     source: str | Path, *, revision: str | None = None, allow_control_tokens: bool = False
 ) -> ChatFormat:
-    """The chat format of a base model, with the end tokens that its files name. Raises `UnsupportedModel`."""
+    """Load the chat format of a base model, with the end tokens of its files. Raises `UnsupportedModel`."""
     return ChatFormat(
         load_tokenizer(source, revision=revision),
         eos_token_ids=named_end_tokens(model_folder(source, revision=revision)),

@@ -1,16 +1,18 @@
-"""A user's text cannot forge a turn: control tokens that are typed in a message are encoded as plain text.
+"""Encoding control tokens that a user typed in a message as plain text, so that nobody can forge a turn.
 
-A chat template writes control tokens (`<|im_end|>`, `[INST]`) between the messages, and a tokenizer finds
-them wherever they stand, also in what a user typed. Here the two are told apart:
+A chat template writes control tokens (`<|im_end|>`, `[INST]`) between the messages. A tokenizer recognises
+them everywhere, also in text that a user has typed. This module distinguishes the two:
 
-1. Before the template runs, each control token that a message holds is replaced by a mark: one private-use
-   character that no text of the request contains.
-2. The control tokens that are left in the rendering are the template's own. They are renamed to secret words.
-3. The marks are turned back into what was typed, and the whole is encoded in one go by a second tokenizer
-   over the same model, which knows the control tokens by their secret words only.
+1. Before the template runs, each control token in a message is replaced by a mark: a private-use character
+that
+   no text of the request contains.
+2. The control tokens in the rendering are now those of the template. They are renamed to secret words.
+3. The marks are replaced by the typed text, and the whole is encoded at once by a second tokenizer over the
+   same model, which knows the control tokens only by their secret words.
 
-So the ids are those that the tokenizer would give if it had overlooked the typed tokens, to the last merge. A
-rendering without marks never comes here. `docs/training-data.md` ("Control tokens") has the limits.
+The ids are exactly those that the tokenizer would give if it did not recognise the typed tokens, including
+all merges. A rendering without marks does not come here. `docs/training-data.md` ("Control tokens") has the
+limits.
 """
 
 from __future__ import annotations
@@ -34,20 +36,18 @@ from tessera.errors import InvalidInput
 #: Text to token ids.
 Encode = Callable[[str], list[int]]
 
-#: Planes 15 and 16: characters without a meaning, which no text should hold.
+#: Characters of planes 15 and 16, which have no meaning and should occur in no text.
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
-#: Fields of a message between which and its turn's marks a template puts something.
+#: Fields of a message that a template separates from the control tokens of the turn.
 _LONG_FIELDS = ("role", "content")
 _TAG = re.compile(r"<(\w+)>")
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands for the typed control tokens of one conversation.
+    """The characters that stand for the typed control tokens of one conversation."""
 
-    first: code point of the mark of the first control token; the others follow, and then the border.
-    """
-
+    #: Code point of the mark of the first control token. Those of the others follow, then that of the border.
     first: int
     tokens: tuple[str, ...]
 
@@ -56,20 +56,20 @@ class Marks:
 
     @property
     def border(self) -> str:
-        """Keeps a message's first or last characters from making a control token with the template's text."""
+        """Keeps the ends of a message from forming a control token with text of the template."""
         return chr(self.first + len(self.tokens))
 
     def meanings(self) -> dict[int, str]:
-        """Table for `str.translate`: marks back to text."""
+        """Return a table for `str.translate` from marks to text."""
         return {self.first + i: token for i, token in enumerate((*self.tokens, ""))}
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer and its template, and how to encode text in which they are typed.
+    """The control tokens of one tokenizer and its template, and the encoding of text that contains them.
 
-    Control tokens are the tokenizer's special tokens, and those of its other added tokens that the template
-    writes. In an assistant's message tags that come in pairs (`<think>`, `</think>`), are not special, and
-    do not stand round questions as well are the model's own words and stay tokens.
+    Control tokens are the special tokens of the tokenizer, and its other added tokens that the template
+    writes. In messages of an assistant, some tags are words of the model and stay tokens: those that come in
+    pairs (`<think>`, `</think>`), are not special, and are not written around questions.
     """
 
     def __init__(self, tokenizer: Tokenizer, shape: TurnShape) -> None:
@@ -109,9 +109,9 @@ class ControlTokens:
     def mark(
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any], encode: Encode
     ) -> tuple[list[dict[str, Any]], Mapping[str, Any], Encode]:
-        """Messages and template variables with marks for what was typed, and what encodes their rendering.
+        """Replace typed control tokens by marks; return messages, variables and the encoder to use.
 
-        All three as they came if no text needs a mark.
+        All three are returned unchanged if no text needs a mark.
         """
         shown = [text for message in messages for key, text in message.items() if key != "role"]
         texts = list(_strings([shown, list(variables.values())]))
@@ -124,7 +124,8 @@ class ControlTokens:
         return marked, named, partial(self.encode, marks)
 
     def mark_answer(self, text: str) -> tuple[str, Encode] | None:
-        """An assistant's text with marks, and what encodes it; None if no control token is typed in it."""
+        """Mark the text of an assistant, and return it with its encoder; None without typed control
+        tokens."""
         typed = self._typed_by_assistant
         if not typed.search(text) and not typed.search(self._normal(text)):
             return None
@@ -132,7 +133,7 @@ class ControlTokens:
         return self._with_marks(text, typed, marks), partial(self.encode, marks)
 
     def encode(self, marks: Marks, marked: str) -> list[int]:
-        """Token ids of a rendering with marks. Raises `InvalidInput` if a typed token cannot be plain."""
+        """Encode a rendering with marks. Raises `InvalidInput` if a typed token cannot be plain text."""
         encoder = self._get_encoder()
         own = self._every_added.sub(lambda m: encoder.names.get(m[0], m[0]), marked)
         meanings = marks.meanings()
@@ -149,7 +150,7 @@ class ControlTokens:
         return ids
 
     def _is_suspicious(self, text: str) -> bool:
-        """Whether the text holds a control token, or could make one with what surrounds it."""
+        """Return whether the text contains a control token, or could form one with the text around it."""
         if self._typed.search(text):
             return True
         if self._normalizer is not None and self._typed.search(self._normal(text)):
@@ -157,7 +158,7 @@ class ControlTokens:
         return self._begins_inside(text) or self._ends_inside(text)
 
     def _is_inside(self, text: str) -> bool:
-        """Whether a template can make a control token by putting something round the text."""
+        """Return whether a template can form a control token by adding text around this one."""
         return any(text in token for token in self._tokens)
 
     def _begins_inside(self, text: str) -> bool:
@@ -170,7 +171,7 @@ class ControlTokens:
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def _marks(self, texts: list[str]) -> Marks:
-        """Marks of which no character is used in `texts`."""
+        """Choose marks that do not occur in `texts`."""
         used = {ord(c) for text in texts for c in set(text) if ord(c) >= _PRIVATE_USE.start}
         size = len(self._tokens) + 1
         for first in range(_PRIVATE_USE.start, _PRIVATE_USE.stop - size, size):
@@ -192,9 +193,9 @@ class ControlTokens:
         return marked
 
     def _with_marks(self, text: str, typed: re.Pattern[str], marks: Marks) -> str:
-        """The text with a mark for each match of `typed`.
+        """Replace each match of `typed` by its mark.
 
-        Where normalising makes tokens that the model reads as such (`＜s＞`), it is done here already.
+        If normalising creates tokens that the model reads as such (`＜s＞`), the text is normalised first.
         """
         normal = self._normal(text) if self._readable else text
         if len(self._typed_readable.findall(normal)) > len(self._typed_readable.findall(text)):
@@ -218,12 +219,13 @@ class ControlTokens:
 
 
 class _RenamedEncoder:
-    """A tokenizer that knows the control tokens by secret names only. names: control token → secret name."""
+    """A tokenizer that knows the control tokens only by secret names."""
 
     def __init__(self, tokenizer: Tokenizer, control: Mapping[str, int]) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Backend):
             raise InvalidInput("this tokenizer cannot encode control tokens as plain text", param="messages")
+        #: Control token → secret name.
         self.names = {token: _secret_name() for token in control}
         self._cut = _secret_name()
         self._backend = Backend(backend.model)  # shares the model: no copy of the vocabulary
@@ -245,19 +247,19 @@ class _RenamedEncoder:
         self._control_ids = {*control.values()} - {tokenizer.unk_token_id, *unknown}
 
     def encode(self, text: str) -> list[int] | None:
-        """Token ids; None if the model made a control token out of plain text."""
+        """Encode the text; None if the model has made a control token out of plain text."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if not self._control_ids.isdisjoint(i for i in ids if i not in self._ids):
             return None
         return [self._ids.get(i, i) for i in ids if i != self._cut_id]
 
     def cut(self, text: str) -> str:
-        """The text, such that the model reads its first character apart."""
+        """Separate the first character of the text, so that the model does not read the text as one word."""
         return text[:1] + self._cut + text[1:] if text else ""
 
 
 def _readable(model: Any, control: Mapping[str, int], unknown: int | None) -> set[str]:
-    """The control tokens that the model itself reads out of their text, because they are words to it."""
+    """Return the control tokens that are words of the model, so that it finds them in plain text."""
     ids = {*control.values()} - {unknown}
     known = [token for token in control if model.token_to_id(token) is not None]
     return {token for token in known if not ids.isdisjoint(t.id for t in model.tokenize(token))}
@@ -269,21 +271,21 @@ def _renamed(token: AddedToken, name: str) -> AddedToken:
 
 
 def _secret_name() -> str:
-    """Letters that nobody can guess, lower case because normalizers do not change that.
+    """Make a word that nobody can guess, in lower case because normalizers do not change that.
 
-    The private-use characters at its ends are no letters: a token may have to stand apart from words.
+    The private-use characters at its ends are not letters, because some tokens must not touch words.
     """
     letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(32))
     return f"\ue000{letters}\ue000"
 
 
 def any_of(tokens: Iterable[str]) -> str:
-    """A pattern of the tokens, of which the longest that fits matches; of none: one that matches nothing."""
+    """Make a pattern that matches the longest fitting token; without tokens, one that matches nothing."""
     return "|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)"
 
 
 def _pattern(token: AddedToken) -> str:
-    """Where a tokenizer finds the token: anywhere, or only apart from words."""
+    """Make the pattern by which a tokenizer finds the token: anywhere, or only outside words."""
     text = re.escape(token.content)
     return rf"(?<!\w){text}(?!\w)" if token.single_word else text
 

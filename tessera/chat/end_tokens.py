@@ -1,4 +1,7 @@
-"""Which tokens end a text, by the files of a model. What a template adds to them: `chat_format.py`."""
+"""The tokens that end a text, according to the files of a model.
+
+`chat_format.py` adds those of its template.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any
 
 
 def named_end_tokens(folder: Path) -> tuple[int, ...]:
-    """The end tokens that generation_config.json names; config.json's, if that file is missing or names none.
+    """Return the end tokens in generation_config.json, or those in config.json if the former has none.
 
-    As in transformers, where a model without generation_config.json takes the values of its config.json.
+    transformers does the same: a model without generation_config.json takes the values of its config.json.
     """
     for name in ("generation_config.json", "config.json"):
         if named := _end_tokens(_read(folder / name)):

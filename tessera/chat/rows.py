@@ -1,7 +1,8 @@
-"""Prompts and answers as training rows: which answers share a row, and what of a long one is kept.
+"""Prompts and answers as training rows: which answers share a row, and how a long row is shortened.
 
-Knows token ids only. A row that begins with another one, token for token, holds it: under causal attention
-the shorter row's answer is predicted from the same tokens there, so one row teaches both.
+If one row begins with another row, token for token, the longer one replaces both: under causal attention, the
+answer of the shorter row is predicted from the same tokens in the longer one. This module knows only token
+ids.
 """
 
 from __future__ import annotations
@@ -11,21 +12,18 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken
 
-#: Of a text that is too long, this part of the limit may be prompt: a completion without its question would
-#: train on noise.
+#: Share of the limit that the prompt may take in a row that is too long. A completion without its question
+#: would teach noise.
 PROMPT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One training row: token_ids [T]; loss_mask [T]: which tokens are learned (never the first).
+    """One training row."""
 
-    truncated: the row was longer than the limit, and tokens were left out.
-    """
-
-    token_ids: list[int]
-    loss_mask: list[bool]
-    truncated: bool = False
+    token_ids: list[int]  # [T]
+    loss_mask: list[bool]  # [T], true for the tokens that are learned, never for the first
+    truncated: bool = False  # whether tokens were left out because the row was longer than the limit
 
     @property
     def num_loss_tokens(self) -> int:
@@ -34,17 +32,17 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class Answered:
-    """Token ids of a prompt, and of what is to be learned after it."""
+    """Token ids of a prompt, and of the answer to be learned after it."""
 
     prompt: list[int]
     learned: list[int]
 
 
 def rows_of(answered: Iterable[Answered], *, max_tokens: int, bos: int | None) -> list[EncodedExample]:
-    """Rows of at most max_tokens that teach every answer once.
+    """Make rows of at most max_tokens that teach every answer once.
 
-    An answer whose row begins with the row before it shares it. A shared row that is too long is cut into
-    windows that end with an answer each, so that no answer is lost to another one's length.
+    An answer extends the previous row if its own row would begin with it. A shared row that is too long is
+    cut into windows that each end with an answer, so that no answer is lost because of the length of another.
     """
     rows: list[EncodedExample] = []
     ids: list[int] = []
@@ -61,7 +59,7 @@ def rows_of(answered: Iterable[Answered], *, max_tokens: int, bos: int | None) -
 def _cut(
     ids: list[int], spans: Sequence[tuple[int, int]], max_tokens: int, bos: int | None
 ) -> Iterator[EncodedExample]:
-    """The row of `ids` that learns the spans [start, end), or several if it is too long."""
+    """Make the row of `ids` that learns the spans [start, end), or several rows if it is too long."""
     for group in _windows(spans, max_tokens) if len(ids) > max_tokens else [spans]:
         mask = [False] * group[-1][1]
         for start, end in group:
@@ -70,11 +68,11 @@ def _cut(
 
 
 def _windows(spans: Sequence[tuple[int, int]], max_tokens: int) -> list[list[tuple[int, int]]]:
-    """The spans in groups, each of which leaves room for PROMPT_SHARE of the limit before it."""
+    """Group the spans so that each group leaves PROMPT_SHARE of the limit for the prompt before it."""
     groups: list[list[tuple[int, int]]] = []
-    room = max_tokens - int(max_tokens * PROMPT_SHARE)
+    max_group_tokens = max_tokens - int(max_tokens * PROMPT_SHARE)
     for span in spans:
-        if groups and span[1] - groups[-1][0][0] <= room:
+        if groups and span[1] - groups[-1][0][0] <= max_group_tokens:
             groups[-1].append(span)
         else:
             groups.append([span])
@@ -85,20 +83,20 @@ def _truncated(ids: list[int], mask: list[bool], max_tokens: int, bos: int | Non
     if len(ids) <= max_tokens:
         return EncodedExample(ids, mask)
     first = mask.index(True) if True in mask else len(ids)
-    room = max(1, max_tokens - (len(ids) - first), int(max_tokens * PROMPT_SHARE))
-    cut = max(0, first - room)
-    head = [ids[0]] if cut and ids[0] == bos and room > 1 else []
+    max_prompt = max(1, max_tokens - (len(ids) - first), int(max_tokens * PROMPT_SHARE))
+    cut = max(0, first - max_prompt)
+    head = [ids[0]] if cut and ids[0] == bos and max_prompt > 1 else []
     cut += len(head)
     ids, mask = head + ids[cut:], [False] * len(head) + mask[cut:]
     return EncodedExample(ids[:max_tokens], mask[:max_tokens], truncated=True)
 
 
 class Prompts:
-    """Tokenises the prompts of one conversation, of which each mostly begins with the one before.
+    """Tokenises the prompts of one conversation, each of which usually begins with the previous one.
 
-    What stands before an added token is tokenised by itself, whatever follows, so the ids up to the last such
-    token of a prompt hold for any longer prompt that begins with the same text and that token. A conversation
-    of n answers is then tokenised once and not n times.
+    The text before an added token is tokenised independently of what follows. So the ids up to the last added
+    token of a prompt also hold for a longer prompt that begins with the same text and token. A conversation
+    with n answers is therefore tokenised once instead of n times.
     """
 
     def __init__(self, borders: Sequence[str]) -> None:
@@ -107,7 +105,7 @@ class Prompts:
         self._text, self._border, self._ids = "", "", list[int]()
 
     def ids(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """As `encode` gives them for the whole text."""
+        """Return the same ids as `encode` for the whole text."""
         if not text.startswith(self._text + self._border):
             self._text, self._border, self._ids = "", "", []
         rest = text[len(self._text) :]
@@ -119,9 +117,9 @@ class Prompts:
 
 
 def borders_of(added: Sequence[AddedToken], written: str) -> list[str]:
-    """The added tokens in the text `written` at which a text may be cut without a change to its ids.
+    """Return the added tokens in the text `written` before which a text can be cut without changing its ids.
 
-    Not those that take white space or letters of what stands before them, nor those that may lie inside
+    This excludes tokens that absorb white space or letters before them, and tokens that may be part of
     another token or begin it.
     """
     contents = [token.content for token in added]

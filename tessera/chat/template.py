@@ -1,7 +1,7 @@
-"""A base model's chat template: messages to text, and what it writes round an answer.
+"""The chat template of a base model: rendering messages as text, and finding what it writes around an answer.
 
-Knows no tokens. The rendering is transformers'; only a template that asks for the date is given one that can
-be fixed.
+transformers renders the template. Only a template that uses the date is rendered here, so that the date can
+be fixed. This module knows no tokens.
 """
 
 from __future__ import annotations
@@ -22,32 +22,30 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from tessera.chat.template_names import names_read
 from tessera.errors import InvalidInput
 
-#: What a jinja template does with messages that it was not written for.
+#: Errors of a jinja template on messages that it was not written for.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
-#: A tag that a generation prompt ends with: `<think>`, `[THINK]`.
+#: A tag at the end of a generation prompt: `<think>`, `[THINK]`.
 _OPENED = re.compile(r"(<\w+>|\[\w+\])(\s*)$")
 _QUESTION, _ANSWER = "Quince?", "Zucchini!"
 
 
 @dataclass(frozen=True)
 class TurnShape:
-    """What a template writes round an answer, seen in small conversations.
+    """What a template writes around an answer, as observed in small conversations."""
 
-    tail: after the answer that is the last message. between: after an answer and before the next question.
-    first: before everything that a conversation says. opened: the tag that the answer's prompt ends with, and
-    the white space after it. asked: what is written round questions. written: all that it may write.
-    """
-
-    tail: str = ""
-    between: str = ""
-    first: str = ""
-    opened: tuple[str, str] = ("", "")
-    asked: str = ""
-    written: str = ""
+    tail: str = ""  # after an answer that is the last message
+    between: str = ""  # after an answer, up to the next question
+    first: str = ""  # before the first question
+    opened: tuple[str, str] = (
+        "",
+        "",
+    )  # the tag at the end of the answer's prompt, and the white space after it
+    asked: str = ""  # a rendering of questions only
+    written: str = ""  # everything that the template may write
 
 
 class ChatTemplate:
-    """The template of one tokenizer, of which there may be none."""
+    """The chat template of one tokenizer, which may have none."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -57,7 +55,7 @@ class ChatTemplate:
         self._now: Callable[[], datetime] = datetime.now
 
     def at(self, moment: datetime) -> ChatTemplate:
-        """The same template, for which it is always `moment`."""
+        """Return a copy of the template with `moment` as its fixed date."""
         fixed = copy(self)
         fixed._now = lambda: moment
         return fixed
@@ -69,7 +67,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text. variables: more names for the template. Raises `InvalidInput`."""
+        """Render the conversation as text. variables: more names for the template. Raises `InvalidInput`."""
         if not self.exists:
             raise InvalidInput(
                 "the base model has no chat template; use plain prompts, prompt/completion or text examples",
@@ -96,7 +94,7 @@ class ChatTemplate:
     def _render_dated(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
     ) -> str:
-        """As transformers renders, with our clock: it lets no function of its callers into a template."""
+        """Render like transformers, but with our clock: transformers accepts no functions for a template."""
         return str(
             _compile_jinja_template(self._source).render(
                 messages=[dict(message) for message in messages],
@@ -110,8 +108,10 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads and a caller may give it: neither what every conversation has,
-        nor the tokenizer's tokens, nor an argument of the rendering itself."""
+        """The names that the template reads and that a caller may give a value.
+
+        This excludes the parts of every conversation, the tokenizer's tokens, and arguments of the rendering.
+        """
         environment = _compile_jinja_template(self._source).environment
         read = names_read(environment.parse(self._source))
         arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters
@@ -120,7 +120,7 @@ class ChatTemplate:
 
     @cached_property
     def shape(self) -> TurnShape:
-        """What this template writes round an answer."""
+        """What this template writes around an answer."""
         user, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
         system = {"role": "system", "content": _QUESTION}
         for before in ([user], [system, user]):
@@ -145,7 +145,7 @@ class ChatTemplate:
         return TurnShape(written=self._source)
 
     def _try_render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The rendering, empty where the template refuses the messages."""
+        """Render the messages; empty if the template refuses them."""
         try:
             return self.render(messages)
         except InvalidInput:

@@ -1,7 +1,7 @@
-"""Which names a chat template reads that it has not set itself: what a caller can give it with an effect.
+"""Finding the names that a chat template reads without having set them, so that a caller can set them.
 
-`jinja2.meta.find_undeclared_variables` also lists names that are set on every path before they are read.
-Knows nothing of messages and tokens.
+`jinja2.meta.find_undeclared_variables` also lists names that are set on every path before they are read, so
+it cannot be used. This module knows nothing of messages and tokens.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from jinja2 import nodes
 
 
 def names_read(template: nodes.Template) -> frozenset[str]:
-    """Names that some path through the template reads before it sets them."""
+    """Return the names that some path through the template reads before it sets them."""
     reader = _Reader()
     reader.visit_all(template.body, frozenset())
     return frozenset(reader.read)
 
 
 class _Reader:
-    """Walks a template in the order in which it runs. read: names that were read before they were set."""
+    """Walks through a template in the order in which it runs."""
 
     def __init__(self) -> None:
+        #: Names that were read before they were set.
         self.read: set[str] = set()
 
     def visit_all(self, items: Iterable[nodes.Node | None], known: frozenset[str]) -> frozenset[str]:
-        """The names that are certainly set after `items`, if `known` are before."""
+        """Visit the items; return the names certainly set after them if `known` are set before."""
         for item in items:
             known = known if item is None else self._visit(item, known)
         return known
@@ -70,6 +71,6 @@ class _Reader:
 
 
 def _set_by(target: nodes.Node) -> frozenset[str]:
-    """The names that an assignment to `target` sets."""
+    """Return the names that an assignment to `target` sets."""
     names = [target] if isinstance(target, nodes.Name) else target.find_all(nodes.Name)
     return frozenset(name.name for name in names)

@@ -1,1 +1,1 @@
-"""Training files: JSON lines, examples, and the messages in them."""
+"""Training files: JSON lines, the examples in them, and the messages in an example."""

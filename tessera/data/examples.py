@@ -1,17 +1,17 @@
-"""Training files: JSON lines to examples, with every problem of the file at once.
+"""Reading training files: JSON lines become examples, and all problems of a file are reported at once.
 
-Four kinds of line, which a file may mix:
+A line is of one of four kinds, which a file may mix:
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}
     {"prompt": [{"role": "user", "content": "…"}], "completion": [{"role": "assistant", "content": "…"}]}
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
-null under any key means that the key is absent. In a file that builds a basis, every line may also say in
-`user` whose example it is, or none.
+A key with the value null counts as absent. In a file that builds a basis, either all lines or none may have a
+key `user`, which names the user of the example. `messages.py` defines what a message may contain.
 
-Knows no tokenizer and no template; `ChatFormat.check` does. A line that `parse_examples` lets through has at
-least one character to train on. What a message may hold: `data/messages.py`.
+A line that `parse_examples` accepts has at least one character to train on. This module knows no tokenizer
+and no template; `ChatFormat.check` does.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ T = TypeVar("T")
 
 FORMATS = '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text": "…"}'
 
-#: 1 MiB is about 200,000 words: no example of that length fits a context, but a file that is no JSONL shows.
+#: 1 MiB is about 200,000 words. No example of that length fits a context, but a file that is not JSONL has
+#: such lines.
 MAX_LINE_BYTES = 1024 * 1024
-#: An adapter of 57,000 numbers holds some thousands of examples at the most.
+#: An adapter of 57,000 numbers can learn a few thousand examples at most.
 MAX_EXAMPLES = 50_000
-#: Problems of one file that are named; the others are counted.
+#: Problems listed for one file; further ones are only counted.
 MAX_LISTED_ERRORS = 100
-#: Of a user's name: an id or an address, no text.
+#: Length of the name of a user, which is an id or an address, not a text.
 MAX_USER_CHARS = 256
-#: A user's examples are divided into some to learn from and some to measure with.
+#: The examples of a user are split into some for training and some for measuring.
 MIN_USER_EXAMPLES = 2
-#: As in a request to the chat endpoint.
+#: The same limit as in a request to the chat endpoint.
 MAX_MESSAGES = 2048
 
 _TO_MESSAGES = 'write {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
 _PREFERENCE = "preference data cannot be trained on here; write the preferred answer as the last message"
-#: What other tools write, by keys that tell it: what to write instead.
+#: Formats of other tools: keys by which they are recognised, and what to write instead.
 _OTHER_FORMATS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
     (frozenset({"non_preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
@@ -78,17 +79,14 @@ _OTHER_FORMATS: tuple[tuple[frozenset[str], str], ...] = (
 
 @dataclass(frozen=True)
 class Example:
-    """One training item: a conversation, a prompt with its completion, or a text; the others are None.
-
-    user: whose it is, if the file says so. line: where it stands in its file, 1-based.
-    """
+    """One training item: a conversation, a prompt with its completion, or a text. The others are None."""
 
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
-    user: str | None = None
-    line: int = 0
+    user: str | None = None  # the user of the example, if the file names one
+    line: int = 0  # number of its line in the file, counted from 1
 
 
 def parse_examples(
@@ -99,12 +97,13 @@ def parse_examples(
     max_examples: int = MAX_EXAMPLES,
     with_users: bool = False,
 ) -> list[Example]:
-    """The examples of a JSONL file, in order. Blank lines, a UTF-8 byte order mark and CRLF are let pass.
+    """Read the examples of a JSONL file, in order. Blank lines, a UTF-8 byte order mark and CRLF are allowed.
 
-    with_users: lines may say whose they are; else that is a key like any unknown one.
+    with_users: allow the key `user`, which is otherwise an unknown key.
 
-    Raises `InvalidTrainingData` with the problems of all lines; beyond `max_errors` they are only counted, in
-    one last entry with code "more_errors". A file without any example has the error code "empty_file".
+    Raises `InvalidTrainingData` with the problems of all lines. Beyond `max_errors` they are only counted, in
+    one last entry with the code "more_errors". The error for a file without examples has the code
+    "empty_file".
     """
     problems = Problems(max_errors)
     examples: list[Example] = []
@@ -117,15 +116,15 @@ def parse_examples(
     problems.raise_if_any()
     if not examples:
         problems.line = 1
-        problems.add("empty_file", "the file holds no example; write one JSON object per line")
+        problems.add("empty_file", "the file has no example; write one JSON object per line")
         problems.raise_if_any(code="empty_file")
     return examples
 
 
 def for_each(examples: Iterable[Example], work: Callable[[Example], T], *, param: str = "file") -> list[T]:
-    """What `work` makes of every example.
+    """Apply `work` to every example and return the results.
 
-    Raises `InvalidTrainingData` with the lines of all examples for which it raises `InvalidInput`.
+    Raises `InvalidTrainingData` with the lines of all examples for which `work` raises `InvalidInput`.
     """
     results: list[T] = []
     errors: list[LineError] = []
@@ -143,7 +142,7 @@ def for_each(examples: Iterable[Example], work: Callable[[Example], T], *, param
 
 
 def _example(value: dict[str, Any], problems: Problems) -> Example:
-    """The example of one line; whatever is wrong with it is added to `problems`."""
+    """Make the example of one line, and add what is wrong with it to `problems`."""
     line = problems.line
     for keys, advice in _OTHER_FORMATS:
         if keys <= value.keys():
@@ -154,7 +153,7 @@ def _example(value: dict[str, Any], problems: Problems) -> Example:
         return Example(messages=_conversation(value["messages"], problems), line=line)
     if isinstance(value.get("prompt"), list) or isinstance(value.get("completion"), list):
         _check_keys(value, ("prompt", "completion"), problems)
-        return Example(messages=_asked_and_answered(value, problems), line=line)
+        return Example(messages=_prompt_and_completion(value, problems), line=line)
     if "prompt" in value or "completion" in value:
         _check_keys(value, ("prompt", "completion"), problems)
         prompt = read_text(value, "prompt", problems)
@@ -174,7 +173,7 @@ def _example(value: dict[str, Any], problems: Problems) -> Example:
 
 
 def _user(value: dict[str, Any], problems: Problems) -> str | None:
-    """Whose example it is, taken out of the line; None if it does not say, "" if that cannot be read."""
+    """Take the user out of the line: None if it names none, "" if the name is not valid."""
     if "user" not in value:
         return None
     user = read_text(value, "user", problems)
@@ -186,21 +185,22 @@ def _user(value: dict[str, Any], problems: Problems) -> str | None:
 
 
 def _check_users(examples: Sequence[Example], problems: Problems) -> None:
-    """Adds lines without a user where others have one, and the users of too few examples.
+    """Report lines without a user if other lines have one, and users with too few examples.
 
-    Those are not counted in a file with other mistakes: some of their lines may be among them.
+    The latter are not reported in a file with other problems, because those lines may be their missing
+    examples.
     """
     first = next((example for example in examples if example.user is not None), None)
     if first is None:
         return
-    is_whole = not problems.total
+    has_other_problems = problems.total > 0
     counts = Counter(example.user for example in examples)
     for example in examples:
         problems.line = example.line
         if example.user is None:
             hint = f"line {first.line} has one; give every line a user, or none"
-            problems.add("missing_user", f"the line says no user, but {hint}")
-        elif is_whole and counts[example.user] < MIN_USER_EXAMPLES:
+            problems.add("missing_user", f"the line has no user, but {hint}")
+        elif not has_other_problems and counts[example.user] < MIN_USER_EXAMPLES:
             message = f"user {shown(example.user)} has only this example; give every user {MIN_USER_EXAMPLES}"
             problems.add("user_too_small", f"{message} or more")
 
@@ -217,13 +217,16 @@ def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problem
             )
 
 
-def _asked_and_answered(value: dict[str, Any], problems: Problems) -> tuple[dict[str, Any], ...] | None:
-    """The conversation of a prompt and a completion that are messages both: the completion is learned."""
+def _prompt_and_completion(value: dict[str, Any], problems: Problems) -> tuple[dict[str, Any], ...] | None:
+    """Make the conversation of a prompt and a completion that are lists of messages.
+
+    Only the latter is learned.
+    """
     for key in ("prompt", "completion"):
         if not isinstance(value.get(key), list):
-            given = kind(value.get(key)) if key in value else "missing"
+            actual = kind(value.get(key)) if key in value else "missing"
             other = "completion" if key == "prompt" else "prompt"
-            message = f"{other} is a list of messages, so {key} must be one too; it is {given}"
+            message = f"{other} is a list of messages, so {key} must be one too; it is {actual}"
             problems.add("wrong_type", message)
             return None
     prompt = _messages(value["prompt"], "prompt", problems, is_context=True)
@@ -245,7 +248,7 @@ def _conversation(value: Any, problems: Problems) -> tuple[dict[str, Any], ...] 
 def _messages(
     value: Any, where: str, problems: Problems, *, is_context: bool = False
 ) -> tuple[dict[str, Any], ...] | None:
-    """The messages of a list; is_context: none of them is learned."""
+    """Read the messages of a list. is_context: none of them is learned."""
     if not isinstance(value, list):
         problems.add("wrong_type", f"{where} must be a list, not {kind(value)}")
         return None

@@ -1,7 +1,8 @@
-"""JSON lines, read so that every problem is found at once and named by its line.
+"""Reading JSON lines so that all problems of a file are found at once, with their line numbers.
 
-Knows nothing of what the objects mean (`examples.py` does). Blank lines, a UTF-8 byte order mark and CRLF are
-let pass; other encodings, compressed files and JSON arrays are recognised, because their authors meant well.
+Blank lines, a UTF-8 byte order mark and CRLF are allowed. Other encodings, compressed files and JSON arrays
+are recognised, so that the message says what to do. This module does not know what the objects mean;
+`examples.py` does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from tessera.errors import InvalidTrainingData, LineError
 
-#: Longer excerpts of somebody's data do not belong into an error message.
+#: Longest excerpt of a user's data in an error message.
 MAX_SHOWN_CHARS = 40
 
 _WIDE_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -24,13 +25,13 @@ _ARRAY = "the file is a JSON array; write one JSON object per line, with no brac
 
 
 class Problems:
-    """The first `max_errors` problems of a file, and the number of all. `line`: where the reader stands."""
+    """The first `max_errors` problems of a file, and the number of all of them."""
 
     def __init__(self, max_errors: int) -> None:
         self.max_errors = max_errors
         self.listed: list[LineError] = []
         self.total = 0
-        self.line = 1
+        self.line = 1  # the line that is being read
         self._first_unlisted = 0
 
     def add(self, code: str, message: str) -> None:
@@ -41,7 +42,7 @@ class Problems:
             self._first_unlisted = self.line
 
     def raise_if_any(self, *, code: str | None = None) -> None:
-        """Raise `InvalidTrainingData`; problems beyond the limit are counted in one last entry."""
+        """Raise `InvalidTrainingData` if there are problems. One last entry counts those beyond the limit."""
         errors = list(self.listed)
         if unlisted := self.total - len(errors):
             more = f"{unlisted} more problem(s) from here on are not listed; correct these first"
@@ -51,7 +52,7 @@ class Problems:
 
 
 class _Unreadable(Exception):
-    """The line gives no object."""
+    """The line does not contain an object."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -61,9 +62,10 @@ class _Unreadable(Exception):
 def read_objects(
     content: bytes, problems: Problems, *, max_line_bytes: int, max_lines: int
 ) -> Iterator[dict[str, Any] | None]:
-    """The object of each line that is not blank, None where there is none; `problems.line` is its line.
+    """Yield the object of each line that is not blank, or None for a line with a problem.
 
-    Raises `InvalidTrainingData` at once for a file that is no JSONL as a whole.
+    `problems.line` is the number of the line. Raises `InvalidTrainingData` at once for a file that is not
+    JSONL.
     """
     _check_file(content, problems)
     for count, (problems.line, raw) in enumerate(_lines(content)):
@@ -81,13 +83,13 @@ def read_objects(
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for a sentence."""
+    """Return the kind of a JSON value, for use in a sentence."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def shown(text: str) -> str:
-    """A short quotation, in ASCII."""
+    """Quote the beginning of a text, in ASCII."""
     return json.dumps(text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "…")
 
 
@@ -105,7 +107,7 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _check_file(content: bytes, problems: Problems) -> None:
-    """Raise with one problem what would otherwise be the same problem on every line."""
+    """Report a problem of the whole file once, instead of the same problem on every line."""
     head = content[:64]
     if head.startswith(_COMPRESSED):
         problems.add("compressed_file", "the file is compressed; upload the JSONL file itself")
@@ -117,7 +119,7 @@ def _check_file(content: bytes, problems: Problems) -> None:
 
 
 def _is_array(content: bytes) -> bool:
-    """Whether the file is one JSON array, on one line or on many."""
+    """Return whether the file is one JSON array, on one line or on many."""
     lines = _lines(content)
     _, first = next(lines, (0, b""))
     if not first.startswith(b"["):
@@ -139,7 +141,7 @@ def _read_object(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _Unreadable("invalid_json", _explain(text, error)) from None
     except (ValueError, RecursionError) as error:
-        raise _Unreadable("invalid_json", f"not readable as JSON: {error}") from None
+        raise _Unreadable("invalid_json", f"the line cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise _Unreadable("not_an_object", f"a line must be one JSON object, not {kind(value)}")
     return value
@@ -162,6 +164,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for key, value in pairs:
         if key in keys:
-            raise _Unreadable("duplicate_key", f"the key {shown(key)} stands twice in one object; remove one")
+            raise _Unreadable("duplicate_key", f"the key {shown(key)} occurs twice in one object; remove one")
         keys[key] = value
     return keys

@@ -1,7 +1,8 @@
-"""One message of a conversation in a file: what the chat endpoint takes, and `weight`.
+"""Reading one message of a conversation in a training file: what the chat endpoint accepts, and `weight`.
 
-null means absent under every key, so that what other tools export (`model_dump()` of OpenAI's client) is read
-as it is. A message comes out as templates want it: role, content (one text), and name and weight if given.
+A key with the value null counts as absent, so that exports of other tools (`model_dump()` of OpenAI's client)
+can be read unchanged. The result has the form that templates expect: role, content (one text), and name and
+weight if they are given.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from typing import Any
 
 from tessera.data.jsonl import Problems, kind, shown
 
-#: Roles that chat templates know by another name: "developer" is OpenAI's newer word for "system".
+#: Roles that have another name in chat templates: "developer" is OpenAI's newer word for "system".
 TEMPLATE_ROLES = {"developer": "system"}
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "name", "weight")
 
-#: Keys that say nothing of the text.
+#: Keys that do not affect the text.
 _IGNORED = ("annotations", "cache_control", "id", "object", "created_at", "parsed", "timestamp")
 _NO_TOOLS = "tool calls cannot be trained; write calls and results as text"
-_THOUGHTS = "write the thoughts into content, as the model is to write them"
-#: Keys that may be empty, and what to do where they are not.
+_THOUGHTS = "write the thoughts into content, in the form in which the model should write them"
+#: Keys that are allowed only when empty, with the code of the problem and what to do instead.
 _REFUSED: Mapping[str, tuple[str, str]] = {
     "tool_calls": ("unsupported_tools", _NO_TOOLS),
     "function_call": ("unsupported_tools", _NO_TOOLS),
@@ -31,7 +32,7 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "reasoning_content": ("unsupported_content", _THOUGHTS),
     "thinking": ("unsupported_content", _THOUGHTS),
 }
-#: What other tools call our keys.
+#: Names that other tools use for our keys.
 _RENAMED: Mapping[str, str] = {
     "from": "call it role, human user and gpt assistant",
     "value": "call it content",
@@ -39,15 +40,15 @@ _RENAMED: Mapping[str, str] = {
     "parts": "join their texts as content",
     **dict.fromkeys(("train", "training"), "write weight 1 for true and weight 0 for false"),
 }
-#: A message says what it is in some exports.
+#: Values of the key "type" that some exports add to a message.
 _TYPES = ("text", "message")
 _MAX_NAME_CHARS = 256
 
 
 def read_message(item: Any, problems: Problems, where: str, *, is_context: bool = False) -> dict[str, Any]:
-    """role, content and, if given, name and weight; whatever is wrong is added to `problems`.
+    """Return role, content and, if given, name and weight. Add what is wrong to `problems`.
 
-    where: the path of the message in its line. is_context: it is not learned, whatever its weight.
+    where: path of the message in its line. is_context: the message is not learned, whatever its weight.
     """
     if not isinstance(item, dict):
         problems.add("wrong_type", f"{where} must be an object with role and content, not {kind(item)}")
@@ -73,7 +74,7 @@ def read_message(item: Any, problems: Problems, where: str, *, is_context: bool 
         message["weight"] = _weight(item["weight"], role, problems, where)
     is_learned = role == "assistant" and not is_context and message.get("weight", 1)
     if is_learned and content is not None and not content.strip():
-        advice = "give what the assistant should say, or weight 0 if it is not to be learned"
+        advice = "write what the assistant should say, or set weight to 0 if it should not be learned"
         problems.add("empty_assistant", f"{where}content is empty; {advice}")
     return message
 
@@ -93,12 +94,12 @@ def _check_keys(item: Mapping[str, Any], problems: Problems, where: str) -> None
 
 
 def _content(item: Mapping[str, Any], problems: Problems, where: str) -> str | None:
-    """The text of a message, whose parts are joined."""
+    """Return the text of a message, with its parts joined."""
     parts = item.get("content")
     if not isinstance(parts, list):
         return read_text(item, "content", problems, where)
     if not parts:
-        problems.add("wrong_type", f"{where}content is a list without a part; give a text")
+        problems.add("wrong_type", f"{where}content is an empty list; give a text")
         return None
     texts = [_part(part, problems, f"{where}content[{index}]") for index, part in enumerate(parts)]
     return None if None in texts else "".join(text for text in texts if text is not None)
@@ -138,7 +139,7 @@ def _weight(weight: Any, role: str | None, problems: Problems, where: str) -> in
 
 
 def read_text(item: Mapping[str, Any], key: str, problems: Problems, where: str = "") -> str | None:
-    """The string at `key`; None, with the problem added, if there is none that can be encoded."""
+    """Return the string at `key`. If it is missing or cannot be encoded, add the problem and return None."""
     if key not in item:
         problems.add("missing_key", f"{where}{key} is missing")
         return None
@@ -149,6 +150,6 @@ def read_text(item: Mapping[str, Any], key: str, problems: Problems, where: str 
     try:
         text.encode()
     except UnicodeEncodeError:
-        problems.add("lone_surrogate", f"{where}{key} holds half of a surrogate pair; remove it")
+        problems.add("lone_surrogate", f"{where}{key} contains half of a surrogate pair; remove it")
         return None
     return text

@@ -1,6 +1,6 @@
-"""The frozen base model: load it, name it by its bytes, find and replace its target modules.
+"""The frozen base model: loading it, its digest, and finding and replacing its target modules.
 
-Knows nothing of adapters, Redis or HTTP. The model classes of transformers are used unmodified.
+The model classes of transformers are used unmodified. This module knows nothing of adapters, Redis or HTTP.
 """
 
 from __future__ import annotations
@@ -25,27 +25,25 @@ from tessera.model.pretrained import load_weights
 from tessera.model.rope import pin_rotations
 from tessera.model.target_names import check_patterns, choose_targets, is_named
 
-#: Output heads, by any part of a name. They see only the positions that are sampled, and are often tied to
+#: Parts of names that mark output heads. These see only the positions that are sampled, and are often tied to
 #: the embeddings.
 _HEADS = {"lm_head", "embed_out", "cls", "pred_layer"}
-#: Words in the names of modules that no text goes through.
+#: Words in the names of modules that process no text.
 _TOWERS = {"vision", "visual", "image", "audio", "speech"}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-#: What configurations call the longest sequence, and what is taken where they do not say (Bloom, say).
+#: Names of the longest sequence in configurations, and the value if there is none (as in Bloom).
 _MAX_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT_MAX_POSITION = 2048
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base model, whose linear layers are all `torch.nn.Linear`, see `make_linear`.
-
-    model_id: `model_digest` of its files, the name that bases refer to.
-    """
+    """A loaded base model. All its linear layers are `torch.nn.Linear` (see `make_linear`)."""
 
     name: str
+    #: `model_digest` of its files, by which bases refer to it.
     model_id: str
     model: PreTrainedModel
     #: The longest text that is served and trained, in tokens; None: as long as the model takes.
@@ -60,7 +58,7 @@ class BaseModel:
 
     @property
     def max_position(self) -> int:
-        """The longest sequence in tokens that the model was made for and is used for."""
+        """Return the longest sequence, in tokens, that the model was made for and is used for."""
         config = self.model.config.get_text_config()
         names = (name for name in _MAX_POSITION_FIELDS if getattr(config, name, None))
         longest = int(getattr(config, next(names, ""), _DEFAULT_MAX_POSITION))
@@ -77,19 +75,19 @@ def load_base_model(
 ) -> BaseModel:
     """Load frozen weights from a directory or a hub id, and choose its rotations (`rope.py`).
 
-    device: "auto" takes CUDA if there is one. dtype: "auto" is bfloat16 on CUDA and float32 on CPU, where
-    half precision is slower and the reference results are wanted. Raises `UnsupportedModel`.
+    device: "auto" means CUDA if there is a GPU. dtype: "auto" means bfloat16 on CUDA, and float32 on a CPU,
+    where half precision is slower and float32 gives the reference results. Raises `UnsupportedModel`.
     """
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
     folder = model_folder(source, revision=revision)
     quantised.check_before_load(source, folder)
-    transformers_logging.disable_progress_bar()  # a log is no place for a moving bar
+    transformers_logging.disable_progress_bar()  # a progress bar would litter the log
     with ThreadPoolExecutor(1) as beside:  # hashing 16 GB in one file takes 12 s
         digest = beside.submit(model_digest, folder)
         model = load_weights(source, folder, torch_dtype)
         quantised.check_loaded(source, folder, model)
-        if model.dtype != torch_dtype:  # transformers dequantises into a dtype of its own
+        if model.dtype != torch_dtype:  # transformers chooses the dtype when it dequantises
             model.to(torch_dtype)
         model.requires_grad_(False)
         model.eval()
@@ -104,7 +102,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """Raises `InvalidInput` for a name that is not a floating-point dtype."""
+    """Return the dtype of this name. Raises `InvalidInput` if it is not a floating-point dtype."""
     if dtype == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32
     if dtype not in DTYPES:
@@ -115,11 +113,11 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 def iter_target_modules(
     model: nn.Module, patterns: Sequence[str] = LLAMA_LINEARS
 ) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers to adapt, in model order, as (dotted name, module); see `choose_targets`.
+    """Yield the linear layers to adapt, in model order, as (dotted name, module). See `choose_targets`.
 
-    Raises `UnsupportedModel` naming the candidates if nothing matches, and for a matching layer whose weight
-    is quantised or not two-dimensional. One list may serve several architectures, so single patterns may
-    match nothing; what a user asks for is checked by `check_patterns`.
+    Raises `UnsupportedModel`, with the candidates, if nothing matches; and also for a matching layer with a
+    weight that is quantised or not two-dimensional. Because one list may serve several architectures, single
+    patterns may match nothing. `check_patterns` checks the patterns that a user gives.
     """
     linears = linear_layers(model)
     chosen = set(choose_targets(list(linears), patterns))
@@ -140,7 +138,7 @@ def iter_target_modules(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that text goes through, but for the output head, by dotted name, in model order."""
+    """Return the linear layers that process text, except the output head, by dotted name in model order."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = {}
     for name, module in model.named_modules():
@@ -152,13 +150,16 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module gives a product and no more: some routers of transformers are linear by class only."""
+    """Return whether a module only multiplies. Some routers of transformers are linear by class only."""
     return isinstance(module, nn.Linear) and "Router" not in type(module).__name__
 
 
 def make_linear(model: nn.Module) -> None:
-    """Replace every `Conv1D` of transformers (GPT-2's kind of linear layer, whose weight is [d_in, d_out]) by
-    the same function as a `torch.nn.Linear` over the same memory, so that all target modules are alike."""
+    """Replace every `Conv1D` of transformers by an equal `torch.nn.Linear` over the same memory.
+
+    `Conv1D` is GPT-2's kind of linear layer, with a weight [d_in, d_out]. Without it, all target modules are
+    alike.
+    """
     for name in [name for name, module in model.named_modules() if isinstance(module, Conv1D)]:
         replace_module(model, name, _linear_of)
 
@@ -175,7 +176,7 @@ def _linear_of(conv: nn.Module) -> nn.Linear:
 
 
 def replace_module(model: nn.Module, name: str, make: Callable[[Any], nn.Module]) -> nn.Module:
-    """Put `make(old module)` in the place of the module called `name`; returns the new module."""
+    """Replace the module called `name` by `make(old module)`, and return the new module."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     new = make(getattr(parent, child))

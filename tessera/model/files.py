@@ -11,24 +11,24 @@ from pathlib import Path
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import UnsupportedModel
 
-#: What a model is made of, in the order in which it is digested. Pickled weights are never loaded.
+#: The files of a model, in the order in which they enter its digest. Pickled weights are never loaded.
 _WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
-#: Files digested at once: one core hashes 1.3 GB a second.
+#: Files hashed at the same time. One core hashes 1.3 GB per second.
 _MAX_DIGESTS = 4
 
 
 def model_name(source: str | Path) -> str:
-    """What clients call the base model: the last part of its directory or hub id."""
+    """Return the name of the base model for clients: the last part of its directory or hub id."""
     return Path(os.path.abspath(source)).name if Path(source).exists() else str(source).split("/")[-1]
 
 
 def public_source(source: str | Path) -> str:
-    """How others find the base model: by the whole hub id, or by a directory's name without its path."""
+    """Return how others find the base model: its hub id, or the name of its directory without the path."""
     return model_name(source) if Path(source).exists() else str(source)
 
 
 def model_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """The local directory of a model, fetched from the hub if `source` is no directory."""
+    """Return the local directory of a model, fetched from the hub if `source` is not a directory."""
     if Path(source).is_dir():
         return Path(source)
     if str(source) == str(BUNDLED_MODEL):
@@ -44,22 +44,22 @@ def model_folder(source: str | Path, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise UnsupportedModel(
-            f"{source} is neither a directory nor a model that the hub can deliver: {error}",
+            f"{source} is neither a directory nor a model that can be fetched from the hub: {error}",
             param="base_model",
         ) from error
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of config.json and the weight files, as hex.
+    """Compute SHA-256 over the names and contents of config.json and the weight files, as hex.
 
-    A file of the hub's cache is a link to a blob named by its SHA-256: that name is used instead of reading
-    gigabytes again. Raises `UnsupportedModel` if the folder holds no safetensors file.
+    A file in the hub's cache is a link to a blob that is named by its SHA-256. That name is used instead of
+    reading gigabytes. Raises `UnsupportedModel` if the folder has no safetensors file.
     """
     names = sorted({path.name for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)})
     if not any(name.endswith(".safetensors") for name in names):
-        raise UnsupportedModel(f"{folder} holds no *.safetensors file; pickled weights are not loaded")
+        raise UnsupportedModel(f"{folder} has no *.safetensors file; pickled weights are not loaded")
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(_MAX_DIGESTS) as together:  # hashing lets other threads run
+    with ThreadPoolExecutor(_MAX_DIGESTS) as together:  # hashing releases the interpreter lock
         for name, file_digest in zip(
             names, together.map(_file_digest, [folder / name for name in names]), strict=True
         ):

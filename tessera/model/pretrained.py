@@ -1,7 +1,7 @@
-"""Load the weights of a folder such that all of them are the folder's own, or say in a sentence why not.
+"""Loading the weights of a folder completely, or refusing the folder with a clear reason.
 
-transformers only warns where a file lacks weights that config.json asks for, and fills them with random
-numbers: half a download, or a config of other sizes, would be served without an error.
+If the files lack weights that config.json requires, transformers only warns and fills them with random
+numbers. Half a download, or a config with other sizes, would then be served without an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tessera.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-#: Why a model that only continues what another part has read is none for Tessera.
+#: Why the decoder of an encoder-decoder model is refused.
 IS_A_DECODER = (
     "it is the decoder of an encoder-decoder model, made to read what an encoder has read; Tessera serves "
     "models that are a decoder alone"
@@ -28,13 +28,15 @@ IS_A_DECODER = (
 _INCOMPLETE = (
     "which are incomplete, or of a model that was not made to continue text (a classifier, an encoder)"
 )
-#: Weights named in a message.
+#: Number of weights that a message names.
 _MAX_NAMES = 3
 
 
 def load_weights(source: str | Path, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in `folder`, on the CPU. source: what it is called. Raises
-    `UnsupportedModel`."""
+    """Load the causal language model in `folder` onto the CPU. Raises `UnsupportedModel`.
+
+    source: the name of the model in messages.
+    """
     if _config(folder).get("is_encoder_decoder") is True:
         raise UnsupportedModel(
             f"the base model {source} cannot be served: {IS_A_DECODER}", param="base_model"
@@ -45,7 +47,7 @@ def load_weights(source: str | Path, folder: Path, dtype: torch.dtype) -> PreTra
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # the report names them, and an error would not
+            ignore_mismatched_sizes=True,  # so that the report names them, which an error does not
             output_loading_info=True,
         )
     except MemoryError:
@@ -64,26 +66,34 @@ def load_weights(source: str | Path, folder: Path, dtype: torch.dtype) -> PreTra
             )
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])
-        logger.warning("%d weights of %s belong to no module: %s", len(names), source, _listed(names))
+        logger.warning(
+            "%d weights of %s are ignored, because they belong to no module: %s",
+            len(names),
+            source,
+            _listed(names),
+        )
     return model  # type: ignore[no-any-return]
 
 
 def cannot_load(source: str | Path, folder: Path, error: Exception) -> UnsupportedModel:
-    """What to raise where transformers fails on `folder`."""
+    """Make the error to raise after transformers failed to load `folder`."""
     return UnsupportedModel(
         f"cannot load the base model {source}: {_reason(folder, error)}", param="base_model"
     )
 
 
 def _reason(folder: Path, error: Exception) -> str:
-    """Why a model does not load.
+    """Find out why a model does not load.
 
-    safetensors writes files that only their owner can read, and says "no such file" of those it cannot open.
+    safetensors writes files that only their owner can read, and reports "no such file" for one it cannot
+    open.
     """
     closed = sorted(path.name for path in folder.iterdir() if not os.access(path, os.R_OK))
     if closed:
         return f"no permission to read {', '.join(closed)} (user id {os.getuid()})"
-    if str(error).startswith("Unrecognized configuration class"):  # 200 names of classes follow
+    if str(error).startswith(
+        "Unrecognized configuration class"
+    ):  # the message goes on with the names of 200 classes
         return f"transformers has no causal language model of type {_config(folder).get('model_type')}"
     if isinstance(error, (OSError, ValueError, ImportError)) and str(error):
         return str(error)
@@ -91,7 +101,7 @@ def _reason(folder: Path, error: Exception) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """config.json, empty where it is none: transformers says what is wrong with it."""
+    """Read config.json. A broken one counts as empty: transformers then reports what is wrong with it."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):

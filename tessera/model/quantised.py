@@ -1,8 +1,9 @@
-"""Whether the weights of a base model are quantised: then they are not what adapters need.
+"""Refusing base models with quantised weights, which adapters cannot work with.
 
 A basis is made of singular vectors of the weights, a merged model is a sum with them, and the fused path
-reads them, all as numbers of float32, float16 or bfloat16. transformers keeps quantised weights in layers or
-tensors of its own, some of which look like ordinary ones (torchao, float8). Knows only config.json.
+reads them; all of these need numbers in float32, float16 or bfloat16. transformers keeps quantised weights in
+special layers or tensors, some of which look like ordinary ones (torchao, float8). Therefore this module
+reads only config.json.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import nn
 from tessera.errors import UnsupportedModel
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
-#: Methods whose weights transformers turns into ordinary ones at load, where it has no kernel for them. It
-#: loads a model of an unknown method as if it was not quantised.
+#: Methods for which transformers turns the weights into ordinary ones at load, where it has no kernel for
+#: them. A model with an unknown method is loaded as if it were not quantised.
 _DEQUANTISED_AT_LOAD = ("fp8", "mxfp4")
 
 
@@ -28,18 +29,18 @@ def quantisation_of(folder: Path) -> str | None:
         found = [part[key] for part in parts for key in _CONFIG_KEYS if part.get(key)]
         return str(found[0].get("quant_method", "by a method without a name")) if found else None
     except (OSError, ValueError, AttributeError):
-        return None  # transformers says what is wrong with the file
+        return None  # transformers reports what is wrong with the file
 
 
 def check_before_load(source: str | Path, folder: Path) -> None:
-    """Raises `UnsupportedModel` if quantised weights in `folder` would stay so, whatever is installed."""
+    """Raise `UnsupportedModel` if the weights in `folder` would stay quantised, whatever is installed."""
     method = quantisation_of(folder)
     if method is not None and method not in _DEQUANTISED_AT_LOAD:
         raise _refusal(source, method)
 
 
 def check_loaded(source: str | Path, folder: Path, model: nn.Module) -> None:
-    """Raises `UnsupportedModel` if the weights of the model from `folder` have stayed quantised."""
+    """Raise `UnsupportedModel` if the weights of the loaded model are still quantised."""
     method = quantisation_of(folder)
     if method is not None and getattr(model, "is_quantized", True):
         raise _refusal(source, method)
@@ -48,7 +49,7 @@ def check_loaded(source: str | Path, folder: Path, model: nn.Module) -> None:
 def _refusal(source: str | Path, method: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"the weights of the base model {source} are quantised ({method[:40]}), and adapters need them in "
-        "float32, float16 or bfloat16: name the model that it was made from, or a copy that transformers' "
-        "model.dequantize() and save_pretrained() have written, where its method has that",
+        "float32, float16 or bfloat16. Use the model that it was made from, or a copy written with "
+        "transformers' model.dequantize() and save_pretrained(), if its method supports that",
         param="base_model",
     )

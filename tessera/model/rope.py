@@ -1,14 +1,15 @@
-"""One set of rotations for all texts, whatever shares a batch with them.
+"""One set of rotations for all texts, independent of the other texts in a batch.
 
-"longrope" (Phi-3-mini-128k, Phi-3.5, Phi-4-mini) has short and long factors, and transformers takes the long
-ones as soon as one position of the pass lies beyond the original context. In a batch of strangers a text
-would change with its neighbours, and in one that grows the keys in the cache would no longer fit the queries.
-So one set is taken once and for all: that of the longest text which is served. Training uses the same.
+"longrope" (Phi-3-mini-128k, Phi-3.5, Phi-4-mini) has short and long factors, and transformers uses the long
+ones as soon as one position of the pass lies beyond the original context. In a batch of several users, an
+answer would then change with its neighbours; and as a text grows, the keys in the cache would no longer match
+the queries. So one set is chosen for good: the one for the longest text that is served. Training uses the
+same set.
 
     num_positions <= original_max_position_embeddings     short factors
     num_positions >  original_max_position_embeddings     long factors, for short texts too
 
-"dynamic" scales with the length of the text, but not before `max_position_embeddings`, where serving ends.
+"dynamic" scales with the length of the text, but only above `max_position_embeddings`, where serving ends.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-#: Rotations that are a function of the position alone.
+#: Kinds of rotation that depend on the position alone.
 _STATIC = {"default", "linear", "llama3", "yarn", "proportional"}
 
-#: The attribute of a module that holds for how many positions its rotation is chosen.
+#: Attribute of a module: the number of positions for which its rotation was chosen.
 _PINNED = "tessera_num_positions"
 
 
 def pin_rotations(model: nn.Module, num_positions: int | None) -> int | None:
-    """Let the rotations that depend on the longest position of a batch be those of `num_positions`.
+    """Fix rotations that depend on the longest position of a batch to those for `num_positions`.
 
-    None lets them depend on the batch again. Returns what they were pinned to before.
+    None makes them depend on the batch again. Returns the number of positions that they were fixed to before.
     """
     before: int | None = None
     for name, module in model.named_modules():
@@ -44,12 +45,14 @@ def pin_rotations(model: nn.Module, num_positions: int | None) -> int | None:
         before = getattr(module, _PINNED, None)
         setattr(module, _PINNED, num_positions)
         if num_positions is not None:
-            logger.info("%s (%s) rotates as for a text of %d tokens", name, ", ".join(kinds), num_positions)
+            logger.info(
+                "%s (%s) uses the rotations for a text of %d tokens", name, ", ".join(kinds), num_positions
+            )
     return before
 
 
 def depends_on_batch(module: nn.Module) -> bool:
-    """Whether what a module rotates by depends on the longest position of a batch."""
+    """Return whether the rotations of a module depend on the longest position of a batch."""
     return bool(_batch_dependent_kinds(module)) and getattr(module, _PINNED, None) is None
 
 
@@ -63,7 +66,7 @@ def _batch_dependent_kinds(module: nn.Module) -> list[str]:
 def _add_last_position(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """position_ids: [..., T], the second argument of every rotation of transformers; becomes [..., T + 1]."""
+    """Extend position_ids [..., T], the second argument of every rotation, to [..., T + 1]."""
     num_positions = getattr(module, _PINNED)
     if num_positions is None:
         return args, kwargs
@@ -76,7 +79,7 @@ def _add_last_position(
 
 
 def _drop_last_position(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """output: angles [..., T + 1, D], or cosine and sine of them."""
+    """Drop the added position. output: angles [..., T + 1, D], or their cosine and sine."""
     if getattr(module, _PINNED) is None:
         return output
     if isinstance(output, Tensor):

@@ -9,17 +9,19 @@ from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
 
-#: What chooses experts or tokens, by any part of a name: where its scores change, choices change by jumps.
+#: Parts of names that mark modules which choose experts or tokens. A small change of their scores can change
+#: the choice abruptly.
 _SELECTORS = {"gate", "router", "wg", "classifier", "shared_expert_gate", "indexer"}
 
 
 def choose_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Which of a model's linear layers are adapted.
+    """Choose the linear layers of a model that are adapted.
 
-    A pattern matches the last part of a dotted name, or the whole of it, with shell wildcards: "q_proj",
-    "*.mlp.*". "all-linear" is every layer but single experts, which see only the tokens that are routed to
-    them. The default, Llama's seven names, means the same layers in other architectures: where a model does
-    not have all seven, they are all linear layers of its decoder layers but experts and routers.
+    A pattern matches the last part of a dotted name or the whole name, with shell wildcards: "q_proj",
+    "*.mlp.*". "all-linear" means every layer except single experts, which see only the tokens that are routed
+    to them. The default, Llama's seven names, means the corresponding layers in other architectures: if a
+    model does not have all seven, all linear layers of its decoder layers are chosen, except experts and
+    routers.
     """
     whole = [name for name in names if "experts" not in name.split(".")]
     if set(patterns) == set(LLAMA_LINEARS):
@@ -32,9 +34,10 @@ def choose_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
-    """Raises `UnsupportedModel` for patterns that match no layer in `choose_targets`.
+    """Raise `UnsupportedModel` for patterns that match no layer in `choose_targets`.
 
-    A misspelt name would train less than was asked for. The default names may be absent, see there.
+    With a misspelt name, less would be trained than the user wants. The default names may be absent (see
+    there).
     """
     if choose_targets(names, patterns):
         if set(patterns) == set(LLAMA_LINEARS):

@@ -282,7 +282,7 @@ def test_a_quantised_model_is_refused_in_one_sentence(model_copy: Path, method: 
     with pytest.raises(UnsupportedModel) as refused:
         load_base_model(model_copy, device="cpu", dtype="float32")
     assert refused.value.param == "base_model"
-    assert re.search(f"are quantised .*{method}.*name the model that it was made from", refused.value.message)
+    assert re.search(f"are quantised .*{method}.*Use the model that it was made from", refused.value.message)
     assert "\n" not in refused.value.message
 
 
