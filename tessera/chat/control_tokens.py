@@ -124,8 +124,7 @@ class ControlTokens:
         return marked, named, partial(self.encode, marks)
 
     def mark_answer(self, text: str) -> tuple[str, Encode] | None:
-        """Mark the text of an assistant, and return it with its encoder; None without typed control
-        tokens."""
+        """Mark the text of an assistant, and return it with its encoder; None if nothing is marked."""
         typed = self._typed_by_assistant
         if not typed.search(text) and not typed.search(self._normal(text)):
             return None

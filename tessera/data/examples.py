@@ -218,10 +218,7 @@ def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problem
 
 
 def _prompt_and_completion(value: dict[str, Any], problems: Problems) -> tuple[dict[str, Any], ...] | None:
-    """Make the conversation of a prompt and a completion that are lists of messages.
-
-    Only the latter is learned.
-    """
+    """Join a prompt and a completion that are lists of messages. Only the completion is learned."""
     for key in ("prompt", "completion"):
         if not isinstance(value.get(key), list):
             actual = kind(value.get(key)) if key in value else "missing"

@@ -1,4 +1,4 @@
-"""Chat templates to tokens: what is learned, what is not, and that nothing is lost silently.
+"""From chat templates to tokens: what is learned, what is not, and that nothing is lost silently.
 
 Over templates and tokenizers of all kinds: `test_prompts_and_answers.py`.
 """
@@ -23,7 +23,7 @@ from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
 from tests.tessera.chat.tokenizer_kinds import TEMPLATES, tokenizer_of
 
-#: Renders what the bundled template renders, without marks.
+#: Renders the same as the bundled template, without marks.
 UNMARKED = (
     "{{- bos_token -}}{%- for m in messages -%}{{- '<|' + m['role'] + '|>' + m['content'] + '<|end|>' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
@@ -246,7 +246,7 @@ def test_examples_encoded_by_many_threads_are_those_encoded_alone(bundled: ChatF
     alone = [one_row(bundled, example, max_tokens=300) for example in examples]
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # as unlucky as can be
+    sys.setswitchinterval(1e-6)  # provokes races
     try:
         with ThreadPoolExecutor(8) as pool:
             together = list(pool.map(lambda e: one_row(bundled, e, max_tokens=300), examples))
@@ -257,7 +257,7 @@ def test_examples_encoded_by_many_threads_are_those_encoded_alone(bundled: ChatF
 
 
 def test_the_end_of_a_turn_is_what_the_template_writes_and_where_generation_stops() -> None:
-    """A base model whose own end token is another one than its template's."""
+    """A base model with another end token than its template."""
     tokenizer = tokenizer_of("byte_level", "lines")
     tokenizer.eos_token = "<|return|>"
     chat = ChatFormat(tokenizer, eos_token_ids=[7])
@@ -272,7 +272,7 @@ def test_the_end_of_a_turn_is_what_the_template_writes_and_where_generation_stop
     ("template", "end"),
     [
         (TEMPLATES["opens_last_turn"], "<|end|>"),
-        # Every turn begins with a token and none ends one: what ends a text ends a turn.
+        # Every turn begins with a token and none ends with one, so the end of a text ends a turn.
         ("{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.content }}{% endfor %}", "<|return|>"),
         ("{% for m in messages %}{{ '<|message|>' ~ m.role ~ m.content }}{% endfor %}", "<|return|>"),
         (

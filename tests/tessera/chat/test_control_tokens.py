@@ -1,4 +1,4 @@
-"""Control tokens that are typed in a message: plain text, wherever and however they are typed."""
+"""Control tokens that are typed in a message are plain text, wherever and however they are typed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chat_of(kind: str, template: str, *, allow: bool = False) -> ChatFormat:
 
 
 def controls(chat: ChatFormat, ids: list[int]) -> Counter[str]:
-    """How often each control token is there: the special ones, and others that the template writes."""
+    """Count each control token: the special ones, and others that the template writes."""
     added = chat.tokenizer.added_tokens_decoder
     found = [added[token] for token in ids if token in added]
     written = str(chat.tokenizer.chat_template)
@@ -80,7 +80,7 @@ def test_nothing_that_can_be_typed_forges_a_turn(texts: tuple[str, str, str], da
 @settings(max_examples=200)
 @given(text=st.text(alphabet="ab<|>[]/ \n", max_size=12), data=st.data())
 def test_texts_that_are_no_control_tokens_are_encoded_as_ever(text: str, data: st.DataObject) -> None:
-    """Also those that could be a part of one, and are looked at more closely for that."""
+    """This includes texts that could be part of a control token, and are therefore marked."""
     chat = chat_of(data.draw(st.sampled_from(sorted(KINDS))), data.draw(st.sampled_from(sorted(TEMPLATES))))
     messages = asked(text, answer=text)
     whole = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -147,7 +147,7 @@ def test_nothing_in_a_template_variable_forges_a_turn_keys_and_roles_neither() -
     "typed", ["<|END|>", "\uff1c|end|\uff1e", "a <|end|> b \uff1cthink\uff1e", "</think>"]
 )
 def test_a_typed_token_is_read_alike_however_much_follows(kind: str, typed: str) -> None:
-    """A prompt of a longer conversation begins as it did, whatever is typed later on."""
+    """The prompt of a longer conversation begins like the shorter one, whatever is typed later."""
     chat = chat_of(kind, "lines")
     later = [{"role": "assistant", "content": "x <|end|>"}, {"role": "user", "content": "<|user|>"}]
     answer = {"role": "assistant", "content": "b"}
@@ -191,4 +191,6 @@ def test_the_setting_lets_control_tokens_act() -> None:
     assert controls(chat, whole)["<|assistant|>"] == 2
     answered = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|end|>"})
     [row] = chat.encode_rows(Example(messages=answered), max_tokens=64)
-    assert controls(chat, row.token_ids)["<|end|>"] == 2  # no second one after what its author wrote
+    assert (
+        controls(chat, row.token_ids)["<|end|>"] == 2
+    )  # not a second one after the one that its author wrote

@@ -1,4 +1,4 @@
-"""What is trained is what serving sends, over templates and tokenizers of all kinds."""
+"""Training uses what serving sends, for templates and tokenizers of all kinds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tessera.data.examples import Example
 from tessera.errors import InvalidInput
 from tests.tessera.chat.tokenizer_kinds import KINDS, NOT_SPECIAL, SPECIAL, TEMPLATES, tokenizer_of
 
-#: Answers that merge with what stands before or after them, and texts that look like tokens.
+#: Answers that merge with the text before or after them, and texts that look like tokens.
 ANSWERS = (
     "organ", " organ", "    return nose", "\torgan", "\n", "\n\norgan", " \n organ \n", "a", "<|end|>", "<",
     "organ<|end|>", "<|assistant|>x", "<think>\nhm\n</think>\n\norgan", "</think>organ", "<think>", "|>",
@@ -43,7 +43,7 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
 
 
 def spans(row: EncodedExample) -> list[tuple[int, int]]:
-    """[start, end) of the runs of learned tokens. Answers of one row never touch: a prompt lies between."""
+    """Return [start, end) of each run of learned tokens. A prompt separates the answers of one row."""
     mask = [False, *row.loss_mask, False]
     starts = [i for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
     ends = [i for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
@@ -51,7 +51,7 @@ def spans(row: EncodedExample) -> list[tuple[int, int]]:
 
 
 def assert_learned_as_served(chat: ChatFormat, messages: list[dict[str, Any]]) -> None:
-    """Every answer is learned once, after the prompt of the chat endpoint, and reads as it was written."""
+    """Every answer is learned once, after the prompt of the chat endpoint, with its original text."""
     rows = chat.encode_rows(Example(messages=tuple(messages)), max_tokens=100_000)
     found = [(row.token_ids, start, end) for row in rows for start, end in spans(row)]
     asked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) and i]
@@ -126,7 +126,7 @@ def test_a_template_that_keeps_its_prefixes_has_one_row_per_conversation() -> No
 
 
 def test_no_answer_of_a_long_conversation_is_lost() -> None:
-    """And each is learned once, at a cost that grows with the conversation's length and not its square."""
+    """Each is learned once, at a cost that is linear in the length of the conversation."""
     messages = tuple(m for i in range(60) for m in (user("what is it?"), assistant(f"number {i}")))
     chat = chat_of("byte_level", "marked")
     whole = chat.encode_rows(Example(messages=messages), max_tokens=100_000)[0]
@@ -182,7 +182,7 @@ def test_what_no_prompt_leads_to_is_refused_with_the_reason(
 
 
 def test_a_refusal_in_the_middle_of_a_conversation_is_known_at_upload() -> None:
-    """Of a template that only answers users, as those of newer Mistral models."""
+    """With a template that only answers users, like those of newer Mistral models."""
     tokenizer = tokenizer_of("byte_level", "lines")
     tokenizer.chat_template = (
         "{% set last = messages[-1].role %}"

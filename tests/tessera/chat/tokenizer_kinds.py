@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that real models have, built on the spot, with the control tokens of the templates.
+"""Tokenizers of the kinds that real models have, built here, with the control tokens of the templates.
 
 The templates in `tests/data/chat_templates` are written with these tokens, each in the way of one family.
 """
@@ -44,7 +44,7 @@ _CORPUS = [
 
 
 def byte_level() -> Tokenizer:
-    """The bundled model's: byte-level BPE."""
+    """The tokenizer of the bundled model: byte-level BPE."""
     return load_tokenizer(BUNDLED_MODEL).backend_tokenizer  # type: ignore[no-any-return]
 
 
@@ -65,7 +65,7 @@ def prepending() -> Tokenizer:
 
 
 def no_prefix() -> Tokenizer:
-    """Byte fallback without a space of its own (Gemma)."""
+    """Byte fallback that adds no space (Gemma)."""
     return _sentencepiece(normalizers.Replace(" ", "▁"), None)
 
 
@@ -101,31 +101,31 @@ def lower_words() -> Tokenizer:
 
 
 def _reflagged(tokenizer: Tokenizer, **flags: bool) -> Tokenizer:
-    """With other flags for all of its added tokens."""
+    """Change the flags of all added tokens."""
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [{**token, **flags} for token in content["added_tokens"]]
     return Tokenizer.from_str(json.dumps(content))
 
 
 def normalized_tokens() -> Tokenizer:
-    """Finds its control tokens in normalised text: `<|END|>` is one as well."""
+    """Finds its control tokens in normalised text, so `<|END|>` is one too."""
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.Lowercase()
     return _reflagged(tokenizer, normalized=True)
 
 
 def greedy_tokens() -> Tokenizer:
-    """Its control tokens take the white space round them."""
+    """Its control tokens absorb the white space around them."""
     return _reflagged(byte_level(), lstrip=True, rstrip=True)
 
 
 def standing_tokens() -> Tokenizer:
-    """Its control tokens are none beside a letter."""
+    """Its control tokens are not recognised beside a letter."""
     return _reflagged(byte_level(), single_word=True)
 
 
 def with_bos_and_eos() -> Tokenizer:
-    """Byte-level BPE that puts a start token before a text and an end token after it by itself."""
+    """Byte-level BPE that adds a start token before a text and an end token after it."""
     tokenizer = byte_level()
     ends = [(token, tokenizer.token_to_id(token)) for token in ("<|bos|>", "<|end|>")]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -134,7 +134,7 @@ def with_bos_and_eos() -> Tokenizer:
     return tokenizer
 
 
-#: Tokenizers that read control tokens in a way of their own.
+#: Tokenizers that recognise control tokens in unusual ways.
 ODD_KINDS: dict[str, Callable[[], Tokenizer]] = {
     make.__name__: make for make in (normalized_tokens, greedy_tokens, standing_tokens, folding, lower_words)
 }
@@ -147,7 +147,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 
 
 def tokenizer_of(kind: str, template: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer of one kind, with a template by name."""
+    """Make a tokenizer of one kind, with a template by name."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_built(kind)), bos_token="<|bos|>", eos_token="<|end|>"
     )

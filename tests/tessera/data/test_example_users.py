@@ -1,4 +1,4 @@
-"""Whose an example is: said on every line of a file that builds a basis, or on none."""
+"""The users of examples: named on every line of a file that builds a basis, or on none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tessera.errors import InvalidTrainingData
 
 
 def lines(*users: object) -> bytes:
-    """A line for each user; None: says nothing."""
+    """Make a line for each user; None: a line without a user."""
     texts: list[dict[str, object]] = [{"text": f"example {i}"} for i in range(len(users))]
     for value, user in zip(texts, users, strict=True):
         if user is not None:
@@ -56,7 +56,10 @@ def test_a_file_to_train_on_knows_no_users() -> None:
         (lines("a", "", "a"), [(2, "invalid_user")]),
         (lines("a", "x" * 257, "a"), [(2, "invalid_user")]),
         (lines("a", "\ud800", "a"), [(2, "lone_surrogate")]),
-        (lines("a", "a", "b") + b"\n{oops", [(4, "invalid_json")]),  # it may be another one of b's
+        (
+            lines("a", "a", "b") + b"\n{oops",
+            [(4, "invalid_json")],
+        ),  # the broken line may be a second example of b
         (lines("a", "a", None) + b"\n{oops", [(4, "invalid_json"), (3, "missing_user")]),
     ],
 )
@@ -68,5 +71,5 @@ def test_the_message_names_the_user_and_the_line() -> None:
     with pytest.raises(InvalidTrainingData) as caught:
         parse_examples(lines("ann", "bob", "ann"), with_users=True)
     assert 'line 2: user "bob" has only this example; give every user 2 or more' in caught.value.message
-    with pytest.raises(InvalidTrainingData, match="line 2: the line says no user, but line 1 has one"):
+    with pytest.raises(InvalidTrainingData, match="line 2: the line has no user, but line 1 has one"):
         parse_examples(lines("ann", None, "ann"), with_users=True)

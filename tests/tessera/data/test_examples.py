@@ -1,4 +1,4 @@
-"""Training files: every problem at once, by line, and nothing good refused."""
+"""Training files: every problem is reported at once, by line, and no good line is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD = '{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content
 
 
 def problems(content: str | bytes, **limits: int) -> list[tuple[int, str]]:
-    """(line, code) of everything that is wrong."""
+    """Return (line, code) of every problem."""
     with pytest.raises(InvalidTrainingData) as caught:
         parse_examples(content.encode() if isinstance(content, str) else content, **limits)
     assert all(error.message for error in caught.value.errors)
@@ -126,7 +126,7 @@ def test_one_bad_line_between_good_ones_is_named(line: str, code: str) -> None:
     assert problems(f"{GOOD}\n{line}\n{GOOD}\n") == [(2, code)]
 
 
-#: Lines that other tools write, and what the answer says of them.
+#: Lines that other tools write, and what the message says about them.
 OTHER_FORMATS = {
     '{"instruction": "a", "input": "", "output": "b"}': "user is instruction and input, assistant output",
     '{"instruction": "a", "input": null, "output": "b"}': "user is instruction and input",
@@ -314,12 +314,12 @@ def test_limits_are_errors_of_their_own() -> None:
 
 
 def test_an_object_with_very_many_equal_keys_is_refused_quickly() -> None:
-    # Quadratic work would run into the test's time limit.
+    # Quadratic work would exceed the time limit of the test.
     assert problems("{" + ",".join(['"k": 1'] * 100_000) + "}") == [(1, "duplicate_key")]
 
 
 def is_judged(content: bytes) -> bool:
-    """Whether the file gives examples or a list of problems, and nothing else happens."""
+    """Check that the file gives either examples or a list of problems."""
     try:
         return bool(parse_examples(content))
     except InvalidTrainingData as error:

@@ -1,4 +1,4 @@
-"""The packed adapter: what goes in comes out, and nothing else gets in."""
+"""The packed adapter: it round-trips, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_adapter(num_modules: int = 3, rank: int = 2, *, seed: int = 0, scale: f
 
 
 def resealed(blob: bytes) -> bytes:
-    """The same bytes under a checksum that fits: what a forger, not an accident, would send."""
+    """Return the same bytes with a correct checksum, as a forger would send them."""
     zeroed = blob[:64] + bytes(16) + blob[80:HEADER_BYTES]
     digest = xxhash.xxh3_128(zeroed + blob[HEADER_BYTES:]).digest()
     return blob[:64] + digest + blob[80:]
@@ -165,7 +165,7 @@ def test_values_that_are_not_finite_are_refused_in_stored_bytes(dtype: str) -> N
     blob = bytearray(Adapter(BASIS, torch.ones(2, 2, 2)).to_bytes(version=1, dtype=DTYPE_NAMES[dtype]))
     start = len(blob) - payload_size(2, 2, DTYPE_NAMES[dtype])
     nan = {"float16": b"\x00\x7e", "bfloat16": b"\xc0\x7f"}.get(dtype, struct.pack("<f", float("nan")))
-    blob[start : start + len(nan)] = nan  # for int8 that is the first module's scale
+    blob[start : start + len(nan)] = nan  # for int8 this is the scale of the first module
     with pytest.raises(CorruptRecord, match="not finite"):
         Adapter.from_bytes(resealed(bytes(blob)))
 
@@ -205,7 +205,7 @@ def test_unknown_dtype_and_oversized_metadata_are_refused() -> None:
 @pytest.mark.parametrize("metadata", [b"{broken", b"[1]", b"1", b'{"a":NaN}', b"\xff", b"[" * 30_000])
 def test_forged_metadata_is_refused(metadata: bytes) -> None:
     blob = Adapter(BASIS, torch.zeros(1, 1, 1)).to_bytes(version=1)
-    payload = blob[HEADER_BYTES + 2 :]  # behind "{}"
+    payload = blob[HEADER_BYTES + 2 :]  # after "{}"
     forged = bytearray(blob[:HEADER_BYTES])
     struct.pack_into("<I", forged, 20, len(metadata))
     with pytest.raises(CorruptRecord):

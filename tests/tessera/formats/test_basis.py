@@ -1,4 +1,4 @@
-"""The basis: canonical, deterministic, verified; and LoRA-XS' one against the theorem that defines it."""
+"""The basis: canonical, deterministic, verified; and that of LoRA-XS against the theorem that defines it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel, iter_target_modules
 
 SHAPE = ModuleShape("layer.q_proj", 11, 9)
-#: |A Aᵀ - I| that rounding to the storage dtype explains.
+#: Largest |A Aᵀ - I| that rounding to the storage dtype explains.
 MAX_ORTHONORMALITY_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -60,7 +60,7 @@ def test_tiny_basis_is_orthonormal(tiny_basis: Basis) -> None:
 
 @given(st.integers(2, 9), st.integers(0, 2**16), st.floats(1e-3, 1e3))
 def test_fold_gives_the_core_that_does_the_same(rank: int, seed: int, scale: float) -> None:
-    """s B' R' A' = B fold(s R') A, the equation that lets serving know no method."""
+    """s B' R' A' = B fold(s R') A: because of this equation, serving needs to know no method."""
     raw_A, raw_B = random_factors(rank, seed=seed)
     basis = make_basis(model_id="m", method="test", factors={SHAPE: (raw_A, raw_B)}, recipe={})
     trained = torch.randn(1, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_no_target_module_lists_the_candidates(tiny: BaseModel) -> None:
 
 
 def test_lora_xs_is_the_best_approximation_of_its_rank(tiny: BaseModel, tiny_basis: Basis) -> None:
-    """Eckart-Young: ‖W - B Bᵀ W Aᵀ A‖² is the sum of the squares of the singular values left out."""
+    """Eckart-Young: ‖W - B Bᵀ W Aᵀ A‖² is the sum of the squares of the omitted singular values."""
     linears = dict(iter_target_modules(tiny.model))
     for i, module in enumerate(tiny_basis.manifest.modules):
         W = linears[module.name].weight.double()

@@ -1,4 +1,4 @@
-"""Loading a base model, naming it by its bytes, finding and replacing its target modules."""
+"""Loading a base model, its digest, and finding and replacing its target modules."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random_model(model_type: str, **options: Any) -> PreTrainedModel:
 
 @pytest.fixture
 def model_copy(tmp_path: Path) -> Path:
-    """The bundled model's files in a folder that a test may spoil."""
+    """Copy the files of the bundled model into a folder that a test may damage."""
     return Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "copy"))
 
 
@@ -120,7 +120,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_config_that_the_files_do_not_fit_is_refused_in_words(model_copy: Path, case: str) -> None:
-    """transformers would fill in random weights, or raise whatever comes."""
+    """transformers would fill in random weights, or raise an unrelated error."""
     fields, words = CONFIGS[case]
     config = json.loads((model_copy / "config.json").read_bytes())
     (model_copy / "config.json").write_text(json.dumps(config | fields))
@@ -159,7 +159,7 @@ def test_weights_that_may_not_be_read_are_named() -> None:
         "os.setuid(65534)\n"
         "load_base_model(sys.argv[1], device='cpu')"
     )
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot enter the folders of pytest
         os.chmod(folder, 0o755)
         for file in BUNDLED_MODEL.iterdir():
             os.chmod(shutil.copy(file, folder), 0o600 if file.suffix == ".safetensors" else 0o644)
@@ -196,7 +196,7 @@ def test_files_of_the_hubs_cache_are_named_without_reading_them(model_copy: Path
     weights.rename(blob)
     weights.symlink_to(blob)
     assert model_digest(model_copy) == tiny.model_id
-    blob.write_bytes(b"")  # the name is enough
+    blob.write_bytes(b"")  # its name is used, not its content
     assert model_digest(model_copy) == tiny.model_id
 
 
@@ -267,7 +267,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "hqq": {"quant_method": "hqq"},
     "torchao": {"quant_method": "torchao", "quant_type": "int8_weight_only"},
-    "unheard-of": {"quant_method": "unheard-of"},  # transformers would load it as if it was not quantised
+    "unheard-of": {"quant_method": "unheard-of"},  # transformers would load it as if it were not quantised
     "without a name": {"bits": 4},
 }
 
@@ -300,12 +300,12 @@ def test_weights_that_were_dequantised_at_load_are_served(float8_copy: Path, tin
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     prompt = torch.tensor([[1, 17, 250]])
     found, expected = loaded.model(prompt).logits, tiny.model(prompt).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.3)  # by way of bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.3)  # because of the rounding through bfloat16
 
 
 def test_weights_that_stay_quantised_after_the_load_are_refused(float8_copy: Path) -> None:
     model = nn.Linear(2, 2)
-    model.is_quantized = True  # what transformers sets
+    model.is_quantized = True  # as transformers sets it
     with pytest.raises(UnsupportedModel, match="quantised"):
         check_loaded("tiny", float8_copy, model)
 

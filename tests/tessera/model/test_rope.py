@@ -1,4 +1,4 @@
-"""One set of rotations per model, whatever shares a batch."""
+"""One set of rotations per model, independent of the other texts in a batch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def phi3() -> PreTrainedModel:
 
 
 def phimoe() -> PreTrainedModel:
-    """Scales cosine and sine by the longest position, too."""
+    """Scales cosine and sine by the longest position as well."""
     scales = {"short_mscale": 1.1, "long_mscale": 1.7}
     config = PhimoeConfig(**_SIZES, num_local_experts=2, rope_parameters={**_LONGROPE, **scales})
     return PhimoeForCausalLM(config).eval()

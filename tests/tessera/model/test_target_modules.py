@@ -17,11 +17,11 @@ from tessera.model.base_model import BaseModel, iter_target_modules, linear_laye
 from tessera.model.layout import linear_shapes
 from tessera.model.target_names import check_patterns, choose_targets
 
-#: Architecture -> what the default targets of its layers are called.
+#: Architecture -> names of the default targets in its layers.
 DEFAULTS = {
     "llama": set(LLAMA_LINEARS),
-    "gemma3n_text": set(LLAMA_LINEARS),  # and not its small gates and projections
-    "qwen2_moe": set(LLAMA_LINEARS),  # and not the gate of the shared expert
+    "gemma3n_text": set(LLAMA_LINEARS),  # not its small gates and projections
+    "qwen2_moe": set(LLAMA_LINEARS),  # not the gate of the shared expert
     "gpt2": {"c_attn", "c_proj", "c_fc"},
     "gpt_bigcode": {"c_attn", "c_proj", "c_fc"},
     "gptj": {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"},
@@ -35,7 +35,7 @@ DEFAULTS = {
         "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
         "gate_proj", "up_proj", "down_proj",
     },
-    "phimoe": {"q_proj", "k_proj", "v_proj", "o_proj"},  # and not the router
+    "phimoe": {"q_proj", "k_proj", "v_proj", "o_proj"},  # not the router
     "longcat_flash": {
         "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
         "gate_proj", "up_proj", "down_proj",

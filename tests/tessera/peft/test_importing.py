@@ -1,4 +1,4 @@
-"""LoRAs saved by PEFT itself give the same logits here; what cannot be represented is refused by name."""
+"""LoRAs saved by PEFT give the same logits here; what cannot be represented is refused by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shapes() -> dict[str, ModuleShape]:
 
 
 def saved_by_peft(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[bytes, bytes, Tensor]:
-    """The two files of a LoRA with random factors, and the logits that PEFT itself computes from them."""
+    """Make the two files of a LoRA with random factors, and the logits that PEFT computes from them."""
     torch.manual_seed(5)
     fresh = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
     made = peft.get_peft_model(fresh, peft.LoraConfig(**options))
@@ -140,7 +140,7 @@ def test_logits_are_those_of_peft(
 
 
 def test_an_untrained_lora_changes_nothing(tiny: BaseModel, shapes: dict[str, ModuleShape]) -> None:
-    """B = 0: the basis is filled up with directions that nothing uses."""
+    """With B = 0, the basis is filled up with directions that the core does not use."""
     stored = to_single_adapter(read_peft(*files(), shapes), model_id=tiny.model_id)
     assert not stored.adapter.R.any()
     with torch.no_grad():
@@ -253,7 +253,7 @@ PIECES = st.sampled_from(
 
 
 def rank_of(pattern: str, module: str) -> int | None:
-    """7 if the pattern is that of the module, 4 if not, None if it is refused."""
+    """Return 7 if the pattern matches the module, 4 if not, None if the pattern is refused."""
     try:
         parsed = parse_config(
             json.dumps({"peft_type": "LORA", "r": 4, "rank_pattern": {pattern: 7}}).encode()
@@ -268,7 +268,7 @@ def rank_of(pattern: str, module: str) -> int | None:
 def test_patterns_mean_what_they_mean_in_peft(pattern: str) -> None:
     for module in ("model.layers.0.self_attn.q_proj", "model.layers.12.mlp.up_proj", "lm_head", "q_proj"):
         found = rank_of(pattern, module)
-        if found is None:  # Python refuses it, too, or is about to read it in another way
+        if found is None:  # Python refuses it too, or will interpret it differently in future
             event("refused")
             continue
         key = peft.utils.other.get_pattern_key([pattern, "no pattern"], module)
@@ -299,7 +299,7 @@ def test_every_init_of_peft_is_either_imported_or_refused_with_a_way_out(
 def test_a_method_that_is_no_lora_is_refused_with_the_way_that_works(
     shapes: dict[str, ModuleShape],
 ) -> None:
-    """`tests/tessera/peft/test_peft_methods.py` tries the ways."""
+    """`tests/tessera/peft/test_peft_methods.py` tries what the messages recommend."""
     for method in peft.PeftType:
         if method == peft.PeftType.LORA:
             continue

@@ -1,4 +1,4 @@
-"""The ways out that refusals of other PEFT methods name do work, and those that they do not name do not."""
+"""The conversions that refusals of PEFT methods recommend work, and those they do not recommend do not."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_save_as_lora_converts_is_imported_with_the_same_logits(tmp_path: P
     expected = logits(model)
     assert "peft.save_as_lora" in refusal(tmp_path / "own", model)
 
-    peft.save_as_lora(tmp_path / "lora", model, rank=1.0)  # all that was learned
+    peft.save_as_lora(tmp_path / "lora", model, rank=1.0)  # keeps all that was learned
 
     files = [tmp_path / "lora" / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     served = BaseModel("base", "0" * 64, base())
@@ -109,7 +109,7 @@ def test_what_cannot_be_converted_can_be_merged(tmp_path: Path, method: str) -> 
 
 
 def test_save_as_lora_leaves_out_what_dora_adds(tmp_path: Path) -> None:
-    """So a refusal of DoRA must not name it. Where this fails, it may."""
+    """So a refusal of DoRA must not recommend it. If this test fails one day, it may."""
     model = trained(MERGED["use_dora"])
     expected = logits(model)
     peft.save_as_lora(tmp_path, model, rank=1.0)
