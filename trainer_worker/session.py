@@ -203,7 +203,7 @@ class JobSession:
     async def _end_early(self, error: Exception) -> str:
         """Obey the command that has stopped the job, or fail the attempt; returns the outcome."""
         try:
-            failure = self._unread_failure() if isinstance(error, Stopped) else error
+            failure = self._take_unread_failure() if isinstance(error, Stopped) else error
             return await (self._stop() if failure is None else self._fail(failure))
         except StaleLease as stale:
             logger.warning("%s", stale)
@@ -269,8 +269,8 @@ class JobSession:
         self.failure = None if isinstance(error, TesseraError) else error
         return error
 
-    def _unread_failure(self) -> Exception | None:
-        """The error that broke the step, if the worker shuts down before this session has read its news.
+    def _take_unread_failure(self) -> Exception | None:
+        """Note the error that broke the step, if the worker shuts down before this session has read its news.
 
         Releasing the job would not count the attempt, and the next worker could break in the same way.
         """
