@@ -100,7 +100,13 @@ class LiveSequence:
     def _read(self, output: TokenOutput) -> Piece:
         if output.error is not None or output.finish_reason in ("error", "cancelled"):
             raise error_of(output)
-        self._time(len(output.token_ids))
+        now = time.monotonic()
+        waited_s, self._newest_at = now - self._newest_at, now
+        if self.ttft_s is None:
+            self.ttft_s = waited_s
+            self._metrics.time_to_first_token.observe(waited_s)
+        elif output.token_ids:
+            self._metrics.inter_token_latency.observe(waited_s / len(output.token_ids))
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.max_distinct = max(self.max_distinct, output.num_distinct)
         prompt = None if output.prompt_logprobs is None else tuple(output.prompt_logprobs)
@@ -136,15 +142,6 @@ class LiveSequence:
         if logprobs is not None:
             self._waiting.append(Token(logprobs, self._text.length, is_end=True))
         return text
-
-    def _time(self, num_tokens: int) -> None:
-        now = time.monotonic()
-        waited_s, self._newest_at = now - self._newest_at, now
-        if self.ttft_s is None:
-            self.ttft_s = waited_s
-            self._metrics.time_to_first_token.observe(waited_s)
-        elif num_tokens:
-            self._metrics.inter_token_latency.observe(waited_s / num_tokens)
 
     def _shown_tokens(self, finish_reason: str | None) -> tuple[Token, ...]:
         """The waiting tokens whose text has begun to show; at the end, all except those after a stop
@@ -195,12 +192,6 @@ class Generation:
                 whole.prompt_logprobs += piece.prompt_logprobs or ()
                 whole.finish_reason = piece.finish_reason
         return finished
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """Time to the first token of any sequence, in milliseconds."""
-        times = [1000 * s.ttft_s for s in self.sequences if s.ttft_s is not None]
-        return min(times, default=None)
 
     @property
     def max_distinct(self) -> int:

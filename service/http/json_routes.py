@@ -68,11 +68,6 @@ class JsonRequest(Request):
                 raise json.JSONDecodeError(str(error), "", 0) from error
         return self._json
 
-    def forget_body(self) -> None:
-        """Let go of the body: a stream keeps its request for as long as it runs."""
-        self._body = b""
-        self._json = None
-
 
 class JsonRoute(APIRoute):
     """A route that reads its JSON strictly and refuses unknown parameters, form fields and bodies."""
@@ -103,7 +98,7 @@ class JsonRoute(APIRoute):
                 return await handle(request)
             await request.body()  # whatever arrives after the body can only be the disconnect
             response = await until_disconnect(request.receive, handle(request))
-            request.forget_body()
+            request._body, request._json = b"", None  # a stream keeps its request for as long as it runs
             return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
         return handle_strictly

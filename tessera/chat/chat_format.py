@@ -93,8 +93,8 @@ class ChatFormat:
         variables: values for names in `template_variables`. Raises `InvalidInput` if the base model has no
         chat template, or if the template refuses the messages.
         """
-        text, encode = self._render(messages, variables)
-        return encode(text)
+        marked, variables, encode = self._marked(messages, variables)
+        return encode(self._template.render(marked, add_generation_prompt=True, variables=variables))
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text, with the special tokens that the tokenizer puts before a text.

@@ -63,9 +63,11 @@ def options_of(
 
 def final_fields(target: Target, generation: Generation) -> dict[str, Any]:
     """Tessera's own fields of a whole response and of a stream's last chunks: adapter and figures."""
-    adapter, ttft_ms = target.adapter, generation.ttft_ms
+    adapter = target.adapter
+    times_s = [sequence.ttft_s for sequence in generation.sequences if sequence.ttft_s is not None]
     measured = Measured(
-        ttft_ms=None if ttft_ms is None else round(ttft_ms, 3), max_distinct_in_batch=generation.max_distinct
+        ttft_ms=round(1000 * min(times_s), 3) if times_s else None,
+        max_distinct_in_batch=generation.max_distinct,
     )
     used = None if adapter is None else AdapterUsed(id=adapter.adapter_id, version=adapter.version)
     return {"adapter": None if used is None else used.model_dump(), "x_tessera": measured.model_dump()}
