@@ -1,7 +1,7 @@
-"""Which basis a job gets: a stored one that the caller may use, or a recipe that can work on this model.
+"""Choose the basis of a job: a stored one that the caller may use, or a recipe that can work on this model.
 
-Everything that can be known without the weights is checked here, before a job is queued: methods, options,
-data, the rank against every target module, the room that the caller has for bases of its own.
+Everything that can be checked without the weights is checked here, before a job is queued: methods, options,
+data, the rank against every target module, and the caller's quota for private bases.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from tessera.store.holds import BasisHolds, source_key
 from tessera.store.manifests import BasisManifests
 from tessera.store.ownership import PrivateBases
 
-#: Of a number in a basis as it is stored (`tessera.formats.basis.storage_dtype`).
+#: Bytes per number of a stored basis (`tessera.formats.basis.storage_dtype`).
 ITEM_BYTES = 2
 
 
 @dataclass(frozen=True)
 class BasisChoice:
-    """The part of a job's specification that is about its basis. calibration_bytes: of the file to read."""
+    """The part of a job's specification that describes its basis."""
 
     method: str
     rank: int
+    #: A stored basis; None: the job builds one.
     basis_id: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    #: None: those of the settings.
     target_modules: list[str] | None = None
     calibration: str | None = None
+    #: Size of the calibration file.
     calibration_bytes: int = 0
 
     @property
@@ -52,7 +55,7 @@ class BasisChoice:
 
 
 class BasisChoices:
-    """Checks what callers ask for against the base model's layers and the stores."""
+    """Checks the bases that requests name against the base model's layers and the stores."""
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class BasisChoices:
         self._layers, self._settings = layers, settings
 
     async def stored(self, tenant: str, basis_id: str) -> BasisChoice:
-        """Raises `NotFound`, also for a basis that belongs to others."""
+        """Choose a stored basis. Raises `NotFound`, also for another tenant's private basis."""
         try:
             await self._private_bases.check_access(tenant, basis_id)
             manifest = await self._bases.manifest(basis_id)
@@ -80,7 +83,10 @@ class BasisChoices:
     async def recipe(
         self, tenant: str, request: RecipeRequest, *, rank: int | None, training: FileRecord | None = None
     ) -> BasisChoice:
-        """training: the file of a job that trains. Raises `InvalidInput`, `NotFound`, `QuotaExceeded`."""
+        """Choose a basis to be built. training: the file of a training job.
+
+        Raises `InvalidInput`, `NotFound`, `QuotaExceeded`.
+        """
         rank = rank or self._settings.rank
         recipe = checked_recipe(request, rank)
         if set(recipe.target_modules or ()) == set(self._settings.target_modules):
@@ -105,18 +111,20 @@ class BasisChoices:
     async def file(
         self, tenant: str, file_id: str, param: str, *, purposes: Sequence[str] = (FINE_TUNE,)
     ) -> FileRecord:
-        """A file for one of `purposes`. Raises `NotFound`, `InvalidInput` naming the parameter."""
+        """The record of a file for one of `purposes`. Raises `NotFound`, `InvalidInput` with the
+        parameter."""
         try:
             record = await self._files.get(tenant, file_id)
         except NotFound as error:
             raise NotFound(error.message, param=param, code=error.code) from error
         if record.purpose not in purposes:
-            wanted = " or ".join(map(repr, purposes))
-            raise InvalidInput(f"file {file_id} is for {record.purpose!r}, not for {wanted}", param=param)
+            allowed = " or ".join(map(repr, purposes))
+            message = f"file {file_id} has the purpose {record.purpose!r}, but {allowed} is required here"
+            raise InvalidInput(message, param=param)
         return record
 
     async def targets(self, recipe: RecipeRequest, rank: int) -> list[ModuleShape]:
-        """The layers that a recipe is about. Raises `UnsupportedModel`, `InvalidInput` for the rank."""
+        """The layers that a recipe targets. Raises `UnsupportedModel`, and `InvalidInput` for the rank."""
         layers = await self._layers()
         patterns = recipe.target_modules or self._settings.target_modules
         found = [layers[name] for name in choose_targets(list(layers), patterns)]
@@ -135,15 +143,17 @@ class BasisChoices:
     async def check_quota(
         self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
     ) -> None:
-        """Raises `QuotaExceeded` if such a basis would exceed the quota of the caller."""
+        """Raise `QuotaExceeded` if a basis of these shapes would exceed the tenant's quota."""
         size = item_bytes * rank * sum(shape.d_in + shape.d_out for shape in shapes)
         await self._holds.check_quota(tenant, size)
 
     async def _check_recipe_quota(
         self, tenant: str, choice: BasisChoice, recipe: RecipeRequest, sha256: str, shapes: list[ModuleShape]
     ) -> None:
-        """The basis will be the caller's own; if it was built before from the same data, it needs no
-        quota."""
+        """Raise `QuotaExceeded` if the tenant's quota is too small for the basis, which will be private.
+
+        A basis that was built before from the same data needs no further quota.
+        """
         key = source_key(
             choice.method,
             choice.rank,

@@ -12,15 +12,16 @@ from tessera.queue.client import Job, JobQueue, JobSpec
 
 @dataclass(frozen=True)
 class BasisRequest:
-    """A basis that a caller wants built, and kept until it is deleted. rank None: the default."""
+    """A request to build a basis, which is kept until it is deleted."""
 
     recipe: RecipeRequest
+    #: None: the default.
     rank: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
 
 class BasisJobs:
-    """Submits the basis jobs of all tenants. They wait in the same queue as all other jobs."""
+    """Submits the basis jobs of all tenants. They wait in the same queue as training jobs."""
 
     def __init__(self, queue: JobQueue, choices: BasisChoices, *, base_model: str) -> None:
         self._queue, self._choices, self._base_model = queue, choices, base_model

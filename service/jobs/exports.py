@@ -1,4 +1,4 @@
-"""An adapter on its way out: a zip of the two files that PEFT and other LoRA runtimes load."""
+"""Export an adapter: a zip of the two files that PEFT and other LoRA runtimes load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def peft_zip(
 
 def _make_zip(adapter: Adapter, basis: Basis, base_model: str) -> bytes:
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:  # floats do not shrink
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:  # floating-point numbers hardly compress
         for name, content in to_peft(basis, adapter, base_model=base_model).items():
             out.writestr(name, content)
     return archive.getvalue()

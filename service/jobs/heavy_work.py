@@ -1,11 +1,11 @@
-"""The few requests that need torch, in processes of their own, so that an API process never loads it.
+"""Run the few requests that need torch in processes of their own, so that an API process never loads it.
 
-The layers of the base model, for jobs that are submitted; a LoRA to import; an adapter to export. Each is
-done by a fork of the twin, which imports torch, works, answers and ends: seconds for a rare request, instead
-of 300 MB in every API process. Without a twin the work is done in this process.
+They read the base model's layers (for jobs that are submitted), import a LoRA, or export an adapter. A fork
+of the twin imports torch, does the work, replies and ends: a rare request takes some seconds, but no API
+process needs the 300 MB of torch. Without a twin the work is done in this process.
 
     request   one line of JSON, then the bytes that belong to it
-    answer    b"v" and the result, or b"e" and the error as JSON
+    reply     b"v" and the result, or b"e" and the error as JSON
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Reading a LoRA of 512 MB takes several times its size, and decomposing it some minutes of processor time.
+#: Reading a LoRA of 512 MB takes several times its size, and decomposing it takes minutes of processor time.
 LIMITS = Limits(max_cpu_s=900, max_memory_bytes=8 * 1024**3)
 _LAYERS, _IMPORT, _EXPORT = b"l", b"i", b"x"
 LIMITS_BY_NAME = dict.fromkeys((_LAYERS, _IMPORT, _EXPORT), LIMITS)
@@ -39,25 +39,29 @@ _VALUE, _ERROR = b"v", b"e"
 
 @dataclass(frozen=True)
 class ImportTarget:
-    """Where an import goes: whose adapter, for the base model with this digest."""
+    """The adapter that an import publishes."""
 
     tenant: str
     adapter_id: str
+    #: Digest of the base model.
     model_id: str
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported. version None: the active one. base_model: written as `base_model_name_or_path`."""
+    """The adapter version to export."""
 
     tenant: str
     adapter_id: str
+    #: None: the active version.
     version: int | None
+    #: Written into the export as `base_model_name_or_path`.
     base_model: str
 
 
 class HeavyWork:
-    """twin: of which `works` are a part; its forks connect to `store_url`. redis: for work without a twin."""
+    """Runs the work. twin: runs it with `works`, in forks that connect to `store_url`; None: use `redis`
+    here."""
 
     def __init__(
         self, redis: Client, common: CommonSettings, *, twin: Twin | None = None, store_url: str | None = None
@@ -76,7 +80,7 @@ class HeavyWork:
                 if self._twin is None:
                     found = await asyncio.to_thread(_layers_of, self._common)
                 else:
-                    found = json.loads(await self._apart(self._twin, _LAYERS, {}))
+                    found = json.loads(await self._in_fork(self._twin, _LAYERS, {}))
                 self._layers = {name: ModuleShape(name, d_in, d_out) for name, d_in, d_out in found}
         return self._layers
 
@@ -87,22 +91,22 @@ class HeavyWork:
                 await _import(self._redis, self._common, target, files)
                 return
             head = {**asdict(target), "config_bytes": len(files.adapter_config)}
-            await self._apart(self._twin, _IMPORT, head, files.adapter_config + files.adapter_model)
+            await self._in_fork(self._twin, _IMPORT, head, files.adapter_config + files.adapter_model)
 
     async def export_zip(self, source: ExportSource) -> bytes:
         """The adapter as a zip of PEFT's files. Raises what `peft_zip` raises."""
         if self._twin is None:
             return await _export(self._redis, self._common, source)
-        return await self._apart(self._twin, _EXPORT, asdict(source))
+        return await self._in_fork(self._twin, _EXPORT, asdict(source))
 
-    async def _apart(self, twin: Twin, name: bytes, head: dict[str, Any], body: bytes = b"") -> bytes:
+    async def _in_fork(self, twin: Twin, name: bytes, head: dict[str, Any], body: bytes = b"") -> bytes:
         line = json.dumps({**head, "store_url": self._store_url}).encode()
-        answer = bytes(await twin.work(name, line + b"\n" + body))
-        if not answer:
-            raise RequestFailed(f"this took more than {LIMITS}, or was interrupted")
-        if answer[:1] == _ERROR:
-            raise _read_error(answer[1:])
-        return answer[1:]
+        reply = bytes(await twin.work(name, line + b"\n" + body))
+        if not reply:
+            raise RequestFailed(f"the work took more than {LIMITS}, or its process was ended")
+        if reply[:1] == _ERROR:
+            raise _read_error(reply[1:])
+        return reply[1:]
 
 
 def works(common: CommonSettings) -> dict[bytes, Work]:
@@ -121,12 +125,12 @@ def works(common: CommonSettings) -> dict[bytes, Work]:
         url = head.pop("store_url")
         return _with_store(url, common, lambda redis: _export(redis, common, ExportSource(**head)))
 
-    return {_LAYERS: _answering(layers), _IMPORT: _answering(import_lora), _EXPORT: _answering(export_zip)}
+    return {_LAYERS: _replying(layers), _IMPORT: _replying(import_lora), _EXPORT: _replying(export_zip)}
 
 
-def _answering(work: Callable[[dict[str, Any], bytes], bytes]) -> Work:
-    def answer(content: bytes) -> bytes:
-        gc.enable()  # the twin has switched it off, for work that makes little else than small objects
+def _replying(work: Callable[[dict[str, Any], bytes], bytes]) -> Work:
+    def reply(content: bytes) -> bytes:
+        gc.enable()  # the twin switches it off, which suits work that makes little but small objects
         line, _, body = content.partition(b"\n")
         try:
             return _VALUE + work(json.loads(line), body)
@@ -136,7 +140,7 @@ def _answering(work: Callable[[dict[str, Any], bytes], bytes]) -> Work:
             logger.exception("work in a process of its own failed")
             raise
 
-    return answer
+    return reply
 
 
 def _with_store(url: str, common: CommonSettings, work: Callable[[Client], Awaitable[T]]) -> T:

@@ -1,4 +1,4 @@
-"""An adapter on its way in: an ordinary LoRA becomes a version in a basis of its own, owned by the tenant.
+"""Import an adapter: an ordinary LoRA becomes a version in a private basis of the tenant.
 
 One of our own exports becomes a version in the basis that it came from. Knows no HTTP.
 """
@@ -27,12 +27,13 @@ from tessera.store.bases import BasisStore
 from tessera.store.ownership import PrivateBases
 from tessera.store.publish import publish
 
-#: How often a basis may be deleted under an import before that fails. Each time takes an unlucky moment.
+#: How often the basis may be deleted during an import before the import fails. It takes bad luck each time.
 MAX_DELETIONS = 8
 
 
 class Imports:
-    """Takes in LoRAs for one base model, one at a time: each needs several times its size in memory."""
+    """Imports LoRAs for one base model, one at a time, because each needs several times its size in
+    memory."""
 
     def __init__(
         self,
@@ -44,11 +45,12 @@ class Imports:
         revision: str | None,
         dtype: torch.dtype,
     ) -> None:
-        """dtype: of adapters in shared bases. In a basis of its own R is float32, small beside factors."""
+        """dtype: of adapters in shared bases. In a private basis R is float32, which is small beside the
+        factors."""
         self._adapters, self._bases, self._private_bases = adapters, bases, private_bases
         self._base_model, self._revision, self._dtype = base_model, revision, dtype
         self._shapes: dict[str, ModuleShape] = {}
-        self._turn = asyncio.Lock()
+        self._importing = asyncio.Lock()
 
     async def from_peft(self, target: ImportTarget, files: PeftFiles) -> AdapterVersion:
         """Publish the LoRA as the adapter's next version.
@@ -56,7 +58,7 @@ class Imports:
         Raises `InvalidInput` for what cannot be represented, `QuotaExceeded`, `AdapterDeleted`.
         """
         deletion_count = await self._adapters.deletion_count(target.tenant, target.adapter_id)
-        async with self._turn:
+        async with self._importing:
             if not self._shapes:
                 self._shapes = await asyncio.to_thread(
                     linear_shapes, self._base_model, revision=self._revision
@@ -64,7 +66,7 @@ class Imports:
             lora = await asyncio.to_thread(read_peft, files.adapter_config, files.adapter_model, self._shapes)
             adapter = await self._in_labelled_basis(target, lora)
             if adapter is not None:
-                with contextlib.suppress(BasisDeleted):  # since it was read: the LoRA gets one of its own
+                with contextlib.suppress(BasisDeleted):  # after it was read: fall through to a private basis
                     return await self._publish(target, adapter, self._dtype, deletion_count)
             stored = await asyncio.to_thread(to_single_adapter, lora, model_id=target.model_id)
             for _ in range(MAX_DELETIONS):
@@ -73,7 +75,8 @@ class Imports:
             return await self._in_private_basis(target, stored, deletion_count)
 
     async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
-        """The LoRA in the basis that it says it came from, if that is so and the tenant may use it."""
+        """The LoRA in the basis that its label names, if it is from there and the tenant may use that
+        basis."""
         if lora.label is None:
             return None
         try:
@@ -90,8 +93,11 @@ class Imports:
     async def _in_private_basis(
         self, target: ImportTarget, stored: SingleAdapter, deletion_count: int
     ) -> AdapterVersion:
-        """Raises `BasisDeleted` if the basis went before the adapter was in it: its owner deleted it, or the
-        import of the same LoRA by another process failed. Nothing is left then, and it can be tried again.
+        """Publish the LoRA in a private basis of its own.
+
+        Raises `BasisDeleted` if the basis was deleted before the adapter was published in it: by its owner,
+        or because another process failed to import the same LoRA. Nothing is left then, and it can be tried
+        again.
         """
         ownership = await self._private_bases.reserve(target.tenant, stored.basis.manifest)
         try:
@@ -99,7 +105,7 @@ class Imports:
                 await self._bases.put_private(stored.basis, ownership)
             return await self._publish(target, stored.adapter, torch.float32, deletion_count)
         except (Unavailable, BasisDeleted):
-            raise  # the caller tries again, and finds what is there
+            raise  # the caller tries again, and uses what is already stored
         except TesseraError:
             await self._private_bases.discard(target.tenant, stored.basis.basis_id)
             raise
@@ -114,7 +120,7 @@ class Imports:
 
 
 def make_imports(redis: Client, common: CommonSettings) -> Imports:
-    """The imports of one process, over its own client."""
+    """The imports over one Redis client."""
     return Imports(
         AdapterStore(redis),
         BasisStore(redis, cache_dir=common.data_dir / "cache" / "bases"),

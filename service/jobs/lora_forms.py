@@ -1,6 +1,6 @@
-"""Requests for a LoRA form: A and B are trained, and become a basis of the caller's own.
+"""Check requests for a LoRA form: A and B are trained, and become a private basis of the tenant.
 
-Knows no HTTP. What a form is: `tessera/methods/forms.py`.
+Knows no HTTP. `tessera/methods/forms.py` defines the forms.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from tessera.queue.records import OWN_DATA
 from tessera.store.files import FileRecord
 
 LORA_FORM = "lora"
-#: The form that is meant by "lora" alone.
+#: The form that "lora" alone means.
 DEFAULT_INIT = "lora"
-#: Of a number in the result: a worker stores what a model in half precision has learned in half precision.
-#: Whether it does is not known here; the worker looks at the room again before it begins.
+#: The fewest bytes per number of the result: a worker stores the result of a model in half precision in half
+#: precision. The precision is unknown here, so the worker checks the quota again before it begins.
 LEAST_ITEM_BYTES = 2
 
 _NAMES = ParamNames.of_name("adapter.init")
@@ -26,20 +26,20 @@ _NAMES = ParamNames.of_name("adapter.init")
 async def lora_choice(
     choices: BasisChoices, tenant: str, init: InitRequest | None, *, rank: int, training: FileRecord
 ) -> BasisChoice:
-    """What a LoRA-form job's specification says of its basis, checked as far as it can be without weights.
+    """The basis part of a LoRA-form job's specification, checked as far as possible without the weights.
 
-    Raises `InvalidInput` naming the parameter, `QuotaExceeded`.
+    Raises `InvalidInput` that names the parameter, and `QuotaExceeded`.
     """
     request = init or InitRequest(DEFAULT_INIT)
     preset = _checked(request)
     stored_rank = preset.stored_rank(rank)
     if stored_rank > MAX_RANK:
-        message = f"rank {rank} is stored as {stored_rank} for {preset.name}, above {MAX_RANK}"
+        message = f"{preset.name} stores rank {rank} as rank {stored_rank}, above the limit of {MAX_RANK}"
         raise InvalidInput(message, param="adapter.rank")
     try:
         shapes = await choices.targets(RecipeRequest(request.method, names=_NAMES), stored_rank)
     except InvalidInput as error:
-        why = "" if stored_rank == rank else f"; {preset.name} is stored at rank {stored_rank}"
+        why = "" if stored_rank == rank else f"; {preset.name} stores it as rank {stored_rank}"
         raise InvalidInput(f"{error.message}{why}", param=error.param) from error
     try:
         await choices.check_quota(tenant, stored_rank, shapes, item_bytes=LEAST_ITEM_BYTES)

@@ -1,7 +1,8 @@
-"""The two files of a PEFT adapter out of an uploaded zip, with bounded memory and without trusting its index.
+"""Read the two files of a PEFT adapter from an uploaded zip, with bounded memory and without trusting its
+index.
 
-Only the names' last parts count, so a folder inside the zip is fine and a path out of it means nothing:
-nothing is ever written to disk. Knows nothing of what the files say.
+Only the last part of a name counts, so a folder inside the zip is fine. A path that leads out of it is
+harmless, because nothing is ever written to disk. Does not know what the files say.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tessera.errors import InvalidInput
 from tessera.peft.config import CODE, CONFIG_NAME, MAX_CONFIG_BYTES, MLX_ADVICE, MODEL_NAME
 from tessera.peft.files import PeftFiles
 
-#: Python keeps an object per entry of the index: without a limit 256 MB of index would take 3 GB.
+#: Python makes an object for each entry of the index: an index of 256 MB would take 3 GB.
 MAX_INDEX_BYTES = 1024**2
 _END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR_BYTES = 20
@@ -25,7 +26,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def read_zip(file: IO[bytes], *, max_bytes: int) -> PeftFiles:
-    """max_bytes: of the unpacked tensors; unpacking stops there. Raises `InvalidInput`."""
+    """Read and unpack the files. max_bytes: unpacking the tensors stops there. Raises `InvalidInput`."""
     _check_index(file)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -39,7 +40,7 @@ def read_zip(file: IO[bytes], *, max_bytes: int) -> PeftFiles:
 
 
 def _check_index(file: IO[bytes]) -> None:
-    """The end of a zip says how large its index is; `zipfile` would read it whole."""
+    """Refuse a large index before `zipfile` reads it whole. The end of a zip gives the size of its index."""
     size = file.seek(0, 2)
     tail_bytes = min(size, _END.size + _ZIP64_LOCATOR_BYTES)
     file.seek(size - tail_bytes)
@@ -47,7 +48,7 @@ def _check_index(file: IO[bytes]) -> None:
     file.seek(0)
     end = tail[-_END.size :]
     if len(end) < _END.size or not end.startswith(b"PK\5\6"):
-        _refuse("it is no zip, or one with a comment at its end")
+        _refuse("it is not a zip, or it has a comment at its end")
     index_bytes = _END.unpack(end)[5]
     if tail.startswith(b"PK\6\7") or index_bytes > MAX_INDEX_BYTES:
         _refuse(f"its index is larger than {MAX_INDEX_BYTES} bytes")
@@ -62,7 +63,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if name in found:
             _refuse(f"it holds {name} more than once; zip the folder of one adapter")
         if info.flag_bits & 1 or info.compress_type not in _METHODS:
-            _refuse(f"{name} is encrypted, or packed by another method than deflate")
+            _refuse(f"{name} is encrypted, or not compressed with deflate")
         found[name] = info
     for name in (CONFIG_NAME, MODEL_NAME):
         if name not in found:
@@ -75,13 +76,13 @@ def _last_part(info: zipfile.ZipInfo) -> str:
 
 
 def _instead(names: set[str]) -> str:
-    """What a folder without the two files is, and what to do with it."""
+    """Say what a folder without the two files probably is, and what to do with it."""
     if "adapters.safetensors" in names:
         return f"it is an adapter of mlx-lm; {MLX_ADVICE}"
     if any(_SHARD.fullmatch(name) for name in names):
         return f"its tensors are in several files, which PEFT does not load; save them in one {MODEL_NAME}"
     if "model.safetensors" in names or "model.safetensors.index.json" in names:
-        return "it is a whole model and no LoRA; serve it as a base model"
+        return "it is a whole model, not a LoRA; serve it as a base model"
     return (
         "pickled adapters (.bin, .pt) are never opened; zip the folder that PEFT's "
         "save_pretrained(folder, safe_serialization=True) wrote"

@@ -1,10 +1,12 @@
-"""What a caller says about a basis or a start, checked against what there is. Knows no store and no HTTP.
+"""Check what a request says about a basis and its initialization against the methods that exist.
 
-Either is named by a method or by a preset (one of the papers' combinations), whose other half it may bring:
+Knows neither the store nor HTTP. Both are named by a method, or by a preset (one of the papers'
+combinations), which may determine the other half as well:
 
-    basis "lora_sb"      the method with the preset's options, from the caller's own data; without another
-                         word, the preset's start as well
-    init "sb_step"       a start by its own name; init "lora_sb" is the start of that preset
+    basis "lora_sb"      the method with the preset's options, from the caller's own data; if the request
+    names no
+                         init, the preset's init as well
+    init "sb_step"       an init by its own name; init "lora_sb" is the init of that preset
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from tessera.methods.options import fill_options
 from tessera.methods.presets import PRESETS
 from tessera.queue.records import OWN_DATA
 
-#: What only the training knows, so that nobody has to give it.
+#: Options that the training fills in, with stand-ins for the check, so that no caller has to give them.
 _FROM_TRAINING = {"learning_rate": 1.0, "total_steps": 1}
 
 
 @dataclass(frozen=True)
 class ParamNames:
-    """The names of the fields in the HTTP request, so that an error names the field."""
+    """The names of the fields in the HTTP request, so that an error can name the field."""
 
     method: str = "adapter.basis.method"
     options: str = "adapter.basis.options"
@@ -36,35 +38,41 @@ class ParamNames:
 
     @classmethod
     def of_name(cls, param: str) -> ParamNames:
-        """Of a recipe that is named by one field."""
+        """The names for a recipe that is given by a single field."""
         return cls(method=param, options=param, calibration=param, target_modules=param)
 
 
 @dataclass(frozen=True)
 class RecipeRequest:
-    """A basis to be built. is_name: nothing but a name was given, so the rest follows from it."""
+    """A basis to be built."""
 
+    #: Name of a method or a preset.
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    #: `own` (the training data) or the id of a file.
     calibration: str | None = None
     target_modules: list[str] | None = None
+    #: Whether the request gives nothing but a name, from which the rest follows.
     is_name: bool = False
     names: ParamNames = field(default_factory=ParamNames)
 
 
 @dataclass(frozen=True)
 class InitRequest:
-    """Where training is to begin."""
+    """How the adapter is initialized before training."""
 
+    #: Name of an init or a preset.
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    #: The field of the request, for errors.
     param: str = "adapter.init"
 
 
 def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
-    """The recipe by its method's own name: options without those that are the defaults, calibration decided.
+    """The recipe with its method's own name, without options that equal the defaults, and with calibration
+    decided.
 
-    Raises `InvalidInput` naming the parameter.
+    Raises `InvalidInput` that names the parameter.
     """
     method, options = _method_of(request)
     try:
@@ -80,33 +88,33 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
         if not request.is_name:
             has_field = request.names.calibration != request.names.method
             raise InvalidInput(
-                f"method {method.name!r} builds its basis from calibration data: name the file; a "
-                f"fine-tuning job may also say {OWN_DATA!r} for its own, in adapter.basis.calibration",
+                f"method {method.name!r} builds its basis from calibration data: name a file; a fine-tuning "
+                f"job may also use its own data, with {OWN_DATA!r} in adapter.basis.calibration",
                 param=request.names.calibration,
                 code="missing_required_parameter" if has_field else None,
             )
         calibration = OWN_DATA
     if not method.needs_data and calibration is not None:
         raise InvalidInput(
-            f"method {method.name!r} reads no calibration data with these options",
+            f"method {method.name!r} reads no calibration data with these options; leave it out",
             param=request.names.calibration,
         )
     chosen = {name: value for name, value in filled.items() if value != method.options[name].default}
     return replace(request, method=method.name, options=chosen, calibration=calibration)
 
 
-def checked_start(request: InitRequest) -> dict[str, Any]:
-    """{"method", "options"} of the start. Raises `InvalidInput` naming the parameter."""
+def checked_init(request: InitRequest) -> dict[str, Any]:
+    """{"method", "options"} of the init. Raises `InvalidInput` that names the parameter."""
     name, options = request.method, request.options
     if name not in INITS and name in PRESETS:
         name, options = PRESETS[name].start, {**PRESETS[name].start_options, **options}
     if name not in INITS:
         known = ", ".join(sorted({*INITS, *PRESETS}))
-        raise InvalidInput(f"unknown start {request.method!r}; known: {known}", param=request.param)
+        raise InvalidInput(f"unknown init {request.method!r}; known: {known}", param=request.param)
     known_options = INITS[name].options
-    told = {key: value for key, value in _FROM_TRAINING.items() if key in known_options}
+    from_training = {key: value for key, value in _FROM_TRAINING.items() if key in known_options}
     try:
-        filled = fill_options(f"start {name}", known_options, {**told, **options})
+        filled = fill_options(f"init {name}", known_options, {**from_training, **options})
         if "eta_init" in filled:
             fixed_eta(filled)
     except InvalidInput as error:
@@ -115,12 +123,12 @@ def checked_start(request: InitRequest) -> dict[str, Any]:
     return {"method": name, "options": dict(options)}
 
 
-def default_start(request: RecipeRequest) -> dict[str, Any] | None:
-    """The start that a preset named as a basis brings; None: the base model.
+def default_init(request: RecipeRequest) -> dict[str, Any] | None:
+    """The init that belongs to a preset which is named as the basis; None: training begins at the base model.
 
-    Where the paper's step is its learning rate, ours is found by a line search: this service's rate is that
-    of R, about a thousand times the paper's of W (bundled model, 45 examples, r = 8: loss 4.93 at the base,
-    9.73 after a step of the rate, 4.20 after the line search).
+    Where the paper's first step uses its learning rate, ours is found by a line search, because our learning
+    rate is that of R, about a thousand times the paper's of W (bundled model, 45 examples, r = 8: loss 4.93
+    at the base, 9.73 after a step with the learning rate, 4.20 after the line search).
     """
     preset = PRESETS.get(request.method)
     if preset is None or not request.is_name or INITS[preset.start].needs_adapter:
@@ -130,7 +138,7 @@ def default_start(request: RecipeRequest) -> dict[str, Any] | None:
 
 
 def _method_of(request: RecipeRequest) -> tuple[MethodEntry, Mapping[str, Any]]:
-    """The method with the options given, on top of the preset's if it was named by one."""
+    """The method and the options given, on top of the preset's options if a preset named the method."""
     preset = PRESETS.get(request.method)
     name = request.method if preset is None else preset.basis
     if name not in METHODS:
@@ -140,7 +148,7 @@ def _method_of(request: RecipeRequest) -> tuple[MethodEntry, Mapping[str, Any]]:
 
 
 def _param_of(error: InvalidInput, names: ParamNames) -> str:
-    """The field of the request that a method's objection to its rank or its options is about."""
+    """The field of the request to which a method's error about its rank or options refers."""
     if error.param == "rank":
         return names.rank
     return names.method if error.param is None else f"{names.options}.{error.param}"

@@ -1,6 +1,6 @@
-"""Turn a request to train into a job in the queue: which adapter, which basis, which files.
+"""Turn a request to train into a job in the queue: choose its adapter, basis, init and files.
 
-Knows no HTTP. Needs neither the engine nor a worker: a request is accepted while both are down.
+Knows no HTTP. Needs neither the engine nor a worker: requests are accepted while both are down.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from service.generation.model_resolver import ModelResolver
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.lora_forms import LORA_FORM, lora_choice
-from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_start, default_start
+from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_init, default_init
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.catalogue import INITS
@@ -23,35 +23,37 @@ from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileRecord
 
-#: What fairness between tenants counts is tokens; English text has about 4 bytes per token.
+#: Fairness between tenants counts tokens. English text has about 4 bytes per token.
 BYTES_PER_TOKEN = 4
-#: Epochs that "auto" is reckoned with here; the trainer decides by the number of examples.
+#: The epochs that are assumed for "auto" here. The trainer decides by the number of examples.
 AUTO_EPOCHS = 3
-#: What decomposing the weights counts, beside the tokens that are read for it. On an H100 the 24.8 M model's
-#: took 1.3 to 3.5 s at ranks 4 and 16, in which its training makes some tens of thousands of tokens.
+#: The cost of decomposing the weights, in tokens, beside the tokens that are read for it. On an H100 the
+#: decomposition of the 24.8 M model took 1.3 to 3.5 s at ranks 4 and 16, and training processes some tens of
+#: thousands of tokens in that time.
 BUILD_COST_TOKENS = 20_000
-#: Adapter ids have 64 characters at most: room for "-" and 8 hex digits.
+#: Adapter ids have at most 64 characters; this leaves room for "-" and 8 hex digits.
 _MAX_SLUG = 55
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a caller wants trained. None: the default, or for adapter_id a new name made from suffix.
+    """A request to train an adapter. None stands for the default."""
 
-    basis: id of a stored basis, name of a preset or method, or a recipe. method: of a basis without data.
-    form: "core", or "lora" to train A and B, where init names the LoRA form.
-    """
-
+    #: The base model, or an adapter from which training goes on.
     model: str
     training_file: str
     validation_file: str | None = None
     suffix: str | None = None
     seed: int | None = None
+    #: None: a new id made from `suffix`.
     adapter_id: str | None = None
     rank: int | None = None
+    #: The method of a basis that is built without data.
     method: str | None = None
+    #: Id of a stored basis, name of a preset or method, or a recipe.
     basis: str | RecipeRequest | None = None
     init: InitRequest | None = None
+    #: "core", or "lora" to train A and B, where `init` names the LoRA form.
     form: str = "core"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     early_stopping: dict[str, Any] | None = None
@@ -60,7 +62,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Where a job trains and where it begins: the fields of its specification. cost: of building, tokens."""
+    """The fields of a job's specification for the basis that it trains in and for its initialization."""
 
     basis: BasisChoice
     start: dict[str, Any] | None = None
@@ -68,6 +70,7 @@ class _Setting:
 
     @property
     def cost(self) -> int:
+        """Tokens that are read to build the basis."""
         return self.basis.calibration_bytes // BYTES_PER_TOKEN
 
 
@@ -125,13 +128,13 @@ class TrainingJobs:
             return await self._lora_form(tenant, request, training, is_base=target.adapter is None)
         if target.adapter is not None:
             return await self._from_adapter(tenant, request, target.adapter, training)
-        start = None if request.init is None else checked_start(request.init)
+        start = None if request.init is None else checked_init(request.init)
         if start is not None and INITS[start["method"]].needs_adapter:
-            message = f"start {start['method']!r} goes on from an adapter: name one as `model`"
+            message = f"init {start['method']!r} continues from an adapter; name the adapter as `model`"
             raise InvalidInput(message, param="adapter.init")
         basis = await self._basis(tenant, request, training)
         if start is None and basis.basis_id is None and isinstance(request.basis, str):
-            start = default_start(named_recipe(request.basis))
+            start = default_init(named_recipe(request.basis))
         return _Setting(basis, start)
 
     async def _lora_form(
@@ -139,50 +142,59 @@ class TrainingJobs:
     ) -> _Setting:
         if request.basis is not None or request.method is not None:
             param = "adapter.method" if request.basis is None else "adapter.basis"
-            raise InvalidInput("a LoRA form makes its own basis, from `adapter.init`", param=param)
+            raise InvalidInput(
+                "a LoRA form makes its own basis from `adapter.init`; leave this out", param=param
+            )
         if not is_base:
-            raise InvalidInput("a LoRA form is trained from the base model", param="model")
+            raise InvalidInput(
+                "a LoRA form is trained from the base model; name that as `model`", param="model"
+            )
         rank = request.rank or self._settings.rank
         return _Setting(await lora_choice(self._choices, tenant, request.init, rank=rank, training=training))
 
     async def _from_adapter(
         self, tenant: str, request: JobRequest, adapter: AdapterRef, training: FileRecord
     ) -> _Setting:
-        """On its basis; or, if the caller says that it is to be moved (init "warm"), on another."""
+        """Train in the adapter's own basis, or in another one if init "warm" says that the adapter may be
+        moved."""
         named = f"{adapter.adapter_id}@{adapter.version}"
-        start = None if request.init is None else checked_start(request.init)
+        start = None if request.init is None else checked_init(request.init)
         if start is not None and start["method"] != "warm":
-            message = f"training begins with {named}; start {start['method']!r} would throw it away"
+            message = f"training continues from {named}; init {start['method']!r} would discard it"
             raise InvalidInput(message, param="adapter.init")
         if request.basis in (None, adapter.basis_id):
             return _Setting(await self._stored(tenant, request, adapter.basis_id), start, named)
         if start is None:
             raise InvalidInput(
-                f"{named} belongs to another basis; init 'warm' moves it, with a loss", param="adapter.basis"
+                f"{named} belongs to another basis; init 'warm' moves it with some loss",
+                param="adapter.basis",
             )
         return _Setting(await self._basis(tenant, request, training), start, named)
 
     async def _basis(self, tenant: str, request: JobRequest, training: FileRecord) -> BasisChoice:
-        """As named, by its recipe, or the default."""
+        """The basis that the request names or describes, or the default."""
         if isinstance(request.basis, str) and BASIS_ID.fullmatch(request.basis):
             return await self._stored(tenant, request, request.basis)
         if request.basis is None:
             names = ParamNames.of_name("adapter.method")
             recipe = RecipeRequest(request.method or self._settings.method, names=names)
         elif request.method is not None:
-            raise InvalidInput("adapter.basis says how the basis is built", param="adapter.method")
+            message = "adapter.basis already says how the basis is built; leave adapter.method out"
+            raise InvalidInput(message, param="adapter.method")
         else:
             recipe = named_recipe(request.basis) if isinstance(request.basis, str) else request.basis
         return await self._choices.recipe(tenant, recipe, rank=request.rank, training=training)
 
     async def _stored(self, tenant: str, request: JobRequest, basis_id: str) -> BasisChoice:
         choice = await self._choices.stored(tenant, basis_id)
-        for param, wanted, given in (
+        for param, requested, stored in (
             ("adapter.rank", request.rank, choice.rank),
             ("adapter.method", request.method, choice.method),
         ):
-            if wanted not in (None, given):
-                raise InvalidInput(f"{param} is {given!r} in basis {basis_id}, not {wanted!r}", param=param)
+            if requested not in (None, stored):
+                raise InvalidInput(
+                    f"{param} is {stored!r} in basis {basis_id}, not {requested!r}", param=param
+                )
         return choice
 
     def _new_id(self, suffix: str | None) -> str:
@@ -190,17 +202,17 @@ class TrainingJobs:
 
 
 def named_recipe(name: str) -> RecipeRequest:
-    """The basis that is named by a method or a preset alone."""
+    """The recipe of a basis that is given by the name of a method or a preset alone."""
     return RecipeRequest(name, is_name=True, names=ParamNames.of_name("adapter.basis"))
 
 
 def slug(text: str) -> str:
-    """`text` in the alphabet of adapter ids, which starts with a letter or digit; may be empty."""
+    """`text` in the alphabet of adapter ids, beginning with a letter or digit; may be empty."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:_MAX_SLUG].rstrip("._-")
 
 
 def estimate_cost(file: FileRecord, hyperparameters: dict[str, Any]) -> int:
-    """Tokens that a job will train on, about."""
+    """About how many tokens a job will train on."""
     epochs = hyperparameters.get("n_epochs", "auto")
     tokens: int = file.bytes // BYTES_PER_TOKEN
     return max(1, tokens * (AUTO_EPOCHS if epochs == "auto" else int(epochs)))

@@ -1,4 +1,4 @@
-"""Checking a file of examples beside the event loop: a large one in a process of its own."""
+"""Check a file of examples in a thread, and a large one in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tessera.chat.chat_format import ChatFormat
 from tessera.data.examples import for_each, parse_examples
 from tessera.errors import InvalidInput, InvalidTrainingData, LineError
 
-#: Smaller files are checked in a thread: 10 ms.
+#: Files up to this size are checked in a thread, which takes 10 ms.
 MAX_INLINE_BYTES = 16 * 1024
-#: The twin's names of the work.
+#: The twin's names of this work.
 _PLAIN, _WITH_USERS = b"-", b"u"
 
 
 class UploadCheck:
-    """Counts the examples of files and finds what is wrong with them, two files at once, one of each tenant.
+    """Counts the examples of files and finds their errors: two files at a time, and one per tenant.
 
-    twin: of which `works` are a part; None: files are checked in threads of this process.
+    twin: checks large files, with `works`; None: all files are checked in threads of this process.
     """
 
     def __init__(self, chat: ChatFormat, twin: Twin | None = None) -> None:
@@ -30,15 +30,15 @@ class UploadCheck:
         self._gate = FairGate(capacity=2, share=1)
 
     async def count_examples(self, tenant: str, content: bytes, *, with_users: bool) -> int:
-        """How many examples a JSONL file holds. Raises `InvalidTrainingData`, `InvalidInput`."""
+        """The number of examples in a JSONL file. Raises `InvalidTrainingData`, `InvalidInput`."""
         async with self._gate.room(tenant):
-            found = await self._look(content, with_users)
+            found = await self._check(content, with_users)
         if "errors" in found:
             errors = [LineError(*error) for error in found["errors"]]
             raise InvalidTrainingData(errors, code=found["code"], num_problems=found["num_problems"])
         return int(found["num_examples"])
 
-    async def _look(self, content: bytes, with_users: bool) -> dict[str, Any]:
+    async def _check(self, content: bytes, with_users: bool) -> dict[str, Any]:
         if self._twin is None or len(content) <= MAX_INLINE_BYTES:
             return await asyncio.to_thread(check, content, self._chat, with_users=with_users)
         reply = await self._twin.work(_WITH_USERS if with_users else _PLAIN, content)
@@ -53,7 +53,7 @@ class UploadCheck:
 
 
 def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, Any]:
-    """What is to be said of a file: the number of its examples, or its errors."""
+    """The number of examples in a file, or its errors."""
     try:
         examples = parse_examples(content, with_users=with_users)
         for_each(examples, chat.check)
@@ -64,7 +64,7 @@ def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, An
 
 
 def works(chat: ChatFormat) -> dict[bytes, Work]:
-    """The checks, for `fork_twin`."""
+    """The work of checking a file, for `fork_twin`."""
 
     def work(content: bytes, *, with_users: bool) -> bytes:
         return json.dumps(check(content, chat, with_users=with_users)).encode()

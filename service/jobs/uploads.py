@@ -1,4 +1,4 @@
-"""Files of examples on their way in: checked whole before they are kept."""
+"""Uploads of example files. A file is checked completely before it is stored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from service.jobs.upload_check import UploadCheck
 from tessera.errors import InvalidInput
 from tessera.store.files import FileRecord, FileStore
 
-#: To train on, or to build a basis of; in a file for nothing but that, lines may say whose they are.
+#: Files to train on, and files to build a basis from. In the latter, lines may name the user they belong to.
 FINE_TUNE, CALIBRATION = PURPOSES = ("fine-tune", "calibration")
 MAX_FILENAME = 255
 
@@ -23,15 +23,14 @@ async def keep_training_file(
     content: bytes,
     lifetime_s: int | None = None,
 ) -> FileRecord:
-    """Check a JSONL file, also against the chat template of the base model, and store it.
+    """Check a JSONL file, including against the chat template of the base model, and store it.
 
-    It is kept for `lifetime_s`, or until it is deleted.
-
-    Raises `InvalidTrainingData` with every problem by line, `InvalidInput` for another purpose.
+    It is kept for `lifetime_s`, or until it is deleted. Raises `InvalidTrainingData` with every problem by
+    line, and `InvalidInput` for an unknown purpose.
     """
     if purpose not in PURPOSES:
         known = " or ".join(map(repr, PURPOSES))
-        raise InvalidInput(f"files are for {known} only, not for {purpose[:64]!r}", param="purpose")
+        raise InvalidInput(f"the purpose must be {known}; got {purpose[:64]!r}", param="purpose")
     num_examples = await check.count_examples(tenant, content, with_users=purpose == CALIBRATION)
     return await files.put(
         tenant,
@@ -44,6 +43,6 @@ async def keep_training_file(
 
 
 def plain_name(filename: str) -> str:
-    """The last part of a path, printable: it comes back in a header when the file is downloaded."""
+    """The last part of a path, made printable because a download returns it in a header."""
     name = re.split(r"[/\\]", filename)[-1]
     return re.sub(r"[^\w .()+-]", "_", name)[:MAX_FILENAME].strip() or "file.jsonl"
