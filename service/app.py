@@ -1,7 +1,7 @@
-"""The application: the one place where engine, store, queue and routes meet.
+"""The application: the one place where engine, stores, queue and routes are put together.
 
-Everything that a route uses comes in as an argument of `create_app`, so that a test can put a fake engine
-where the real one would be.
+Everything that a route uses is made from the arguments of `create_app`, so that a test can pass a fake
+engine.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
 
 
 def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple[TextCodec, Twin]:
-    """The base model's text codec, and a twin of this process that works on large inputs with it.
+    """Load the base model's text codec, and fork a twin of this process that processes large inputs with it.
 
-    Call it before this process has threads. close_fds: what the twin must not keep open. Raises
-    `UnsupportedModel`.
+    Call it before this process has threads. close_fds: file descriptors that the twin must not keep open.
+    Raises `UnsupportedModel`.
     """
     codec = load_text_codec(
         common.base_model,
@@ -102,11 +102,10 @@ def create_app(
     twin: Twin | None = None,
     store_url: str | None = None,
 ) -> FastAPI:
-    """The application. It starts and closes the engine with itself; the Redis client is the caller's.
+    """Make the application. It starts and closes the engine; the caller closes the Redis client.
 
-    twin: None: large inputs are worked on in threads of this process. store_url: for forks of the twin.
-
-    Raises `InvalidInput` for a key file or a setting that cannot be used.
+    twin: processes large inputs; None: threads of this process do. store_url: the store to which forks of the
+    twin connect. Raises `InvalidInput` for a key file or a setting that cannot be used.
     """
     services = _services(engine, stores, codec, settings, common, twin, store_url)
     sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
@@ -188,7 +187,7 @@ def _lifespan(engine: TokenEngine, sampler: StoreSampler, interval_s: float) -> 
 
 
 def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
-    """Innermost first."""
+    """Add the middleware, innermost first."""
     limits = BodyLimits(
         settings.max_body_bytes,
         settings.max_upload_bytes,
@@ -202,7 +201,8 @@ def _add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -
 
 
 def _describe_errors(app: FastAPI) -> None:
-    """Take the framework's own error, 422, out of the OpenAPI schema: here a wrong request is a 400."""
+    """Remove the framework's own error 422 from the OpenAPI schema, because here a wrong request gets a
+    400."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Figures that others keep (the engine, the queue, the store), for Prometheus.
+"""Export figures of the engine, the queue and the store to Prometheus.
 
-The engine's arrive by themselves and are told as they are at the scrape. Those of the queue and the store
-cost round trips, so they are read in the background; a scrape never waits for Redis.
+The engine sends its figures by itself, and a scrape reports the newest. Figures of the queue and the store
+cost round trips, so they are read in the background: a scrape never waits for Redis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tessera.store.adapters import AdapterStore
 
 logger = logging.getLogger(__name__)
 
-#: Redis' own words for its memory → ours.
+#: Redis' names of its memory figures -> ours.
 STORE_MEMORY = {
     "used_memory": "used",
     "used_memory_dataset": "dataset",
@@ -51,13 +51,13 @@ _COUNTERS = {
     "adapter_load_failures": "Adapters that could not be loaded.",
     "step_failures": "Steps that failed.",
 }
-#: Named so that nothing but the engine can be meant.
+#: Names that need the word "engine" to be understood.
 _ENGINE_PREFIXED = {"steps", "step_failures"}
 
 
 @dataclass
 class StoreFigures:
-    """What was read last. Empty, with is_up False, while the store does not answer."""
+    """The figures that were read last. Empty, with is_up False, while the store does not answer."""
 
     is_up: bool = False
     num_adapters: int | None = None
@@ -66,7 +66,7 @@ class StoreFigures:
 
 
 class StoreSampler:
-    """Reads the figures of store and queue every so often."""
+    """Reads the figures of store and queue at regular intervals."""
 
     def __init__(self, redis: Redis, adapters: AdapterStore, queue: JobQueue) -> None:
         self._redis = redis
@@ -81,21 +81,21 @@ class StoreSampler:
             await asyncio.sleep(interval_s)
 
     async def sample(self) -> None:
-        """Read once. A store that is down is a figure, not an error."""
+        """Read the figures once. A store that is down is reported as a figure, not as an error."""
         try:
             with translate_errors():
                 memory = await self._redis.info("memory")
             sizes = {kind: int(memory[name]) for name, kind in STORE_MEMORY.items() if name in memory}
             num_adapters, queue = await self._adapters.count(), await self._queue.stats()
         except TesseraError as error:
-            logger.warning("no figures of the store: %s", error)
+            logger.warning("cannot read the figures of the store: %s", error)
             self.figures = StoreFigures()
         else:
             self.figures = StoreFigures(True, num_adapters, sizes, queue)
 
 
 class ServiceCollector(Collector):
-    """Tells the figures of engine, store and queue at a scrape."""
+    """Reports the figures of engine, store and queue at a scrape."""
 
     def __init__(self, engine: TokenEngine, sampler: StoreSampler) -> None:
         self._engine = engine

@@ -1,8 +1,8 @@
-"""What the service counts and times about itself, for Prometheus.
+"""The metrics that the service counts itself, for Prometheus.
 
-Names are `tessera_…` in base units. No label ever holds a user, an adapter, a job or a path that a caller
-chose, so the number of series is bounded. Figures of the engine, the queue and the store, which others count,
-are added by `collector.py`. Of several API processes each counts into files that all of them read.
+Names are `tessera_…` in base units. No label holds a user, an adapter, a job or a path that a caller chose,
+so the number of series is bounded. `collector.py` adds the figures of the engine, the queue and the store.
+Several API processes count into files that all of them read.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 DISTRIBUTION = "tessera-adapters"
-#: Set for API processes that count together, before anything of Prometheus is imported.
+#: The variable that is set for API processes that count together, before Prometheus' package is imported.
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
-#: A second series per counter and histogram, with the time of its birth, that no query needs.
+# Prometheus adds a series to each counter and histogram, with its time of creation, which no query needs.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-#: A cached answer takes 1 ms, a prompt in a long queue minutes.
+#: A cached prompt takes 1 ms, a prompt in a long queue takes minutes.
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 #: A decode step takes 5 to 50 ms on a GPU and up to 1 s on two CPU cores.
 INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -106,7 +106,7 @@ class Metrics:
         build.labels(service_version(), platform.python_version()).set(1)
 
     def generation_ended(self, outcome: str, duration_s: float, max_distinct: int) -> None:
-        """outcome: finished, failed or cancelled."""
+        """Count one generation. outcome: finished, failed or cancelled."""
         self.generations.labels(outcome).inc()
         self.generation_duration.observe(duration_s)
         if max_distinct:
@@ -118,8 +118,10 @@ class Metrics:
 
 
 def _exposed(own: CollectorRegistry) -> CollectorRegistry:
-    """What a scrape is answered from: `own`, or one that adds up what all API processes count. The figures
-    of a single process are left out there, because a scrape reaches any of them."""
+    """The registry that a scrape reads: `own`, or one that adds up what all API processes count.
+
+    The latter leaves out the figures of single processes, because a scrape may reach any of them.
+    """
     if MULTIPROCESS_DIR in os.environ:
         shared = CollectorRegistry()
         MultiProcessCollector(shared)  # type: ignore[no-untyped-call]

@@ -1,11 +1,11 @@
 """Several API processes over one engine, owned by the process that started the engine.
 
-    python -m service            the engine's parent: starts, watches, restarts; answers no request
+    python -m service            the parent: starts, watches and restarts its children; answers no request
       python -m service.engine   one
       python -m service.api_worker   TESSERA_SERVICE_WORKERS of them, on one listening socket
 
-What they count is added up in files that all of them write to (Prometheus' multiprocess mode), so any of them
-can answer a scrape for all.
+They all write their metrics to shared files (Prometheus' multiprocess mode), so that each of them can answer
+a scrape for all.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
 from tessera.settings import CommonSettings
 
-#: How often it is looked after them.
+#: Seconds between two looks at the workers.
 POLL_INTERVAL_S = 0.2
-#: For what a worker does after its last request: close the store, leave.
+#: Time for a worker's clean-up after its last request.
 STOP_MARGIN_S = 5.0
 BACKLOG = 2048
 
 
 async def serve_with_workers(common: CommonSettings, settings: ServiceSettings, url: str) -> int:
-    """Serve until SIGTERM or SIGINT. Raises `InvalidInput` if the address cannot be listened at, and
-    `EngineUnavailable` if there is no safe place for the engine's socket."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises `InvalidInput` if the service cannot listen on its address, and `EngineUnavailable` if there is no
+    safe place for the engine's socket.
+    """
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
@@ -54,7 +57,7 @@ async def serve_with_workers(common: CommonSettings, settings: ServiceSettings, 
 
 
 def listen(settings: ServiceSettings) -> socket.socket:
-    """Raises `InvalidInput`."""
+    """A socket that listens on the address of the settings. Raises `InvalidInput`."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
@@ -67,7 +70,7 @@ def listen(settings: ServiceSettings) -> socket.socket:
 def make_workers(
     count: int, listener: socket.socket, engine_socket: Path, url: str, metrics_dir: Path
 ) -> list[SupervisedProcess]:
-    """Workers that are not started yet. metrics_dir: empty, theirs alone."""
+    """Workers that are not started yet. metrics_dir: an empty folder for them alone."""
     environment = {**os.environ, "TESSERA_STORE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
     place = ["--listen-fd", str(listener.fileno()), "--engine-socket", str(engine_socket)]
 
@@ -87,7 +90,7 @@ def make_workers(
 
 
 async def supervise(workers: list[SupervisedProcess], stopping: asyncio.Event) -> None:
-    """Keep all of them running until `stopping`."""
+    """Keep all workers running until `stopping` is set."""
     while not stopping.is_set():
         for worker in workers:
             worker.supervise()
@@ -99,7 +102,7 @@ async def supervise(workers: list[SupervisedProcess], stopping: asyncio.Event) -
 
 
 async def stop(workers: list[SupervisedProcess], *, timeout_s: float) -> None:
-    """End all of them at the same time; their running requests may finish."""
+    """Stop all workers at the same time; their running requests may finish."""
     for worker in workers:
         worker.terminate()
     await asyncio.gather(*(asyncio.to_thread(worker.stop, timeout_s=timeout_s) for worker in workers))

@@ -1,4 +1,4 @@
-"""Room for what is scarce in an API process (threads for large inputs, memory for bodies), shared fairly."""
+"""Share a scarce resource of an API process (threads for large inputs, memory for bodies) between tenants."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from contextlib import asynccontextmanager
 
 
 class FairGate:
-    """So much room, of which one tenant may take a share; who waits is let in by turns of the tenants.
+    """A limited capacity, of which each tenant may take a share; waiting tenants are admitted in turn.
 
-    capacity: of all together. share: the most that one tenant may take, so that there is always room for the
-    others. Lives in one event loop.
+    capacity: for all tenants together. share: the most that one tenant may take, so that there is always room
+    for the others. Lives in one event loop.
     """
 
     def __init__(self, *, capacity: int, share: int) -> None:
         assert 0 < share <= capacity
         self._capacity = capacity
         self._share = share
-        #: Room that is taken by all tenants together.
+        #: How much all tenants together have taken.
         self.num_taken = 0
         self._taken: Counter[str] = Counter()  # by tenant
         self._lines: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
@@ -30,7 +30,7 @@ class FairGate:
 
     @asynccontextmanager
     async def room(self, tenant: str, size: int = 1) -> AsyncIterator[None]:
-        """Wait for room, and give it back at the end."""
+        """Wait until `size` can be taken, and give it back at the end."""
         taken = await self.take(tenant, size)
         try:
             yield
@@ -38,13 +38,12 @@ class FairGate:
             self.give_back(tenant, taken)
 
     async def take(self, tenant: str, size: int = 1) -> int:
-        """Wait for room; returns how much was taken: what exceeds a tenant's share waits for all of the
-        share.
-        """
+        """Wait until `size` can be taken; return how much was taken. More than a tenant's share counts as the
+        whole share."""
         size = min(size, self._share)
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lines.setdefault(tenant, deque()).append((size, granted))
-        self._let_in()
+        self._admit()
         try:
             await granted
         except asyncio.CancelledError:
@@ -52,7 +51,7 @@ class FairGate:
                 self.give_back(tenant, size)
             else:
                 self._leave_line(tenant, size, granted)
-                self._let_in()  # those behind it
+                self._admit()  # those that waited behind it
             raise
         return size
 
@@ -61,10 +60,10 @@ class FairGate:
         self._taken[tenant] -= size
         if not self._taken[tenant]:
             del self._taken[tenant]
-        self._let_in()
+        self._admit()
 
-    def _let_in(self) -> None:
-        """The first of each line, line after line, until the room is taken."""
+    def _admit(self) -> None:
+        """Admit the first of each tenant's line, tenant after tenant, until the capacity is taken."""
         is_progress = True
         while is_progress:
             is_progress = False
@@ -75,9 +74,9 @@ class FairGate:
                     is_progress = True
                     continue
                 if self._taken[tenant] + size > self._share:
-                    continue  # a tenant that has its share waits for itself
+                    continue  # a tenant that has taken its share waits until it gives something back
                 if self.num_taken + size > self._capacity:
-                    return  # nobody smaller overtakes, or the large would wait for ever
+                    return  # nobody smaller may overtake, or a large request would wait for ever
                 self._leave_line(tenant, size, granted)
                 if tenant in self._lines:
                     self._lines.move_to_end(tenant)

@@ -1,4 +1,4 @@
-"""The HTTP server round the application: uvicorn, its options, its signals."""
+"""Run the application in uvicorn: its options and its signals."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from fastapi import FastAPI
 
 from service.settings import ServiceSettings
 
-#: A connection that is idle for longer is closed: longer than the 60 s of common proxies, so that they, not
-#: we, decide which connection dies.
+#: Connections that are idle for longer are closed. This is longer than the 60 s of common proxies, so that
+#: the proxy and not the service decides which connection ends.
 KEEP_ALIVE_S = 75
 
 
 async def serve_app(
     app: FastAPI, settings: ServiceSettings, *, listener: socket.socket | None = None
 ) -> bool:
-    """Serve until SIGTERM or SIGINT; requests in flight may finish. False if it could not begin.
+    """Serve until SIGTERM or SIGINT; requests in flight may finish. Returns False if the server could not
+    start.
 
-    listener: a socket that listens already; None: one at the settings' address.
+    listener: a socket that already listens; None: listen on the address of the settings.
     """
     server = uvicorn.Server(_config(app, settings))
 
     def stop(signum: int, frame: FrameType | None) -> None:
         server.should_exit = True
 
-    # Uvicorn raises a signal once more when it has stopped: it must not end us before we cleaned up.
+    # Uvicorn raises the signal again when it has stopped. It must not end the process before the clean-up.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     await server.serve(sockets=None if listener is None else [listener])

@@ -1,4 +1,4 @@
-"""How Python and the C library treat memory and threads in processes that live for weeks."""
+"""Tune memory and threads of Python and the C library for processes that run for weeks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import sys
 
 #: Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-#: Larger blocks are mapped, and go back to the system when they are freed. Unless it is told, glibc raises
-#: this to 32 MB with the first large block that is freed, and keeps what follows among small blocks.
+#: Larger blocks are mapped, and return to the system when they are freed. By default glibc raises this limit
+#: to 32 MB when the first large block is freed, and then keeps large blocks among the small ones.
 LARGE_BYTES = 256 * 1024
-#: For so long may a thread keep Python's lock while the event loop waits for it, which it does after every
-#: system call: ten times in a small request. Python's own 5 ms would make 50 of them.
+#: How long a thread may keep Python's lock while the event loop waits for it. The loop waits after every
+#: system call, ten times in a small request: Python's default of 5 ms would add 50 ms.
 SWITCH_INTERVAL_S = 0.0005
-#: Each thread that allocates gets an arena of its own up to this number, none of which gives to another.
+#: The most arenas. By default each thread that allocates gets its own, and arenas share no free memory.
 MAX_ARENAS = 2
 
 
 def return_freed_memory() -> bool:
-    """Ask glibc to give freed memory back; False where there is another C library. Call it before threads."""
+    """Make glibc return freed memory; False with another C library. Call it before the first thread
+    starts."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -32,10 +33,10 @@ def return_freed_memory() -> bool:
 
 
 def favour_event_loop() -> None:
-    """Let nothing hold up the event loop for long that need not. Call it when all has been loaded.
+    """Avoid long pauses of the event loop. Call it when everything has been loaded.
 
-    The collector leaves alone what is there now, above all the modules of transformers and torch: a full
-    collection took 0.26 s, and began whenever requests had made a fourth as many objects.
+    The garbage collector no longer looks at the objects that exist now, most of which belong to imported
+    modules: a full collection took 0.26 s, and began whenever requests had made a fourth as many objects.
     """
     gc.collect()
     gc.freeze()

@@ -1,15 +1,15 @@
-"""Work on large inputs in processes of their own, forked from a twin of the API process.
+"""Process large inputs in processes of their own, forked from a twin of the API process.
 
-Reading JSON and rendering templates is Python, and Python has one lock per process: a thread that does it
-costs every other request some milliseconds at each of its steps. So each large input is worked on by a
-process that lives for that input. It is forked from a twin of the API process, made before that had any
-threads, which has the tokenizer loaded: a fork takes 5 ms, none of them of the API process, and shares the
-twin's memory. Twin and forks yield the processor to the API process and the engine, and the kernel bounds
-the memory and time of each.
+Reading JSON and rendering templates runs in Python, which has one lock per process: a thread that does it
+delays every other request by some milliseconds at each of its steps. So each large input gets a process that
+lives for that input. It is forked from a twin of the API process, which was made before the API process had
+any threads and has the tokenizer loaded. A fork takes 5 ms, none of which falls on the API process, and
+shares the twin's memory. Twin and forks yield the processor to the API process and the engine, and the kernel
+limits the memory and time of each.
 
-    API process ── socket that carries a socket per input ──> twin ── fork per input ──> work, answer, exit
+    API process ── socket that carries a socket per input ──> twin ── fork per input ──> work, reply, exit
 
-Knows nothing of the work.
+Does not know what the work is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tessera.processes.child_process import end_with_parent
 
 @dataclass(frozen=True)
 class Limits:
-    """What a forked process may take before the kernel ends it."""
+    """What a forked process may use before the kernel ends it."""
 
     max_cpu_s: int
     max_memory_bytes: int
@@ -38,30 +38,31 @@ class Limits:
         return f"{self.max_cpu_s} s of processor time and {self.max_memory_bytes >> 20} MiB"
 
 
-#: Of work that has none of its own. The slowest upload that we know, of 32 MB, takes 15 s and 0.5 GB.
+#: The limits of work that has none of its own. The slowest upload that we know, of 32 MB, takes 15 s and 0.5
+#: GB.
 LIMITS = Limits(max_cpu_s=60, max_memory_bytes=2 * 1024**3)
-#: A task that wakes has the processor at once beside processes of this niceness, as if they were not there
-#: (two of them on one processor: 0.0 ms at the median, at niceness 0 3.2 ms). SCHED_IDLE is no better, and
-#: would get nothing for as long as the engine computes.
+#: A task that wakes up gets the processor at once from processes of this niceness, as if they were not there
+#: (with two of them on one processor: a median of 0.0 ms, and of 3.2 ms at niceness 0). SCHED_IDLE is no
+#: better, and such a process would get no time at all while the engine computes.
 NICENESS = 10
-#: Sent or received at a time: 0.1 ms.
+#: Bytes that are sent or received at a time: 0.1 ms.
 _PIECE_BYTES = 128 * 1024
-#: Of the number before an answer: how many bytes it has.
+#: A reply begins with its size, a number of this many bytes.
 _SIZE_BYTES = 8
 
-#: From an input to its answer, which is never empty.
+#: From an input to its reply, which is never empty.
 Work = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
 class Twin:
-    """The process that is forked for each large input. It ends with this process, or with `close`."""
+    """The process that forks for each large input. It ends with this process, or with `close`."""
 
     process_id: int
     requests: socket.socket
 
     async def work(self, name: bytes, content: bytes) -> memoryview:
-        """What the work of that name makes of `content`; nothing if it took more than it may."""
+        """The reply of the work called `name` to `content`; empty if the work exceeded its limits."""
         loop = asyncio.get_running_loop()
         own, others = socket.socketpair()
         with own:
@@ -70,16 +71,16 @@ class Twin:
                 socket.send_fds(self.requests, [name], [others.fileno()])
             try:
                 rest = memoryview(content)
-                while rest:  # piece by piece: what a transport cannot send at once, it copies
+                while rest:  # piece by piece, because a transport copies what it cannot send at once
                     await loop.sock_sendall(own, rest[:_PIECE_BYTES])
                     rest = rest[_PIECE_BYTES:]
                 own.shutdown(socket.SHUT_WR)
                 return await _receive(own)
-            except OSError:  # it was ended while it read
+            except OSError:  # the fork was ended while it read
                 return memoryview(b"")
 
     def close(self) -> None:
-        """End the process, and with it the work under way, and wait for it."""
+        """End the process and the work under way, and wait for it."""
         self.requests.close()
         os.kill(self.process_id, signal.SIGKILL)  # a later twin may hold a copy of the socket
         os.waitpid(self.process_id, 0)
@@ -93,8 +94,8 @@ def fork_twin(
 ) -> Twin:
     """Make the twin. Call it before this process has any threads.
 
-    works: by a name of one byte. limits: of those works to which LIMITS do not apply. close_fds: what the
-    twin must not keep open.
+    works: name of one byte -> work. limits: limits of the works that need others than LIMITS. close_fds: file
+    descriptors that the twin must not keep open.
     """
     own, others = socket.socketpair()
     process_id = os.fork()
@@ -112,9 +113,10 @@ def fork_twin(
 
 
 async def _receive(connection: socket.socket) -> memoryview:
-    """One answer, whose size comes first, so that it needs no copying together; nothing if it breaks off."""
+    """Receive one reply; empty if it breaks off. Its size comes first, so that no pieces have to be
+    joined."""
     loop = asyncio.get_running_loop()
-    head = await loop.sock_recv(connection, _SIZE_BYTES)  # sent at once, and so small that it comes whole
+    head = await loop.sock_recv(connection, _SIZE_BYTES)  # it is so small that it arrives whole
     answer = memoryview(bytearray(int.from_bytes(head)))
     rest = answer
     while rest:
@@ -126,10 +128,10 @@ async def _receive(connection: socket.socket) -> memoryview:
 
 
 def _serve(requests: socket.socket, works: Mapping[bytes, Work], limits: Mapping[bytes, Limits]) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the service, which lets its requests finish
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the service, which lets its requests finish
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     os.nice(NICENESS)
-    gc.disable()  # a fork may make millions of small lists, all of which go with it
+    gc.disable()  # a fork may make millions of small lists, and frees them all by ending
     while True:
         name, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
         if not name:
@@ -157,7 +159,7 @@ def _answer(connection: socket.socket, work: Work, limits: Limits) -> None:
 
 
 def _data_bytes() -> int:
-    """What RLIMIT_DATA counts, before the input is read; 0 where the kernel does not say."""
+    """The memory that RLIMIT_DATA counts before the input is read; 0 if the kernel does not say."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[5]) * resource.getpagesize()

@@ -54,7 +54,8 @@ async def test_a_job_may_name_it_for_its_basis_but_not_train_on_it(client: httpx
     for reply, param in ((bad, "training_file"), (also_bad, "validation_file")):
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == param
-        assert "has the purpose 'calibration', but 'fine-tune' is required" in reply.json()["error"]["message"]
+        message = reply.json()["error"]["message"]
+        assert "has the purpose 'calibration', but 'fine-tune' is required" in message
 
 
 @pytest.mark.parametrize(
