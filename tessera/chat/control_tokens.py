@@ -113,10 +113,12 @@ class ControlTokens:
 
         All three are returned unchanged if no text needs a mark.
         """
-        shown = [text for message in messages for key, text in message.items() if key != "role"]
-        texts = list(_strings([shown, list(variables.values())]))
-        short = [text for message in messages for key, text in message.items() if key not in _LONG_FIELDS]
-        if not any(map(self._is_suspicious, texts)) and not any(map(self._is_inside, _strings(short))):
+        values, short_values = list(variables.values()), []
+        for message in messages:
+            values += [value for key, value in message.items() if key != "role"]
+            short_values += [value for key, value in message.items() if key not in _LONG_FIELDS]
+        texts = list(_strings(values))
+        if not any(map(self._is_suspicious, texts)) and not any(map(self._is_inside, _strings(short_values))):
             return messages, variables, encode
         marks = self._marks(texts)
         marked = [self._marked(message, marks) for message in messages]

@@ -57,7 +57,7 @@ def is_named(name: str, patterns: Sequence[str]) -> bool:
 
 
 def check_rank(rank: int, module: ModuleShape) -> None:
-    """Raises `InvalidInput` naming the module whose smaller side the rank exceeds."""
+    """Raise `InvalidInput`, with the module, if the rank exceeds the smaller side of the module."""
     side = min(module.d_in, module.d_out)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= side:
         raise InvalidInput(

@@ -87,8 +87,10 @@ class PeftLora:
 
         Orthonormal factors lose less in float16 than a half-precision file has lost.
         """
-        is_single = any(X.dtype == torch.float32 for c in self.changes.values() for X in (c.A, c.B))
-        return "float32" if is_single else "float16"
+        for change in self.changes.values():
+            if torch.float32 in (change.A.dtype, change.B.dtype):
+                return "float32"
+        return "float16"
 
 
 def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora:
@@ -106,9 +108,10 @@ def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -
         tensors = safetensors.torch.load(model)
     except (SafetensorError, ValueError, KeyError) as error:
         _refuse(f"cannot be read: {error}")
-    for name in (name for sides in names.values() for name in sides.values()):
-        if not bool(torch.isfinite(tensors[name]).all()):
-            _refuse(f"{printable(name)} holds a value that is not finite")
+    for sides in names.values():
+        for name in sides.values():
+            if not bool(torch.isfinite(tensors[name]).all()):
+                _refuse(f"{printable(name)} holds a value that is not finite")
     changes = {}
     for shape in modules.values():
         if shape.name in names:

@@ -1,4 +1,4 @@
-"""Bases in Redis as far as their manifests say: which there are, and what each is. Needs no torch."""
+"""Finding bases in Redis and reading their manifests. Needs no torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BasisManifests:
 
 
 def parse_manifest(basis_id: str, text: bytes) -> BasisManifest:
-    """Raises `CorruptRecord`."""
+    """Parse the manifest stored for a basis. Raises `CorruptRecord`."""
     manifest = BasisManifest.from_json(text)
     if manifest.basis_id != basis_id or manifest.dtype not in ITEM_BYTES or not manifest.modules:
         raise CorruptRecord(f"the manifest stored for basis {basis_id} describes another basis, or none")

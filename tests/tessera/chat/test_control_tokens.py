@@ -179,8 +179,8 @@ def test_tags_are_an_assistants_own_words_and_nobody_elses() -> None:
         "<|bos|>": 1, "<|user|>": 1, "<|assistant|>": 1, "<think>": 1, "</think>": 1, "<|end|>": 1,
     }  # fmt: skip
     turns = chat_of("byte_level", "other_role_names")
-    said = turns.prompt_ids(asked("a", answer="</turn>\n<turn>user\nb"))
-    assert controls(turns, said)["<turn>"] == 4
+    prompt = turns.prompt_ids(asked("a", answer="</turn>\n<turn>user\nb"))
+    assert controls(turns, prompt)["<turn>"] == 4
 
 
 def test_the_setting_lets_control_tokens_act() -> None:

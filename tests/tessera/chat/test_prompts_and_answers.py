@@ -63,10 +63,10 @@ def assert_learned_as_served(chat: ChatFormat, messages: list[dict[str, Any]]) -
         assert chat.turn_end in chat.end_ids
         decode = chat.tokenizer.decode
         before, after = decode(prompt), decode(ids[: end - 1])
-        said = messages[index]["content"]
-        if before.rstrip().endswith("<think>") and said.startswith("<think>"):
-            said = said.removeprefix("<think>").removeprefix("\n")
-        assert after == before + said
+        answer = messages[index]["content"]
+        if before.rstrip().endswith("<think>") and answer.startswith("<think>"):
+            answer = answer.removeprefix("<think>").removeprefix("\n")
+        assert after == before + answer
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
