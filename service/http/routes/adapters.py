@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JsonRoute)
 async def list_adapters(
     tenant: TenantDep, stores: StoresDep, after: AfterDep = None, limit: LimitDep = 20
 ) -> Page[AdapterObject]:
-    """The caller's adapters, in a fixed order that is not that of their names."""
+    """The caller's adapters, in a fixed order that is not alphabetical."""
     records, has_more = await stores.adapters.list(tenant, after=after, limit=limit)
     return page_of([adapter_object(record) for record in records], has_more)
 
@@ -46,7 +46,9 @@ async def export_adapter_to_peft(
     adapter_id: str,
     tenant: TenantDep,
     services: ServicesDep,
-    version: Annotated[int | None, Query(ge=1, le=2**31, description="the active one by default")] = None,
+    version: Annotated[
+        int | None, Query(ge=1, le=2**31, description="The active version by default.")
+    ] = None,
 ) -> Response:
     """The adapter as an ordinary LoRA: adapter_config.json and adapter_model.safetensors in a zip."""
     with _named_in_the_path():
@@ -60,7 +62,7 @@ async def export_adapter_to_peft(
 async def update_adapter(
     adapter_id: str, body: AdapterPatchRequest, tenant: TenantDep, stores: StoresDep
 ) -> AdapterObject:
-    """Make another version the active one: requests that name no version get it from now on."""
+    """Make another version the active one. Requests that name no version use it from now on."""
     with _named_in_the_path():
         return adapter_object(await stores.adapters.activate(tenant, adapter_id, body.active_version))
 
@@ -74,7 +76,7 @@ async def delete_adapter(adapter_id: str, tenant: TenantDep, models: ModelsDep) 
 
 @contextmanager
 def _named_in_the_path() -> Iterator[None]:
-    """An adapter that is not there is wrong in the path: these requests have no field `model`."""
+    """Let the error of a missing adapter name the path parameter: these requests have no field `model`."""
     try:
         yield
     except NotFound as error:

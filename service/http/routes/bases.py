@@ -1,4 +1,4 @@
-"""/v1/bases: the frozen factors that adapters are trained in: everybody's, and the caller's own."""
+"""/v1/bases: the bases that adapters are trained in, shared ones and the caller's private ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1", tags=["bases"], route_class=JsonRoute)
 
 @router.get("/bases", operation_id="list_bases")
 async def list_bases(tenant: TenantDep, services: ServicesDep) -> Page[BasisObject]:
-    """Everybody's bases, then the caller's own."""
+    """The shared bases, then the caller's private ones."""
     stores = services.stores
     own = await stores.private_bases.of_tenant(tenant)
     found = [basis for basis in await stores.bases.list() if basis.basis_id not in own]
@@ -29,20 +29,20 @@ async def list_bases(tenant: TenantDep, services: ServicesDep) -> Page[BasisObje
         try:
             manifest = await stores.bases.manifest(basis_id)
         except NotFound:
-            continue  # it is being written, or deleted
+            continue  # the basis is being written or deleted
         objects.append(BasisObject(**_fields(manifest, services, is_own=True)))
     return page_of(objects, has_more=False)
 
 
 @router.get("/bases/methods", operation_id="list_basis_methods")
 async def list_methods(tenant: TenantDep) -> BasisMethods:
-    """All methods, starts and presets, with their options."""
+    """All methods, inits and presets, with their options."""
     return BasisMethods(**CATALOGUE)
 
 
 @router.get("/bases/{basis_id}", operation_id="get_basis")
 async def get_basis(basis_id: str, tenant: TenantDep, services: ServicesDep) -> BasisDetail:
-    """One basis with its target modules and how it was built."""
+    """One basis, with its target modules and the recipe that built it."""
     stores = services.stores
     await stores.private_bases.check_access(tenant, basis_id)
     manifest = await stores.bases.manifest(basis_id)
@@ -53,7 +53,7 @@ async def get_basis(basis_id: str, tenant: TenantDep, services: ServicesDep) -> 
 
 @router.delete("/bases/{basis_id}", operation_id="delete_basis")
 async def delete_basis(basis_id: str, tenant: TenantDep, services: ServicesDep) -> Deleted:
-    """Delete one of the caller's own bases, unless adapters or running jobs need it."""
+    """Delete one of the caller's private bases, unless adapters or running jobs need it."""
     await services.holds.delete(tenant, basis_id)
     return Deleted(id=basis_id, object="basis")
 

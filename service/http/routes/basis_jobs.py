@@ -1,4 +1,4 @@
-"""Jobs that build a basis: POST /v1/bases, and /v1/bases/jobs to follow them."""
+"""Jobs that build a basis: POST /v1/bases submits them, and /v1/bases/jobs follows them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tessera.queue.client import Job
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=JsonRoute)
 
-#: What the parts of a recipe are called in a request to this resource.
+#: The names of a recipe's parts in a request to this resource.
 NAMES = ParamNames("method", "options", "rank", "calibration_file", "target_modules")
 
 
@@ -37,7 +37,8 @@ async def create_basis(
     services: ServicesDep,
     repetition: RepetitionDep,
 ) -> BasisJob:
-    """Queue the building of a basis. What was built before from the same data is found at once."""
+    """Queue a job that builds a basis. If the same basis was built before from the same data, it is found at
+    once."""
 
     async def submit(key: str) -> Job:
         return await services.basis_jobs.submit(tenant, _basis_request(body), dedupe_key=f"basis:{key}")
@@ -54,7 +55,7 @@ async def list_basis_jobs(
     after: AfterDep = None,
     limit: LimitDep = 20,
 ) -> Page[BasisJob]:
-    """The caller's basis jobs, newest first; those with some metadata, if it is named."""
+    """The caller's basis jobs, newest first. `metadata` selects those that have it."""
     jobs, has_more = await services.basis_queue.list(tenant, after, limit, is_wanted=is_wanted)
     return page_of([_object(job) for job in jobs], has_more)
 
@@ -67,7 +68,7 @@ async def get_basis_job(job_id: str, tenant: TenantDep, services: ServicesDep) -
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancel_basis_job")
 async def cancel_basis_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> BasisJob:
-    """End a job: at once if no worker has it, else after the module or batch at hand."""
+    """Cancel a job: at once if no worker has it, otherwise after the current module or batch."""
     return _object(await services.basis_queue.cancel(tenant, job_id))
 
 
@@ -85,7 +86,7 @@ async def list_basis_job_events(
     after: AfterDep = None,
     limit: LimitDep = 20,
 ) -> Page[JobEventObject] | Response:
-    """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
+    """A job's events, newest first; with `stream`, all of them as server-sent events while they arrive."""
     if stream:
         interval_s = services.settings.ping_interval_s
         return await events_stream(services.basis_queue, tenant, job_id, ping_interval_s=interval_s)

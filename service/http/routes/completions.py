@@ -1,4 +1,4 @@
-"""/v1/completions: continue a prompt."""
+"""POST /v1/completions: continue a prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from service.http.schemas.answers import Completion, CompletionChoice, Completio
 from service.http.schemas.generation import CompletionRequest
 from tessera.errors import RequestFailed
 
-#: Of a prompt that is echoed, for `Generator.off_loop`.
+#: An estimate of the text of an echoed prompt, for `Generator.off_loop`.
 _CHARACTERS_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=CancellableRoute)
@@ -77,7 +77,7 @@ async def _echoes(
 
 
 class CompletionReply(Reply):
-    """A completion in OpenAI's legacy shape. echoes: the prompts, if they go before their choices."""
+    """A completion in OpenAI's legacy shape. echoes: the prompts, if the response repeats them."""
 
     id_prefix = "cmpl"
     chunk_object = "text_completion"
@@ -132,10 +132,11 @@ class CompletionReply(Reply):
     def _logprobs(
         self, index: int, tokens: Sequence[Token], prompt: Sequence[TokenLogprobs], is_first: bool
     ) -> CompletionLogprobs | None:
-        """Of the generated tokens; in an echo's first chunk those of the prompt before them."""
+        """The log-probabilities of the generated tokens; in the first chunk of an echo, the prompt's come
+        first."""
         if self.body.logprobs is None:
             return None
-        report = _LogprobsReport(self, is_top_wanted=self.body.logprobs > 0)
+        report = _LogprobsReport(self, with_top=self.body.logprobs > 0)
         if self._echoes is not None and is_first:
             echo = self._echoes[index // self.generation.n]
             report.add_prompt(self.generation.sequences[index].request.token_ids, prompt, echo)
@@ -145,18 +146,18 @@ class CompletionReply(Reply):
 
 
 class _LogprobsReport:
-    """Four lists that grow together."""
+    """Collects OpenAI's legacy log-probabilities: four lists of equal length."""
 
-    def __init__(self, reply: Reply, *, is_top_wanted: bool) -> None:
+    def __init__(self, reply: Reply, *, with_top: bool) -> None:
         self._text_of = reply.token_text
-        self._is_top_wanted = is_top_wanted
+        self._with_top = with_top
         self._tokens: list[str] = []
         self._logprobs: list[float | None] = []
         self._top: list[dict[str, float] | None] = []
         self._offsets: list[int] = []
 
     def add_prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], echo: Echo) -> None:
-        """The first token of a prompt has no log-probability: nothing predicts it."""
+        """Add a prompt. Its first token has no log-probability, because nothing predicts it."""
         if len(logprobs) != len(token_ids) - 1:
             raise RequestFailed("the engine did not report every token of the prompt")
         self._append(self._text_of(token_ids[0], is_first=True), None, None, 0)
@@ -164,11 +165,11 @@ class _LogprobsReport:
             self.add(token, echo.offsets[position], is_first=position < echo.num_first)
 
     def add(self, token: TokenLogprobs, offset: int, *, is_first: bool) -> None:
-        """The most likely tokens and the chosen one, by their text: of several with the same text, the most
-        likely one."""
+        """Add a token with its alternatives, by their text; of several with the same text, the most
+        likely."""
         text, logprob = self._text_of(token.token_id, is_first=is_first), json_logprob(token.logprob)
         top: dict[str, float] = {}
-        if self._is_top_wanted:
+        if self._with_top:
             for token_id, value in token.top:
                 top.setdefault(self._text_of(token_id, is_first=is_first), json_logprob(value))
             top.setdefault(text, logprob)
@@ -178,7 +179,7 @@ class _LogprobsReport:
         return CompletionLogprobs(
             tokens=self._tokens,
             token_logprobs=self._logprobs,
-            top_logprobs=self._top if self._is_top_wanted else None,
+            top_logprobs=self._top if self._with_top else None,
             text_offset=self._offsets,
         )
 

@@ -74,7 +74,9 @@ async def _services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(_services)]
 
 #: For the documentation only: `middleware.Authentication` has checked the key before the body was read.
-_bearer = Security(HTTPBearer(auto_error=False, description="API key; none if the service has no keys"))
+_bearer = Security(
+    HTTPBearer(auto_error=False, description="API key. Not needed if the service has no keys.")
+)
 
 
 async def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
@@ -103,16 +105,19 @@ StoresDep = Annotated[Stores, Depends(_stores)]
 
 QueueDep = Annotated[JobQueue, Depends(_queue)]
 
-AfterDep = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
-_STREAM = Query(description="follow the job until it ends, oldest first; without `after` and `limit`")
-LimitDep = Annotated[int, Query(ge=1, le=100, description="items per page")]
+AfterDep = Annotated[str | None, Query(max_length=128, description="The last id of the page before.")]
+_STREAM = Query(description="Follow the job until it ends, oldest first; excludes `after` and `limit`.")
+LimitDep = Annotated[int, Query(ge=1, le=100, description="Items per page.")]
 
 
 async def _event_page(request: Request, stream: Annotated[bool, _STREAM] = False) -> bool:
     """Whether to follow the events as a stream, which has no pages. Raises `InvalidInput`."""
     for name in ("after", "limit"):
         if stream and name in request.query_params:
-            raise InvalidInput(f"{name} is for a page of events; stream sends all", param=name)
+            raise InvalidInput(
+                f"{name} selects a page of events, but stream sends all of them; leave one of them out",
+                param=name,
+            )
     return stream
 
 
@@ -133,7 +138,10 @@ RepetitionDep = Annotated[Repetition, Depends(_repetition)]
 async def _metadata_filter(
     request: Request,
     metadata: Annotated[
-        str | None, Query(description="`metadata[key]=value` for jobs with it; `null` for jobs without any")
+        str | None,
+        Query(
+            description="`metadata[key]=value` selects jobs with it; `null` selects jobs without metadata."
+        ),
     ] = None,
 ) -> Callable[[Job], bool] | None:
     """The filter of a list of jobs: those that have all the metadata pairs of the query."""

@@ -1,4 +1,4 @@
-"""/v1/files: files of examples, to train on or to build a basis of."""
+"""/v1/files: files of examples, to train on or to build a basis from."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MIN_LIFETIME_S, MAX_LIFETIME_S = 3600, 30 * 24 * 3600
 
 @router.post("/files", operation_id="create_file")
 async def create_file(
-    file: Annotated[UploadFile, File(description="JSONL, one example per line")],
-    purpose: Annotated[str, Form(description="fine-tune or calibration")],
+    file: Annotated[UploadFile, File(description="JSONL, one example per line.")],
+    purpose: Annotated[str, Form(description="`fine-tune` or `calibration`.")],
     tenant: TenantDep,
     stores: StoresDep,
     services: ServicesDep,
@@ -33,7 +33,7 @@ async def create_file(
         int | None, Form(alias="expires_after[seconds]", ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)
     ] = None,
 ) -> FileObject:
-    """Upload a file of examples. It is checked now: an answer names every problem with its line."""
+    """Upload a file of examples. It is checked at once, and an error lists every problem with its line."""
     if (expires_from is None) != (lifetime_s is None):
         missing = "expires_after.anchor" if expires_from is None else "expires_after.seconds"
         message = f"{missing} is missing: expires_after has an anchor and seconds"
@@ -58,9 +58,9 @@ async def list_files(
     after: AfterDep = None,
     limit: LimitDep = 20,
     purpose: str | None = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="by time of upload")] = "desc",
+    order: Annotated[Literal["asc", "desc"], Query(description="By time of upload.")] = "desc",
 ) -> Page[FileObject]:
-    """The caller's files, newest first; of one purpose, if it is named."""
+    """The caller's files, newest first. `purpose` selects those of one purpose."""
     records, has_more = await stores.files.list(
         tenant, after=after, limit=limit, purpose=purpose, order=order
     )

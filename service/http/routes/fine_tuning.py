@@ -33,7 +33,7 @@ async def create_job(
     services: ServicesDep,
     repetition: RepetitionDep,
 ) -> FineTuningJob:
-    """Queue the training of an adapter. A repeated `Idempotency-Key`, or a retry, gives the same job."""
+    """Queue a job that trains an adapter. A repeated `Idempotency-Key`, or a retry, returns the same job."""
 
     async def submit(key: str) -> Job:
         return await services.jobs.submit(tenant, job_request(body), dedupe_key=key)
@@ -50,7 +50,7 @@ async def list_jobs(
     after: AfterDep = None,
     limit: LimitDep = 20,
 ) -> Page[FineTuningJob]:
-    """The caller's jobs, newest first; those with some metadata, if it is named."""
+    """The caller's jobs, newest first. `metadata` selects those that have it."""
     jobs, has_more = await queue.list(tenant, after, limit, is_wanted=is_wanted)
     return page_of([job_object(job) for job in jobs], has_more)
 
@@ -63,13 +63,13 @@ async def get_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuning
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
 async def cancel_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
-    """End a job: at once if no worker has it, else at its next step."""
+    """Cancel a job: at once if no worker has it, otherwise at its next step."""
     return job_object(await queue.cancel(tenant, job_id))
 
 
 @router.post("/jobs/{job_id}/pause", operation_id="pause_fine_tuning_job")
 async def pause_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
-    """Set a job aside; a running one keeps what it has learned."""
+    """Pause a job. A running one keeps what it has learned."""
     return job_object(await queue.pause(tenant, job_id))
 
 
@@ -93,7 +93,7 @@ async def list_events(
     after: AfterDep = None,
     limit: LimitDep = 20,
 ) -> Page[JobEventObject] | Response:
-    """A job's events, newest first; or, with `stream`, as server-sent events while they come."""
+    """A job's events, newest first; with `stream`, all of them as server-sent events while they arrive."""
     if stream:
         interval_s = services.settings.ping_interval_s
         return await events_stream(services.queue, tenant, job_id, ping_interval_s=interval_s)
@@ -104,7 +104,7 @@ async def list_events(
 async def list_checkpoints(
     job_id: str, tenant: TenantDep, queue: QueueDep, after: AfterDep = None, limit: LimitDep = 20
 ) -> Page[Checkpoint]:
-    """The published state of a job that has succeeded, so one at most; nothing else can be served."""
+    """The published state of a job that has succeeded: at most one, because no other state can be served."""
     checkpoints = checkpoints_of(await queue.get(tenant, job_id))
     if after is not None:
         if all(checkpoint.id != after for checkpoint in checkpoints):

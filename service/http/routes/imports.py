@@ -25,7 +25,7 @@ async def import_adapter_from_peft(
     adapter_id: str,
     tenant: TenantDep,
     services: ServicesDep,
-    file: Annotated[UploadFile | None, File(description="a zip, as the export gives it")] = None,
+    file: Annotated[UploadFile | None, File(description="A zip, such as the export returns.")] = None,
     adapter_config: Annotated[UploadFile | None, File(description="adapter_config.json")] = None,
     adapter_model: Annotated[UploadFile | None, File(description="adapter_model.safetensors")] = None,
 ) -> AdapterObject:

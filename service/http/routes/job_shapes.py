@@ -1,4 +1,4 @@
-"""Training jobs between Tessera's words and OpenAI's."""
+"""Translate training jobs between OpenAI's shape and Tessera's own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def job_request(body: FineTuningJobRequest) -> JobRequest:
         rank=body.adapter.rank,
         method=body.adapter.method,
         basis=basis_of(body.adapter.basis),
-        init=start_of(body.adapter.init),
+        init=init_of(body.adapter.init),
         form=body.adapter.form,
         hyperparameters=body.chosen_hyperparameters(),
         early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
@@ -53,7 +53,7 @@ def basis_of(basis: str | BasisRecipe | None) -> str | RecipeRequest | None:
     return RecipeRequest(basis.method, dict(basis.options), basis.calibration)
 
 
-def start_of(start: str | StartRecipe | None) -> InitRequest | None:
+def init_of(start: str | StartRecipe | None) -> InitRequest | None:
     if isinstance(start, StartRecipe):
         return InitRequest(start.method, dict(start.options))
     return None if start is None else InitRequest(start)
@@ -93,7 +93,7 @@ def job_object(job: Job) -> FineTuningJob:
 
 
 def event_object(event: JobEvent) -> JobEventObject:
-    """A level or a type of a newer release is told as the plainest one."""
+    """An event in OpenAI's shape. A level or type of a newer release becomes the plainest one."""
     return JobEventObject.model_validate(
         {
             "id": event.event_id,
@@ -107,7 +107,7 @@ def event_object(event: JobEvent) -> JobEventObject:
 
 
 def checkpoints_of(job: Job) -> list[Checkpoint]:
-    """The one that was published, once it is; the id of its adapter with the version names it."""
+    """The published state of a job that has succeeded, named by its adapter's id and version."""
     result = job.result or {}
     if job.status != JobStatus.SUCCEEDED or "version" not in result:
         return []
@@ -124,7 +124,8 @@ def checkpoints_of(job: Job) -> list[Checkpoint]:
 
 
 def _estimated_finish(job: Job) -> int | None:
-    """By the steps made so far, if a running job has told how many there are."""
+    """The estimated end of a running job, from the steps done so far, once it has reported how many there
+    are."""
     done, total = job.progress.get("step"), job.progress.get("total_steps")
     if job.status != JobStatus.RUNNING or job.started_at is None or not done or not total:
         return None
@@ -147,7 +148,7 @@ def _adapter(job: Job, result: dict[str, Any]) -> TrainedAdapter:
 
 
 def _init(spec: JobSpec) -> str:
-    """Where the training begins, by name."""
+    """The name of the job's init."""
     if spec.form != "core":
         return spec.method
     if spec.start is not None:

@@ -1,4 +1,4 @@
-"""/v1/models: the base model and the caller's adapters, as OpenAI's clients list them."""
+"""/v1/models: the base model and the caller's adapters, in OpenAI's shape."""
 
 from __future__ import annotations
 

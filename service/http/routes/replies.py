@@ -1,6 +1,7 @@
-"""What the answers of both generation endpoints share: numbers, usage, and the order of a stream's events.
+"""What the responses of both generation endpoints share: numbers, usage, and the order of a stream's events.
 
-choice chunks …, a chunk with finish_reason per choice, [a chunk with usage and no choices], [DONE]
+A stream: chunks of choices …, a chunk with finish_reason per choice, [a chunk with usage and no choices],
+[DONE]
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from service.http.event_stream import DONE, event
 from service.http.schemas.common import AdapterUsed, Measured, PromptTokens, UsageReport
 from service.http.schemas.generation import GenerationFields
 
-#: JSON has no infinity; OpenAI writes this for what cannot happen.
+#: OpenAI's number for the log-probability of an impossible token; JSON has no infinity.
 IMPOSSIBLE = -9999.0
 
 Body = TypeVar("Body", bound=GenerationFields)
@@ -40,7 +41,7 @@ def options_of(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> Options:
-    """The domain's options of a request; null means the default."""
+    """The generation options of a request, where null means the default."""
     given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     sampling = SamplingParams(
         **given,
@@ -83,7 +84,7 @@ def usage_report(usage: Usage) -> UsageReport:
 
 
 def json_logprob(value: float) -> float:
-    """`value` as JSON can say it."""
+    """`value` as a number that JSON can express."""
     return value if math.isfinite(value) else math.copysign(IMPOSSIBLE, value)
 
 

@@ -1,4 +1,4 @@
-"""/v1/score: log-probabilities of given texts."""
+"""POST /v1/score: the log-probabilities of given texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/v1", tags=["scoring"], route_class=CancellableRoute)
 
 @router.post("/score", operation_id="create_score")
 async def create_score(body: ScoreRequest, tenant: TenantDep, services: ServicesDep) -> ScoreReport:
-    """How likely the model finds each text: the measure by which adapters are compared."""
+    """Score each text by its log-probability, the measure by which adapters are compared."""
     generator = services.generator
     target = await services.models.resolve(tenant, body.model, body.aliases)
     texts, generation = await score(generator, target, body.examples())

@@ -1,4 +1,4 @@
-"""Answers of /v1/completions and /v1/chat/completions."""
+"""Responses of /v1/completions and /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from service.http.schemas.common import AdapterUsed, Answer, Measured, UsageReport
 
-#: Of `return_token_ids`: in an answer only if it was asked for.
+#: A list of token ids, which a response has only with `return_token_ids`.
 TokenIdList = Annotated[list[int] | None, Field(exclude_if=lambda ids: ids is None)]
 
 

@@ -1,4 +1,4 @@
-"""Requests and answers of /v1/bases."""
+"""Requests and responses of /v1/bases."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BasisObject(Answer):
     rank: int
     dtype: str
     num_modules: int
-    bytes: int = Field(description="of all factors")
-    is_default: bool | None = Field(description="None while the engine does not say")
-    is_own: bool = Field(description="the caller's own; the others are everybody's")
+    bytes: int = Field(description="Size of all factors.")
+    is_default: bool | None = Field(description="None while the engine is not ready.")
+    is_own: bool = Field(description="Whether it is the caller's private basis; all others are shared.")
 
 
 class ModuleObject(Answer):
@@ -35,23 +35,25 @@ class BasisDetail(BasisObject):
 
 
 class BasisJobRequest(Request):
-    """A basis to be built and kept. What there is: `GET /v1/bases/methods`."""
+    """A basis to be built and kept. `GET /v1/bases/methods` lists the methods."""
 
-    method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
+    method: str = Field(
+        min_length=1, max_length=64, description="Name of a method, or of a preset for its basis."
+    )
     rank: int | None = Field(None, ge=1, le=512)
     target_modules: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=64)
         ]
         | None
-    ) = Field(None, description="name patterns")
+    ) = Field(None, description="Patterns of module names.")
     options: Options = Field(default_factory=dict)
-    calibration_file: str | None = Field(None, max_length=128, description="id of a file of examples")
+    calibration_file: str | None = Field(None, max_length=128, description="Id of a file of examples.")
     metadata: Metadata | None = None
 
 
 class BasisJob(Answer):
-    """The building of a basis. basis: its id, once the job has succeeded."""
+    """A job that builds a basis."""
 
     id: str
     object: Literal["basis.job"] = "basis.job"
@@ -59,22 +61,22 @@ class BasisJob(Answer):
     started_at: int | None
     finished_at: int | None
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    basis: str | None
+    basis: str | None = Field(description="The basis' id, once the job has succeeded.")
     method: str
     rank: int
     target_modules: list[str] | None
     options: dict[str, Any]
     calibration_file: str | None
-    progress: dict[str, Any] = Field(description="modules_done and modules of a running job")
+    progress: dict[str, Any] = Field(description="`modules_done` and `modules` of a running job.")
     result: dict[str, Any] | None
     error: JobError | None
     metadata: dict[str, Any]
     attempt: int
-    queue_position: int | None = Field(description="1-based place among the caller's own waiting jobs")
+    queue_position: int | None = Field(description="Place among the caller's own waiting jobs, from 1.")
 
 
 class BasisMethods(Answer):
-    """Everything that a basis and a start can be named by, each with its options."""
+    """All methods, inits (`starts`), presets and LoRA forms by name, each with its options."""
 
     object: Literal["basis.methods"] = "basis.methods"
     methods: dict[str, dict[str, Any]]

@@ -1,7 +1,7 @@
-"""What all requests and answers have in common: strictness, the error body, lists.
+"""What all requests and responses have in common: strictness, the error body, pages of lists.
 
-Types are strict: "7" and true are no integers, NaN is no number. A request refuses every field that it does
-not know, but for those that `fields.py` lets pass.
+Types are strict: "7" and true are not integers, and NaN is not a number. A request refuses every unknown
+field, except those that `fields.py` lets pass.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from service.http.schemas.fields import Neutral
 
 Item = TypeVar("Item")
 
-#: What the tags of unions begin with: they turn up in the path of an error, but are no part of a name.
+#: The tags of unions begin with this: they appear in the path of an error, but are not part of a field's
+#: name.
 UNION_TAG = "~"
-#: Of one object; an error does not show more.
+#: The most refused fields of one object that an error lists.
 MAX_REFUSED_FIELDS = 20
 
 MAX_MODEL_NAME = 256
 MODEL_FIELD = Field(
-    max_length=MAX_MODEL_NAME, description="the base model, `<adapter>` or `<adapter>@<version>`"
+    max_length=MAX_MODEL_NAME, description="The base model, `<adapter>` or `<adapter>@<version>`."
 )
 
 
@@ -53,30 +54,31 @@ OptionValue = Annotated[
     | Annotated[None, Tag("~null")],
     Discriminator(_kind_of_option),
 ]
-#: Named values of something that has options of its own: a method, a chat template.
+#: Options of a method or a chat template, by name.
 Options = Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)]
 
 
 class Strict(BaseModel):
-    """A small part of a request, of which there may be many thousands."""
+    """A small part of a request, which may hold many thousands of them."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class Request(Strict):
-    """A request, or an object in it: null means "not given", and what is no field is judged by the tables."""
+    """A request, or an object in it. null means "not given"; the tables decide about names that are not
+    fields."""
 
-    #: Name → why it is harmless.
+    #: Name -> why it is harmless.
     ignored: ClassVar[Mapping[str, str]] = {}
-    #: Name → the values that change nothing.
+    #: Name -> the values that change nothing.
     neutral: ClassVar[Mapping[str, Neutral]] = {}
-    #: Name → what to use instead.
+    #: Name -> what to use instead.
     advice: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="wrap")
     @classmethod
     def _judge_names(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Every problem of the object at once: names that it does not know, and wrong values."""
+        """Validate the object and report all its problems at once: unknown names and wrong values."""
         known = _fields_of(cls)
         if not isinstance(body, dict) or (body.keys() <= known.all and None not in body.values()):
             return handler(body)
@@ -118,7 +120,7 @@ class Request(Strict):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The fields, and what else may be sent."""
+        """The schema of the fields, and of the other names that may be sent."""
         reference = handler(core_schema)
         schema = handler.resolve_ref_schema(reference)
         for name, neutral in cls.neutral.items():
@@ -130,26 +132,28 @@ class Request(Strict):
 
 
 class ModelRequest(Request):
-    """A request to a model. lora_path, adapter_id: other servers' words for an adapter's name."""
+    """A request to a model. lora_path and adapter_id are other servers' names of the field for an adapter."""
 
     model: str = MODEL_FIELD
-    lora_path: str | None = Field(None, max_length=MAX_MODEL_NAME, description="SGLang's; see `model`")
-    adapter_id: str | None = Field(None, max_length=MAX_MODEL_NAME, description="LoRAX's; see `model`")
+    lora_path: str | None = Field(
+        None, max_length=MAX_MODEL_NAME, description="SGLang's name of this field; see `model`."
+    )
+    adapter_id: str | None = Field(
+        None, max_length=MAX_MODEL_NAME, description="LoRAX's name of this field; see `model`."
+    )
 
     @property
     def aliases(self) -> dict[str, str]:
-        """The adapter's name by the other fields that give it."""
+        """The other fields that name an adapter, with that name."""
         given = {"lora_path": self.lora_path, "adapter_id": self.adapter_id}
         return {field: name for field, name in given.items() if name is not None}
 
 
 class _Fields(NamedTuple):
-    """The names of a schema's fields.
-
-    taking_null: those of which null is a value or an error; for the others it stands for the default.
-    """
+    """The names of a schema's fields."""
 
     all: frozenset[str]
+    #: Fields for which null is a value or an error; for the others null stands for the default.
     taking_null: frozenset[str]
 
 
@@ -162,12 +166,12 @@ def _fields_of(schema: type[BaseModel]) -> _Fields:
 
 def _details(error: ValidationError) -> Iterator[InitErrorDetails]:
     for problem in error.errors(include_url=False, include_input=False):
-        told = PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx"))
-        yield InitErrorDetails(type=told, loc=problem["loc"], input=None)
+        kind = PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx"))
+        yield InitErrorDetails(type=kind, loc=problem["loc"], input=None)
 
 
 def wrong_field(request: BaseModel, field: str, message: str) -> ValidationError:
-    """The error of an "after" validator that is about one field of its object."""
+    """The error of an "after" validator about one field of its object."""
     detail = InitErrorDetails(
         type=PydanticCustomError("invalid_value", "{why}", {"why": message}), loc=(field,), input=None
     )
@@ -175,7 +179,7 @@ def wrong_field(request: BaseModel, field: str, message: str) -> ValidationError
 
 
 class Answer(BaseModel):
-    """A part of an answer."""
+    """A response, or an object in it."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -191,11 +195,11 @@ class ErrorDetail(Answer):
     type: str
     param: str | None
     code: str | None
-    errors: list[LineProblem] | None = Field(None, description="problems of a training file, by line")
+    errors: list[LineProblem] | None = Field(None, description="The problems of a training file, by line.")
 
 
 class ErrorBody(Answer):
-    """What every error looks like."""
+    """The body of every error."""
 
     error: ErrorDetail
 
@@ -207,7 +211,7 @@ class Deleted(Answer):
 
 
 class Page(Answer, Generic[Item]):
-    """One page of a list; the next one starts `after` the last id."""
+    """One page of a list. The next page starts `after` the last id of this one."""
 
     object: str = "list"
     data: list[Item]
@@ -217,17 +221,19 @@ class Page(Answer, Generic[Item]):
 
 
 class AdapterUsed(Answer):
-    """Which adapter answered."""
+    """The adapter that generated the answer."""
 
     id: str
     version: int
 
 
 class Measured(Answer):
-    """Time to the first token, and the most distinct models that shared a step with the request."""
+    """Measurements of the request."""
 
-    ttft_ms: float | None
-    max_distinct_in_batch: int
+    ttft_ms: float | None = Field(description="Time to the first token, in milliseconds.")
+    max_distinct_in_batch: int = Field(
+        description="The most distinct models (adapters, base) that shared a step with the request."
+    )
 
 
 class PromptTokens(Answer):
@@ -242,7 +248,7 @@ class UsageReport(Answer):
 
 
 def page_of(items: list[Item], has_more: bool) -> Page[Item]:
-    """A page of items that have an `id`."""
+    """A page of items, which have an `id`."""
     ids = [getattr(item, "id", None) for item in items]
     first, last = (ids[0], ids[-1]) if ids else (None, None)
     return Page(data=items, has_more=has_more, first_id=first, last_id=last)

@@ -1,12 +1,12 @@
-"""The fields that a request may carry although nothing here acts on them, and what the others are told.
+"""Fields that a request may carry although nothing acts on them, and advice for those that are refused.
 
-Three tables, and nothing else decides what happens to a name that is not a field of its schema:
+These three tables alone decide what happens to a name that is not a field of its schema:
 
-    ignored   harmless whatever the value: no token and no number of an answer depends on it
-    neutral   harmless with the values listed, which ask for what is done anyway; refused with any other
+    ignored   harmless with any value: no token and no number of an answer depends on it
+    neutral   harmless with the values listed, which request what happens anyway; refused with any other
     advice    never accepted; the error says what to use instead
 
-`null` means "not given" under every name. All else is an unknown field, and refused.
+`null` means "not given" for every name. Any other name is an unknown field and is refused.
 `docs/compatibility.md` shows `IGNORED` and `NEUTRAL`, and a test compares the two.
 """
 
@@ -18,24 +18,26 @@ from typing import Any, NamedTuple
 
 from tessera.queue.records import HYPERPARAMETERS
 
-#: The values of a feature that is not used.
+#: The values that say that a feature is not used.
 UNUSED: tuple[Any, ...] = ([], {}, "", False)
 
 
-#: Of a name that the caller chose, characters.
+#: The most characters of a name that the caller chose which an error shows.
 MAX_NAME_SHOWN = 64
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
-    """What is said of a name that is no field."""
+    """The error message for a name that is not a field."""
     similar = difflib.get_close_matches(name[:MAX_NAME_SHOWN], known, n=1)
     return "unknown field" + (f"; did you mean {similar[0]}?" if similar else "")
 
 
 class Neutral(NamedTuple):
-    """values: those that change nothing, beside null. advice: what to do instead of the other values."""
+    """A field that is accepted with certain values only."""
 
+    #: The values that change nothing, beside null.
     values: tuple[Any, ...] = UNUSED
+    #: What to do instead of sending another value.
     advice: str = ""
 
     def allows(self, value: Any) -> bool:
@@ -53,7 +55,7 @@ _ONE_ENGINE = "requests are not routed between engines by the caller"
 _FILTERS = "use temperature, top_p, top_k and min_p"
 _CALLER_LIMITS = "lengthen or shorten the prompt before it is sent"
 
-#: Of /v1/completions and /v1/chat/completions.
+#: Fields of /v1/completions and /v1/chat/completions.
 GENERATION_IGNORED: Mapping[str, str] = {
     "user": _LABEL,
     "metadata": _LABEL,
@@ -283,7 +285,7 @@ HYPERPARAMETER_ADVICE: Mapping[str, str] = {
     "target_modules": "they are those of the basis; see POST /v1/bases",
 }
 
-#: What `docs/compatibility.md` shows, by where the fields stand.
+#: The tables that `docs/compatibility.md` shows, by the place of the fields.
 IGNORED: Mapping[str, Mapping[str, str]] = {
     "completions, chat": GENERATION_IGNORED,
     "chat, in a message": MESSAGE_IGNORED,

@@ -1,4 +1,4 @@
-"""Requests to /v1/completions and /v1/chat/completions; the answers: `schemas/answers.py`."""
+"""Requests to /v1/completions and /v1/chat/completions. `schemas/answers.py` has the responses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Which of the four forms is meant, so that a mistake is reported once and not four times."""
+    """Tell which of the four forms a prompt has, so that a mistake is reported once and not four times."""
     if not isinstance(value, list):
         return "~text"
     first = value[0] if value else None
@@ -44,7 +44,7 @@ Stop = Annotated[
     | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("~list")],
     Discriminator(_kind_of),
 ]
-#: The first wrong item of a long list is named, not every one: to tell of 200,000 took 8 s and a gigabyte.
+#: Only the first wrong item of a long list is reported: a report of 200,000 took 8 s and a gigabyte.
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[str, Tag("~text")]
@@ -59,41 +59,45 @@ Prompt = Annotated[
 
 class StreamOptions(Request):
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="usage so far in every chunk")
+    continuous_usage_stats: bool = Field(False, description="Report the usage so far in every chunk.")
 
     neutral = fields.STREAM_NEUTRAL
 
 
 class GenerationFields(ModelRequest):
-    """What both endpoints have. Null means the default."""
+    """The fields that both endpoints have. Null means the default."""
 
     ignored = fields.GENERATION_IGNORED
     advice = fields.GENERATION_ADVICE
 
-    n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
-    best_of: int | None = Field(None, ge=1, description="only what `n` is")
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="Choices per prompt.")
+    best_of: int | None = Field(None, ge=1, description="Only the value of `n` is accepted.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | None = Field(None, description=f"up to {MAX_STOP_STRINGS} strings; not part of the text")
+    stop: Stop | None = Field(
+        None, description=f"Up to {MAX_STOP_STRINGS} strings that end the text and are not part of it."
+    )
     seed: int | None = Field(None, ge=-_MAX_INT64, le=_MAX_INT64)
-    temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy.")
     top_p: float | None = Field(1.0, gt=0, le=1)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=MAX_BIASES, description="by token id"
+        None, max_length=MAX_BIASES, description="Bias by token id."
     )
-    top_k: int | None = Field(0, ge=-1, le=_MAX_INT64, description="0 and -1: off")
+    top_k: int | None = Field(0, ge=-1, le=_MAX_INT64, description="0 and -1: off.")
     min_p: float | None = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=10)
     min_tokens: int | None = Field(0, ge=0, le=_MAX_INT64)
     ignore_eos: bool | None = False
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_BIASES)
-    skip_special_tokens: bool = Field(True, description="false: they are shown in the text")
-    include_stop_str_in_output: bool = Field(False, description="what ends the text is a part of it")
-    return_token_ids: bool = Field(False, description="`token_ids` and `prompt_token_ids` in the answer")
+    skip_special_tokens: bool = Field(True, description="false: the text shows them.")
+    include_stop_str_in_output: bool = Field(
+        False, description="Whether the stop string or stop token that ends the text is a part of it."
+    )
+    return_token_ids: bool = Field(False, description="Return `token_ids` and `prompt_token_ids`.")
     return_tokens_as_token_ids: bool = Field(
-        False, description="log-probabilities call tokens `token_id:<id>`"
+        False, description="Write tokens as `token_id:<id>` in log-probabilities."
     )
 
     @field_validator("logit_bias")
@@ -101,7 +105,7 @@ class GenerationFields(ModelRequest):
     def _check_keys(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
         for key in biases or {}:
             if not (key.isascii() and key.isdigit() and len(key) < 10 and str(int(key)) == key):
-                raise ValueError("the keys must be token ids, as 42")
+                raise ValueError("the keys must be token ids, such as 42")
         return biases
 
     @model_validator(mode="after")
@@ -117,7 +121,7 @@ class GenerationFields(ModelRequest):
             raise InvalidInput(message, param="return_tokens_as_token_ids")
         if self.best_of not in (None, self.n or 1):
             raise InvalidInput(
-                "best_of: only the value of n is supported; ask for more choices and choose among them",
+                "best_of: only the value of n is supported; raise n and choose among the choices",
                 param="best_of",
                 code="unsupported_parameter",
             )
@@ -125,15 +129,15 @@ class GenerationFields(ModelRequest):
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether log-probabilities are asked for; the two endpoints say it differently."""
+        """Whether the request wants log-probabilities; the two endpoints have different fields for it."""
         raise NotImplementedError
 
 
 class CompletionRequest(GenerationFields):
     """A prompt to continue: text, token ids, or a list of either."""
 
-    prompt: Prompt = Field(description="text, token ids, or a list of either")
-    max_tokens: int | None = Field(16, ge=0, le=_MAX_INT64, description="0 only with echo")
+    prompt: Prompt = Field(description="Text, token ids, or a list of either.")
+    max_tokens: int | None = Field(16, ge=0, le=_MAX_INT64, description="0 is allowed with `echo` only.")
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -179,26 +183,32 @@ Content = Annotated[
 class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    name: str | None = Field(None, max_length=256, description="of the speaker, for templates that show it")
+    name: str | None = Field(
+        None, max_length=256, description="Name of the speaker, for templates that show it."
+    )
 
     ignored = fields.MESSAGE_IGNORED
     neutral = fields.MESSAGE_NEUTRAL
 
     def to_template(self) -> dict[str, Any]:
-        """As chat templates want it; "developer" is OpenAI's newer word for "system"."""
+        """The message as chat templates expect it. "developer" is OpenAI's newer word for "system"."""
         parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
         named = {} if self.name is None else {"name": self.name}
         return {"role": TEMPLATE_ROLES.get(self.role, self.role), "content": parts, **named}
 
 
 class ChatCompletionRequest(GenerationFields):
-    """A conversation that the assistant is to continue."""
+    """A conversation that the assistant continues."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="unset: as far as the context goes")
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT64, description="the newer name")
-    reasoning_effort: str | None = Field(None, max_length=32, description="for templates that know it")
-    chat_template_kwargs: Options | None = Field(None, description="variables of the chat template")
+    max_tokens: int | None = Field(
+        None, ge=1, le=_MAX_INT64, description="Default: until the context is full."
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=_MAX_INT64, description="The newer name of `max_tokens`."
+    )
+    reasoning_effort: str | None = Field(None, max_length=32, description="For chat templates that read it.")
+    chat_template_kwargs: Options | None = Field(None, description="Variables of the chat template.")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -209,8 +219,10 @@ class ChatCompletionRequest(GenerationFields):
         return bool(self.logprobs)
 
     def template_variables(self, known: Set[str]) -> dict[str, Any]:
-        """What the chat template is given beside the messages. Raises `InvalidInput` for a name that it does
-        not read: the answer would not depend on it."""
+        """The variables of the chat template. known: the names that it reads.
+
+        Raises `InvalidInput` for any other name, because the answer would not depend on it.
+        """
         named = {f"chat_template_kwargs.{n}": (n, v) for n, v in (self.chat_template_kwargs or {}).items()}
         named["reasoning_effort"] = ("reasoning_effort", self.reasoning_effort)
         variables: dict[str, Any] = {}
@@ -218,8 +230,8 @@ class ChatCompletionRequest(GenerationFields):
             if value is None or (name == "add_generation_prompt" and value is True):
                 continue
             if name not in known:
-                said = f"it reads {', '.join(sorted(known))}" if known else "it reads none that can be set"
-                message = f"the base model's chat template has no variable {name!r}; {said}"
+                others = f"it reads {', '.join(sorted(known))}" if known else "it reads none that can be set"
+                message = f"the base model's chat template has no variable {name!r}; {others}"
                 raise InvalidInput(message, param=param, code="unsupported_parameter")
             if variables.setdefault(name, value) != value:
                 message = f"{name} is given as {variables[name]!r} and as {value!r}; give it once"

@@ -1,4 +1,4 @@
-"""Requests and answers of /v1/models, /v1/adapters and the health pages."""
+"""Requests and responses of /v1/models, /v1/adapters, /health and /version."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from service.http.schemas.common import Answer, Request
 
 
 class Model(Answer):
-    """The base model, or an adapter as OpenAI's clients see it. root: the base model."""
+    """The base model, or an adapter, as OpenAI's clients see them."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    root: str
+    root: str = Field(description="The base model.")
     parent: str | None
-    adapter_version: int | None = Field(description="the active version; None for the base model")
+    adapter_version: int | None = Field(description="The active version; None for the base model.")
 
 
 class AdapterVersionObject(Answer):
@@ -44,16 +44,18 @@ class AdapterObject(Answer):
 
 
 class AdapterPatchRequest(Request):
-    """What can be changed: which version is active (rollback)."""
+    """The change to an adapter: which version is active, for instance to roll back."""
 
     active_version: int = Field(ge=1, le=2**31 - 1)
 
 
 class Health(Answer):
-    """down: the parts that do not answer, with the reason."""
+    """Whether the service can answer requests."""
 
     status: Literal["ok", "unavailable"]
-    down: dict[str, str] = Field(default_factory=dict)
+    down: dict[str, str] = Field(
+        default_factory=dict, description="The parts that are down, with the reason."
+    )
 
 
 class Version(Answer):

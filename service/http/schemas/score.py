@@ -1,4 +1,4 @@
-"""Request and answer of /v1/score: how likely a model finds given texts."""
+"""Request and response of /v1/score: the log-probability of given texts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MAX_ITEMS = 64
 
 
 class ScoredMessage(ChatMessage):
-    """A message as the chat endpoint takes it, and whether it counts."""
+    """A message as the chat endpoint takes it, and whether it counts for the score."""
 
     weight: int | None = Field(
-        None, ge=0, le=1, description="of an assistant message, 1 by default; 0: not counted"
+        None, ge=0, le=1, description="Of an assistant message: 1 (the default) counts it, 0 does not."
     )
 
     @model_validator(mode="after")
     def _check_weight(self) -> ScoredMessage:
         if self.weight and self.role != "assistant":
-            raise wrong_field(self, "weight", "only assistant messages are counted; remove it here")
+            raise wrong_field(self, "weight", "only assistant messages are counted; remove the weight here")
         return self
 
     def to_template(self) -> dict[str, Any]:
@@ -40,20 +40,20 @@ class ScoredMessage(ChatMessage):
 
 
 class Conversation(Request):
-    """Counted: what the assistant says."""
+    """A conversation. The assistant's messages are counted."""
 
     messages: list[ScoredMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
 
 
 class PromptAndCompletion(Request):
-    """Counted: the completion."""
+    """A prompt and its completion. The completion is counted."""
 
     prompt: str
     completion: str = Field(min_length=1)
 
 
 class PlainText(Request):
-    """Counted: all but the first token, which nothing predicts."""
+    """A text. All tokens are counted except the first, which nothing predicts."""
 
     text: str = Field(min_length=1)
 
@@ -73,10 +73,10 @@ Item = Annotated[
 
 
 class ScoreRequest(ModelRequest):
-    """Texts to be scored, in the three forms of a training file."""
+    """Texts to score, in the three forms of a training file."""
 
     input: list[Item] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
-    return_tokens: bool = Field(False, description="also list every token with its log-probability")
+    return_tokens: bool = Field(False, description="Also return every token with its log-probability.")
 
     def examples(self) -> list[Example]:
         return [_to_example(item, number) for number, item in enumerate(self.input, start=1)]
@@ -91,31 +91,31 @@ def _to_example(item: Conversation | PromptAndCompletion | PlainText, number: in
 
 
 class ScoredToken(Answer):
-    """One token after the first; logprob: in nats, given all tokens before it."""
+    """One token after the first."""
 
     token: str
     token_id: int
-    logprob: float
+    logprob: float = Field(description="In nats, given all tokens before it.")
     is_counted: bool
 
 
 class Score(Answer):
-    """num_tokens: counted ones. loss: their mean negative log-probability in nats."""
+    """The score of one item."""
 
     index: int
-    num_tokens: int
+    num_tokens: int = Field(description="Number of counted tokens.")
     sum_logprob: float
-    loss: float
+    loss: float = Field(description="Mean negative log-probability of the counted tokens, in nats.")
     tokens: list[ScoredToken] | None = None
 
 
 class ScoreReport(Answer):
-    """loss: over the counted tokens of all items together."""
+    """The scores of all items."""
 
     object: Literal["list"] = "list"
     model: str
     data: list[Score]
-    loss: float
+    loss: float = Field(description="Over the counted tokens of all items together.")
     usage: UsageReport
     adapter: AdapterUsed | None
     x_tessera: Measured

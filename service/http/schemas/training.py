@@ -1,4 +1,4 @@
-"""Requests and answers of /v1/files and /v1/fine_tuning/jobs."""
+"""Requests and responses of /v1/files and /v1/fine_tuning/jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_SEED = 2**31 - 1
 
 
 class FileObject(Answer):
-    """An uploaded file of examples. It was checked at the upload, so it is processed at once."""
+    """An uploaded file of examples. The upload checks it, so its status is always `processed`."""
 
     id: str
     object: Literal["file"] = "file"
@@ -42,23 +42,27 @@ Length = OrAuto[Annotated[int, Field(ge=8, le=2**20)]]
 
 
 class Hyperparameters(Request):
-    """How to train. What each does: `trainer_worker/training/plan.py`."""
+    """How to train. `trainer_worker/training/plan.py` says what each one does."""
 
     n_epochs: OrAuto[Annotated[int, Field(ge=1, le=50)]] = "auto"
     batch_size: OrAuto[Annotated[int, Field(ge=1, le=256)]] = "auto"
     learning_rate_multiplier: OrAuto[Annotated[float, Field(gt=0, le=1000)]] = "auto"
-    learning_rate: OrAuto[Annotated[float, Field(gt=0, le=100)]] = Field("auto", description="the peak")
-    lr_scheduler_type: Literal["auto", "cosine_with_min_lr", "cosine", "linear", "constant"] = Field(
-        "auto", description="what follows the warm-up"
+    learning_rate: OrAuto[Annotated[float, Field(gt=0, le=100)]] = Field(
+        "auto", description="The highest rate of the schedule."
     )
-    warmup_ratio: OrAuto[Annotated[float, Field(ge=0, le=1)]] = Field("auto", description="of all steps")
+    lr_scheduler_type: Literal["auto", "cosine_with_min_lr", "cosine", "linear", "constant"] = Field(
+        "auto", description="The schedule after the warm-up."
+    )
+    warmup_ratio: OrAuto[Annotated[float, Field(ge=0, le=1)]] = Field(
+        "auto", description="Warm-up, as a share of all steps."
+    )
     weight_decay: OrAuto[Annotated[float, Field(ge=0, le=1)]] = "auto"
-    max_length: Length = Field("auto", description="of an example, in tokens")
-    max_seq_length: Length = Field("auto", description="the older name of `max_length`")
+    max_length: Length = Field("auto", description="Longest example, in tokens.")
+    max_seq_length: Length = Field("auto", description="The older name of `max_length`.")
 
     @property
     def given(self) -> dict[str, Any]:
-        """What is not left to us, by name."""
+        """The hyperparameters that are not "auto", by name."""
         return {name: value for name, value in self.model_dump().items() if value != "auto"}
 
     neutral = fields.HYPERPARAMETER_NEUTRAL
@@ -89,57 +93,67 @@ Metadata = Annotated[
 
 
 class BasisRecipe(Request):
-    """How the basis of a job is built. What there is: `GET /v1/bases/methods`."""
+    """How the basis of a job is built. `GET /v1/bases/methods` lists the methods."""
 
-    method: str = Field(min_length=1, max_length=64, description="of a method, or a preset's basis half")
+    method: str = Field(
+        min_length=1, max_length=64, description="Name of a method, or of a preset for its basis."
+    )
     options: Options = Field(default_factory=dict)
     calibration: str | None = Field(
-        None, max_length=128, description="`own` (the training data) or a file id"
+        None, max_length=128, description="`own` (the training data) or a file id."
     )
 
 
 class StartRecipe(Request):
-    """Where the training of an adapter begins."""
+    """How an adapter is initialized before training."""
 
-    method: str = Field(min_length=1, max_length=64, description="of a start, or a preset's start half")
+    method: str = Field(
+        min_length=1, max_length=64, description="Name of an init, or of a preset for its init."
+    )
     options: Options = Field(default_factory=dict)
 
 
 class AdapterOptions(Request):
-    """Tessera's own options (`extra_body` of OpenAI's clients)."""
+    """Tessera's own options (`extra_body` in OpenAI's clients)."""
 
-    id: str | None = Field(default=None, max_length=64, description="training it again: its next version")
+    id: str | None = Field(
+        default=None,
+        max_length=64,
+        description="The adapter's id. Training an existing one makes its next version.",
+    )
     form: Literal["core", "lora"] = Field(
-        default="core", description="lora: A and B are trained, as `init` says, into a basis of one's own"
+        default="core", description="lora: train A and B as `init` says, which makes a private basis."
     )
     rank: int | None = Field(default=None, ge=1, le=512)
-    method: str | None = Field(default=None, max_length=64, description="how a basis is built without data")
+    method: str | None = Field(
+        default=None, max_length=64, description="The method of a basis that is built without data."
+    )
     basis: Annotated[Name | Annotated[BasisRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
-        Field(default=None, description="id of a stored basis, name of a preset or method, or a recipe")
+        Field(default=None, description="Id of a stored basis, name of a preset or method, or a recipe.")
     )
     init: Annotated[Name | Annotated[StartRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
-        Field(default=None, description="name of a start or preset, or a recipe")
+        Field(default=None, description="Name of an init or preset, or a recipe.")
     )
 
 
 class EarlyStopping(Request):
     """Training ends when the validation loss has not fallen by `min_delta` for `patience` evaluations."""
 
-    patience: int | None = Field(2, ge=1, le=1000, description="null: never end early")
+    patience: int | None = Field(2, ge=1, le=1000, description="null: never end early.")
     min_delta: float = Field(0.0, ge=0)
 
 
 class FineTuningJobRequest(Request):
-    """A job that trains an adapter. model: the base model, or an adapter to start from."""
+    """A job that trains an adapter. `model` is the base model, or an adapter from which training goes on."""
 
     model: str = MODEL_FIELD
     training_file: str = Field(max_length=128)
     validation_file: str | None = Field(None, max_length=128)
-    suffix: str | None = Field(None, min_length=1, max_length=64, description="part of the adapter's id")
+    suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the adapter's id.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, description="the older place of those in `method`")
+    hyperparameters: Hyperparameters | None = Field(None, description="The older place of those in `method`.")
     adapter: AdapterOptions = Field(default_factory=AdapterOptions)
     early_stopping: EarlyStopping | None = None
 
@@ -151,12 +165,13 @@ class FineTuningJobRequest(Request):
         self.chosen_hyperparameters()
         if self.suffix is not None and self.adapter.id is not None:
             raise InvalidInput(
-                "suffix makes a new name, and adapter.id is one; give one of them", param="suffix"
+                "suffix makes a new adapter id, but adapter.id gives one; leave one of them out",
+                param="suffix",
             )
         return self
 
     def chosen_hyperparameters(self) -> dict[str, Any]:
-        """Those of both places. Raises `InvalidInput` where they contradict each other."""
+        """The hyperparameters of both places. Raises `InvalidInput` if they contradict each other."""
         supervised = None if self.method is None else self.method.supervised
         newer = None if supervised is None else supervised.hyperparameters
         chosen = {} if newer is None else newer.given
@@ -165,7 +180,7 @@ class FineTuningJobRequest(Request):
         if "max_seq_length" in chosen:
             _choose(chosen, "max_length", chosen.pop("max_seq_length"))
         if {"learning_rate", "learning_rate_multiplier"} <= chosen.keys():
-            message = "learning_rate says what the multiplier would be applied to; give one of them"
+            message = "learning_rate and learning_rate_multiplier exclude each other; give one of them"
             raise InvalidInput(message, param="hyperparameters.learning_rate_multiplier")
         return chosen
 
@@ -183,16 +198,16 @@ class JobError(Answer):
 
 
 class TrainedAdapter(Answer):
-    """version: None until the job has succeeded. init: what training began with: a start, or a LoRA form."""
+    """The adapter that a job trains."""
 
     id: str
-    version: int | None
+    version: int | None = Field(description="None until the job has succeeded.")
     form: str
     method: str
     rank: int
     basis: str | None
     calibration: str | None
-    init: str
+    init: str = Field(description="Name of the init, or of the LoRA form.")
 
 
 class JobHyperparameters(Answer):
@@ -216,14 +231,14 @@ class JobMethod(Answer):
 
 
 class FineTuningJob(Answer):
-    """A job in OpenAI's shape, then what Tessera adds."""
+    """A job: OpenAI's fields first, then those that Tessera adds."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     finished_at: int | None
     estimated_finish: int | None
-    fine_tuned_model: str | None = Field(description="the adapter's id, once the job has succeeded")
+    fine_tuned_model: str | None = Field(description="The adapter's id, once the job has succeeded.")
     hyperparameters: JobHyperparameters
     model: str
     organization_id: str
@@ -239,12 +254,12 @@ class FineTuningJob(Answer):
     method: JobMethod
     user_provided_suffix: str | None
     adapter: TrainedAdapter
-    progress: dict[str, Any] = Field(description="epoch, step, losses … of a running job")
+    progress: dict[str, Any] = Field(description="Epoch, step, losses … of a running job.")
     result: dict[str, Any] | None
     early_stopping: dict[str, Any] | None
     started_at: int | None
     attempt: int
-    queue_position: int | None = Field(description="1-based place among the caller's own waiting jobs")
+    queue_position: int | None = Field(description="Place among the caller's own waiting jobs, from 1.")
 
 
 class JobEventObject(Answer):
@@ -263,7 +278,7 @@ class CheckpointMetrics(Answer):
 
 
 class Checkpoint(Answer):
-    """The best state of a job: the one that was published."""
+    """The best state of a job, which was published."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

@@ -115,7 +115,7 @@ async def test_a_wrong_parameter_is_named(
     [
         ({"messages": ["hi"]}, "messages.0: Input should be an object"),
         ({"stream_options": []}, "stream_options: Input should be an object"),
-        ({"logit_bias": {"x": 1}}, "logit_bias: the keys must be token ids, as 42"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: the keys must be token ids, such as 42"),
         (
             {"chat_template_kwargs": {"tools": [1]}},
             "chat_template_kwargs.tools: Input should be a string, a number, true, false or null",
