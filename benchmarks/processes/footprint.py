@@ -93,11 +93,11 @@ class Watch:
             is_over = self._root.status() == psutil.STATUS_ZOMBIE
             if is_over or time.monotonic() - self._began > START_TIMEOUT_S:
                 raise TimeoutError("the service does not become ready")
-            for process, role in roles(self._root):
+            for _, role in roles(self._root):
                 name = f"{role} begins"
                 if name not in self._seen:
                     self._seen.add(name)
-                    self._note(name, at=process.create_time() - time.time() + time.monotonic())
+                    self._note(name)
             state = asked_for_readiness(self._url)
             if state != self._state:
                 self._state = state
@@ -117,8 +117,8 @@ class Watch:
             before = now
         self._note("all processes are idle")
 
-    def _note(self, text: str, *, at: float | None = None) -> None:
-        self.events.append(((time.monotonic() if at is None else at) - self._began, text))
+    def _note(self, text: str) -> None:
+        self.events.append((time.monotonic() - self._began, text))
 
 
 def roles(root: psutil.Process) -> Iterator[tuple[psutil.Process, str]]:
@@ -169,6 +169,7 @@ def measure(program: Program, arguments: argparse.Namespace) -> Round:
     with TemporaryDirectory(prefix="tessera-bench-") as folder, (Path(folder) / "log").open("wb") as log:
         own = {
             "PYTHONPATH": str(program.folder),
+            "PYTHONSAFEPATH": "1",  # or the current folder, which is this checkout, would come before it
             "TESSERA_DATA_DIR": folder,
             "TESSERA_SERVICE_PORT": str(port),
             "TESSERA_SERVICE_WORKERS": str(arguments.workers),
