@@ -169,11 +169,11 @@ def bad_zips() -> dict[str, tuple[bytes, str]]:
     encrypted[good.index(b"PK\1\2") + 8] |= 1
     large_index = good[:-22] + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2, 2, 2**31, 0, 0)
     return {
-        "no zip": (b"hello", "no zip"),
-        "empty": (b"", "no zip"),
-        "cut": (good[:-5], "no zip"),
+        "no zip": (b"hello", "not a zip"),
+        "empty": (b"", "not a zip"),
+        "cut": (good[:-5], "not a zip"),
         "beheaded": (good[200:], "cannot be"),
-        "comment": (good[:-2] + b"\3\0abc", "no zip"),
+        "comment": (good[:-2] + b"\3\0abc", "not a zip"),
         "one file": (zipped(dict([config])), "no adapter_model.safetensors; pickled"),
         "pickle": (zipped(dict([config]) | {"adapter_model.bin": b"\x80\x04."}), "never opened"),
         "twice": (zipped(files | {"x/adapter_config.json": b"{}"}), "more than once; zip the folder of one"),
@@ -187,7 +187,7 @@ def bad_zips() -> dict[str, tuple[bytes, str]]:
         ),
         "model": (zipped({"config.json": b"{}", "model.safetensors": b""}), "serve it as a base model"),
         "encrypted": (bytes(encrypted), "encrypted"),
-        "odd method": (zipped(files, compression=zipfile.ZIP_LZMA), "another method"),
+        "odd method": (zipped(files, compression=zipfile.ZIP_LZMA), "not compressed with deflate"),
         "index": (large_index, "index"),
         "bomb": (
             zipped(files | {model[0]: bytes(2**22)}, compression=zipfile.ZIP_DEFLATED), "unpacks to more"
