@@ -20,7 +20,7 @@ from benchmarks.quality.settings import BuildMeter
 from tessera.chat.chat_format import EncodedExample
 from tessera.formats.basis import Basis
 from tessera.methods.bases import CalibrationSet, Population, build_basis
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind
@@ -187,7 +187,7 @@ def _starts(base: BaseModel, basis: Basis) -> Callable[[Job], Tensor | None]:
         key = (job.newcomer.name, job.num_examples, job.seed)
         if key not in found:
             own = CalibrationSet.from_encoded(job.data().train)
-            core = make_start(basis, method=job.start, base=base, calibration=own)
+            core = make_init(basis, method=job.start, base=base, calibration=own)
             found[key] = basis.fold(core.double()).float()
         return found[key]
 

@@ -29,9 +29,9 @@ Change = Literal["none", "noise", "absorb"]
 
 @dataclass(frozen=True)
 class Case:
-    """method, options, target_modules: of `build_basis`. start, start_options: of `make_start`.
+    """method, options, target_modules: of `build_basis`. start, init_options: of `make_init`.
 
-    is_random: the basis has a seed, so every seed builds its own. lr_start: the start's η is the learning
+    is_random: the basis has a seed, so every seed builds its own. lr_init: the start's η is the learning
     rate.
     """
 
@@ -39,10 +39,10 @@ class Case:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     start: str = "zero"
-    start_options: Mapping[str, Any] = field(default_factory=dict)
+    init_options: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = RATES
     is_random: bool = False
-    lr_start: bool = False
+    lr_init: bool = False
     change: Change = "none"
     target_modules: tuple[str, ...] = LLAMA_LINEARS
 
@@ -86,11 +86,11 @@ _CASES = (
     Case("eva_grad", "eva", {"output_rule": "grad"}),
     Case("lolora", "lolora"),
     Case("lora_ga", "lora_ga"),
-    Case("lora_one", "lora_one", start="gradient", start_options={"normalise": "spectral"}),
+    Case("lora_one", "lora_one", start="gradient", init_options={"normalise": "spectral"}),
     Case("gradient_svd", "gradient_svd"),
     _sb("lora_sb"),
     _sb("lora_sb_zero", start="zero"),
-    Case("lora_sb_paper", "lora_sb", start="sb_step", lr_start=True),
+    Case("lora_sb_paper", "lora_sb", start="sb_step", lr_init=True),
     _sb("sb_noise", start="zero", change="noise"),
     _sb("sb_usv", change="absorb"),
     *(_sb(f"lora_sb_n{count}", start="zero", num_examples=count) for count in SB_COUNTS),

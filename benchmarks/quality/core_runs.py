@@ -16,7 +16,7 @@ from benchmarks.quality.settings import BuildMeter, Settings
 from tessera.formats.basis import Basis, make_basis
 from tessera.methods.bases import METHODS, BuiltBasis, build_basis_and_step
 from tessera.methods.building.decomposition import orthonormal_columns
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.run import RunUpdate, TrainRun
@@ -62,13 +62,13 @@ def _start(base: BaseModel, case: Case, built: BuiltBasis, data: DataSet) -> Cal
         return lambda rate: None
 
     def make(**options: object) -> Tensor:
-        R0 = make_start(
+        R0 = make_init(
             built.basis, method=case.start, base=base, calibration=data.calibration, step=built.step,
-            **{**case.start_options, **options},
+            **{**case.init_options, **options},
         )  # fmt: skip
         return built.basis.fold(R0.double()).float()
 
-    if case.lr_start:
+    if case.lr_init:
         return lambda rate: make(eta_init="lr", learning_rate=rate)
     fixed = make()
     return lambda rate: fixed

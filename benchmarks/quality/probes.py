@@ -18,7 +18,7 @@ from benchmarks.quality.settings import Settings
 from tessera.methods.bases import CalibrationSet
 from tessera.methods.building.targets import Target, find_targets
 from tessera.methods.forms import LORA_PRESETS
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.lora.factors import initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
@@ -93,7 +93,7 @@ def samples(base: BaseModel, data: DataSet, rank: int, settings: Settings) -> li
 
     def caught(case: Case, source: DataSet) -> float:
         basis = build_case(base, case, rank, source, settings).basis
-        step = make_start(
+        step = make_init(
             basis, method="gradient", base=base, calibration=held_out, eta_init="value", eta=1.0,
             num_examples=len(held_out),
         )  # fmt: skip

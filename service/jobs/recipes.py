@@ -107,7 +107,7 @@ def checked_init(request: InitRequest) -> dict[str, Any]:
     """{"method", "options"} of the init. Raises `InvalidInput` that names the parameter."""
     name, options = request.method, request.options
     if name not in INITS and name in PRESETS:
-        name, options = PRESETS[name].start, {**PRESETS[name].start_options, **options}
+        name, options = PRESETS[name].init, {**PRESETS[name].init_options, **options}
     if name not in INITS:
         known = ", ".join(sorted({*INITS, *PRESETS}))
         raise InvalidInput(f"unknown init {request.method!r}; known: {known}", param=request.param)
@@ -131,10 +131,10 @@ def default_init(request: RecipeRequest) -> dict[str, Any] | None:
     at the base, 9.73 after a step with the learning rate, 4.20 after the line search).
     """
     preset = PRESETS.get(request.method)
-    if preset is None or not request.is_name or INITS[preset.start].needs_adapter:
+    if preset is None or not request.is_name or INITS[preset.init].needs_adapter:
         return None
-    options = {} if preset.caller_sets else dict(preset.start_options)
-    return {"method": preset.start, "options": options}
+    options = {} if preset.caller_sets else dict(preset.init_options)
+    return {"method": preset.init, "options": options}
 
 
 def _method_of(request: RecipeRequest) -> tuple[MethodEntry, Mapping[str, Any]]:

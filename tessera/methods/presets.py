@@ -19,22 +19,34 @@ class Preset:
     """
 
     basis: str
-    start: str
+    init: str
     paper: str
     basis_options: Mapping[str, Any] = field(default_factory=dict)
-    start_options: Mapping[str, Any] = field(default_factory=dict)
+    init_options: Mapping[str, Any] = field(default_factory=dict)
     own_basis: bool = False
     caller_sets: tuple[str, ...] = ()
 
+    def describe(self) -> dict[str, Any]:
+        """The preset as JSON; the API calls the initialization `start`."""
+        return {
+            "basis": self.basis,
+            "start": self.init,
+            "paper": self.paper,
+            "basis_options": dict(self.basis_options),
+            "start_options": dict(self.init_options),
+            "own_basis": self.own_basis,
+            "caller_sets": list(self.caller_sets),
+        }
+
 
 PRESETS: dict[str, Preset] = {
-    "lora_xs": Preset("lora_xs", "noise", "LoRA-XS, section 3", start_options={"sigma": 1e-5}),
+    "lora_xs": Preset("lora_xs", "noise", "LoRA-XS, section 3", init_options={"sigma": 1e-5}),
     "lora_xs_zero": Preset("lora_xs", "zero", "LoRA-XS without the noise: the base model at step 0"),
     "lora_sb": Preset(
         "lora_sb",
         "sb_step",
         "LoRA-SB, algorithm 1 and eq. 5: η is the learning rate",
-        start_options={"eta_init": "lr"},
+        init_options={"eta_init": "lr"},
         own_basis=True,
         caller_sets=("learning_rate",),
     ),
@@ -42,7 +54,7 @@ PRESETS: dict[str, Preset] = {
         "lora_sb",
         "sb_step",
         "LoRA-SB, the authors' code: η of the first warm-up step",
-        start_options={"eta_init": "first_warmup_step"},
+        init_options={"eta_init": "first_warmup_step"},
         own_basis=True,
         caller_sets=("learning_rate", "total_steps"),
     ),
@@ -53,7 +65,7 @@ PRESETS: dict[str, Preset] = {
         "da_step",
         "LoRA-DA, the authors' code: ΔW_0 = (s / γ) Δ AᵀA, γ = 1024, s = α/√r with α = 16, r = 8",
         basis_options={"mode": "repo", "scale": 16 / 8**0.5},
-        start_options={"mode": "repo", "eta_init": "value", "eta": 16 / 8**0.5 / 1024},
+        init_options={"mode": "repo", "eta_init": "value", "eta": 16 / 8**0.5 / 1024},
         own_basis=True,
     ),
     "loram": Preset("loram", "zero", "LoRAM, algorithm 1, frozen factors: a control"),
@@ -68,7 +80,7 @@ PRESETS: dict[str, Preset] = {
         "lora_one",
         "gradient",
         "LoRA-One, γ = 128",
-        start_options={"eta_init": "value", "eta": 1 / 128, "normalise": "spectral"},
+        init_options={"eta_init": "value", "eta": 1 / 128, "normalise": "spectral"},
         own_basis=True,
     ),
     "gradient_svd": Preset("gradient_svd", "gradient", "the gradient's own basis, step by line search"),

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from tessera.methods.bases import METHODS
 from tessera.methods.catalogue import PATH
 from tessera.methods.forms import LORA_PRESETS
-from tessera.methods.init import PRESETS, START_METHODS
+from tessera.methods.init import INIT_METHODS, PRESETS
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
     """What the registries say of themselves."""
     return {
         "methods": {name: method.describe() for name, method in METHODS.items()},
-        "starts": {name: start.describe() for name, start in START_METHODS.items()},
-        "presets": {name: asdict(preset) for name, preset in PRESETS.items()},
+        "starts": {name: method.describe() for name, method in INIT_METHODS.items()},
+        "presets": {name: preset.describe() for name, preset in PRESETS.items()},
         "lora_forms": {name: form.describe() for name, form in LORA_PRESETS.items()},
     }
 

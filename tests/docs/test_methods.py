@@ -10,7 +10,7 @@ import pytest
 
 from tessera.methods.bases import METHODS
 from tessera.methods.forms import LORA_PRESETS
-from tessera.methods.init import PRESETS, START_METHODS
+from tessera.methods.init import INIT_METHODS, PRESETS
 from trainer_worker.training.learning_rates import (
     DEFAULT_PEAK_STEP,
     LARGE_STEP,
@@ -34,7 +34,7 @@ def first_cells(heading: str) -> set[str]:
     ("heading", "names"),
     [
         ("Bases", METHODS),
-        ("Initializations", START_METHODS),
+        ("Initializations", INIT_METHODS),
         ("Presets", PRESETS),
         ("The LoRA form", LORA_PRESETS),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tessera.errors import InvalidInput
-from tessera.methods.init import START_METHODS, Start
+from tessera.methods.init import INIT_METHODS, Initialization
 from tessera.methods.options import fill_options
 from tessera.queue.records import OWN_DATA, JobSpec
 from trainer_worker.preparing.basis_source import JobBasis
@@ -47,20 +47,20 @@ class InitChoice:
     @property
     def needs_model(self) -> bool:
         """Whether it runs the user's examples through the base model."""
-        return self.method in START_METHODS and START_METHODS[self.method].needs_calibration != "none"
+        return self.method in INIT_METHODS and INIT_METHODS[self.method].needs_calibration != "none"
 
     def fill_options(self, plan: TrainingPlan) -> dict[str, Any]:
         """All options, of which learning rate and number of steps are the plan's unless they are specified.
 
         Raises `InvalidInput` for an unknown initialization or option.
         """
-        if self.method not in START_METHODS:
-            raise InvalidInput(f"unknown start {self.method!r}", param="init")
-        known = START_METHODS[self.method].options
+        if self.method not in INIT_METHODS:
+            raise InvalidInput(f"unknown initialization {self.method!r}", param="init")
+        known = INIT_METHODS[self.method].options
         planned = {"learning_rate": plan.learning_rate, "total_steps": plan.total_steps}
         given = {name: value for name, value in self.options.items() if value is not None}
         return fill_options(
-            f"start {self.method}",
+            f"initialization {self.method}",
             known,
             {name: planned[name] for name in planned if name in known} | given,
         )
@@ -78,7 +78,7 @@ class InitChoice:
         return found.step if normalise == _NORMALISE.get(method, normalise) else None
 
 
-def init_message(start: Start) -> str:
+def init_message(start: Initialization) -> str:
     """The initialization in a sentence for the job's owner."""
     notes = start.notes
     details = []
@@ -89,4 +89,4 @@ def init_message(start: Start) -> str:
         details.append(f"loss {losses['0']:.4f} -> {min(losses.values()):.4f}")
     if notes.get("relative_loss"):
         details.append(f"{notes['relative_loss']:.1%} lost in moving it to this basis")
-    return f"Start {notes['method']}" + (f": {', '.join(details)}" if details else "")
+    return f"Initialization {notes['method']}" + (f": {', '.join(details)}" if details else "")

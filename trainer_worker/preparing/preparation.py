@@ -17,8 +17,8 @@ from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.methods.bases import CalibrationSet, Population
-from tessera.methods.init import Start, find_start
-from tessera.methods.init.method import StartRequest
+from tessera.methods.init import Initialization, compute_init
+from tessera.methods.init.method import InitInputs
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import OWN_DATA, Job, JobSpec
 from tessera.store.adapters import AdapterStore
@@ -106,7 +106,7 @@ class Preparation:
             warnings += unusable
         start = await self._initialize(attempt, init, found, data, plan)
         run = CoreRun(job.job_id, data, plan, found.basis, start=found.basis.fold(start.R0.double()))
-        run.start_notes = start.notes
+        run.init_notes = start.notes
         messages.append((init_message(start), start.notes))
         return Prepared(run, messages, init.needs_model, warnings)
 
@@ -160,14 +160,14 @@ class Preparation:
 
     async def _initialize(
         self, attempt: Attempt, init: InitChoice, found: JobBasis, data: TrainingData, plan: TrainingPlan
-    ) -> Start:
+    ) -> Initialization:
         """R_0 in trained coordinates. Holds the model lock if it takes passes through the model."""
         spec = attempt.job.spec
         options = init.fill_options(plan)
         adapter, adapter_basis = await self._warm_start_adapter(attempt.job.tenant, spec, found.basis)
 
-        def work(progress: Progress) -> Start:
-            request = StartRequest(
+        def work(progress: Progress) -> Initialization:
+            request = InitInputs(
                 basis=found.basis,
                 base=self._base,
                 calibration=CalibrationSet.from_encoded(data.train) if init.needs_model else None,
@@ -176,7 +176,7 @@ class Preparation:
                 adapter_basis=adapter_basis,
                 progress=progress,
             )
-            return find_start(request, method=init.method, **options)
+            return compute_init(request, method=init.method, **options)
 
         if not init.needs_model:
             return await asyncio.to_thread(work, lambda done, total: None)

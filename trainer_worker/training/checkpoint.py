@@ -35,7 +35,7 @@ def to_bytes(run: TrainRun) -> bytes:
         "format": FORMAT,
         "fingerprint": fingerprint(run),
         "progress": asdict(run.progress),
-        "start": run.start_notes,
+        "start": run.init_notes,
     }
     return safetensors.torch.save(tensors, metadata={_KEY: json.dumps(state)})
 
@@ -64,7 +64,7 @@ def restore(run: TrainRun, content: bytes) -> None:
     for name in _TENSORS:
         setattr(run, name, tensors[name])
     run.progress = progress
-    run.start_notes = state.get("start")
+    run.init_notes = state.get("start")
 
 
 def try_restore(run: TrainRun, content: bytes) -> list[tuple[str, str]]:

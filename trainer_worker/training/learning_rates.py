@@ -90,9 +90,9 @@ DEFAULT_PEAK_STEP = 2.2e-2
 #: 1e-1, from its line-searched step and from zero, and the loss is flat around it in both cases (3e-2: 4.208,
 #: 4.213; 1e-1: 4.202, 4.205; 3e-1: 4.210, 4.212). LoRA-DA's best rates were measured from its own step, those
 #: of all bases from weights alone from zero. So no initialization changes the rate yet; a later one may.
-START_FACTORS: Mapping[str, float] = {"zero": 1.0, "noise": 1.0, "sb_step": 1.0, "da_step": 1.0}
+INIT_FACTORS: Mapping[str, float] = {"zero": 1.0, "noise": 1.0, "sb_step": 1.0, "da_step": 1.0}
 #: For an initialization that was not measured: another adapter, a plain gradient step.
-DEFAULT_START_FACTOR = 1.0
+DEFAULT_INIT_FACTOR = 1.0
 
 #: Adam's peak rate on A and B at rank 16 (on A, where B's is a multiple of it). Best in the records (b),
 #: jargon: 3e-3 for LoRA and MiLoRA (1e-3 is 0.07 worse, 1e-2 0.11), 1e-3 or 3e-3 for EVA and LoRA-DA (0.01
@@ -156,7 +156,7 @@ class BasisKind:
         4.164; at 4e-3 4.303, 4.168; gain 3.01). In (b), rank 4 tolerates 3 to 10 times the step of rank 16.
         """
         step = PEAK_STEPS.get(self.method, DEFAULT_PEAK_STEP)
-        factor = START_FACTORS.get(self.start, DEFAULT_START_FACTOR)
+        factor = INIT_FACTORS.get(self.start, DEFAULT_INIT_FACTOR)
         return step * factor * RATED_RANK / self.rank / self.gain
 
     def rate_for(self, num_examples: int) -> float:

@@ -127,7 +127,7 @@ class TrainRun(ABC):
     #: R at the lowest validation loss so far; the last R if there is no validation data.
     best_R: Tensor
     #: How the run came to its first R, as JSON; None: from the base model or an adapter as it was.
-    start_notes: dict[str, Any] | None
+    init_notes: dict[str, Any] | None
 
     def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, *, R: Tensor) -> None:
         """R: what training begins with, on the CPU."""
@@ -135,7 +135,7 @@ class TrainRun(ABC):
         self.R, self.m, self.v = R, R.new_zeros(R.shape), R.new_zeros(R.shape)
         self.best_R = R.clone()
         self.progress = Progress()
-        self.start_notes = None
+        self.init_notes = None
 
     @property
     @abstractmethod

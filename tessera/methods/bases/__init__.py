@@ -107,7 +107,7 @@ def build_basis_and_step(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> BuiltBasis:
-    """As `build_basis`, with the method's own first step, which `starts.make_start` takes instead of data.
+    """As `build_basis`, with the method's own first step, which `starts.make_init` takes instead of data.
 
     So LoRA-SB, LoRA-DA and LoRA-One, whose start comes from the same gradients as the basis, need one pass.
     """

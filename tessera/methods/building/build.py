@@ -48,7 +48,7 @@ class BuildRequest:
 class BuiltBasis:
     """A basis, and the method's own first step from the same data, if it has one.
 
-    step: [M, r, r] in trained coordinates, for a learning rate of one: `make_start` scales it.
+    step: [M, r, r] in trained coordinates, for a learning rate of one: `make_init` scales it.
     """
 
     basis: Basis

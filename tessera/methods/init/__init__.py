@@ -20,14 +20,14 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.init import first_steps, fixed
-from tessera.methods.init.method import StartMethod, StartRequest
+from tessera.methods.init.method import InitInputs, InitMethod
 from tessera.methods.options import fill_options
 from tessera.methods.presets import PRESETS, Preset
 from tessera.model.base_model import BaseModel
 
-__all__ = ["PRESETS", "START_METHODS", "Preset", "Start", "StartMethod", "find_start", "make_start"]
+__all__ = ["INIT_METHODS", "PRESETS", "InitMethod", "Initialization", "Preset", "compute_init", "make_init"]
 
-START_METHODS: dict[str, StartMethod] = {
+INIT_METHODS: dict[str, InitMethod] = {
     method.name: method
     for method in (
         fixed.ZERO,
@@ -42,14 +42,14 @@ START_METHODS: dict[str, StartMethod] = {
 
 
 @dataclass(frozen=True)
-class Start:
+class Initialization:
     """R0: [M, r, r] float32, in trained coordinates. notes: how it came about, as JSON."""
 
     R0: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def make_start(
+def make_init(
     basis: Basis,
     *,
     method: str = "zero",
@@ -61,27 +61,29 @@ def make_start(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tensor:
-    """R_0 [M, r, r] float32 by one of `START_METHODS`, in trained coordinates.
+    """R_0 [M, r, r] float32 by one of `INIT_METHODS`, in trained coordinates.
 
     base, calibration: the model and the user's labelled examples, for the starts that need a gradient.
     step: what `build_basis_and_step` returned for the basis of this very data, instead of another pass over
     it. adapter: to go on from, for "warm", with its own basis if it is another one. Raises `InvalidInput`,
     `BasisMismatch`.
     """
-    request = StartRequest(basis, base, calibration, step, adapter, adapter_basis, progress)
-    return find_start(request, method=method, **options).R0
+    request = InitInputs(basis, base, calibration, step, adapter, adapter_basis, progress)
+    return compute_init(request, method=method, **options).R0
 
 
-def find_start(request: StartRequest, *, method: str = "zero", **options: Any) -> Start:
-    """As `make_start`, with an account of it: the scale a line search chose, its losses, the data."""
-    if method not in START_METHODS:
-        raise InvalidInput(f"unknown start {method!r}; known: {', '.join(START_METHODS)}", param="init")
-    chosen = START_METHODS[method]
-    filled = fill_options(f"start {method}", chosen.options, options)
+def compute_init(request: InitInputs, *, method: str = "zero", **options: Any) -> Initialization:
+    """As `make_init`, with an account of it: the scale a line search chose, its losses, the data."""
+    if method not in INIT_METHODS:
+        raise InvalidInput(
+            f"unknown initialization {method!r}; known: {', '.join(INIT_METHODS)}", param="init"
+        )
+    chosen = INIT_METHODS[method]
+    filled = fill_options(f"initialization {method}", chosen.options, options)
     R0, notes = chosen.make(request, filled)
     R0 = R0.float()  # before it is looked at: what float64 holds may not fit
     if not bool(torch.isfinite(R0).all()):
         bad = int((~torch.isfinite(R0)).flatten(1).any(1).nonzero()[0])
         name = request.basis.manifest.modules[bad].name
-        raise InvalidInput(f"start {method} of {name} is not finite", param="init")
-    return Start(R0.cpu().contiguous(), {"method": method, "options": filled, **notes})
+        raise InvalidInput(f"initialization {method} of {name} is not finite", param="init")
+    return Initialization(R0.cpu().contiguous(), {"method": method, "options": filled, **notes})

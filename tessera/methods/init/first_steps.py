@@ -28,7 +28,7 @@ from tessera.methods.building.method import DATA_OPTIONS, ModuleData
 from tessera.methods.building.rebasing import project
 from tessera.methods.building.targets import Target
 from tessera.methods.checks import fixed_eta
-from tessera.methods.init.method import StartMethod, StartRequest
+from tessera.methods.init.method import InitInputs, InitMethod
 from tessera.methods.init.step_size import ETA_OPTIONS, choose_eta
 from tessera.methods.options import Option, Options
 from tessera.model.base_model import BaseModel
@@ -54,12 +54,12 @@ def gradient_direction(data: ModuleData, options: Options) -> Tensor:
     return -g / spectral_norm(g) if options["normalise"] == "spectral" else -g
 
 
-def _step_start(
+def _step_init(
     direction: Direction, needs: Callable[[int, Options], Needs]
-) -> Callable[[StartRequest, Options], tuple[Tensor, dict[str, Any]]]:
+) -> Callable[[InitInputs, Options], tuple[Tensor, dict[str, Any]]]:
     """The start that takes this direction, scaled by the options' step size."""
 
-    def make(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+    def make(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
         eta = fixed_eta(options)  # before any pass, so that a missing option costs nothing
         if request.step is not None and eta is not None:
             return eta * _given_step(request), {"eta": eta}
@@ -79,7 +79,7 @@ def _step_start(
 
 @torch.no_grad()
 def projected_step(
-    request: StartRequest,
+    request: InitInputs,
     base: BaseModel,
     chosen: CalibrationSet,
     direction: Direction,
@@ -114,10 +114,10 @@ def basis_targets(base: BaseModel, basis: Basis) -> list[Target]:
     return targets
 
 
-def _data(request: StartRequest, needs: Needs, options: Options) -> tuple[BaseModel, CalibrationSet]:
+def _data(request: InitInputs, needs: Needs, options: Options) -> tuple[BaseModel, CalibrationSet]:
     if request.base is None:
-        raise InvalidInput("this start needs the base model", param="init")
-    usable = usable_calibration(request.base, "this start", needs, request.calibration)
+        raise InvalidInput("this initialization needs the base model", param="init")
+    usable = usable_calibration(request.base, "this initialization", needs, request.calibration)
     assert usable is not None
     if options["num_examples"]:
         chosen = usable.take(options["num_examples"], seed=options["seed"])
@@ -127,7 +127,7 @@ def _data(request: StartRequest, needs: Needs, options: Options) -> tuple[BaseMo
     return request.base, chosen
 
 
-def _given_step(request: StartRequest) -> Tensor:
+def _given_step(request: InitInputs) -> Tensor:
     step, basis = request.step, request.basis
     assert step is not None
     if step.shape != (basis.num_modules, basis.rank, basis.rank):
@@ -150,30 +150,30 @@ _DA_OPTIONS = {
     for name in ("mode", "form", "damping", "damping_mode", "normalise", "use_fisher")
 }
 
-SB_STEP = StartMethod(
+SB_STEP = InitMethod(
     name="sb_step",
     description="AdamW's first step of full fine-tuning on the user's examples",
     paper="LoRA-SB, arXiv 2411.19557, eqs 5-8",
-    make=_step_start(sb_direction, gradient_needs),
+    make=_step_init(sb_direction, gradient_needs),
     needs_calibration="labelled",
     options={
         **_STEP_OPTIONS,
         "soft_sign": Option(0.0, "ε of g / (|g| + ε); 0 is the paper's sign", minimum=0.0),
     },
 )
-DA_STEP = StartMethod(
+DA_STEP = InitMethod(
     name="da_step",
     description="the natural-gradient step on the user's examples",
     paper="LoRA-DA, eqs 16-21",
-    make=_step_start(da_direction, lora_da.needs),
+    make=_step_init(da_direction, lora_da.needs),
     needs_calibration="labelled",
     options={**_STEP_OPTIONS, **_DA_OPTIONS},
 )
-GRADIENT = StartMethod(
+GRADIENT = InitMethod(
     name="gradient",
     description="a step against the gradient on the user's examples",
     paper="LoRA-One, arXiv 2502.01235, algorithm 1",
-    make=_step_start(gradient_direction, gradient_needs),
+    make=_step_init(gradient_direction, gradient_needs),
     needs_calibration="labelled",
     options={
         **_STEP_OPTIONS,

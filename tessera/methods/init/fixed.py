@@ -9,17 +9,17 @@ from torch import Tensor
 
 from tessera.errors import BasisMismatch, InvalidInput
 from tessera.methods.building.rebasing import rebase
-from tessera.methods.init.method import StartMethod, StartRequest
+from tessera.methods.init.method import InitInputs, InitMethod
 from tessera.methods.options import Option, Options
 
 
-def zero(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+def zero(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
     """R_0 = 0: the base model, bit for bit. It trains: ∂L/∂R = P_outᵀ Bᵀ g Aᵀ P_inᵀ is not zero there."""
     basis = request.basis
     return torch.zeros(basis.num_modules, basis.rank, basis.rank), {}
 
 
-def noise(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+def noise(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
     """R_0 ~ N(0, σ²) (LoRA-XS, section 3); ‖ΔW‖ <= about 2 √r σ σ_1. It breaks no symmetry of zero."""
     basis = request.basis
     generator = torch.Generator().manual_seed(options["seed"])
@@ -27,21 +27,21 @@ def noise(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, An
     return options["sigma"] * torch.randn(shape, generator=generator), {}
 
 
-def population(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+def population(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
     """R_0 = P_out^-1 S P_in^-1 of the start that the basis was learned with."""
     basis = request.basis
     if basis.start is None:
         raise InvalidInput(
-            f"basis {basis.basis_id} ({basis.manifest.method}) has no start of its own", param="init"
+            f"basis {basis.basis_id} ({basis.manifest.method}) has no initialization of its own", param="init"
         )
     return basis.unfold(basis.start.double()), {}
 
 
-def warm(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any]]:
+def warm(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
     """R_0 = P_out^-1 R P_in^-1 of an adapter, moved to this basis first if it belongs to another."""
     basis, adapter = request.basis, request.adapter
     if adapter is None:
-        raise InvalidInput("start warm needs an adapter to go on from", param="init")
+        raise InvalidInput("initialization 'warm' needs an adapter to go on from", param="init")
     loss = 0.0
     if adapter.basis_id != basis.basis_id:
         if request.adapter_basis is None:
@@ -58,13 +58,13 @@ def warm(request: StartRequest, options: Options) -> tuple[Tensor, dict[str, Any
     return basis.unfold(adapter.R.double()), {"relative_loss": loss}
 
 
-ZERO = StartMethod(
+ZERO = InitMethod(
     name="zero",
     description="nothing: the base model",
     paper="PiSSA's and LoRAM's W - B_0 A_0 come to the same",
     make=zero,
 )
-NOISE = StartMethod(
+NOISE = InitMethod(
     name="noise",
     description="Gaussian noise",
     paper="LoRA-XS, arXiv 2405.17604, section 3",
@@ -74,13 +74,13 @@ NOISE = StartMethod(
         "seed": Option(0, "of the noise"),
     },
 )
-POPULATION = StartMethod(
+POPULATION = InitMethod(
     name="population",
     description="what the users have in common that the basis was learned from",
     paper="Reptile, arXiv 1803.02999",
     make=population,
 )
-WARM = StartMethod(
+WARM = InitMethod(
     name="warm",
     description="another adapter, moved to this basis",
     paper="",

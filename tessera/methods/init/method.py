@@ -16,8 +16,8 @@ from tessera.model.base_model import BaseModel
 
 
 @dataclass(frozen=True)
-class StartRequest:
-    """What there is to start from; see `make_start`."""
+class InitInputs:
+    """What there is to start from; see `make_init`."""
 
     basis: Basis
     base: BaseModel | None = None
@@ -29,13 +29,13 @@ class StartRequest:
 
 
 @dataclass(frozen=True)
-class StartMethod:
+class InitMethod:
     """One way to start. make: (request, options) -> R_0 [M, r, r] in trained coordinates, notes."""
 
     name: str
     description: str
     paper: str
-    make: Callable[[StartRequest, Options], tuple[Tensor, dict[str, Any]]]
+    make: Callable[[InitInputs, Options], tuple[Tensor, dict[str, Any]]]
     needs_calibration: Calibration = "none"
     needs_adapter: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)

@@ -76,7 +76,7 @@ class PopulationLearning:
         trials = Trials(base, factors, self.held_out, self.plan)
         with frozen(base.model):
             losses = self._learn(learner, trials, progress)
-        start, learned = learner.final_start(), factors.tensors()
+        start, learned = learner.final_init(), factors.tensors()
         if trials.best is not None:
             start = trials.best.start.to(factors.device)
             learned = trials.best.on(factors.device)
@@ -102,7 +102,7 @@ class PopulationLearning:
 
         for step in range(self.plan.steps + 1):
             with self._naming(step):
-                trials.hold(step, learner.final_start(), advance)
+                trials.hold(step, learner.final_init(), advance)
                 if step == self.plan.steps or trials.have_risen:
                     break
                 losses.append(learner.step(step / self.plan.steps))

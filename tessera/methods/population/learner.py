@@ -136,7 +136,7 @@ class Learner:
         self.start = left @ self.start @ right
 
     @torch.no_grad()
-    def final_start(self) -> Tensor:
+    def final_init(self) -> Tensor:
         """S; if no episode has ended, the mean of the users' R."""
         return self.start if self._num_finished else self.factors.core.detach().mean(1)
 

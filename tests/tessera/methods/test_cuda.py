@@ -7,7 +7,7 @@ import torch
 
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis, build_basis_and_step
 from tessera.methods.building.losses import attached, mean_loss
-from tessera.methods.init import START_METHODS, make_start
+from tessera.methods.init import INIT_METHODS, make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import chordal, small_model
 
@@ -39,7 +39,7 @@ def test_a_basis_does_not_depend_on_the_device(
         assert chordal(there.B[i].T, here.B[i].T) < SENSITIVE.get(method, 2e-2)
 
 
-@pytest.mark.parametrize("start", sorted(set(START_METHODS) - {"warm", "population"}))
+@pytest.mark.parametrize("start", sorted(set(INIT_METHODS) - {"warm", "population"}))
 def test_a_start_does_not_depend_on_the_device(
     on_cuda: BaseModel, small: BaseModel, calibration: CalibrationSet, start: str
 ) -> None:
@@ -47,7 +47,7 @@ def test_a_start_does_not_depend_on_the_device(
     options = {"eta_init": "value", "eta": 1e-3} if start.endswith("step") or start == "gradient" else {}
 
     there, here = (
-        make_start(basis, method=start, base=base, calibration=calibration, **options)
+        make_init(basis, method=start, base=base, calibration=calibration, **options)
         for base in (on_cuda, small)
     )
 
@@ -57,7 +57,7 @@ def test_a_start_does_not_depend_on_the_device(
 
 def test_a_line_search_works_on_the_device(on_cuda: BaseModel, calibration: CalibrationSet) -> None:
     built = build_basis_and_step(on_cuda, method="lora_da", rank=4, calibration=calibration)
-    R0 = make_start(built.basis, method="da_step", base=on_cuda, calibration=calibration, step=built.step)
+    R0 = make_init(built.basis, method="da_step", base=on_cuda, calibration=calibration, step=built.step)
 
     before = mean_loss(on_cuda, calibration)
     with attached(on_cuda, built.basis, built.basis.fold(R0)):

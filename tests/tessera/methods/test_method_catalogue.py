@@ -17,7 +17,7 @@ from tessera.methods.write_catalogue import as_text
 def test_the_file_is_what_the_registries_say() -> None:
     assert PATH.read_text(encoding="utf-8") == as_text(), "run python -m tessera.methods.write_catalogue"
     assert list(METHODS) == list(bases.METHODS)
-    assert list(INITS) == list(init.START_METHODS)
+    assert list(INITS) == list(init.INIT_METHODS)
     assert list(FORMS) == list(forms.LORA_PRESETS)
     assert list(catalogue.CATALOGUE["presets"]) == list(init.PRESETS)
 
@@ -33,9 +33,9 @@ def test_options_come_back_as_they_are(name: str) -> None:
     assert METHODS[name].options.keys() == options.keys()
 
 
-@pytest.mark.parametrize("name", init.START_METHODS)
+@pytest.mark.parametrize("name", init.INIT_METHODS)
 def test_initializations(name: str) -> None:
-    real = init.START_METHODS[name]
+    real = init.INIT_METHODS[name]
     assert INITS[name].needs_adapter == real.needs_adapter
     assert {key: option.describe() for key, option in INITS[name].options.items()} == {
         key: option.describe() for key, option in real.options.items()

@@ -232,7 +232,11 @@ async def test_what_cannot_work_ends_its_job_alone_with_a_name(world: World, bas
         "start": ({**SB, "start": far}, "invalid_value", "is not finite"),
         "quota": ({**SB, "target_modules": None}, "basis_quota_exceeded", "exceed 100000 bytes"),
         "option": ({**SB, "basis_options": {"eta": 1.0}}, "invalid_value", "no option 'eta'"),
-        "init": ({**SB, "start": {"method": "magic", "options": {}}}, "invalid_value", "unknown start"),
+        "init": (
+            {**SB, "start": {"method": "magic", "options": {}}},
+            "invalid_value",
+            "unknown initialization",
+        ),
         "file": ({**SB, "calibration": "file-" + "0" * 24}, "file_not_found", "calibration"),
     }
     jobs = {name: await world.submit(adapter_id=name, **case[0]) for name, case in cases.items()}

@@ -15,15 +15,15 @@ import pytest
 from tessera.errors import InvalidInput
 from tessera.methods.bases import METHODS, build_basis
 from tessera.methods.forms import LORA_PRESETS
-from tessera.methods.init import PRESETS, START_METHODS
+from tessera.methods.init import INIT_METHODS, PRESETS
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.learning_rates import (
     DEFAULT_PEAK_STEP,
     GRADIENT_BASES,
+    INIT_FACTORS,
     LORA_RATES,
     PEAK_STEPS,
     RATED_RANK,
-    START_FACTORS,
     BasisKind,
     LoraKind,
     variant,
@@ -104,7 +104,7 @@ def test_nearness_is_a_real_condition() -> None:
 
 
 def test_every_method_with_every_start_has_a_rate() -> None:
-    for method, start, rank in itertools.product(METHODS, START_METHODS, (1, 2, 4, 64)):
+    for method, start, rank in itertools.product(METHODS, INIT_METHODS, (1, 2, 4, 64)):
         rate = BasisKind(method, rank, start=start).learning_rate
         assert rate * rank / RATED_RANK == pytest.approx(PEAK_STEPS.get(method, DEFAULT_PEAK_STEP))
         made = make_plan({}, None, num_examples=400, kind=BasisKind(method, rank, start=start), seed=0)
@@ -113,10 +113,10 @@ def test_every_method_with_every_start_has_a_rate() -> None:
     assert stated <= set(METHODS)
     unmeasured = set(METHODS) - stated
     assert unmeasured <= {"olora", "corda", "eva", "lolora", "population"}, "say what a new method's step is"
-    assert set(START_FACTORS) <= set(START_METHODS)
+    assert set(INIT_FACTORS) <= set(INIT_METHODS)
     for preset in PRESETS.values():
         assert preset.basis in METHODS
-        assert preset.start in START_METHODS
+        assert preset.init in INIT_METHODS
 
 
 def test_few_examples_take_smaller_steps_where_the_basis_knows_a_gradient() -> None:

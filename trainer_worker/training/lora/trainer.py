@@ -39,7 +39,7 @@ class LoraRun(TrainRun):
         self.factors = factors
         self.layout = Layout(factors.modules, factors.rank)
         super().__init__(run_id, data, plan, R=self.layout.pack(factors.A, factors.B))
-        self.start_notes = {"method": factors.preset.name}
+        self.init_notes = {"method": factors.preset.name}
         self.rules = [self._make_rule(index) for index in range(len(factors.modules))]
 
     @property

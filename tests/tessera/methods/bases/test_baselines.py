@@ -14,7 +14,7 @@ from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import Decomposition, spectral_norm
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.targets import find_targets
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import (
     chordal,
@@ -108,8 +108,8 @@ def test_b3_lora_one_starts_against_the_gradient(
     """ΔW_0 = B R_0 A is -g_r scaled to the largest singular value 1/γ."""
     built = build_basis_and_step(small, method="lora_one", rank=4, calibration=calibration, scale=scale)
     start = {"method": "gradient", "eta_init": "value", "eta": 1 / 128, "normalise": "spectral"}
-    own = make_start(built.basis, step=built.step, **start)
-    projected = make_start(built.basis, base=small, calibration=calibration, **start)
+    own = make_init(built.basis, step=built.step, **start)
+    projected = make_init(built.basis, base=small, calibration=calibration, **start)
     torch.testing.assert_close(own, projected, rtol=1e-3, atol=1e-6)
 
     served = built.basis.fold(own.double())

@@ -9,7 +9,7 @@ from tessera.methods.bases import METHODS, CalibrationSet, build_basis, build_ba
 from tessera.methods.building.collected import Counts
 from tessera.methods.building.decomposition import spectral_norm
 from tessera.methods.building.guidance import two_sided, two_sided_bound
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.da_module import D_IN, D_OUT, RANK, da, fisher_of, make_data
 from tests.tessera.methods.matrices import chordal, random_matrix
@@ -60,8 +60,8 @@ def test_da_start_in_its_own_basis(
     built = build_basis_and_step(small, method="lora_da", rank=4, calibration=calibration, **options)
     start = {"eta_init": "value", "eta": 1 / 1024, **options}
 
-    own = make_start(built.basis, method="da_step", step=built.step, **start)
-    projected = make_start(built.basis, method="da_step", base=small, calibration=calibration, **start)
+    own = make_init(built.basis, method="da_step", step=built.step, **start)
+    projected = make_init(built.basis, method="da_step", base=small, calibration=calibration, **start)
 
     scale = float(own.abs().max())
     torch.testing.assert_close(own / scale, projected / scale, rtol=0, atol=2e-3)

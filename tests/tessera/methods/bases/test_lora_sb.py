@@ -15,7 +15,7 @@ from tessera.methods.building.gradients import collect
 from tessera.methods.building.losses import attached, mean_loss
 from tessera.methods.building.rebasing import project
 from tessera.methods.building.targets import find_targets
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.methods.options import fill_options
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import (
@@ -60,7 +60,7 @@ def test_sb2_the_sign_step_lowers_the_loss_as_predicted() -> None:
     ratios = []
     for eta in (1e-4, 1e-6):
         core = built.basis.fold(
-            make_start(built.basis, method="sb_step", step=built.step, eta_init="value", eta=eta)
+            make_init(built.basis, method="sb_step", step=built.step, eta_init="value", eta=eta)
         )
         predicted = sum(
             float((g * (built.basis.B[i].double() @ core[i].double() @ built.basis.A[i].double())).sum())
@@ -197,7 +197,7 @@ def test_sb8_user_start_is_the_least_squares_optimum(small: BaseModel, calibrati
     basis = build_basis(small, method="lora_xs", rank=4, scale=0.7)
     user, eta = small_calibration(5, seed=9), 1e-3
 
-    R0 = make_start(basis, method="sb_step", base=small, calibration=user, eta_init="value", eta=eta).double()
+    R0 = make_init(basis, method="sb_step", base=small, calibration=user, eta_init="value", eta=eta).double()
 
     targets = find_targets(small.model, LINEARS, 4)
     statistics = collect(small, targets, user, Needs(gradient=True))
@@ -231,8 +231,8 @@ def test_sb8_in_its_own_basis_the_projection_is_the_papers_start(
         "total_steps": 1000,
     }
 
-    papers = make_start(built.basis, method="sb_step", step=built.step, **options)
-    projected = make_start(built.basis, method="sb_step", base=small, calibration=calibration, **options)
+    papers = make_init(built.basis, method="sb_step", step=built.step, **options)
+    projected = make_init(built.basis, method="sb_step", base=small, calibration=calibration, **options)
 
     torch.testing.assert_close(papers, projected, rtol=1e-4, atol=1e-7)
     assert built.step is not None

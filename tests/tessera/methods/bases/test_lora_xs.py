@@ -10,7 +10,7 @@ import torch
 from tessera.errors import InvalidInput
 from tessera.methods.bases import build_basis
 from tessera.methods.building.losses import attached
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import decaying_matrix, factorise, module_data, random_matrix, svd_rank
 
@@ -52,17 +52,17 @@ def test_xs2_the_preconditioner_holds_the_singular_values(small: BaseModel) -> N
 
 def test_xs3_noise_is_small_and_zero_is_the_base_model(small: BaseModel) -> None:
     basis = build_basis(small, rank=4, scale=2.0)
-    noise = make_start(basis, method="noise", seed=3)
+    noise = make_init(basis, method="noise", seed=3)
     served = basis.fold(noise)
 
     for index in range(basis.num_modules):
         bound = 2.0 * 1e-5 * float(basis.P_in[index].max()) * 2 * math.sqrt(4)
         assert 0 < float(torch.linalg.matrix_norm(served[index], ord=2)) < 1.2 * bound
     assert noise.std() == pytest.approx(1e-5, rel=0.2)
-    assert torch.equal(noise, make_start(basis, method="noise", seed=3))
+    assert torch.equal(noise, make_init(basis, method="noise", seed=3))
 
     plain = small.model(TOKENS).logits
-    zero = basis.fold(make_start(basis, method="zero"))
+    zero = basis.fold(make_init(basis, method="zero"))
     with attached(small, basis, zero):
         assert torch.equal(small.model(TOKENS).logits, plain)
     with attached(small, basis, served):

@@ -11,7 +11,7 @@ from torch import nn
 from tessera.errors import BasisMismatch, InvalidInput, UnsupportedModel
 from tessera.formats.adapter import Adapter
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis
-from tessera.methods.init import START_METHODS, make_start
+from tessera.methods.init import INIT_METHODS, make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import random_matrix, small_calibration, small_model, text_of
 
@@ -202,8 +202,11 @@ def test_bad_input_costs_no_pass(calibration: CalibrationSet) -> None:
 def test_starts(small: BaseModel, calibration: CalibrationSet) -> None:
     basis = build_basis(small, rank=4)
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"method": "cold"}, "unknown start 'cold'; known: zero, noise"),
-        ({"method": "noise", "eta": 1.0}, "start noise has no option 'eta'; its options: seed, sigma"),
+        ({"method": "cold"}, "unknown initialization 'cold'; known: zero, noise"),
+        (
+            {"method": "noise", "eta": 1.0},
+            "initialization noise has no option 'eta'; its options: seed, sigma",
+        ),
         ({"method": "noise", "sigma": -1.0}, "sigma must be at least 0"),
         ({"method": "warm"}, "needs an adapter"),
         ({"method": "sb_step"}, "needs the base model"),
@@ -215,16 +218,16 @@ def test_starts(small: BaseModel, calibration: CalibrationSet) -> None:
     ]
     for arguments, message in cases:
         with pytest.raises(InvalidInput, match=message):
-            make_start(basis, **arguments)
+            make_init(basis, **arguments)
     with pytest.raises(InvalidInput, match=r"step of shape \[1, 2, 2\]"):
-        make_start(basis, method="sb_step", step=torch.zeros(1, 2, 2), eta_init="value", eta=1.0)
+        make_init(basis, method="sb_step", step=torch.zeros(1, 2, 2), eta_init="value", eta=1.0)
     with pytest.raises(BasisMismatch, match="belongs to model"):
-        make_start(basis, method="gradient", base=small_model(seed=1), calibration=calibration)
+        make_init(basis, method="gradient", base=small_model(seed=1), calibration=calibration)
     step = torch.full((14, 4, 4), float("nan"))
     with pytest.raises(
-        InvalidInput, match=r"start gradient of model.layers.0.self_attn.q_proj is not finite"
+        InvalidInput, match=r"initialization gradient of model.layers.0.self_attn.q_proj is not finite"
     ):
-        make_start(basis, method="gradient", step=step, eta_init="value", eta=1.0)
+        make_init(basis, method="gradient", step=step, eta_init="value", eta=1.0)
 
 
 def test_a_warm_start_from_too_far_away(small: BaseModel) -> None:
@@ -235,7 +238,7 @@ def test_a_warm_start_from_too_far_away(small: BaseModel) -> None:
     adapter = Adapter(old.basis_id, random_matrix(14, 4, 4, dtype=torch.float32))
 
     with pytest.raises(BasisMismatch, match="give that one too"):
-        make_start(new, method="warm", adapter=adapter)
+        make_init(new, method="warm", adapter=adapter)
     with pytest.raises(InvalidInput, match=r"loses 9\d\.\d% of it; 50.0% is allowed"):
-        make_start(new, method="warm", adapter=adapter, adapter_basis=old)
-    assert set(START_METHODS) == {"zero", "noise", "sb_step", "da_step", "gradient", "population", "warm"}
+        make_init(new, method="warm", adapter=adapter, adapter_basis=old)
+    assert set(INIT_METHODS) == {"zero", "noise", "sb_step", "da_step", "gradient", "population", "warm"}

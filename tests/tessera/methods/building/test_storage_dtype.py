@@ -12,7 +12,7 @@ from tessera.defaults import BUNDLED_MODEL
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import DTYPES, Basis, storage_dtype
 from tessera.methods.bases import CalibrationSet, build_basis, build_basis_and_step
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tessera.model.layout import linear_shapes
 from tessera.peft.exporting import to_peft
@@ -93,11 +93,11 @@ def test_the_start_of_lora_sb_stays_the_best_approximation_of_its_step(
 
     changes = []
     for built in (exact, rounded):
-        R0 = make_start(built.basis, step=built.step, **start)
+        R0 = make_init(built.basis, step=built.step, **start)
         changes.append(delta(built.basis, built.basis.fold(R0)))
     assert difference(changes[1], changes[0]) < MAX_ERROR[dtype]
     # A start that is projected onto the rounded factors is the optimum in them, so at most that far too.
-    R0 = make_start(rounded.basis, base=small, calibration=calibration, **start)
+    R0 = make_init(rounded.basis, base=small, calibration=calibration, **start)
     projected = delta(rounded.basis, rounded.basis.fold(R0))
     assert difference(projected, changes[0]) < MAX_ERROR[dtype]
 

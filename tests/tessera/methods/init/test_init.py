@@ -10,8 +10,8 @@ import torch
 from tessera.formats.adapter import Adapter
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis, build_basis_and_step
 from tessera.methods.building.losses import attached, mean_loss
-from tessera.methods.init import PRESETS, START_METHODS, find_start, make_start
-from tessera.methods.init.method import StartRequest
+from tessera.methods.init import INIT_METHODS, PRESETS, compute_init, make_init
+from tessera.methods.init.method import InitInputs
 from tessera.methods.init.step_size import parabola_minimum
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import random_matrix, small_calibration
@@ -27,7 +27,7 @@ def test_a_line_searched_start_lowers_the_loss_in_any_basis(
     basis = build_basis(small, method=basis_method, rank=4, calibration=calibration)
     user = small_calibration(6, seed=4)
 
-    found = find_start(StartRequest(basis, small, user), method=start)
+    found = compute_init(InitInputs(basis, small, user), method=start)
 
     before = mean_loss(small, user)
     with attached(small, basis, basis.fold(found.R0)):
@@ -42,7 +42,7 @@ def test_a_line_searched_start_lowers_the_loss_in_any_basis(
 def test_a_useless_step_is_not_taken(small: BaseModel, calibration: CalibrationSet) -> None:
     built = build_basis_and_step(small, method="gradient_svd", rank=4, calibration=calibration)
     assert built.step is not None
-    uphill = make_start(built.basis, method="gradient", base=small, calibration=calibration, step=-built.step)
+    uphill = make_init(built.basis, method="gradient", base=small, calibration=calibration, step=-built.step)
 
     assert not uphill.any()
 
@@ -61,7 +61,7 @@ def test_a_warm_start_serves_what_the_adapter_served(
     basis = build_basis(small, method=method, rank=4, calibration=calibration, scale=0.5)
     adapter = Adapter(basis.basis_id, random_matrix(14, 4, 4, dtype=torch.float32))
 
-    R0 = make_start(basis, method="warm", adapter=adapter)
+    R0 = make_init(basis, method="warm", adapter=adapter)
 
     torch.testing.assert_close(basis.fold(R0), adapter.R, rtol=1e-4, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_a_warm_start_from_another_rank_of_the_same_method(small: BaseModel) -> 
     old, new = build_basis(small, rank=4), build_basis(small, rank=8)
     adapter = Adapter(old.basis_id, random_matrix(14, 4, 4, dtype=torch.float32))
 
-    found = find_start(StartRequest(new, adapter=adapter, adapter_basis=old), method="warm")
+    found = compute_init(InitInputs(new, adapter=adapter, adapter_basis=old), method="warm")
 
     assert found.notes["relative_loss"] == pytest.approx(0, abs=1e-6)
     served = new.fold(found.R0)
@@ -86,16 +86,16 @@ def test_every_preset_builds_and_starts(small: BaseModel, calibration: Calibrati
     built = build_basis_and_step(
         small, method=preset.basis, rank=4, calibration=calibration, **preset.basis_options
     )
-    request = StartRequest(built.basis, small, calibration, step=built.step if preset.own_basis else None)
+    request = InitInputs(built.basis, small, calibration, step=built.step if preset.own_basis else None)
     caller = {option: CALLER[option] for option in preset.caller_sets}
 
-    found = find_start(request, method=preset.start, **preset.start_options, **caller)
+    found = compute_init(request, method=preset.init, **preset.init_options, **caller)
 
     assert found.R0.shape == (14, 4, 4)
     assert found.R0.dtype == torch.float32
-    assert bool(found.R0.any()) is (preset.start != "zero")
+    assert bool(found.R0.any()) is (preset.init != "zero")
     assert preset.own_basis <= (built.step is not None)
-    assert found.notes["method"] == preset.start
+    assert found.notes["method"] == preset.init
 
 
 def test_the_registries_describe_themselves() -> None:
@@ -103,7 +103,7 @@ def test_the_registries_describe_themselves() -> None:
         "lora_xs", "lora_sb", "lora_da", "loram", "lolora", "pissa", "milora", "olora", "lora_ga", "lora_one",
         "corda", "eva", "gradient_svd", "random",
     }  # fmt: skip
-    for name, method in {**METHODS, **START_METHODS}.items():
+    for name, method in {**METHODS, **INIT_METHODS}.items():
         assert method.name == name
         assert method.description
         assert method.needs_calibration in ("none", "text", "labelled")

@@ -143,7 +143,7 @@ def test_an_episode_ends_with_the_start_nearer_to_the_users_core() -> None:
     core = learner.factors.core.detach()[:, 0]
     torch.testing.assert_close(core, learner.start)
     assert 0 < float(moved.norm()) < float(S.norm())
-    assert torch.equal(learner.final_start(), learner.start)
+    assert torch.equal(learner.final_init(), learner.start)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

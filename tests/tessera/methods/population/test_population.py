@@ -14,7 +14,7 @@ from tessera.errors import CorruptRecord, InvalidInput
 from tessera.formats.basis import Basis
 from tessera.methods.bases import CalibrationSet, Population, build_basis, build_basis_and_step
 from tessera.methods.building.losses import attached, mean_loss
-from tessera.methods.init import make_start
+from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import small_calibration, small_model
 from tests.tessera.methods.populations import SHORT, personal
@@ -102,14 +102,14 @@ def test_one_pile_of_examples_is_split_into_users(small: BaseModel, population: 
 def test_the_start_is_served_and_begun_with(small: BaseModel, learned: Basis, population: Population) -> None:
     """`Basis.start` is a stored core: attached as it is, and unfolded into the trainer's coordinates."""
     assert learned.start is not None
-    R0 = make_start(learned, method="population")
+    R0 = make_init(learned, method="population")
 
     torch.testing.assert_close(learned.fold(R0.double()).float(), learned.start, rtol=1e-4, atol=1e-6)
     with attached(small, learned, learned.start):
         assert mean_loss(small, population) < 4.5
     assert mean_loss(small, population) > 4.6
-    with pytest.raises(InvalidInput, match="has no start of its own"):
-        make_start(build_basis(small, rank=2), method="population")
+    with pytest.raises(InvalidInput, match="has no initialization of its own"):
+        make_init(build_basis(small, rank=2), method="population")
 
 
 def test_a_start_is_part_of_the_stored_basis(learned: Basis) -> None:
