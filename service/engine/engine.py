@@ -97,6 +97,11 @@ class Engine:
         return self._in_flight.take_outputs()
 
     @property
+    def has_missing(self) -> bool:
+        """Whether `missing_adapters` or `missing_bases` would return something."""
+        return self.residency.has_missing
+
+    @property
     def has_work(self) -> bool:
         """Whether `step`, or fetching what is missing, would make progress. A request that waits for an
         adapter being fetched is no work until its deadline has passed, so ask at least once a second."""

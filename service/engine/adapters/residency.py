@@ -96,6 +96,7 @@ class Residency:
         self._users: Counter[AdapterRef] = Counter()
         self._missing: dict[AdapterRef, None] = {}
         self._requested: set[AdapterRef] = set()
+        self._has_pinned = False  # since the last `load`
         self._unloaded: set[AdapterRef] = set()  # to be dropped when no longer used
 
     @property
@@ -161,13 +162,16 @@ class Residency:
         """Pin an adapter that is ready and return its slot; None while every slot of its basis is pinned."""
         slot = self.bases.use(ref.basis_id).pin(ref, self.cache.get(ref))
         if slot is not None:
+            self._has_pinned = True
             self.cache.release(ref)
         return slot
 
     def load(self) -> None:
         """Start loading everything that was pinned since the last call."""
-        for table in self.bases.tables.values():
-            table.load()
+        if self._has_pinned:
+            self._has_pinned = False
+            for table in self.bases.tables.values():
+                table.load()
 
     def take_missing(self) -> list[AdapterRef]:
         """The adapters to fetch. Each is returned once until it is provided."""

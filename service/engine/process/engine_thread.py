@@ -132,11 +132,14 @@ class EngineThread:
         self._is_working = True
         replies = self._carry_out(commands)
         # Before the step, so that what is missing is fetched meanwhile.
-        adapters, bases = engine.missing_adapters(), engine.missing_bases()
-        if replies or adapters or bases:
-            self._call_in_loop(self._on_delivery, Delivery([], adapters, bases, replies))
+        if replies or engine.has_missing:
+            missing = engine.missing_adapters(), engine.missing_bases()
+            self._call_in_loop(self._on_delivery, Delivery([], *missing, replies))
         had_work = engine.has_work
-        delivery = Delivery(engine.step(), engine.missing_adapters(), engine.missing_bases())
+        delivery = Delivery(engine.step())
+        if engine.has_missing:
+            delivery.missing_adapters = engine.missing_adapters()
+            delivery.missing_bases = engine.missing_bases()
         has_come_to_rest = (had_work or bool(commands)) and not engine.has_work
         if has_come_to_rest or started_at - self._stats_at >= STATS_INTERVAL_S:
             delivery.stats = engine.stats()

@@ -69,7 +69,7 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
 
 def apply_rules(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     """The logits from which tokens are chosen. logits: float32 [N, V]; returns a copy if a row has rules."""
-    ruled = [index for index, request in enumerate(requests) if has_rules(request)]
+    ruled = [index for index, r in enumerate(requests) if r.may_have_rules and has_rules(r)]
     if not ruled:
         return logits
     logits = logits.clone()

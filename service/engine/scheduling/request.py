@@ -141,14 +141,17 @@ class EngineRequest:
             or sampling.repetition_penalty != 1
             or bool(sampling.logit_bias)
         )
+        #: Whether its logits may ever be changed: by these, or because its output must not end yet.
+        self.may_have_rules: bool = self.has_rules or (
+            sampling.min_tokens > 0 and bool(sampling.stop_token_ids)
+        )
         #: Whether log-probabilities of the prompt are requested and not sent yet.
         self.needs_prompt_logprobs: bool = sampling.prompt_logprobs is not None
         #: Whether its next token is always the largest of the model's own logits, and nothing else is
         #: reported.
         self.is_plain: bool = (
             self.generator is None
-            and not self.has_rules
-            and not (sampling.min_tokens > 0 and sampling.stop_token_ids)
+            and not self.may_have_rules
             and sampling.logprobs is None
             and sampling.prompt_logprobs is None
         )

@@ -124,14 +124,16 @@ class ModelRunner:
     def _own_slots(self) -> SlotTable | None:
         """The slots of the fused basis. A step over static tensors has no rows of another basis."""
         for basis_id, table in self._bases.tables.items():
-            if basis_id != self._bases.default_id:
+            if basis_id != self._bases.default_id and table.active is not None:
                 table.stage(None)
         return self._bases.tables.get(self._bases.default_id)
 
     def _stage(self, plan: StepPlan, kv: PagedKV, sources: TokenSources | None = None) -> StepBatch:
         batch = build_batch(plan, kv, self._attention.layout, self._device, sources)
         for basis_id, table in self._bases.tables.items():
-            table.stage(batch.slots.get(basis_id))
+            slots = batch.slots.get(basis_id)
+            if slots is not None or table.active is not None:
+                table.stage(slots)
         return batch
 
     def _make_static_steps(self) -> StaticSteps | None:

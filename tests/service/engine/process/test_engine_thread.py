@@ -36,8 +36,12 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         self._left.pop(request_id, None)
 
-    def missing_adapters(self) -> list[AdapterRef]:
+    @property
+    def has_missing(self) -> bool:
         self.num_looks += 1
+        return bool(self._missing)
+
+    def missing_adapters(self) -> list[AdapterRef]:
         missing, self._missing = self._missing, []
         return missing
 
