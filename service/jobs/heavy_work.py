@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from service.processes.fair_gate import FairGate
 from service.processes.twin import Limits, Twin, Work
 from tessera import errors
 from tessera.errors import RequestFailed, TesseraError
@@ -72,6 +73,8 @@ class HeavyWork:
         self._reading = asyncio.Lock()
         #: One import at a time: each needs several times its size in memory.
         self._importing = asyncio.Lock()
+        #: Two exports at a time, of different tenants: each takes 0.4 GB for torch, beside the factors.
+        self._exporting = FairGate(capacity=2, share=1)
 
     async def layers(self) -> dict[str, ModuleShape]:
         """The base model's linear layers by name. Raises `UnsupportedModel`."""
@@ -95,9 +98,10 @@ class HeavyWork:
 
     async def export_zip(self, source: ExportSource) -> bytes:
         """The adapter as a zip of PEFT's files. Raises what `peft_zip` raises."""
-        if self._twin is None:
-            return await _export(self._redis, self._common, source)
-        return await self._in_fork(self._twin, _EXPORT, asdict(source))
+        async with self._exporting.room(source.tenant):
+            if self._twin is None:
+                return await _export(self._redis, self._common, source)
+            return await self._in_fork(self._twin, _EXPORT, asdict(source))
 
     async def _in_fork(self, twin: Twin, name: bytes, head: dict[str, Any], body: bytes = b"") -> bytes:
         line = json.dumps({**head, "store_url": self._store_url}).encode()
