@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import psutil
-from benchmarks.footprint import SUM, Program, Round, medians, ratios, roles
 
+from benchmarks.processes.footprint import SUM, Program, Round, medians, ratios, roles
 from tessera.processes.child_process import start_child
 from tests.waiting import HANG_S, wait_until
 
