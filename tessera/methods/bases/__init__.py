@@ -1,4 +1,4 @@
-"""Ways to build a basis, one file per published method, and the registry that names them."""
+"""The methods that build a basis: one file per published method, and the registry `METHODS`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 
 def find_method(name: str) -> Method:
-    """The method of this name. Raises `InvalidInput` naming the known ones."""
+    """Return the method of this name. Raises `InvalidInput`, which lists the known names."""
     if name not in METHODS:
         raise InvalidInput(f"unknown method {name!r}; known: {', '.join(METHODS)}", param="method")
     return METHODS[name]
@@ -85,12 +85,15 @@ def build_basis(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Basis:
-    """Build a basis by one of `METHODS`. progress(done, total) is called after each module, and
-    after each step of a method that learns. calibration: a `Population` says whose the examples are.
+    """Build a basis with one of `METHODS`.
 
-    The base model is left as it was; the caller must have it for itself meanwhile. Raises `InvalidInput`
-    (unknown method or option, rank out of range, no or too little calibration data, values that are not
-    finite) or `UnsupportedModel` (no target module, or one with a quantised or tied weight).
+    calibration: the examples that the method reads; a `Population` also says which user each one belongs to.
+    progress: called as progress(done, total) after each module, and after each step of a method that learns.
+    options: those of the method.
+
+    The base model is not changed, but nobody else may use it during the call. Raises `InvalidInput` (unknown
+    method or option, rank out of range, missing or insufficient calibration data, values that are not finite)
+    or `UnsupportedModel` (no target module, or one with a quantised or tied weight).
     """
     request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
     return build(base, find_method(method), request).basis
@@ -107,9 +110,10 @@ def build_basis_and_step(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> BuiltBasis:
-    """As `build_basis`, with the method's own first step, which `starts.make_init` takes instead of data.
+    """Build a basis as `build_basis` does, and return it with the method's own first step.
 
-    So LoRA-SB, LoRA-DA and LoRA-One, whose start comes from the same gradients as the basis, need one pass.
+    `make_init` takes that step instead of data. LoRA-SB, LoRA-DA and LoRA-One compute basis and
+    initialization from the same gradients, so this saves them a second pass over the data.
     """
     request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
     return build(base, find_method(method), request)

@@ -1,11 +1,14 @@
-"""CorDA (arXiv 2406.05223): the SVD of W weighted by the covariance of its inputs.
+"""CorDA (arXiv 2406.05223): the SVD of W, weighted by the covariance of its inputs.
 
-    C = mean over examples of x̃ᵀ x̃,   W C = U S Vᵀ,   A' = √S_r V_rᵀ C^-1,   B' = U_r √S_r      (eqs 2 to 4)
+    C = mean over examples of x̃ᵀ x̃,   x̃ = x / |max x|
+    W C = U S Vᵀ,   A' = √S_r V_rᵀ C^-1,   B' = U_r √S_r                       (eqs 2 to 4)
 
-IPM ("instruction-previewed") takes the first r directions, which the calibration task uses; KPM ("knowledge-
-preserved") the last r, away from what the calibration text needs. C + λI is inverted, with λ = 0.01 · mean
-diag C, doubled until ‖(C + λI)(C + λI)^-1 - I‖_F < 0.05 (PEFT and the authors' code). Nothing is subtracted
-here.
+The option `mode` chooses the directions. "ipm" ("instruction-previewed") takes the first r, which the
+calibration task uses; "kpm" ("knowledge-preserved") takes the last r, away from what the calibration text
+needs. As in PEFT and the authors' code, C + λI is inverted instead of C: λ starts at 0.01 · mean diag C and
+is doubled until ‖(C + λI)(C + λI)^-1 - I‖_F < 0.05.
+
+Needs text. Unlike the paper, nothing is subtracted from W, because the factors are frozen (see `pissa.py`).
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from tessera.methods.building.decomposition import MAX_DOUBLE_SIDE, Decompositio
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.options import Option, Options
 
+#: The first λ, as a multiple of the mean of C's diagonal.
 DAMPING = 0.01
+#: λ is doubled until ‖(C + λI)(C + λI)^-1 - I‖_F falls below this.
 MAX_INVERSE_ERROR = 0.05
 MAX_DOUBLINGS = 40
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' [r, d_in], B' [d_out, r] with B' A' = U_r S_r V_rᵀ C^-1."""
+    """Return A' [r, d_in] and B' [d_out, r] with B' A' = U_r S_r V_rᵀ C^-1."""
     rule = data.statistics.inputs
     assert isinstance(rule, ScaledMoment)
     C, inverse = damped_inverse(rule.moment, data.shape.name)
@@ -41,10 +46,10 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 
 def damped_inverse(C: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """C + λI and its inverse, [d_in, d_in]. Raises `InvalidInput` if C is zero."""
+    """Return C + λI and its inverse, both [d_in, d_in]. Raises `InvalidInput` if C is zero."""
     mean = float(torch.diagonal(C).mean())
     if not mean > 0:
-        raise InvalidInput(f"the inputs of {name} have the mean square {mean}", param="calibration")
+        raise InvalidInput(f"the mean square of the inputs of {name} is {mean}", param="calibration")
     C = C.double() if len(C) <= MAX_DOUBLE_SIDE else C
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     damping = DAMPING
@@ -67,13 +72,13 @@ def needs(rank: int, options: Options) -> Needs:
 
 METHOD = Method(
     name="corda",
-    description="the SVD of each weight weighted by the covariance of its inputs on a text",
+    description="The SVD of each weight, weighted by the covariance of its inputs on a text",
     paper="CorDA, arXiv 2406.05223, eqs 2-4",
     factorise=factorise,
     needs_calibration="text",
     options={
         **DATA_OPTIONS,
-        "mode": Option("ipm", "first (ipm) or last (kpm) directions", choices=("ipm", "kpm")),
+        "mode": Option("ipm", "use the first (ipm) or the last (kpm) directions", choices=("ipm", "kpm")),
     },
     needs=needs,
 )

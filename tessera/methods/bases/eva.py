@@ -1,14 +1,18 @@
 """EVA (arXiv 2410.07170): A from the principal components of a module's inputs.
 
-    A = top-r right singular vectors of the centred inputs [T, d_in]      (algorithm 1)
+    A = top r right singular vectors of the centred inputs [T, d_in]                    (algorithm 1)
+    B = by `output_rule`, see `building/output_space.py`
 
-The authors and PEFT run an incremental, randomised PCA until it stops moving; here the covariance is summed
-exactly and decomposed once, which is what theirs converges to. Theirs looks at the tokens to learn only
-(`tokens="label"`), which text without labels does not have. EVA starts B at 0 and trains it; with B frozen
-it needs a rule (`output_space.py`).
+Needs text. Three things differ from the paper:
 
-The redistribution of ranks over layers by explained variance (ρ) is not offered: a basis has one rank, so
-that an adapter is one tensor [M, r, r].
+* The authors and PEFT run an incremental, randomised PCA until it stops moving. Here the covariance is summed
+  exactly and decomposed once, which is what theirs converges to.
+* Their PCA reads only the tokens to learn. Text without labels has none, so `tokens="all"` is the default and
+  `tokens="label"` is theirs.
+* EVA initializes B with 0 and trains it; a frozen B needs a rule.
+
+EVA also redistributes ranks over layers by explained variance (ρ). That is not offered, because a basis has
+one rank, so that an adapter is one tensor [M, r, r].
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A [r, d_in], B [d_out, r], both orthonormal."""
+    """Return A [r, d_in] and B [d_out, r], both orthonormal."""
     rule = data.statistics.inputs
     assert isinstance(rule, SecondMoment)
     A = smallest_eigenvectors(-rule.covariance, data.rank, generator=data.generator()).mT
@@ -40,13 +44,17 @@ def needs(rank: int, options: Options) -> Needs:
 
 METHOD = Method(
     name="eva",
-    description="the principal components of each module's inputs, with a chosen output space",
+    description="The principal components of each module's inputs; output_rule chooses B",
     paper="EVA, arXiv 2410.07170, algorithm 1",
     factorise=factorise,
     needs_calibration="text",
     options={
         **DATA_OPTIONS,
-        "tokens": Option("all", "whose inputs are looked at; label as the authors", choices=("label", "all")),
+        "tokens": Option(
+            "all",
+            "which tokens' inputs are used; the authors use those to learn (label)",
+            choices=("label", "all"),
+        ),
         "output_rule": OUTPUT_RULE_OPTION,
     },
     needs=needs,

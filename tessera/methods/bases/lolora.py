@@ -1,16 +1,20 @@
-"""LoLoRA ("Locally fine-tuned low rank adapters"): A by online Hebbian PCA, as a label-free basis-building
-job.
+"""LoLoRA ("Locally fine-tuned low rank adapters"): A learned by online Hebbian PCA, without labels.
 
-The paper lets A learn from the inputs during fine-tuning while B is trained. An A that moves cannot be
-shared, so here it learns on a stream of text with the adapter at zero (the paper's own control, where it
-converges to EVA's recall error), is frozen and published as a basis. B comes from a rule
-(`output_space.py`); the paper's B is trained. The rule for training A and B together is
-`hebbian.online_delta`.
+    for every 512 tokens:   A ← A - Adam(g),   g of a local rule such as -(1/T) uᵀ e    (algorithm 1)
+    B = by `output_rule`, see `building/output_space.py`
 
-One pass over the text makes few steps: with 512 tokens a step the distance to the true principal subspace
-(at most 2.0 at rank 4 of 64) is 1.65 / 1.17 / 0.18 / 0.05 after 30 / 100 / 300 / 1000 steps of Adam at
-1.5e-3, and 0.31 / 0.27 / 0.18 / 0.05 from the first batch's principal components at 1e-4. So that start is
-the default here; the paper uses it for GLUE, not for MetaMath.
+`building/hebbian.py` has the rules. Needs text.
+
+In the paper A learns from the inputs during fine-tuning while B is trained. Users cannot share an A that
+moves, so here A learns from a stream of text with the adapter at zero (the paper's own control, in which it
+converges to EVA's recall error), and is then frozen and published as a basis. `hebbian.online_delta` is the
+paper's rule, for training A and B together.
+
+By default A is initialized with the principal components of the first batch, as the paper does for GLUE but
+not for MetaMath. The reason is that one pass over the text makes few steps. With 512 tokens a step, the
+distance to the true principal subspace (at most 2.0 at rank 4 of 64) after 30 / 100 / 300 / 1000 steps is
+1.65 / 1.17 / 0.18 / 0.05 with Adam at 1.5e-3 from random rows, and 0.31 / 0.27 / 0.18 / 0.05 with 1e-4 from
+those components.
 """
 
 from __future__ import annotations
@@ -27,12 +31,12 @@ from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, Mo
 from tessera.methods.building.output_space import OUTPUT_RULE_OPTION, needs_for, output_space
 from tessera.methods.options import Option, Options
 
-#: Of Adam on A: the paper's, without and with the start from the first batch (tables 6 and 7).
+#: Adam's learning rates for A in the paper: from random rows, and from the first batch (tables 6 and 7).
 LR, LR_AFTER_SVD = 1.5e-3, 1e-4
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A [r, d_in] with the rows that the rule learned, made orthonormal; B [d_out, r] by `output_rule`."""
+    """Return A [r, d_in], the learned rows made orthonormal, and B [d_out, r] chosen by `output_rule`."""
     rule = data.statistics.inputs
     assert isinstance(rule, HebbianRule)
     check_numerical_rank(torch.linalg.svdvals(rule.A), data.rank, f"the learned A of {data.shape.name}")
@@ -63,18 +67,20 @@ def needs(rank: int, options: Options) -> Needs:
 
 METHOD = Method(
     name="lolora",
-    description="online Hebbian principal components of each module's inputs, with a chosen output space",
+    description="Principal components of each module's inputs, learned online by a Hebbian rule",
     paper="LoLoRA (Locally fine-tuned low rank adapters), algorithm 1",
     factorise=factorise,
     needs_calibration="text",
     options={
         **DATA_OPTIONS,
-        "rule": Option("hpca", "the local rule", choices=("hpca", "ae", "softhebb")),
-        "svd_first": Option(True, "start from the principal components of the first batch"),
-        "lr": Option(None, "of Adam on A; unset 1.5e-3, or 1e-4 with svd_first", float, minimum=1e-12),
-        "momentum": Option(0.98, "of the running mean", minimum=0.0, maximum=1.0),
-        "centred": Option(True, "subtract the running mean"),
-        "tokens_per_step": Option(512, "tokens of one update", minimum=1),
+        "rule": Option("hpca", "the local learning rule", choices=("hpca", "ae", "softhebb")),
+        "svd_first": Option(True, "initialize A with the principal components of the first batch"),
+        "lr": Option(
+            None, "Adam's learning rate for A; default 1e-4 with svd_first, else 1.5e-3", float, minimum=1e-12
+        ),
+        "momentum": Option(0.98, "momentum of the running mean of the inputs", minimum=0.0, maximum=1.0),
+        "centred": Option(True, "subtract the running mean from the inputs"),
+        "tokens_per_step": Option(512, "tokens per update of A", minimum=1),
         "output_rule": OUTPUT_RULE_OPTION,
     },
     needs=needs,

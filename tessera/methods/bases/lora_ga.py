@@ -2,11 +2,12 @@
 
     g = U S Vᵀ,   A' = c V_rᵀ,   B' = c U_r,   c = d_out^{1/4} / √γ
 
-The authors' default takes *different* indices, A from V[:r] and B from U[r:2r] (theorem 3.1: the best first
-step of A and B together; `lora_form`). As a frozen pair that is useless: Bᵀ g Aᵀ = U[r:2r]ᵀ g V[:r] = 0,
-the gradient of R is zero at the start. So the r × r form must use the same indices on both sides, which
-makes it LoRA-SB without the sign; asking for "ArB2r" is refused. PEFT's port multiplies B by S and scales B
-alone: a deviation from the authors.
+Needs labelled examples. The authors' default, "ArB2r", takes *different* indices: A from V[:r] and B from
+U[r:2r], which is the best first step of A and B together (theorem 3.1; `lora_form` computes it). As a frozen
+pair it is useless: the gradient of R at zero is Bᵀ g Aᵀ = U[r:2r]ᵀ g V[:r] = 0. The r × r form therefore uses
+the same indices on both sides, which makes it LoRA-SB without the sign, and refuses "ArB2r".
+
+PEFT's port multiplies B by S and scales B alone. We follow the authors, who do neither.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' [r, d_in], B' [d_out, r] from the same singular vectors of the gradient."""
+    """Return A' [r, d_in] and B' [d_out, r] from the same singular vectors of the gradient."""
     U, _, Vh, gap = gradient_triplets(data.statistics.g(), data)
     c = stable_scale(data.shape.d_out, options["gamma"])
     return ModuleFactors(c * Vh, c * U, notes={"relative_gap": gap})
 
 
 def lora_form(g: Tensor, rank: int, *, gamma: float = 16.0) -> tuple[Tensor, Tensor]:
-    """A_0 [r, d_in] and B_0 [d_out, r] of the authors' default ArB2r, for training both factors.
+    """Return A_0 [r, d_in] and B_0 [d_out, r] of the authors' default ArB2r, for training both factors.
 
     The first step of gradient descent on both moves B A along the best rank-2r approximation of g.
     """
     if 2 * rank > min(g.shape):
         raise InvalidInput(
-            f"rank must be at most {min(g.shape) // 2}, half the smaller side; got {rank}", param="rank"
+            f"rank must be at most {min(g.shape) // 2} (half of the smaller side), got {rank}", param="rank"
         )
     U, _, Vh = Decomposition("exact").svd(g, 2 * rank, seed=0)
     c = stable_scale(g.shape[0], gamma)
@@ -43,22 +44,26 @@ def lora_form(g: Tensor, rank: int, *, gamma: float = 16.0) -> tuple[Tensor, Ten
 
 
 def stable_scale(d_out: int, gamma: float) -> float:
-    """c = d_out^{1/4} / √γ on both factors: the output's change does not depend on the width."""
+    """Return c = d_out^{1/4} / √γ for both factors: the change of the output is independent of the width."""
     return float(d_out**0.25 / gamma**0.5)
 
 
 METHOD = Method(
     name="lora_ga",
-    description="the leading singular vectors of the gradient at LoRA-GA's scale",
+    description="The leading singular vectors of the gradient, at LoRA-GA's scale",
     paper="LoRA-GA, arXiv 2407.05000, theorem 3.1 (same indices on both sides, see the docs)",
     factorise=factorise,
     needs_calibration="labelled",
     options={
         **DATA_OPTIONS,
         "gamma": Option(
-            16.0, "γ of the stable scale (16 in the code, 64 in the paper for LLMs)", minimum=1e-6
+            16.0, "γ of the stable scale (16 in the authors' code; 64 in the paper, for LLMs)", minimum=1e-6
         ),
-        "direction": Option("ArBr", "which singular vectors", choices=("ArBr", "ArB2r")),
+        "direction": Option(
+            "ArBr",
+            "singular vectors of A and B; ArB2r does not train with frozen factors",
+            choices=("ArBr", "ArB2r"),
+        ),
     },
     needs=gradient_needs,
     check=check_lora_ga,

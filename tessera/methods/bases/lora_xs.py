@@ -1,20 +1,20 @@
-"""LoRA-XS (arXiv 2405.17604): the basis is the truncated SVD of each frozen weight. Needs no data.
+"""LoRA-XS (arXiv 2405.17604): the truncated SVD of each frozen weight.
 
-    W = U Σ Vᵀ,   A' = Σ_r V_rᵀ,   B' = U_r      (section 3)
+    W = U Σ Vᵀ,   A' = Σ_r V_rᵀ,   B' = U_r                                              (section 3)
 
-In canonical form A = V_rᵀ and B = U_r, and Σ_r becomes the training preconditioner P_in. Σ stands on the
-*input* side: the paper writes W for the transposed weight (h = x W + x A R B with A = U_r Σ_r), and the
-authors' code takes `TruncatedSVD.transform(W.T)` = V_r Σ_r for lora_A.
+Needs no data. In canonical form A = V_rᵀ and B = U_r, and Σ_r becomes the training preconditioner P_in. Σ is
+on the *input* side: the paper writes W for the transposed weight (h = x W + x A R B with A = U_r Σ_r), and
+the authors' code uses `TruncatedSVD.transform(W.T)` = V_r Σ_r for lora_A.
 
-The ablations are options: bottom and middle vectors (appendix G), without Σ (appendix H), random factors
-and the SVD of a random matrix (table 4, appendix F). Two notes on what the paper leaves open:
+The paper's ablations are options: bottom and middle vectors (appendix G), no Σ (appendix H), and random
+factors and the SVD of a random matrix (table 4, appendix F). The paper leaves two points open:
 
-* appendix G's bottom vectors carry Σ_bottom, which also shrinks the step of Adam: part of "top beats
-bottom" is a
-  learning rate (measured: still improving at the largest rate). `with_sigma=False` separates the two.
-* the authors' random factors call `kaiming_uniform_(a=√5)` on tensors [n, r] and [r, m], whose fan-in to
-torch is
-  r and m: A' is U(-1/√r, 1/√r), B' is U(-1/√m, 1/√m). `vectors="random"` has these scales.
+* The bottom vectors of appendix G carry Σ_bottom, which also shrinks Adam's step. So "top beats bottom" is in
+  part a learning rate (measured: bottom still improves at the largest rate). `with_sigma=False` tells the two
+  apart.
+* The authors' random factors call `kaiming_uniform_(a=√5)` on tensors [n, r] and [r, m], whose fan-in is r
+  and m for torch. A' is therefore U(-1/√r, 1/√r) and B' is U(-1/√m, 1/√m), and `vectors="random"` uses these
+  scales.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' [r, d_in], B' [d_out, r] of one weight [d_out, d_in]."""
+    """Return A' [r, d_in] and B' [d_out, r] of one weight [d_out, d_in]."""
     if options["vectors"] == "random":
         return repo_random(data)
     weight = random_weight(data) if options["vectors"] == "svd_of_random" else data.weight
@@ -38,22 +38,28 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 
 def singular_triplets(X: Tensor, data: ModuleData, *, which: str) -> tuple[Tensor, Tensor, Tensor, float]:
-    """U [d_out, r], S [r], Vh [r, d_in] of X at the top, middle or bottom, and the relative gap below them.
+    """Return U [d_out, r], S [r] and Vh [r, d_in] of X, and the relative gap below them.
 
-    Raises `InvalidInput` if X is rank-deficient there: the vectors of a null space are arbitrary.
+    which: "top", "middle" or "bottom" triplets; any other name means "top". Raises `InvalidInput` if X is
+    rank-deficient there, because the vectors of a null space are arbitrary.
     """
     rank = data.rank
     is_top = which not in ("middle", "bottom")
     decomposition = data.decomposition if is_top else Decomposition("exact")
     U, S, Vh = decomposition.svd(X, rank, seed=data.seed)
-    first = 0 if is_top else len(S) - rank if which == "bottom" else (len(S) - rank) // 2
+    if is_top:
+        first = 0
+    elif which == "bottom":
+        first = len(S) - rank
+    else:
+        first = (len(S) - rank) // 2
     check_numerical_rank(S, first + rank, f"the weight of {data.shape.name}")
     part = slice(first, first + rank)
     return U[:, part], S[part], Vh[part], relative_gap(S, first + rank)
 
 
 def repo_random(data: ModuleData) -> ModuleFactors:
-    """Uniform factors at the authors' scales: entries of A' within 1/√r, of B' within 1/√d_out."""
+    """Return uniform factors at the authors' scales: A' in ±1/√r, B' in ±1/√d_out."""
     generator = data.generator()
     r, d_in, d_out = data.rank, data.shape.d_in, data.shape.d_out
     A = (2 * torch.rand(r, d_in, generator=generator, dtype=torch.float64) - 1) / r**0.5
@@ -62,7 +68,7 @@ def repo_random(data: ModuleData) -> ModuleFactors:
 
 
 def random_weight(data: ModuleData) -> Tensor:
-    """[d_out, d_in] with the entries of an untrained linear layer: U(-1/√d_in, 1/√d_in)."""
+    """Return a weight [d_out, d_in] as in an untrained linear layer: U(-1/√d_in, 1/√d_in)."""
     d_out, d_in = data.shape.d_out, data.shape.d_in
     uniform = 2 * torch.rand(d_out, d_in, generator=data.generator(), dtype=torch.float64) - 1
     weight: Tensor = (uniform / d_in**0.5).to(data.weight.device)
@@ -71,18 +77,18 @@ def random_weight(data: ModuleData) -> Tensor:
 
 METHOD = Method(
     name="lora_xs",
-    description="the SVD of each weight: no data, one basis for everybody",
+    description="The SVD of each weight; needs no data, so that one basis serves all users",
     paper="LoRA-XS, arXiv 2405.17604, section 3",
     factorise=factorise,
     options={
         **COMMON_OPTIONS,
         "vectors": Option(
             "top",
-            "which singular vectors, or random factors",
+            "which singular vectors to use, or random factors",
             choices=("top", "middle", "bottom", "random", "svd_of_random"),
         ),
         "with_sigma": Option(
-            True, "singular values in A', as the paper; without, train in the orthonormal basis"
+            True, "keep the singular values in A', as in the paper; if false, train in the orthonormal basis"
         ),
     },
 )

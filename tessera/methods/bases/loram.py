@@ -1,30 +1,20 @@
-"""LoRAM ("The Primacy of Magnitude in Low-Rank Adaptation"): deterministic factors, scaled to the weight.
+"""LoRAM (The Primacy of Magnitude in Low-Rank Adaptation, arXiv 2507.06558): sines, scaled to the weight.
 
-    A' = β Φ_in[:, :r]ᵀ,   B' = β Φ_out[:, :r],   β = (Q ν[W] / ν[Φ_out Φ_inᵀ])^{1/4}      (eqs 11, 12;
-    algorithm 1)
+    A' = β Φ_in[:, :r]ᵀ,   B' = β Φ_out[:, :r],   β = (Q ν[W] / ν[Φ_out Φ_inᵀ])^{1/4}    (eqs 11 and 12,
+                                                                                         algorithm 1)
 
-Φ: the sine basis (`dst.py`); ν[X] = ‖X‖_F² / entries. As ν[Φ_out Φ_inᵀ] = r / (d_out d_in), β² = √(Q / r)
-‖W‖_F. For Q the paper takes log r / log min(d_in, d_out), a fit to (Σ_{i≤r} s_i)² / (r Σ s_i²), what
-PiSSA's factors have; its ablation log(r/2) and log(2r). It fits spectra like s_k ~ k^-0.5 and overestimates
-flat ones. "tracking" takes the magnitude of another method's product instead, ν[B_ref A_ref].
+Φ is the sine basis (`building/dst.py`) and ν[X] = ‖X‖_F² / entries; since ν[Φ_out Φ_inᵀ] = r / (d_out d_in),
+β² = √(Q / r) ‖W‖_F. Q = log r / log min(d_in, d_out), by default. Q(1) = 0 and nothing would train, so rank 1
+is refused (rank 2 for log(r/2)). docs/methods.md says where Q comes from and what the option `rule` does.
 
-Q(1) = 0: nothing would train, so rank 1 is refused (rank 2 for log(r/2)).
+Needs no data. Both factors are frozen here, unlike in the paper, so their subspace has nothing to do with W
+or the data. What remains is a control basis that needs no storage, and a rule for the magnitude, which is a
+scale in front of R. Under Adam it multiplies the learning rate and does nothing else (proposition 1).
 
-Both factors are frozen here, which the paper's are not: the subspace is then unrelated to W and data. What
-stays is a control basis without storage, and a magnitude rule. The magnitude is a scale s in front of R:
-
-    rule="factor"  s = β², the paper's factors as they are
-    rule="core"    s = (Q (d_in + d_out) ν[W] d_in d_out / r²)^{1/4}: an SGD step of R then changes W as
-    much as the
-                   paper's step of A and B does (k_1 = Q (d_in + d_out) ν[W], eq. 10; ν[ΔW] = s⁴ r² γ /
-                   (d_in d_out))
-    rule="none"    s = 1
-
-Under Adam s multiplies the learning rate and nothing else (proposition 1).
-
-No storage: the store keeps the manifest, and readers make all tensors again from it (`regenerate`), bit for
-bit: integers, and the operations that IEEE 754 rounds correctly. Where a machine gives other bits all the
-same, the digest says so, and the option `store_factors` keeps the tensors like any other basis'.
+The store keeps only the manifest. Readers compute all tensors from it again (`regenerate`), bit for bit,
+because the computation uses only integers and operations that IEEE 754 rounds correctly. If a machine
+computes other bits all the same, the digest shows it; the option `store_factors` then stores the tensors as
+for any other basis.
 """
 
 from __future__ import annotations
@@ -47,11 +37,14 @@ from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' = √s Φ_inᵀ [r, d_in], B' = √s Φ_out [d_out, r]; the note "s" is all that the manifest needs."""
+    """Return A' = √s Φ_inᵀ [r, d_in] and B' = √s Φ_out [d_out, r].
+
+    The note "s" is all that `regenerate` needs beside the shapes.
+    """
     s = magnitude_scale(data, options)
     if not (math.isfinite(s) and s > 0):
         raise InvalidInput(
-            f"the magnitude of {data.shape.name} is {s}: its weight is zero", param="target_modules"
+            f"the magnitude of {data.shape.name} is {s}, because its weight is zero", param="target_modules"
         )
     root = math.sqrt(s)
     A = dst_columns(data.shape.d_in, data.rank).mT * root
@@ -59,38 +52,42 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 
 def magnitude_scale(data: ModuleData, options: Options) -> float:
-    """s of `options["rule"]` for one module."""
+    """Return the scale s = β² of one module, by `options["rule"]`."""
     m, n, r = data.shape.d_out, data.shape.d_in, data.rank
     if options["rule"] == "none":
         return 1.0
     square = float(torch.linalg.matrix_norm(data.weight.double())) ** 2  # ‖W‖_F²
-    energy = _reference_energy(data, options) if options["magnitude"] == "tracking" else square * log_share(
-        r, min(m, n), options["magnitude"]
-    )  # fmt: skip
+    if options["magnitude"] == "tracking":
+        energy = _reference_energy(data, options)
+    else:
+        energy = square * log_share(r, min(m, n), options["magnitude"])
     if options["rule"] == "factor":
         return math.sqrt(energy / r)
     return float((energy * (m + n) / r**2) ** 0.25)
 
 
 def log_share(rank: int, side: int, magnitude: str) -> float:
-    """Q = log(c r) / log(side) with c = 1/2, 1 or 2, at most 1."""
+    """Return Q = log(c r) / log(side), at most 1, with c = 1/2, 1 or 2."""
     return min(1.0, math.log(LOG_FACTORS[magnitude] * rank) / math.log(side))
 
 
 def regenerate(manifest: BasisManifest) -> Basis:
-    """The basis from its manifest alone, in the manifest's dtype, on the CPU.
+    """Compute a basis from its manifest alone, in the manifest's dtype, on the CPU.
 
-    Raises `CorruptRecord` if its bytes are not those that the manifest's digest is of.
+    Raises `CorruptRecord` if the manifest is not one of LoRAM's, or if its digest is not that of the result.
     """
     try:
         roots = [math.sqrt(s) for s in manifest.recipe["notes"]["s"]]
         scale = float(manifest.recipe["options"]["scale"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptRecord(
-            f"the manifest of basis {manifest.basis_id} is none of LoRAM's: {error}"
+            f"the manifest of basis {manifest.basis_id} is not one of LoRAM's: {error}"
         ) from error
     if len(roots) != len(manifest.modules):
-        raise CorruptRecord(f"the manifest of basis {manifest.basis_id} holds {len(roots)} magnitudes")
+        raise CorruptRecord(
+            f"the manifest of basis {manifest.basis_id} has {len(roots)} magnitudes for "
+            f"{len(manifest.modules)} modules"
+        )
     dtype = DTYPES[manifest.dtype]
     A = tuple(dst_columns(m.d_in, manifest.rank).mT.to(dtype).contiguous() for m in manifest.modules)
     B = tuple(dst_columns(m.d_out, manifest.rank).to(dtype) for m in manifest.modules)
@@ -98,9 +95,9 @@ def regenerate(manifest: BasisManifest) -> Basis:
     basis = Basis(manifest, A, B, P.float(), (scale * P).float())
     if manifest.basis_id and basis.digest() != manifest.basis_id:
         raise CorruptRecord(
-            f"made again from its manifest, basis {manifest.basis_id} has other bytes: the manifest was "
-            "changed, or this machine computes other bits than the one that built it; for the latter build "
-            "it with the option store_factors=true, which stores the factors"
+            f"basis {manifest.basis_id} was computed from its manifest and has other bytes: the manifest was "
+            "changed, or this machine computes other bits than the one that built the basis; in that case "
+            "build it with the option store_factors=true, which stores the factors"
         )
     return basis
 
@@ -113,7 +110,7 @@ def assemble(
     recipe: dict[str, Any],
     dtype: str,
 ) -> Basis:
-    """The basis by way of its manifest, so that `regenerate` gives the same bytes, without a QR."""
+    """Make the basis through `regenerate`, so that it has the same bytes later; no QR is needed."""
     is_regenerated = not recipe["options"]["store_factors"]
     draft = BasisManifest(
         basis_id="", model_id=model_id, method=method, rank=int(recipe["rank"]), dtype=dtype,
@@ -124,7 +121,7 @@ def assemble(
 
 
 def _reference_energy(data: ModuleData, options: Options) -> float:
-    """‖B_ref A_ref‖_F² of the method that is tracked."""
+    """Return ‖B_ref A_ref‖_F² of the method that is tracked."""
     if options["reference"] == "olora":
         return float(torch.linalg.qr(data.weight.double())[1][: data.rank].square().sum())
     which = "top" if options["reference"] == "pissa" else "bottom"
@@ -133,18 +130,24 @@ def _reference_energy(data: ModuleData, options: Options) -> float:
 
 METHOD = Method(
     name="loram",
-    description="sine factors made from the shapes alone, scaled by the size of each weight",
-    paper="LoRAM (The Primacy of Magnitude in Low-Rank Adaptation), eqs 11-12 and algorithm 1",
+    description="Sine factors, computed from the shapes alone and scaled by the norm of each weight",
+    paper="LoRAM, arXiv 2507.06558, eqs 11-12 and algorithm 1",
     factorise=factorise,
     options={
         **COMMON_OPTIONS,
-        "rule": Option("factor", "what the magnitude does to s", choices=("factor", "core", "none")),
-        "magnitude": Option(
-            "log", "Q: log(r/2), log(r), log(2r), or another method's", choices=(*LOG_FACTORS, "tracking")
+        "rule": Option(
+            "factor", "how the magnitude sets the scale s; none: s = 1", choices=("factor", "core", "none")
         ),
-        "reference": Option("pissa", "what is tracked", choices=("pissa", "milora", "olora")),
+        "magnitude": Option(
+            "log",
+            "Q: log(r/2), log(r) or log(2r) over log min(d_in, d_out); tracking: another method's",
+            choices=(*LOG_FACTORS, "tracking"),
+        ),
+        "reference": Option(
+            "pissa", "the method that magnitude=tracking follows", choices=("pissa", "milora", "olora")
+        ),
         "store_factors": Option(
-            False, "store the factors too, for machines that do not make the same bits of the manifest"
+            False, "store the factors too, for machines that compute other bits from the manifest"
         ),
     },
     check=check_loram,

@@ -1,8 +1,9 @@
-"""MiLoRA (arXiv 2406.09044): the minor singular vectors of W, split evenly, so that learning disturbs little.
+"""MiLoRA (arXiv 2406.09044): the minor singular vectors of W, so that learning disturbs little.
 
-    A' = √Σ_{-r} V_{-r}ᵀ,   B' = U_{-r} √Σ_{-r}      (eqs 3 to 5)
+    A' = √Σ_{-r} V_{-r}ᵀ,   B' = U_{-r} √Σ_{-r}                                          (eqs 3 to 5)
 
-As for PiSSA nothing is subtracted here. The authors' code also knows middle, top and random vectors.
+Needs no data. As for PiSSA, nothing is subtracted from W here. The authors' code also offers middle, top and
+random vectors, and so does `vectors`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tessera.methods.options import Option, Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' [r, d_in] and B' [d_out, r] from the last singular vectors of W."""
+    """Return A' [r, d_in] and B' [d_out, r] from the chosen singular vectors of W, by default the last."""
     if options["vectors"] == "random":
         return repo_random(data)
     return split_evenly(data, which=options["vectors"])
@@ -22,11 +23,15 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 METHOD = Method(
     name="milora",
-    description="the minor singular vectors of each weight, singular values split between both factors",
+    description="The minor singular vectors of each weight; A and B share the singular values",
     paper="MiLoRA, arXiv 2406.09044, eqs 3-5",
     factorise=factorise,
     options={
         **COMMON_OPTIONS,
-        "vectors": Option("bottom", "which singular vectors", choices=("bottom", "middle", "top", "random")),
+        "vectors": Option(
+            "bottom",
+            "which singular vectors to use, or random factors",
+            choices=("bottom", "middle", "top", "random"),
+        ),
     },
 )

@@ -1,10 +1,10 @@
-"""OLoRA (arXiv 2406.01775): a QR factorisation of W. Needs no data.
+"""OLoRA (arXiv 2406.01775): a QR factorisation of W.
 
-    W = Q R,   A' = R_{:r},   B' = Q_{:, :r}      (algorithm 1)
+    W = Q R,   A' = R_{:r},   B' = Q_{:, :r}                                             (algorithm 1)
 
-There is no pivoting: the first r *columns* of W span B, whatever they are. Signs are those of a positive
-diagonal of R, which makes the factorisation unique; LAPACK's may differ per column, in both factors at
-once.
+Needs no data. There is no pivoting, so B spans the first r *columns* of W, whatever they are. The paper takes
+Q and R as the library returns them; LAPACK's signs may differ per column, in both factors at once. We choose
+the signs that make R's diagonal positive, which makes the factorisation unique.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' [r, d_in] upper trapezoidal, B' [d_out, r] orthonormal."""
+    """Return A' [r, d_in], upper trapezoidal, and B' [d_out, r], orthonormal."""
     Q, R = torch.linalg.qr(data.weight.double())
     signs = torch.sign(torch.diagonal(R))
     signs[signs == 0] = 1
@@ -26,7 +26,7 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 METHOD = Method(
     name="olora",
-    description="a QR factorisation of each weight",
+    description="A QR factorisation of each weight",
     paper="OLoRA, arXiv 2406.01775, algorithm 1",
     factorise=factorise,
     options={name: COMMON_OPTIONS[name] for name in ("scale", "seed", "svd")},

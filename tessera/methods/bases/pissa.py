@@ -1,11 +1,11 @@
-"""PiSSA (arXiv 2404.02948): the principal part of W, split evenly. Needs no data.
+"""PiSSA (arXiv 2404.02948): the principal part of W, with the singular values split evenly.
 
-    W = U Σ Vᵀ,   A' = √Σ_r V_rᵀ,   B' = U_r √Σ_r      (eqs 2 and 3)
+    W = U Σ Vᵀ,   A' = √Σ_r V_rᵀ,   B' = U_r √Σ_r                                        (eqs 2 and 3)
 
-The paper trains A' and B' on the residual W - B' A'. With frozen factors nothing has to be subtracted:
-training R' from 0 on W is training it from the identity on the residual. It serves the same basis as
-LoRA-XS; only the preconditioner differs (a gradient entry of the core is scaled by σ_i σ_j instead of
-σ_j²).
+Needs no data. The paper trains A' and B' on the residual W - B' A'. With frozen factors nothing has to be
+subtracted, because training R' from 0 on W is the same as training it from the identity on the residual. The
+served basis is that of LoRA-XS; only the preconditioner differs, as it scales a gradient entry of the core by
+σ_i σ_j instead of σ_j².
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A' [r, d_in] and B' [d_out, r] with B' A' the best rank-r approximation of W."""
+    """Return A' [r, d_in] and B' [d_out, r]; B' A' is the best rank-r approximation of W."""
     return split_evenly(data, which="top")
 
 
 def split_evenly(data: ModuleData, *, which: str) -> ModuleFactors:
-    """√S Vᵀ and U √S for the chosen singular vectors of W."""
+    """Return √S Vᵀ and U √S for the chosen singular vectors of W (see `singular_triplets`)."""
     U, S, Vh, gap = singular_triplets(data.weight, data, which=which)
     root = S.sqrt()
     return ModuleFactors(Vh * root[:, None], U * root, notes={"relative_gap": gap})
@@ -29,7 +29,7 @@ def split_evenly(data: ModuleData, *, which: str) -> ModuleFactors:
 
 METHOD = Method(
     name="pissa",
-    description="the principal singular vectors of each weight, singular values split between both factors",
+    description="The principal singular vectors of each weight; A and B share the singular values",
     paper="PiSSA, arXiv 2404.02948, eqs 2-3",
     factorise=factorise,
     options=COMMON_OPTIONS,

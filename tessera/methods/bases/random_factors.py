@@ -1,7 +1,10 @@
-"""Random orthonormal factors: the control that every other basis has to beat. Needs no data.
+"""Random orthonormal factors, the control that every other basis has to beat.
 
-The r × r form of all methods whose A and B start at random and are then trained (LoRA, rsLoRA, LoRA+) or of
-which only A is frozen (LoRA-FA, arXiv 2308.03303). rsLoRA's α/√r is `scale`.
+    A, Bᵀ: r random orthonormal rows, independent of each other
+
+Needs no data. This is the r × r form of all methods that initialize A and B at random: those that then train
+both (LoRA, rsLoRA, LoRA+) and those that freeze A (LoRA-FA, arXiv 2308.03303). For rsLoRA's α/√r use the
+option `scale`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from tessera.methods.options import Options
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
-    """A [r, d_in], B [d_out, r], independent and uniform on their Stiefel manifolds."""
+    """Return A [r, d_in] and B [d_out, r], independent and uniform on their Stiefel manifolds."""
     generator = data.generator()
     A = random_orthonormal(data.shape.d_in, data.rank, generator)
     B = random_orthonormal(data.shape.d_out, data.rank, generator)
@@ -21,7 +24,7 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
 METHOD = Method(
     name="random",
-    description="random orthonormal factors, the control",
+    description="Random orthonormal factors, the control that other bases have to beat",
     paper="LoRA-XS, arXiv 2405.17604, table 4; LoRA-FA, arXiv 2308.03303",
     factorise=factorise,
     options=COMMON_OPTIONS,
