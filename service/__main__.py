@@ -1,4 +1,4 @@
-"""`python -m service`: settings, store, engine, then HTTP until told to stop."""
+"""`python -m service`: settings, store, engine, then HTTP until a signal ends it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Serve. Exit status 0 after an orderly stop, 2 for unusable settings, 1 for what cannot be started."""
+    """Serve until SIGTERM or SIGINT. Return the exit status: 0 after an orderly stop, 2 for unusable
+    settings, 1 if something cannot be started."""
     return_freed_memory()
     set_up_logging("service")
     try:
         common, settings = CommonSettings(), ServiceSettings()
-        EngineSettings()  # read where the engine is started; refused here
+        EngineSettings()  # only validated here; `EngineClient` reads them again
         refuse_unknown_variables(
             CommonSettings, ServiceSettings, EngineSettings, sections=("TESSERA_SERVICE_", "TESSERA_ENGINE_")
         )

@@ -1,4 +1,4 @@
-"""One API process: the application over an engine and a store, served until the process is told to stop.
+"""One API process: the application over an engine and a store, served until a signal ends the process.
 
 Importing this module loads FastAPI and transformers' tokenizers, so `service/__main__.py` imports it late:
 after the engine has been started, or not at all where it only supervises API workers.
@@ -24,11 +24,12 @@ from tessera.settings import CommonSettings
 
 
 def serve_alone(common: CommonSettings, settings: ServiceSettings, engine: EngineClient | None) -> int:
-    """Serve as the only API process, which owns the engine. Raises what cannot be started.
+    """Serve as the only API process, which owns the engine. Return the exit status.
 
-    engine: one whose process has been started; None: it is made when the URL of the store is known.
+    engine: one whose process has been started; None: it is made when the URL of the store is known. Raises
+    `TesseraError` if the store, the text codec or the engine cannot be used.
     """
-    codec, twin = load_text(common)  # before the thread that an embedded store has
+    codec, twin = load_text(common)  # before an embedded store starts its thread
     url, store = store_url(common)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -49,9 +50,9 @@ async def serve(
     *,
     listener: socket.socket | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; requests in flight may finish. The exit status.
+    """Serve until SIGTERM or SIGINT; requests in flight may finish. Return the exit status.
 
-    url: of the store. listener: a socket that listens already; None: one at the settings' address.
+    url: URL of the store. listener: a socket that listens already; None: listen on the settings' address.
     """
     redis = connect(url, timeout_s=common.store_timeout_s)
     try:

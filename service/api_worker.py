@@ -1,7 +1,7 @@
 """`python -m service.api_worker`: one of several API processes over an engine; `python -m service` starts it.
 
-It inherits the socket that listens, and finds the engine at the engine's own. Whatever may differ between
-API processes is kept in the store, so any of them can answer any request.
+It inherits the socket that listens, and connects to the engine's socket. All state is in the store, so any
+API process can answer any request.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Serve until SIGTERM, which the end of the parent brings too. Exit status 1 for what cannot start."""
+    """Serve until SIGTERM, which the kernel also sends when the parent ends. Return 1 if serving cannot
+    start."""
     parser = argparse.ArgumentParser(prog="python -m service.api_worker", description=__doc__)
     parser.add_argument("--listen-fd", type=int, required=True, help="inherited socket that listens")
     parser.add_argument("--engine-socket", type=Path, required=True, help="where the engine listens")

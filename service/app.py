@@ -67,7 +67,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
-    """The stores of one Redis."""
+    """Return the stores of one Redis."""
     return Stores(
         redis,
         AdapterStore(redis),

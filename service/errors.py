@@ -1,4 +1,4 @@
-"""The errors that only the HTTP side raises. `tessera/errors.py` has the tree of all others.
+"""The errors that only API processes raise. `tessera/errors.py` has the tree of all others.
 
 TesseraError
   Unauthenticated      no API key, or an unknown one

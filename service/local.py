@@ -1,8 +1,8 @@
-"""The whole of Tessera on one machine: store, service and trainer worker, kept running until told to stop.
+"""All of Tessera on one machine: store, service and trainer worker, kept running until a signal ends them.
 
-`python -m service.local` (or `make serve`). Starts the embedded store unless TESSERA_STORE_URL names one,
-then the service and the worker as processes of their own, and starts either again if it dies. Knows nothing
-of what they do: it starts modules by name.
+`python -m service.local` (or `make serve`) starts the embedded store unless TESSERA_STORE_URL names one, then
+the service and the worker as separate processes, and restarts either if it dies. It knows nothing of what
+they do: it starts modules by name.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class LocalStack:
         ]
 
     def supervise(self) -> None:
+        """Start the children that are not running, if they are due."""
         for child in self._children:
             child.supervise()
 
     def stop(self) -> None:
-        """The worker first, so that its job is handed back while the store still answers."""
+        """Stop the worker first, so that it can release its job while the store still answers."""
         for child in reversed(self._children):
             child.stop(timeout_s=STOP_TIMEOUT_S)
         if self._store is not None:
@@ -52,7 +53,7 @@ class LocalStack:
 
 
 def is_ready(base_url: str) -> bool:
-    """Whether the service at `base_url` says that it can take requests."""
+    """Whether the service at `base_url` reports that it is ready."""
     try:
         with urllib.request.urlopen(f"{base_url}/health/ready", timeout=2) as reply:
             return bool(reply.status == 200)
@@ -61,6 +62,7 @@ def is_ready(base_url: str) -> bool:
 
 
 def main() -> int:
+    """Run everything until SIGTERM or SIGINT. Return the exit status."""
     set_up_logging("local")
     stopping = False
 

@@ -14,7 +14,7 @@ KIB, MIB = 1024, 1024 * 1024
 
 
 class ServiceSettings(BaseSettings):
-    """Where the service listens, whom it lets in, and what it refuses."""
+    """The address of the service, who may use it, and its limits."""
 
     model_config = SettingsConfigDict(env_prefix="TESSERA_SERVICE_", frozen=True, extra="ignore")
 
@@ -40,7 +40,7 @@ class ServiceSettings(BaseSettings):
 
 
 def refuse_open_door(settings: ServiceSettings) -> None:
-    """Raise `InvalidInput` when other machines could reach a service that asks nobody for a key."""
+    """Raise `InvalidInput` if other machines could reach a service that checks no API keys."""
     if settings.api_keys_file is not None or settings.allow_anonymous or _is_loopback(settings.host):
         return
     raise InvalidInput(

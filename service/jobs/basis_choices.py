@@ -111,7 +111,7 @@ class BasisChoices:
     async def file(
         self, tenant: str, file_id: str, param: str, *, purposes: Sequence[str] = (FINE_TUNE,)
     ) -> FileRecord:
-        """The record of a file for one of `purposes`. Raises `NotFound`, `InvalidInput` with the
+        """Return the record of a file for one of `purposes`. Raises `NotFound`, `InvalidInput` with the
         parameter."""
         try:
             record = await self._files.get(tenant, file_id)
@@ -124,7 +124,8 @@ class BasisChoices:
         return record
 
     async def targets(self, recipe: RecipeRequest, rank: int) -> list[ModuleShape]:
-        """The layers that a recipe targets. Raises `UnsupportedModel`, and `InvalidInput` for the rank."""
+        """Return the layers that a recipe targets. Raises `UnsupportedModel`, and `InvalidInput` for the
+        rank."""
         layers = await self._layers()
         patterns = recipe.target_modules or self._settings.target_modules
         found = [layers[name] for name in choose_targets(list(layers), patterns)]
@@ -143,14 +144,14 @@ class BasisChoices:
     async def check_quota(
         self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
     ) -> None:
-        """Raise `QuotaExceeded` if a basis of these shapes would exceed the tenant's quota."""
+        """Check that a basis of these shapes fits into the tenant's quota. Raises `QuotaExceeded`."""
         size = item_bytes * rank * sum(shape.d_in + shape.d_out for shape in shapes)
         await self._holds.check_quota(tenant, size)
 
     async def _check_recipe_quota(
         self, tenant: str, choice: BasisChoice, recipe: RecipeRequest, sha256: str, shapes: list[ModuleShape]
     ) -> None:
-        """Raise `QuotaExceeded` if the tenant's quota is too small for the basis, which will be private.
+        """Check that the basis, which will be private, fits into the tenant's quota. Raises `QuotaExceeded`.
 
         A basis that was built before from the same data needs no further quota.
         """

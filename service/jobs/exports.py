@@ -22,7 +22,7 @@ async def peft_zip(
     version: int | None,
     base_model: str,
 ) -> bytes:
-    """The zip of one version, the active one by default. Raises `NotFound`, `AdapterReplaced`,
+    """Return the zip of one version, the active one by default. Raises `NotFound`, `AdapterReplaced`,
     `CorruptRecord`, `BasisMismatch`."""
     ref = await adapters.resolve(tenant, adapter_id, version)
     [blob] = await adapters.fetch([ref])

@@ -77,7 +77,7 @@ class HeavyWork:
         self._exporting = FairGate(capacity=2, share=1)
 
     async def layers(self) -> dict[str, ModuleShape]:
-        """The base model's linear layers by name. Raises `UnsupportedModel`."""
+        """Return the base model's linear layers by name. Raises `UnsupportedModel`."""
         async with self._reading:
             if not self._layers:
                 if self._twin is None:
@@ -97,7 +97,7 @@ class HeavyWork:
             await self._in_fork(self._twin, _IMPORT, head, files.adapter_config + files.adapter_model)
 
     async def export_zip(self, source: ExportSource) -> bytes:
-        """The adapter as a zip of PEFT's files. Raises what `peft_zip` raises."""
+        """Return the adapter as a zip of PEFT's files. Raises what `peft_zip` raises."""
         async with self._exporting.room(source.tenant):
             if self._twin is None:
                 return await _export(self._redis, self._common, source)
@@ -114,7 +114,7 @@ class HeavyWork:
 
 
 def works(common: CommonSettings) -> dict[bytes, Work]:
-    """The work, for `fork_twin`."""
+    """Return the work by name, for `fork_twin`."""
 
     def layers(head: dict[str, Any], body: bytes) -> bytes:
         return json.dumps(_layers_of(common)).encode()

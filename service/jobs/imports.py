@@ -27,7 +27,7 @@ from tessera.store.bases import BasisStore
 from tessera.store.ownership import PrivateBases
 from tessera.store.publish import publish
 
-#: How often the basis may be deleted during an import before the import fails. It takes bad luck each time.
+#: How often the basis may be deleted during an import before the import fails. Each time is very unlikely.
 MAX_DELETIONS = 8
 
 
@@ -75,8 +75,8 @@ class Imports:
             return await self._in_private_basis(target, stored, deletion_count)
 
     async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
-        """The LoRA in the basis that its label names, if it is from there and the tenant may use that
-        basis."""
+        """Return the LoRA in the basis that its label names, or None if it is not from that basis or the
+        tenant must not use it."""
         if lora.label is None:
             return None
         try:
@@ -120,7 +120,7 @@ class Imports:
 
 
 def make_imports(redis: Client, common: CommonSettings) -> Imports:
-    """The imports over one Redis client."""
+    """Return the imports over one Redis client."""
     return Imports(
         AdapterStore(redis),
         BasisStore(redis, cache_dir=common.data_dir / "cache" / "bases"),

@@ -26,7 +26,8 @@ _NAMES = ParamNames.of_name("adapter.init")
 async def lora_choice(
     choices: BasisChoices, tenant: str, init: InitRequest | None, *, rank: int, training: FileRecord
 ) -> BasisChoice:
-    """The basis part of a LoRA-form job's specification, checked as far as possible without the weights.
+    """Return the basis part of a LoRA-form job's specification, checked as far as possible without the
+    weights.
 
     Raises `InvalidInput` that names the parameter, and `QuotaExceeded`.
     """

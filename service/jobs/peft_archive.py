@@ -26,7 +26,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def read_zip(file: IO[bytes], *, max_bytes: int) -> PeftFiles:
-    """Read and unpack the files. max_bytes: unpacking the tensors stops there. Raises `InvalidInput`."""
+    """Read and unpack the files. max_bytes: limit of the unpacked tensors. Raises `InvalidInput`."""
     _check_index(file)
     try:
         with zipfile.ZipFile(file) as archive:

@@ -4,8 +4,7 @@ Knows neither the store nor HTTP. Both are named by a method, or by a preset (on
 combinations), which may determine the other half as well:
 
     basis "lora_sb"      the method with the preset's options, from the caller's own data; if the request
-    names no
-                         init, the preset's init as well
+                         names no init, the preset's init as well
     init "sb_step"       an init by its own name; init "lora_sb" is the init of that preset
 """
 
@@ -38,7 +37,7 @@ class ParamNames:
 
     @classmethod
     def of_name(cls, param: str) -> ParamNames:
-        """The names for a recipe that is given by a single field."""
+        """Return the names for a recipe that is given by a single field."""
         return cls(method=param, options=param, calibration=param, target_modules=param)
 
 
@@ -69,8 +68,8 @@ class InitRequest:
 
 
 def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
-    """The recipe with its method's own name, without options that equal the defaults, and with calibration
-    decided.
+    """Return the recipe with its method's own name, without options that equal the defaults, and with
+    calibration decided.
 
     Raises `InvalidInput` that names the parameter.
     """
@@ -104,7 +103,7 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
 
 
 def checked_init(request: InitRequest) -> dict[str, Any]:
-    """{"method", "options"} of the init. Raises `InvalidInput` that names the parameter."""
+    """Return {"method", "options"} of the init. Raises `InvalidInput` that names the parameter."""
     name, options = request.method, request.options
     if name not in INITS and name in PRESETS:
         name, options = PRESETS[name].init, {**PRESETS[name].init_options, **options}
@@ -124,7 +123,8 @@ def checked_init(request: InitRequest) -> dict[str, Any]:
 
 
 def default_init(request: RecipeRequest) -> dict[str, Any] | None:
-    """The init that belongs to a preset which is named as the basis; None: training begins at the base model.
+    """Return the init that belongs to a preset which is named as the basis; None: training begins at the base
+    model.
 
     Where the paper's first step uses its learning rate, ours is found by a line search, because our learning
     rate is that of R, about a thousand times the paper's of W (bundled model, 45 examples, r = 8: loss 4.93
@@ -138,7 +138,8 @@ def default_init(request: RecipeRequest) -> dict[str, Any] | None:
 
 
 def _method_of(request: RecipeRequest) -> tuple[MethodEntry, Mapping[str, Any]]:
-    """The method and the options given, on top of the preset's options if a preset named the method."""
+    """Return the method, and the given options on top of the preset's options if a preset named the
+    method."""
     preset = PRESETS.get(request.method)
     name = request.method if preset is None else preset.basis
     if name not in METHODS:
@@ -148,7 +149,7 @@ def _method_of(request: RecipeRequest) -> tuple[MethodEntry, Mapping[str, Any]]:
 
 
 def _param_of(error: InvalidInput, names: ParamNames) -> str:
-    """The field of the request to which a method's error about its rank or options refers."""
+    """Return the field of the request to which a method's error about its rank or options refers."""
     if error.param == "rank":
         return names.rank
     return names.method if error.param is None else f"{names.options}.{error.param}"

@@ -39,7 +39,7 @@ _MAX_SLUG = 55
 class JobRequest:
     """A request to train an adapter. None stands for the default."""
 
-    #: The base model, or an adapter from which training goes on.
+    #: The base model, or an adapter whose training continues.
     model: str
     training_file: str
     validation_file: str | None = None
@@ -61,8 +61,8 @@ class JobRequest:
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """The fields of a job's specification for the basis that it trains in and for its initialization."""
+class _Origin:
+    """Where a job begins: the fields of its specification for its basis and its initialization."""
 
     basis: BasisChoice
     start: dict[str, Any] | None = None
@@ -75,7 +75,7 @@ class _Setting:
 
 
 class TrainingJobs:
-    """Submits and follows the training jobs of all tenants."""
+    """Submits the training jobs of all tenants."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class TrainingJobs:
         cost = estimate_cost(training, request.hyperparameters) + chosen.cost
         return await self._queue.submit(tenant, spec, cost=cost, dedupe_key=dedupe_key)
 
-    async def _choose(self, tenant: str, request: JobRequest, training: FileRecord) -> _Setting:
+    async def _choose(self, tenant: str, request: JobRequest, training: FileRecord) -> _Origin:
         target = await self._models.resolve(tenant, request.model)
         if request.form == LORA_FORM:
             return await self._lora_form(tenant, request, training, is_base=target.adapter is None)
@@ -135,11 +135,11 @@ class TrainingJobs:
         basis = await self._basis(tenant, request, training)
         if start is None and basis.basis_id is None and isinstance(request.basis, str):
             start = default_init(named_recipe(request.basis))
-        return _Setting(basis, start)
+        return _Origin(basis, start)
 
     async def _lora_form(
         self, tenant: str, request: JobRequest, training: FileRecord, *, is_base: bool
-    ) -> _Setting:
+    ) -> _Origin:
         if request.basis is not None or request.method is not None:
             param = "adapter.method" if request.basis is None else "adapter.basis"
             raise InvalidInput(
@@ -150,11 +150,11 @@ class TrainingJobs:
                 "a LoRA form is trained from the base model; name that as `model`", param="model"
             )
         rank = request.rank or self._settings.rank
-        return _Setting(await lora_choice(self._choices, tenant, request.init, rank=rank, training=training))
+        return _Origin(await lora_choice(self._choices, tenant, request.init, rank=rank, training=training))
 
     async def _from_adapter(
         self, tenant: str, request: JobRequest, adapter: AdapterRef, training: FileRecord
-    ) -> _Setting:
+    ) -> _Origin:
         """Train in the adapter's own basis, or in another one if init "warm" says that the adapter may be
         moved."""
         named = f"{adapter.adapter_id}@{adapter.version}"
@@ -163,16 +163,16 @@ class TrainingJobs:
             message = f"training continues from {named}; init {start['method']!r} would discard it"
             raise InvalidInput(message, param="adapter.init")
         if request.basis in (None, adapter.basis_id):
-            return _Setting(await self._stored(tenant, request, adapter.basis_id), start, named)
+            return _Origin(await self._stored(tenant, request, adapter.basis_id), start, named)
         if start is None:
             raise InvalidInput(
                 f"{named} belongs to another basis; init 'warm' moves it with some loss",
                 param="adapter.basis",
             )
-        return _Setting(await self._basis(tenant, request, training), start, named)
+        return _Origin(await self._basis(tenant, request, training), start, named)
 
     async def _basis(self, tenant: str, request: JobRequest, training: FileRecord) -> BasisChoice:
-        """The basis that the request names or describes, or the default."""
+        """Return the basis that the request names or describes, or the default."""
         if isinstance(request.basis, str) and BASIS_ID.fullmatch(request.basis):
             return await self._stored(tenant, request, request.basis)
         if request.basis is None:
@@ -202,17 +202,17 @@ class TrainingJobs:
 
 
 def named_recipe(name: str) -> RecipeRequest:
-    """The recipe of a basis that is given by the name of a method or a preset alone."""
+    """Return the recipe of a basis that is given by the name of a method or a preset alone."""
     return RecipeRequest(name, is_name=True, names=ParamNames.of_name("adapter.basis"))
 
 
 def slug(text: str) -> str:
-    """`text` in the alphabet of adapter ids, beginning with a letter or digit; may be empty."""
+    """Return `text` in the alphabet of adapter ids, beginning with a letter or digit; may be empty."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:_MAX_SLUG].rstrip("._-")
 
 
 def estimate_cost(file: FileRecord, hyperparameters: dict[str, Any]) -> int:
-    """About how many tokens a job will train on."""
+    """Estimate how many tokens a job will train on."""
     epochs = hyperparameters.get("n_epochs", "auto")
     tokens: int = file.bytes // BYTES_PER_TOKEN
     return max(1, tokens * (AUTO_EPOCHS if epochs == "auto" else int(epochs)))

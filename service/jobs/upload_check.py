@@ -30,7 +30,7 @@ class UploadCheck:
         self._gate = FairGate(capacity=2, share=1)
 
     async def count_examples(self, tenant: str, content: bytes, *, with_users: bool) -> int:
-        """The number of examples in a JSONL file. Raises `InvalidTrainingData`, `InvalidInput`."""
+        """Return the number of examples in a JSONL file. Raises `InvalidTrainingData`, `InvalidInput`."""
         async with self._gate.room(tenant):
             found = await self._check(content, with_users)
         if "errors" in found:
@@ -53,7 +53,7 @@ class UploadCheck:
 
 
 def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, Any]:
-    """The number of examples in a file, or its errors."""
+    """Return the number of examples in a file, or its errors, as JSON values."""
     try:
         examples = parse_examples(content, with_users=with_users)
         for_each(examples, chat.check)
@@ -64,7 +64,7 @@ def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, An
 
 
 def works(chat: ChatFormat) -> dict[bytes, Work]:
-    """The work of checking a file, for `fork_twin`."""
+    """Return the work of checking a file, by name, for `fork_twin`."""
 
     def work(content: bytes, *, with_users: bool) -> bytes:
         return json.dumps(check(content, chat, with_users=with_users)).encode()

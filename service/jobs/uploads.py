@@ -43,6 +43,6 @@ async def keep_training_file(
 
 
 def plain_name(filename: str) -> str:
-    """The last part of a path, made printable because a download returns it in a header."""
+    """Return the last part of a path, made printable because a download returns it in a header."""
     name = re.split(r"[/\\]", filename)[-1]
     return re.sub(r"[^\w .()+-]", "_", name)[:MAX_FILENAME].strip() or "file.jsonl"

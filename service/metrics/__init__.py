@@ -1,1 +1,1 @@
-"""What the service measures about itself and reads from the engine, the queue and the store."""
+"""Prometheus metrics: those that the service counts itself, and figures of the engine, queue and store."""

@@ -24,7 +24,7 @@ from tessera.store.adapters import AdapterStore
 
 logger = logging.getLogger(__name__)
 
-#: Redis' names of its memory figures -> ours.
+#: Names of Redis' memory figures -> the values of our label `kind`.
 STORE_MEMORY = {
     "used_memory": "used",
     "used_memory_dataset": "dataset",

@@ -2,7 +2,7 @@
 
 Names are `tessera_…` in base units. No label holds a user, an adapter, a job or a path that a caller chose,
 so the number of series is bounded. `collector.py` adds the figures of the engine, the queue and the store.
-Several API processes count into files that all of them read.
+With several API processes, each writes its counts to files that all of them read.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ DISTINCT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def service_version() -> str:
+    """Return the version of the installed package."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:  # run from a checkout that was never installed
@@ -113,12 +114,13 @@ class Metrics:
             self.batch_distinct_adapters.observe(max_distinct)
 
     def http_answered(self, route: str, method: str, status: int, duration_s: float) -> None:
+        """Count one answered request. route: the route's template, never a path."""
         self.http_requests.labels(route, method, str(status)).inc()
         self.http_duration.labels(route).observe(duration_s)
 
 
 def _exposed(own: CollectorRegistry) -> CollectorRegistry:
-    """The registry that a scrape reads: `own`, or one that adds up what all API processes count.
+    """Return the registry that a scrape reads: `own`, or one that adds up what all API processes count.
 
     The latter leaves out the figures of single processes, because a scrape may reach any of them.
     """

@@ -1,1 +1,2 @@
-"""The processes of the service: the HTTP server, API workers, and the twin that forks for large inputs."""
+"""The processes of the service: the HTTP server, API workers, the twin that forks for large inputs, and what
+these share (a gate that is fair to tenants, and memory settings)."""

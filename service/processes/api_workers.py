@@ -27,7 +27,7 @@ from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
 from tessera.settings import CommonSettings
 
-#: Seconds between two looks at the workers.
+#: Seconds between two checks of the workers.
 POLL_INTERVAL_S = 0.2
 #: Time for a worker's clean-up after its last request.
 STOP_MARGIN_S = 5.0
@@ -57,7 +57,7 @@ async def serve_with_workers(common: CommonSettings, settings: ServiceSettings, 
 
 
 def listen(settings: ServiceSettings) -> socket.socket:
-    """A socket that listens on the address of the settings. Raises `InvalidInput`."""
+    """Return a socket that listens on the address of the settings. Raises `InvalidInput`."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
@@ -70,9 +70,9 @@ def listen(settings: ServiceSettings) -> socket.socket:
 def make_workers(
     count: int, listener: socket.socket, engine_socket: Path, url: str, metrics_dir: Path
 ) -> list[SupervisedProcess]:
-    """Workers that are not started yet. metrics_dir: an empty folder for them alone."""
+    """Return workers that are not started yet. metrics_dir: an empty folder for them alone."""
     environment = {**os.environ, "TESSERA_STORE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
-    place = ["--listen-fd", str(listener.fileno()), "--engine-socket", str(engine_socket)]
+    arguments = ["--listen-fd", str(listener.fileno()), "--engine-socket", str(engine_socket)]
 
     def on_death(pid: int) -> None:
         mark_process_dead(pid, str(metrics_dir))  # type: ignore[no-untyped-call]  # its gauges, not its counts
@@ -80,7 +80,7 @@ def make_workers(
     return [
         SupervisedProcess(
             f"API worker {number}",
-            [sys.executable, "-m", "service.api_worker", *place],
+            [sys.executable, "-m", "service.api_worker", *arguments],
             environment,
             pass_fds=(listener.fileno(),),
             on_death=on_death,

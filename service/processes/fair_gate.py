@@ -38,8 +38,8 @@ class FairGate:
             self.give_back(tenant, taken)
 
     async def take(self, tenant: str, size: int = 1) -> int:
-        """Wait until `size` can be taken; return how much was taken. More than a tenant's share counts as the
-        whole share."""
+        """Wait until `size` can be taken, and return how much was taken: a size above a tenant's share counts
+        as the whole share."""
         size = min(size, self._share)
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lines.setdefault(tenant, deque()).append((size, granted))
@@ -56,6 +56,7 @@ class FairGate:
         return size
 
     def give_back(self, tenant: str, size: int) -> None:
+        """Return what `take` returned, and admit those that waited for it."""
         self.num_taken -= size
         self._taken[tenant] -= size
         if not self._taken[tenant]:
@@ -76,7 +77,7 @@ class FairGate:
                 if self._taken[tenant] + size > self._share:
                     continue  # a tenant that has taken its share waits until it gives something back
                 if self.num_taken + size > self._capacity:
-                    return  # nobody smaller may overtake, or a large request would wait for ever
+                    return  # smaller requests must not overtake, or a large one would wait forever
                 self._leave_line(tenant, size, granted)
                 if tenant in self._lines:
                     self._lines.move_to_end(tenant)

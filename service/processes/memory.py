@@ -35,7 +35,7 @@ def return_freed_memory() -> bool:
 def favour_event_loop() -> None:
     """Avoid long pauses of the event loop. Call it when everything has been loaded.
 
-    The garbage collector no longer looks at the objects that exist now, most of which belong to imported
+    The garbage collector no longer visits the objects that exist now, most of which belong to imported
     modules: a full collection took 0.26 s, and began whenever requests had made a fourth as many objects.
     """
     gc.collect()

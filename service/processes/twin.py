@@ -38,8 +38,8 @@ class Limits:
         return f"{self.max_cpu_s} s of processor time and {self.max_memory_bytes >> 20} MiB"
 
 
-#: The limits of work that has none of its own. The slowest upload that we know, of 32 MB, takes 15 s and 0.5
-#: GB.
+#: The limits of work for which `fork_twin` is given no others. The slowest upload that we know, of 32 MB,
+#: takes 15 s and 0.5 GB.
 LIMITS = Limits(max_cpu_s=60, max_memory_bytes=2 * 1024**3)
 #: A task that wakes up gets the processor at once from processes of this niceness, as if they were not there
 #: (with two of them on one processor: a median of 0.0 ms, and of 3.2 ms at niceness 0). SCHED_IDLE is no
@@ -50,7 +50,7 @@ _PIECE_BYTES = 128 * 1024
 #: A reply begins with its size, a number of this many bytes.
 _SIZE_BYTES = 8
 
-#: From an input to its reply, which is never empty.
+#: A function from an input to its reply, which is never empty.
 Work = Callable[[bytes], bytes]
 
 
@@ -62,7 +62,7 @@ class Twin:
     requests: socket.socket
 
     async def work(self, name: bytes, content: bytes) -> memoryview:
-        """The reply of the work called `name` to `content`; empty if the work exceeded its limits."""
+        """Return the reply of the work called `name` to `content`; empty if the work exceeded its limits."""
         loop = asyncio.get_running_loop()
         own, others = socket.socketpair()
         with own:
@@ -159,7 +159,8 @@ def _answer(connection: socket.socket, work: Work, limits: Limits) -> None:
 
 
 def _data_bytes() -> int:
-    """The memory that RLIMIT_DATA counts before the input is read; 0 if the kernel does not say."""
+    """Return the memory that RLIMIT_DATA counts before the input is read; 0 if the kernel does not report
+    it."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[5]) * resource.getpagesize()
