@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeAlias
 
 from tessera.errors import CorruptRecord, NotFound, StoreUnavailable
 from tessera.redis import keys
-from tessera.redis.client import Argument, Client, Script, translate_errors
+from tessera.redis.client import Argument, Client, translate_errors
+from tessera.store import file_scripts
 
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 #: Bytes of content per command. During an upload of 32 MB the longest command blocks other clients for 3 ms.
@@ -25,60 +26,6 @@ FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 CHUNK_BYTES = 256 * 1024
 #: An upload expires if it pauses for longer than this between two pieces.
 UPLOAD_TTL_S = 600
-
-# KEYS: content. ARGV: offset, piece, lifetime in s. Reply: 1, or 0 if the earlier pieces have expired
-_WRITE_PIECE = Script("""
--- SETRANGE alone would fill the place of expired pieces with zeros.
-if redis.call('STRLEN', KEYS[1]) < tonumber(ARGV[1]) then
-  return 0
-end
-redis.call('SETRANGE', KEYS[1], ARGV[1], ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 1
-""")
-
-# KEYS: record, content, index. ARGV: file id, created_at, bytes, when it expires in Unix seconds or "", then
-# the fields of the record. Reply: 1, or 0 if the content has expired
-_FINISH = Script("""
-local record, content, index = KEYS[1], KEYS[2], KEYS[3]
--- All bytes must still be there.
-if redis.call('STRLEN', content) ~= tonumber(ARGV[3]) then
-  return 0
-end
--- Keep the content for good, or until the file expires with its record.
-redis.call('PERSIST', content)
-redis.call('HSET', record, unpack(ARGV, 5))
-if ARGV[4] ~= '' then
-  redis.call('EXPIREAT', content, ARGV[4])
-  redis.call('EXPIREAT', record, ARGV[4])
-end
--- Only now is the file listed.
-redis.call('ZADD', index, ARGV[2], ARGV[1])
-return 1
-""")
-
-# KEYS: record, content, index. ARGV: file id. Reply: the number of records deleted, 0 or 1
-_DELETE = Script("""
-redis.call('UNLINK', KEYS[2])
-redis.call('ZREM', KEYS[3], ARGV[1])
-return redis.call('DEL', KEYS[1])
-""")
-
-# KEYS: index. ARGV: the file id to continue after or "", how many, "asc" or "desc"
-# Reply: ids, or nil if there is no such file id
-_PAGE = Script("""
--- The commands of sorted sets have a second form for the reverse order: ZREVRANK, ZREVRANGE.
-local back = ARGV[3] == 'desc' and 'REV' or ''
-local first = 0
-if ARGV[1] ~= '' then
-  local rank = redis.call('Z' .. back .. 'RANK', KEYS[1], ARGV[1])
-  if not rank then
-    return false
-  end
-  first = rank + 1
-end
-return redis.call('Z' .. back .. 'RANGE', KEYS[1], first, first + ARGV[2] - 1)
-""")
 #: File ids read at a time while a page of files is filled.
 _PAGE_SIZE = 100
 
@@ -142,11 +89,11 @@ class FileStore:
         names = _names(record.tenant, record.file_id)
         for start in range(0, len(content), CHUNK_BYTES):
             piece: list[Argument] = [start, content[start : start + CHUNK_BYTES], UPLOAD_TTL_S]
-            if not await _WRITE_PIECE(self._redis, keys=names[1:2], args=piece):
+            if not await file_scripts.WRITE_PIECE(self._redis, keys=names[1:2], args=piece):
                 return False
         expires_at = "" if record.expires_at is None else record.expires_at
         args = [record.file_id, record.created_at, record.bytes, expires_at, *_to_fields(record)]
-        return bool(await _FINISH(self._redis, keys=names, args=args))
+        return bool(await file_scripts.FINISH(self._redis, keys=names, args=args))
 
     async def get(self, tenant: str, file_id: str) -> FileRecord:
         """Raises `NotFound`, `CorruptRecord`."""
@@ -194,7 +141,7 @@ class FileStore:
         """Delete the file. Return False if there is no such file."""
         if not FILE_ID.fullmatch(file_id):
             return False
-        return bool(await _DELETE(self._redis, keys=_names(tenant, file_id), args=[file_id]))
+        return bool(await file_scripts.DELETE(self._redis, keys=_names(tenant, file_id), args=[file_id]))
 
     async def list(
         self,
@@ -213,7 +160,7 @@ class FileStore:
             raise _not_found(after, param="after")
         index, found = keys.file_index(tenant), _Records()
         while len(found) <= limit:
-            ids = await _PAGE(self._redis, keys=[index], args=[after or "", _PAGE_SIZE, order])
+            ids = await file_scripts.PAGE(self._redis, keys=[index], args=[after or "", _PAGE_SIZE, order])
             if ids is None:
                 raise _not_found(after or "", param="after")
             if not ids:
