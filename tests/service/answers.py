@@ -1,4 +1,4 @@
-"""What the tests of bad requests share: sound requests to spoil, and the one shape of an error."""
+"""What the tests of bad requests share: valid requests to spoil, and the one shape of an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOUND: dict[str, dict[str, Any]] = {
 
 
 def check_error(reply: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of an answer, which must have the one shape."""
+    """The error of a response, checked to have the one shape."""
     assert reply.status_code == status, reply.text
     assert reply.headers["x-request-id"]
     body = reply.json()

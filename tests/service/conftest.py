@@ -45,7 +45,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def make_app(redis: Redis, engine: FakeEngine, codec: TextCodec, tmp_path: Path) -> MakeApp:
-    """The application with settings of one's own."""
+    """Makes the application with given settings."""
 
     def make(*, codec: TextCodec = codec, **settings: object) -> FastAPI:
         common = CommonSettings(data_dir=tmp_path)
@@ -74,14 +74,14 @@ async def client_of(app: FastAPI, **options: object) -> AsyncIterator[httpx.Asyn
 
 @pytest_asyncio.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """Without a socket: fast, but an answer comes whole and nobody disconnects."""
+    """A client without a socket: fast, but a response arrives whole and nobody can disconnect."""
     async with client_of(app) as client:
         yield client
 
 
 @asynccontextmanager
 async def served(app: FastAPI) -> AsyncIterator[str]:
-    """Serve on a free port of loopback, in this event loop; yields the URL."""
+    """Serve on a free loopback port in this event loop; yields the URL."""
     async with running_server(app) as server:
         yield url_of(server)
 
@@ -99,7 +99,7 @@ async def running_server(app: FastAPI, **options: Any) -> AsyncIterator[uvicorn.
         server.should_exit = True
         await task
         for _ in range(5):
-            await asyncio.sleep(0)  # connections are closed in a turn of their own; else they warn later
+            await asyncio.sleep(0)  # let the connections close, or they warn later
 
 
 def url_of(server: uvicorn.Server) -> str:
@@ -114,7 +114,7 @@ async def server(app: FastAPI) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture
 async def remote(server: str) -> AsyncIterator[httpx.AsyncClient]:
-    """Over a socket: streams arrive as they are sent."""
+    """A client over a socket: streams arrive while they are sent."""
     async with httpx.AsyncClient(base_url=server) as client:
         yield client
 
@@ -139,7 +139,7 @@ def adapters(redis: Redis) -> AdapterStore:
 async def publish(
     adapters: AdapterStore, adapter_id: str, *, tenant: str = "default", basis_id: str = BASIS_ID
 ) -> int:
-    """Store a version of a small adapter; returns its number."""
+    """Store a version of a small adapter; return its number."""
     adapter = Adapter(basis_id, torch.zeros(2, 4, 4))
     version = await adapters.publish(tenant, adapter_id, adapter, dtype=torch.float16, base_model_id="tiny")
     return version.version

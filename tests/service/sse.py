@@ -1,4 +1,4 @@
-"""Reading server-sent events as strictly as the test that looks at them needs it."""
+"""Read server-sent events strictly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DONE = "[DONE]"
 
 
 def parse(text: str) -> list[Any]:
-    """The JSON of every event in order, "[DONE]" as it is; comments are passed over."""
+    """The JSON of every event in order, and "[DONE]" as it is; comments are skipped."""
     assert text.endswith("\n\n")
     events = []
     for block in text.removesuffix("\n\n").split("\n\n"):

@@ -1,4 +1,4 @@
-"""What the tests of files and jobs share: an upload, a job, and a worker's part in it."""
+"""What the tests of files and jobs share: an upload, a job, and the worker's side of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def create(client: httpx.AsyncClient, file_id: str, headers: Any = None, *
 
 
 async def run_job(redis: Redis) -> None:
-    """What a worker does with the one queued job: some events, then a result."""
+    """Act as the worker of the only queued job: report some events, then a result."""
     leases = JobLeases(redis)
     (lease,) = await leases.claim("worker", limit=1, lease_s=60)
     for step in (1, 2):

@@ -1,4 +1,4 @@
-"""Any tokens of any kind of tokenizer, token by token against the whole text."""
+"""Any tokens of any kind of tokenizer: the text of single tokens against the text of the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.generation.text import TextCodec
 from tests.service.generation.token_kinds import BYTE_FALLBACK, EXACT, byte_fallback_text
 
 ALL = {**EXACT, **BYTE_FALLBACK}
-#: Kinds in which the text of a token depends on more than whether it is the first.
+#: Kinds of tokenizer where the text of a token depends on more than whether it is the first.
 CONTEXTUAL = ("ctc", "word ends", "several spaces stripped")
 SEEDS = st.lists(st.integers(0, 2**20), max_size=14)
 
@@ -30,7 +30,7 @@ def codec_of(kind: str) -> TextCodec:
 
 
 def ids_of(codec: TextCodec, seeds: list[int]) -> list[int]:
-    """Token ids, every second one below 600, where the bytes are; some beyond the vocabulary."""
+    """Token ids: half of them below 600, where the bytes are, and some beyond the vocabulary."""
     size = codec.vocab_size + 3
     return [seed // 2 % (min(600, size) if seed % 2 else size) for seed in seeds]
 
@@ -41,7 +41,7 @@ def streamed(codec: TextCodec, prompt: list[int], ids: list[int], **options: boo
 
 
 def check_stream(codec: TextCodec, prompt: list[int], ids: list[int], *, skip: bool) -> None:
-    """The pieces are what the whole text has more than the prompt's."""
+    """The pieces make up the whole text without the prompt's."""
     whole, before = (codec.decode(part, skip_special_tokens=skip) for part in (prompt + ids, prompt))
     text = streamed(codec, prompt, ids, skip_special_tokens=skip)
     if whole.startswith(before):
@@ -58,7 +58,7 @@ def check_stream(codec: TextCodec, prompt: list[int], ids: list[int], *, skip: b
 
 
 def check_echo(codec: TextCodec, prompt: list[int], ids: list[int]) -> None:
-    """The prompt up to an unfinished character, and the text after it, are the whole."""
+    """The prompt up to an unfinished character, and the text after it, make up the whole."""
     whole = codec.decode(prompt + ids)
     both = streamed(codec, [], prompt) + streamed(codec, prompt, ids, is_prompt_shown=False)
     assert whole.startswith(both)
@@ -144,7 +144,7 @@ def check_bytes(codec: TextCodec, ids: list[int]) -> None:
 
 
 def one_for_a_run(text: str) -> str:
-    """`text` with one U+FFFD for several, and none at its end."""
+    """`text` with one U+FFFD instead of several, and none at its end."""
     return re.sub("\ufffd+", "\ufffd", text).rstrip("\ufffd")
 
 
@@ -196,7 +196,7 @@ def test_a_character_that_the_prompt_began_is_finished(codec: TextCodec) -> None
     *begun, end = codec.chat.text_ids("🙂")
 
     assert streamed(codec, begun, [end]) == "🙂"
-    assert streamed(codec, begun, codec.chat.text_ids("x")) == "x", "its U+FFFD is the prompt's"
+    assert streamed(codec, begun, codec.chat.text_ids("x")) == "x", "its U+FFFD belongs to the prompt"
     assert streamed(codec, begun, codec.chat.text_ids("x"), is_prompt_shown=False) == "�x"
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions and chats: one entry for each token, and where it stands in the text."""
+"""Log-probabilities of completions and chats: one entry per token, with its place in the text."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def test_a_text_as_long_as_the_context_is_scored(
 ) -> None:
     limit = engine.info.max_model_len
     text = codec.decode(codec.chat.text_ids("a" + " a" * limit)[: limit - 1])
-    assert len(codec.chat.text_ids(text)) == limit - 1, "an end token comes behind it"
+    assert len(codec.chat.text_ids(text)) == limit - 1, "an end token follows"
 
     reply = await client.post("/v1/score", json={"model": "tiny", "input": [{"text": text}]})
 
@@ -150,7 +150,8 @@ async def test_offsets_of_token_ids_pass_over_special_tokens(
 
 
 def check_offsets(choice: dict[str, Any], num_shown: int) -> None:
-    """Up to `num_shown` characters, every whole token is the text from its offset to the next one."""
+    """Check that every whole token, up to `num_shown` characters, is the text between its offset and the
+    next."""
     offsets, text = choice["logprobs"]["text_offset"], choice["text"]
     assert offsets == sorted(offsets)
     for token, start, end in zip(
@@ -162,7 +163,7 @@ def check_offsets(choice: dict[str, Any], num_shown: int) -> None:
 
 @given(text=TEXTS, special=st.sampled_from(["", "<|user|>", "</s>"]), rest=TEXTS)
 def test_offsets_in_a_text_prompt_are_where_its_tokens_read(text: str, special: str, rest: str) -> None:
-    """A tokenizer that puts a space in front, and spells what it lacks in bytes."""
+    """A tokenizer that puts a space in front, and spells unknown characters in bytes."""
     codec = LLAMA2
     prompt = text + special + rest
     ids = codec.chat.tokenizer(prompt)["input_ids"]
@@ -295,7 +296,7 @@ async def test_a_scored_text_begins_without_the_space_that_its_tokenizer_puts_in
 async def test_no_tokens_fail_a_request_and_streams_are_as_whole_answers(
     make_app: MakeApp, engine: FakeEngine, kind: str
 ) -> None:
-    """Random tokens of a vocabulary in which most are bytes, padded beyond the tokenizer's."""
+    """Random tokens, most of them bytes, of a vocabulary that is padded beyond the tokenizer's."""
     codec = TextCodec({**EXACT, **BYTE_FALLBACK}[kind]())
     ids = range(codec.vocab_size + 9)
     engine.script = lambda request: random.Random(request.sampling.seed).choices(ids, k=40)

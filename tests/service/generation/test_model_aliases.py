@@ -1,4 +1,4 @@
-"""`lora_path` and `adapter_id`: what SGLang's and LoRAX's clients call the adapter in `model`."""
+"""`lora_path` and `adapter_id`: the fields in which SGLang's and LoRAX's clients name an adapter."""
 
 from __future__ import annotations
 

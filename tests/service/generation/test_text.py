@@ -28,7 +28,7 @@ def pieces(codec: TextCodec, token_ids: list[int], **options: object) -> list[st
 
 
 def stopped(codec: TextCodec, token_ids: list[int], stop: list[str]) -> str:
-    """The slow truth: decode and search everything again after every token."""
+    """The reference implementation: decode and search everything again after every token."""
     text = ""
     for end in range(1, len(token_ids) + 1):
         text = codec.decode(token_ids[:end])
@@ -155,7 +155,7 @@ def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
 
 
 def _sentencepiece() -> PreTrainedTokenizerFast:
-    """Words with "▁" for their space, bytes for what is no word, as SentencePiece models have it."""
+    """Words with "▁" for their space, and bytes for everything else, as in SentencePiece models."""
     vocab = {"<unk>": 0, "▁Hello": 1, "▁world": 2, "<0xE2>": 3, "<0x82>": 4, "<0xAC>": 5, "!": 6}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -1,4 +1,4 @@
-"""What a request may ask to see beside the text: token ids, special tokens, the stop string that ended it."""
+"""What a response can show beside the text: token ids, special tokens, and the stop string that ended it."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ async def test_a_stream_carries_every_token_once(
         own = [(chunk, c) for chunk in chunks for c in chunk["choices"] if c["index"] == index]
         streamed = [token_id for _, c in own for token_id in c.get("token_ids", [])]
         assert streamed == choice["token_ids"]
-        told = [(c if url == TEXT else chunk).get("prompt_token_ids") for chunk, c in own]
+        shown = [(c if url == TEXT else chunk).get("prompt_token_ids") for chunk, c in own]
         first = choice["prompt_token_ids"] if url == TEXT else whole["prompt_token_ids"]
-        assert told == [first] + [None] * (len(own) - 1)
+        assert shown == [first] + [None] * (len(own) - 1)
 
 
 @pytest.mark.parametrize("url", [TEXT, CHAT])

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind of decoder that real models have, and the plain truth about their text."""
+"""Small tokenizers with every kind of decoder that real models have, and a reference for their text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS = [
 
 
 def tokenizer_of(vocab: list[str], decoder: decoders.Decoder | None) -> PreTrainedTokenizerFast:
-    """A tokenizer that can only decode; special tokens first."""
+    """A tokenizer that can only decode. The special tokens come first."""
     names = ["<unk>", *SPECIAL, *vocab]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     if decoder is not None:
@@ -48,7 +48,7 @@ def byte_fallback(*, strips: bool) -> PreTrainedTokenizerFast:
     return tokenizer_of([*BYTES, *WORDS], decoders.Sequence(steps))
 
 
-#: Kinds whose text `tokenizers` decodes without losing anything, so that it is the truth.
+#: Kinds for which `tokenizers` itself is the reference, because it decodes their text without loss.
 EXACT: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "metaspace": lambda: tokenizer_of(WORDS, decoders.Metaspace()),
     "metaspace that keeps the first space": lambda: tokenizer_of(
@@ -87,8 +87,8 @@ BYTE_FALLBACK: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 
 def byte_fallback_text(tokens: list[str], *, strips: bool) -> str:
-    """The reference: runs of byte tokens as SentencePiece reads them, valid characters kept, U+FFFD for every
-    other byte."""
+    """The reference: read runs of byte tokens like SentencePiece, which keeps valid characters and writes
+    U+FFFD for every other byte."""
     text, run = "", b""
     for token in [*tokens, ""]:
         if re.fullmatch("<0x..>", token):
@@ -114,7 +114,7 @@ def _characters(run: bytes) -> str:
 
 
 def llama2() -> PreTrainedTokenizerFast:
-    """A whole byte-fallback tokenizer: it puts a start token and a space in front of what it encodes."""
+    """A complete byte-fallback tokenizer that puts a start token and a space in front of a text."""
     vocab = ["<unk>", *SPECIAL, *BYTES, "▁", "h", "e", "l", "o", "▁h", "▁he", "lo", "▁w", "w", "a", "é", "�"]
     merges = [("▁", "h"), ("▁h", "e"), ("l", "o"), ("▁", "w")]
     ids = {name: i for i, name in enumerate(vocab)}

@@ -1,4 +1,4 @@
-"""API keys, and that no tenant sees what is another's."""
+"""API keys, and that no tenant sees anything of another."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def keys_file(tmp_path: Path) -> Path:
 
 @pytest_asyncio.fixture
 async def locked(make_app: MakeApp, keys_file: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a service that wants keys; it has none by itself."""
+    """A client of a service that requires keys; the client sends none by itself."""
     async with client_of(make_app(api_keys_file=keys_file)) as client:
         yield client
 
@@ -56,7 +56,7 @@ def as_tenant(tenant: str) -> dict[str, str]:
         ("Bearer " + digest("sk-acme"), "invalid_api_key"),
     ],
 )
-async def test_without_a_known_key_nothing_is_told(
+async def test_a_request_without_a_known_key_learns_nothing(
     locked: httpx.AsyncClient, authorization: str | None, code: str
 ) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
@@ -87,7 +87,7 @@ async def test_another_tenants_adapter_looks_like_none(
     locked: httpx.AsyncClient, engine: FakeEngine, adapters: AdapterStore
 ) -> None:
     await publish(adapters, "secret", tenant="acme")
-    wanted = [
+    requests = [
         ("POST", "/v1/completions", {"model": "{}", "prompt": "a"}),
         ("POST", "/v1/completions", {"model": "{}@1", "prompt": "a", "stream": True}),
         ("POST", "/v1/chat/completions", {"model": "{}", "messages": [{"role": "user", "content": "a"}]}),
@@ -99,7 +99,7 @@ async def test_another_tenants_adapter_looks_like_none(
         ("DELETE", "/v1/adapters/{}", None),
     ]
 
-    for method, url, body in wanted:
+    for method, url, body in requests:
         answers = []
         for name in ("secret", "absent"):
             sent = body and {k: v.format(name) if k == "model" else v for k, v in body.items()}

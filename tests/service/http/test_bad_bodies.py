@@ -1,4 +1,4 @@
-"""Bodies that are no sound JSON, too large or too slow."""
+"""Bodies that are invalid JSON, too large or too slow."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_a_native_endpoint_cuts_short_the_names_it_refuses(client: httpx.A
 
 
 async def _large() -> AsyncIterator[bytes]:
-    """Sent in chunks, so that nothing says how long it is."""
+    """A body sent in chunks, so that no header gives its length."""
     yield b'{"model": "tiny", "prompt": "'
     for _ in range(200):
         yield b"a" * 10_000
@@ -93,7 +93,7 @@ async def test_a_body_that_says_it_is_too_large_is_refused(make_app: MakeApp, si
 
 
 async def send_raw(url: str, body: bytes, content_length: int) -> bytes:
-    """All that the service answers before it closes the connection."""
+    """Everything that the service sends before it closes the connection."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-length: {content_length}\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Wrong parameters: a clear answer that names them, and nothing reaches the engine."""
+"""Wrong parameters get a clear error that names them, and nothing reaches the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.fakes import FakeEngine
 from tests.service.answers import CHAT, HELLO, JOBS, SCORE, SOUND, TEXT, check_error
 
-#: Where, what is put into a sound body, and the code and param that must come back with 400.
+#: The path, what is put into a valid body, and the code and param that must come back with status 400.
 INVALID: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"temperature": 2.1}, "invalid_value", "temperature"),
     (TEXT, {"temperature": False}, "invalid_value", "temperature"),
@@ -122,7 +122,7 @@ async def test_a_wrong_parameter_is_named(
         ),
     ],
 )
-async def test_what_is_wrong_is_said_in_plain_words(
+async def test_an_error_says_in_plain_words_what_is_wrong(
     client: httpx.AsyncClient, wrong: dict[str, Any], message: str
 ) -> None:
     reply = await client.post(CHAT, json={**SOUND[CHAT], **wrong})
@@ -140,7 +140,7 @@ async def test_what_is_wrong_is_said_in_plain_words(
         ),
     ],
 )
-async def test_what_may_be_auto_is_said_with_what_else_it_may_be(
+async def test_the_error_of_a_field_that_may_be_auto_names_both_kinds(
     client: httpx.AsyncClient, name: str, value: str, message: str
 ) -> None:
     job = {"model": "tiny", "training_file": "file-x", "hyperparameters": {name: value}}
@@ -148,7 +148,7 @@ async def test_what_may_be_auto_is_said_with_what_else_it_may_be(
     assert reply.json()["error"]["message"] == f"hyperparameters.{name}: {message}"
 
 
-async def test_all_problems_are_told_at_once(client: httpx.AsyncClient) -> None:
+async def test_all_problems_are_reported_at_once(client: httpx.AsyncClient) -> None:
     wrong = {"temperature": 9, "n": 0, "top_p": 2}
 
     error = check_error(await client.post(TEXT, json={**SOUND[TEXT], **wrong}), 400)

@@ -1,4 +1,4 @@
-"""What well-known clients send without being told to: all of it is let pass.
+"""Fields that well-known clients send by themselves: all of them are accepted.
 
 The payloads were recorded or read off: openai 3.57, langchain-openai 1.7, lm-eval 0.4, guidellm 0.8, aiperf
 0.13, vLLM's and SGLang's serving benchmarks, and the defaults that a vLLM client fills in. litellm 1.110,
@@ -20,7 +20,7 @@ from tests.service.answers import CHAT, TEXT
 PARTS = [{"type": "text", "text": "hello there"}]
 USAGE = {"include_usage": True}
 EVERY_CHUNK = {"include_usage": True, "continuous_usage_stats": True}
-#: As a client writes them that sends every field, given or not.
+#: Requests of a client that sends every field, whether it was given or not.
 DEFAULTS: dict[str, Any] = {
     "best_of": None, "use_beam_search": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
     "length_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False, "ignore_eos": False,

@@ -1,4 +1,4 @@
-"""Every error has one shape: unknown routes, bugs, what the engine reports, what is not there just now."""
+"""Every error has one shape: unknown routes, bugs, errors of the engine, parts that are down."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_full_engine_asks_to_come_again(client: httpx.AsyncClient, engin
     assert int(reply.headers["retry-after"]) > 0
 
 
-async def test_a_tenant_with_too_many_requests_is_told_to_come_again(
+async def test_a_tenant_with_too_many_requests_is_asked_to_try_again(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     engine.refusal = TenantOverloaded("2048 requests of yours are waiting already")

@@ -1,4 +1,4 @@
-"""What one client may send is bounded before it costs anybody else anything."""
+"""Inputs are bounded before one client's input can slow down the others."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-async def test_a_flood_of_mistakes_is_told_in_a_few_words(
+async def test_a_flood_of_mistakes_is_reported_in_a_few_words(
     client: httpx.AsyncClient, engine: FakeEngine, name: str
 ) -> None:
-    """As many errors as mistakes would take the process seconds, and gigabytes."""
+    """One error for each mistake would take seconds and gigabytes."""
     schemas = {"prompt": CompletionRequest, "messages": ChatCompletionRequest, "input": ScoreRequest}
     flood = {"model": "tiny", **FLOODS[name]}
     [(field, schema)] = [item for item in schemas.items() if item[0] in flood]
@@ -161,7 +161,7 @@ async def test_floods_of_values_are_refused(client: httpx.AsyncClient, engine: F
 async def test_a_large_prompt_waits_for_its_tenants_turn_and_nobody_elses(
     client: httpx.AsyncClient, engine: FakeEngine, app
 ) -> None:
-    """While another tenant's large input is read, a small request is answered."""
+    """A small request is answered while another tenant's large input is read."""
     gate = app.state.services.json_bodies._gate
     taken = await gate.take("default", 1)
     large = "word " * MAX_INLINE_CHARACTERS
@@ -175,7 +175,7 @@ async def test_a_large_prompt_waits_for_its_tenants_turn_and_nobody_elses(
 
 
 class Bodies:
-    """An application behind `BodyLimit` that answers when it is told to, and how much memory is taken."""
+    """An application behind `BodyLimit` that responds when the test allows it, and shows the memory taken."""
 
     def __init__(self, max_memory_bytes: int) -> None:
         limits = BodyLimits(4 * MIB, 32 * MIB, 512 * MIB, max_memory_bytes, timeout_s=30.0)
@@ -224,10 +224,12 @@ async def test_bodies_that_are_not_small_wait_for_room_and_give_it_back_when_the
     minnow = bodies.post("minnow", MIB)
     small = bodies.post("whale", 1000)
     await wait_until(lambda: bodies.num_read == 4)
-    assert bodies.taken == 3 * BODY_COPIES * MIB, "half of it for one tenant, the small one for nothing"
+    assert bodies.taken == 3 * BODY_COPIES * MIB, (
+        "one tenant takes half of it, and the small body takes nothing"
+    )
     bodies.may_answer.set()
     await wait_until(lambda: bodies.num_read == 22)
-    assert bodies.taken == 0, "streams that run hold no body"
+    assert bodies.taken == 0, "a running stream holds no body"
     bodies.may_end.set()
     await asyncio.gather(*whale, minnow, small)
 

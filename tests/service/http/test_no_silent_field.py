@@ -1,4 +1,4 @@
-"""A probe of all endpoints: no field is let pass without effect, unless it is documented as ignored.
+"""Probe all endpoints: no field is accepted without effect, unless it is documented as ignored.
 
 Each field is sent alone, in every place where users put it. Three outcomes are right: a 400 whose `param` is
 the dotted path of the field; a field of the table of ignored ones; an answer, a request to the engine or a
@@ -26,7 +26,7 @@ from tests.service.conftest import publish
 from tests.service.sse import parse
 from tests.service.training import GOOD, upload
 
-#: What other servers, clients and papers know, each with a value that asks for something to be done.
+#: Fields of other servers, clients and papers, each with a value that requests an effect.
 GENERATION: dict[str, Any] = {
     # OpenAI's
     "audio": {"voice": "x"}, "best_of": 3, "echo": True, "frequency_penalty": 1.5, "function_call": "auto2",
@@ -64,7 +64,7 @@ GENERATION: dict[str, Any] = {
     "details": True, "do_sample": True, "grammar": {"type": "regex"}, "inputs": "x", "max_new_tokens": 3,
     "merged_adapters": {"ids": ["a"]}, "parameters": {"top_k": 1}, "return_full_text": True,
     "return_k_alternatives": 2, "truncate": 3, "typical_p": 0.5, "watermark": True,
-    # those of transformers, llama.cpp, Ollama and others
+    # Those of transformers, llama.cpp, Ollama and others.
     "dry_multiplier": 0.8, "early_stopping": True, "enable_thinking": False, "encoder_repetition_penalty": 2,
     "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "format": "json", "guidance_scale": 2, "keep_alive": 5,
     "max_length": 5, "min_length": 5, "mirostat": 2, "n_predict": 5, "n_probs": 2, "negative_prompt": "x",
@@ -123,7 +123,7 @@ ANNA = "anna"
 
 
 def placed(body: dict[str, Any], path: str, name: str, value: Any) -> dict[str, Any]:
-    """`body` with the field in the object at the dotted path, which is made if it is not there."""
+    """`body` with the field in the object at the dotted path, which is created if it is missing."""
     body = copy.deepcopy(body)
     spot: Any = body
     for part in path.split(".") if path else []:
@@ -145,7 +145,7 @@ async def probe(
     ignored: set[str],
     seen: Seen,
 ) -> list[str]:
-    """The fields that were let pass without effect."""
+    """The fields that were accepted without effect."""
     plain = await client.post(url, json=sound)
     assert plain.status_code == 200, plain.text
     without = await seen(plain)
@@ -167,7 +167,7 @@ async def probe(
 
 @pytest.fixture
 def seen_by_engine(engine: FakeEngine) -> Seen:
-    """What the engine was asked for since the last look, and what was answered, without ids and times."""
+    """The engine's requests since the last look, and the responses, without ids and times."""
 
     async def look(reply: httpx.Response) -> Any:
         asked = [dataclasses.replace(request, request_id="") for request in engine.requests]
@@ -289,7 +289,7 @@ async def test_no_field_of_a_basis_job_or_of_an_adapter_is_silent(
         assert check_error(reply, 400)["param"] == name
 
 
-#: Every list and every object that is read or deleted, and what its query may say.
+#: Every list and every object that is read or deleted, with the names that its query may have.
 READS: list[tuple[str, str, set[str]]] = [
     ("GET", "/v1/models", set()),
     ("GET", "/v1/models/tiny", set()),
@@ -390,7 +390,7 @@ async def test_no_form_field_of_an_import_is_silent(client: httpx.AsyncClient) -
 
 
 async def test_what_clients_send_by_default_is_let_pass(client: httpx.AsyncClient) -> None:
-    """Every neutral value of the tables, and null under every name."""
+    """Every neutral value of the tables, and null for every name."""
     for place, url, path in (
         (fields.COMPLETION_NEUTRAL, TEXT, ""),
         (fields.CHAT_NEUTRAL, CHAT, ""),

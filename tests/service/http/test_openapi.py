@@ -1,4 +1,4 @@
-"""The OpenAPI schema says what the service does: generated requests, sound and unsound, over a socket."""
+"""The OpenAPI schema matches the service: generated requests, valid and invalid, over a socket."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.fakes import FakeEngine
 from tests.service.conftest import served
 from tests.waiting import HANG_S
 
-#: Of each operation and mode: about 300 requests in all.
+#: Requests per operation and mode, about 300 in all.
 EXAMPLES = 6
 
 CHECKS = [
@@ -42,7 +42,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def api_url(redis_url: str, codec: TextCodec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A service in a thread of its own: the generated requests are sent synchronously."""
+    """A service in a thread of its own, because the generated requests are sent synchronously."""
     started, urls, stopping = threading.Event(), [], []
 
     async def serve() -> None:

@@ -1,4 +1,4 @@
-"""What holds for every route."""
+"""Properties of every route."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute
 
 
 def test_no_request_waits_for_a_thread(app: FastAPI) -> None:
-    """FastAPI runs a plain function in a thread: 0.1 ms on an idle machine, more on a busy one."""
+    """FastAPI would run a plain function in a thread: 0.1 ms on an idle machine, more on a busy one."""
     calls = {call for route in api_routes(app.routes) for call in calls_of(route.dependant)}
 
     assert len(calls) > 40
@@ -35,6 +35,6 @@ def calls_of(dependant: Dependant) -> Iterator[object]:
 
 
 def is_coroutine(call: object) -> bool:
-    """Of a function, or of an object that is called."""
+    """Whether a function, or the call of an object, is a coroutine function."""
     methods = dict(inspect.getmembers(type(call)))
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(methods.get("__call__"))

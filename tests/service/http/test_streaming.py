@@ -1,4 +1,4 @@
-"""Streamed answers: the shapes of their events, failures in their middle, readers that leave."""
+"""Streamed responses: the shapes of their events, failures in the middle, and readers that leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files for calibration: whose an example is, and what such a file is good for."""
+"""Files for calibration: which user an example belongs to, and which requests accept such a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def content_of(*users: str | None) -> bytes:
     return "\n".join(json.dumps(value) for value in values).encode()
 
 
-async def test_users_are_told_apart_in_a_file_for_calibration(client: httpx.AsyncClient) -> None:
+async def test_users_are_distinguished_in_a_file_for_calibration(client: httpx.AsyncClient) -> None:
     content = content_of("ann", "bob", "ann", "bob")
     record = (await upload(client, content, purpose="calibration")).json()
     reply = await client.post(
@@ -66,7 +66,7 @@ async def test_a_job_may_name_it_for_its_basis_but_not_train_on_it(client: httpx
         ("fine-tune", ("ann", "ann"), 1, "unknown_key"),
     ],
 )
-async def test_what_is_wrong_is_told_at_the_upload(
+async def test_the_upload_reports_what_is_wrong(
     client: httpx.AsyncClient, purpose: str, users: tuple[str | None, ...], line: int, code: str
 ) -> None:
     reply = await upload(client, content_of(*users), purpose=purpose)

@@ -47,7 +47,7 @@ async def test_the_zip_holds_a_lora_with_the_same_delta(
 
 
 class Replacing(AdapterStore):
-    """The adapter is deleted, forgotten, and published again with other weights, before it is fetched."""
+    """Deletes and forgets the adapter, and publishes it again with other weights, before it is fetched."""
 
     async def fetch(self, refs: Sequence[AdapterRef]) -> list[bytes | None]:
         basis = small_basis()

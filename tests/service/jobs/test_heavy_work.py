@@ -1,4 +1,4 @@
-"""What needs torch is done by a fork of a twin that has none, and comes out as if it were done here."""
+"""A fork of a twin without torch does the work that needs torch, with the same results as this process."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ async def test_a_lora_goes_in_and_comes_out_as_the_same_change(
         config = json.loads(archive.read("adapter_config.json"))
     given = load(files.adapter_model)
     A, B = (f"base_model.model.{MODULE}.lora_{side}.weight" for side in "AB")
-    wanted = 2 * given[B] @ given[A]
+    expected = 2 * given[B] @ given[A]
     scale = config["lora_alpha"] / config["r"]
-    torch.testing.assert_close(scale * found[B] @ found[A], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scale * found[B] @ found[A], expected, atol=1e-4, rtol=1e-4)
 
 
 async def test_exports_take_turns(redis: Redis, redis_url: str, common: CommonSettings) -> None:

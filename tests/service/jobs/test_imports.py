@@ -1,4 +1,4 @@
-"""POST /v1/adapters/{id}/peft: what GET gives comes back, what PEFT saves comes in, what is spoiled not."""
+"""POST /v1/adapters/{id}/peft accepts our own exports and what PEFT saves, and refuses damaged files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def foreign_files(rank: int = 3) -> PeftFiles:
-    """A LoRA of two modules that nobody here has made."""
+    """A LoRA of two modules that this service has not made."""
     tensors = {}
     for shape in SHAPES:
         tensors[f"base_model.model.{shape.name}.lora_A.weight"] = random(rank, shape.d_in)
@@ -145,7 +145,7 @@ async def test_a_deletion_that_was_cut_off_is_finished_by_the_next(
     client: httpx.AsyncClient, redis: Redis, adapters: AdapterStore
 ) -> None:
     basis_id = (await send_files(client, foreign_files())).json()["versions"][0]["basis"]
-    assert await adapters.delete("default", "anna")  # and there the service died
+    assert await adapters.delete("default", "anna")  # the service died at this point
     check_error(await client.delete("/v1/adapters/anna"), 404)
     assert not [key async for key in redis.scan_iter(match=f"*{basis_id}*")]
 
@@ -290,7 +290,7 @@ async def test_what_exceeds_the_quota_leaves_nothing_behind(redis: Redis) -> Non
 
 
 class DeletingBases(BasisStore):
-    """The adapter of that name is deleted while the factors are being written."""
+    """Deletes the adapter of that name while the factors are being written."""
 
     async def put_private(self, basis: Basis, ownership: Ownership, *, step: Tensor | None = None) -> None:
         await super().put_private(basis, ownership, step=step)
@@ -310,7 +310,7 @@ async def test_an_adapter_deleted_while_it_was_imported_stays_deleted(redis: Red
 
 
 async def test_an_import_outlives_the_end_of_another_one_of_the_same_lora(redis: Redis) -> None:
-    """That one has failed, at any moment, and takes back the basis that both of them store."""
+    """The other import fails at any moment, and removes the basis that both of them store."""
     for num_commands in count():
         await redis.flushall()
         gate = Gate()

@@ -1,4 +1,4 @@
-"""`extra_body={"adapter": {"form": "lora", …}}`: what is queued, and what is refused before it is."""
+"""`extra_body={"adapter": {"form": "lora", …}}`: which jobs are queued, and which are refused before that."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ async def test_the_official_client_orders_a_lora_form(
         training_file=file_id,
         extra_body={"adapter": {"form": "lora", "rank": 8, "init": "pissa", "id": "anna"}},
     )
-    told = job.to_dict()["adapter"]
-    assert (told["form"], told["method"], told["rank"], told["init"]) == ("lora", "pissa", 8, "pissa")
+    trained = job.to_dict()["adapter"]
+    assert (trained["form"], trained["method"], trained["rank"], trained["init"]) == (
+        "lora",
+        "pissa",
+        8,
+        "pissa",
+    )
     spec = (await JobQueue(redis).get("default", job.id)).spec
     assert (spec.form, spec.method, spec.rank, spec.start, spec.basis_id) == ("lora", "pissa", 8, None, None)
     assert (spec.calibration, spec.basis_options) == (None, {})

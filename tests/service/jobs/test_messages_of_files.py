@@ -1,4 +1,4 @@
-"""Whatever a message of the chat endpoint may hold, a message of a file may hold, and reads the same."""
+"""A message of a file may hold everything that a message of the chat endpoint may, with the same meaning."""
 
 from __future__ import annotations
 

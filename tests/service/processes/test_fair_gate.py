@@ -1,4 +1,5 @@
-"""Room that tenants share: never more than there is, nobody above their share, turns for those who wait."""
+"""A capacity that tenants share: it is never exceeded, nobody exceeds a share, and those who wait take
+turns."""
 
 from __future__ import annotations
 
@@ -29,12 +30,12 @@ async def test_one_tenant_leaves_room_for_the_others_and_they_take_turns() -> No
     assert (order, gate.num_taken, gate.num_waiting) == (["whale"], 1, 4)
     tasks += [asyncio.create_task(work(name, 0, may_end)) for name in ("minnow", "perch")]
     await settle()
-    assert order == ["whale", "minnow"], "there was room for somebody else"
+    assert order == ["whale", "minnow"], "there was capacity left for another tenant"
     for _ in tasks:
         may_end.release()
     await asyncio.gather(*tasks)
     assert order[2] in ("perch", "whale")
-    assert "perch" in order[:4], "it waits for one turn of each of the others at most"
+    assert "perch" in order[:4], "it waits for at most one turn of each other tenant"
     assert (gate.num_taken, gate.num_waiting) == (0, 0)
 
 

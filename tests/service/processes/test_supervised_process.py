@@ -1,4 +1,4 @@
-"""Processes that have to run: started again when they die, and the address that several of them share."""
+"""Supervised processes: restarted when they die, and the address that several of them share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
 
 @pytest.fixture
 def child_of() -> Iterator[Callable[..., SupervisedProcess]]:
-    """child_of(program): a child that runs it, not started yet; stopped afterwards."""
+    """Makes a child that runs a program, not started yet; the child is stopped after the test."""
     made: list[SupervisedProcess] = []
 
     def make(program: str, **options: object) -> SupervisedProcess:
@@ -34,7 +34,7 @@ def child_of() -> Iterator[Callable[..., SupervisedProcess]]:
         child.stop(timeout_s=0.1)
 
 
-def test_a_child_that_dies_is_started_again_and_its_death_told(
+def test_a_child_that_dies_is_restarted_and_its_death_reported(
     child_of: Callable[..., SupervisedProcess],
 ) -> None:
     deaths: list[int] = []

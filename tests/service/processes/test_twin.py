@@ -1,4 +1,4 @@
-"""Large inputs are judged by a process of their own as they are judged here, whatever becomes of it."""
+"""A process of its own checks a large input with the same result as this process, however it ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def checks(codec: TextCodec) -> Iterator[tuple[UploadCheck, UploadCheck]]:
-    """One that has a twin, and one that has not."""
+    """A check with a twin and one without."""
     twin = fork_twin(upload_check.works(codec.chat))
     yield UploadCheck(codec.chat, twin), UploadCheck(codec.chat)
     twin.close()
@@ -57,7 +57,7 @@ async def test_a_file_is_judged_alike_in_a_process_of_its_own(
 
 
 async def judged(count: Awaitable[int]) -> object:
-    """The number of examples, or all that an error says of them."""
+    """The number of examples, or everything that the error says about them."""
     try:
         return await count
     except InvalidTrainingData as error:
@@ -125,7 +125,7 @@ async def test_a_body_is_read_alike_in_a_process_of_its_own(json_twin: Twin, nam
 
 
 async def value_or_error(read: Awaitable[object]) -> str:
-    """`repr` tells 1 from 1.0 and from true."""
+    """The `repr`, which distinguishes 1, 1.0 and True."""
     try:
         return repr(await read)
     except ValueError as error:

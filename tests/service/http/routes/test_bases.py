@@ -1,4 +1,4 @@
-"""/v1/bases, and what a fine-tuning job may say about basis and start: all checked before it is queued."""
+"""/v1/bases, and the basis and init of a fine-tuning job, which are checked before the job is queued."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_FILE = "file-" + "0" * 24
 
 
 class Owned:
-    """Bases that belong to tenants, put there as a worker does."""
+    """Private bases of tenants, stored as a worker stores them."""
 
     def __init__(self, redis: Redis) -> None:
         self.bases = BasisStore(redis)
@@ -50,7 +50,7 @@ class Owned:
         return basis
 
     async def fill(self) -> None:
-        """All that the default settings let a tenant own."""
+        """Use all of the quota that the default settings give a tenant."""
         wide = replace(small_basis().manifest, basis_id="c" * 64, modules=(ModuleShape("a", 2**26, 8),))
         assert await self.own.reserve(DEFAULT_TENANT, wide)
 
@@ -99,7 +99,7 @@ async def test_a_basis_is_built_by_a_job(client: httpx.AsyncClient, redis: Redis
 
 
 async def test_the_usual_target_modules_are_no_choice(client: httpx.AsyncClient, redis: Redis) -> None:
-    """Else the basis would be the caller's own, beside the same one of everybody's."""
+    """Otherwise the basis would be private, although the same one is shared."""
     job = await build(client, target_modules=sorted(LLAMA_LINEARS), options={"seed": 0})
 
     spec = await spec_of(redis, job)
@@ -203,20 +203,20 @@ async def test_a_basis_job_is_followed_to_its_basis(client: httpx.AsyncClient, r
 
 
 async def test_everything_has_a_description(client: httpx.AsyncClient) -> None:
-    told = (await client.get(f"{BASES}/methods")).json()
+    listed = (await client.get(f"{BASES}/methods")).json()
 
-    assert told["methods"]["lora_sb"]["needs_calibration"] == "labelled"
-    assert told["methods"]["lora_xs"]["options"]["vectors"]["choices"]
-    assert told["starts"]["sb_step"]["options"]["eta_init"]["default"] == "line_search"
-    assert told["starts"]["warm"]["needs_adapter"] is True
-    assert told["presets"]["lora_sb"] | {"paper": ""} == {
+    assert listed["methods"]["lora_sb"]["needs_calibration"] == "labelled"
+    assert listed["methods"]["lora_xs"]["options"]["vectors"]["choices"]
+    assert listed["starts"]["sb_step"]["options"]["eta_init"]["default"] == "line_search"
+    assert listed["starts"]["warm"]["needs_adapter"] is True
+    assert listed["presets"]["lora_sb"] | {"paper": ""} == {
         "basis": "lora_sb", "start": "sb_step", "paper": "", "basis_options": {},
         "start_options": {"eta_init": "lr"}, "own_basis": True, "caller_sets": ["learning_rate"],
     }  # fmt: skip
-    assert all(item["paper"] for item in told["methods"].values())
+    assert all(item["paper"] for item in listed["methods"].values())
 
 
-# Basis and start of a fine-tuning job
+# Basis and init of a fine-tuning job
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ async def test_an_adapter_is_moved_to_another_basis_only_on_request(
     assert spec.start == {"method": "warm", "options": {}}
 
 
-# Bases that belong to somebody
+# Private bases
 
 
 async def test_an_own_basis_is_listed_used_and_deleted(
@@ -428,7 +428,7 @@ async def test_another_tenants_basis_looks_like_none(locked: httpx.AsyncClient, 
     assert (await locked.get(f"{BASES}/{basis.basis_id}", headers=as_tenant("acme"))).status_code == 200
 
 
-async def test_a_tenant_without_room_is_told_before_anything_is_queued(
+async def test_a_tenant_without_quota_is_refused_before_anything_is_queued(
     client: httpx.AsyncClient, owned: Owned, file_id: str
 ) -> None:
     await owned.fill()

@@ -1,4 +1,4 @@
-"""POST /v1/completions, whole answers."""
+"""POST /v1/completions, not streamed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ async def test_a_prompt_is_continued(client: httpx.AsyncClient, codec: TextCodec
     assert answer["x_tessera"]["ttft_ms"] > 0
 
 
-async def test_what_is_not_said_is_openais_default(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_field_that_is_not_given_has_openais_default(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     await complete(client, prompt="a", temperature=None, n=None, stop=None, stream=None, max_tokens=None)
 
     sampling = engine.requests[0].sampling

@@ -31,7 +31,7 @@ async def test_a_file_is_kept_as_it_came(client: httpx.AsyncClient) -> None:
     assert content.headers["content-disposition"] == 'attachment; filename="data.jsonl"'
 
 
-async def test_every_problem_is_told_with_its_line(client: httpx.AsyncClient) -> None:
+async def test_every_problem_is_reported_with_its_line(client: httpx.AsyncClient) -> None:
     content = "\n".join(
         [EXAMPLE, "{oops", '{"messages": [{"role": "user", "content": "x"}]}', '{"text": ""}']
     )
@@ -129,14 +129,14 @@ async def test_files_are_listed_newest_first_in_pages(client: httpx.AsyncClient)
 async def test_a_purpose_is_looked_for_beyond_one_page(client: httpx.AsyncClient) -> None:
     purposes = ["fine-tune", "calibration", "fine-tune", "fine-tune", "calibration", "fine-tune"]
     ids = [(await upload(client, purpose=purpose)).json()["id"] for purpose in purposes]
-    wanted = [ids[4], ids[1]]
+    expected = [ids[4], ids[1]]
 
     first = (await client.get("/v1/files", params={"purpose": "calibration", "limit": 1})).json()
     second = (
-        await client.get("/v1/files", params={"purpose": "calibration", "limit": 1, "after": wanted[0]})
+        await client.get("/v1/files", params={"purpose": "calibration", "limit": 1, "after": expected[0]})
     ).json()
 
-    assert [item["id"] for item in first["data"] + second["data"]] == wanted
+    assert [item["id"] for item in first["data"] + second["data"]] == expected
     assert (first["has_more"], second["has_more"]) == (True, False)
 
 
@@ -151,7 +151,7 @@ async def test_the_order_can_be_turned_round(client: httpx.AsyncClient) -> None:
     assert error["param"] == "order"
 
 
-async def test_a_file_expires_when_it_was_told_to(client: httpx.AsyncClient, redis: Redis) -> None:
+async def test_a_file_expires_when_its_lifetime_ends(client: httpx.AsyncClient, redis: Redis) -> None:
     kept = (await upload(client)).json()
     form = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
     record = (await client.post("/v1/files", files={"file": ("a.jsonl", GOOD)}, data=form)).json()
@@ -211,7 +211,9 @@ async def test_a_deleted_file_is_gone(client: httpx.AsyncClient) -> None:
         assert reply.json()["error"]["code"] == "file_not_found"
 
 
-async def test_a_damaged_file_is_told_from_a_missing_one(client: httpx.AsyncClient, redis: Redis) -> None:
+async def test_a_damaged_file_is_distinguished_from_a_missing_one(
+    client: httpx.AsyncClient, redis: Redis
+) -> None:
     file_id = (await upload(client)).json()["id"]
     await redis.setrange(keys.file_content("default", file_id), 3, b"\x00\x00")
 
@@ -238,7 +240,7 @@ def test_a_filename_is_made_plain(given: str, kept: str) -> None:
 
 
 async def test_what_other_tools_write_is_taken(client: httpx.AsyncClient) -> None:
-    """null is absent, a developer is the system, and messages are as the official client dumps them."""
+    """null counts as absent, a developer as the system, and messages may be dumps of the official client."""
     question, answer = {"role": "user", "content": "Define nose."}, {"role": "assistant", "content": "organ"}
     unused = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
     lines = [

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs, over the real queue; a worker's part is played through `JobLeases`."""
+"""/v1/fine_tuning/jobs over the real queue; the tests act as the worker through `JobLeases`."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @asynccontextmanager
 async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application that has been started."""
+    """A client of an application whose lifespan has begun."""
     async with app.router.lifespan_context(app), client_of(app) as client:
         yield client
 
@@ -61,7 +61,7 @@ async def test_ready_says_which_part_is_down(client: httpx.AsyncClient, engine: 
     assert (await client.get("/health/live")).status_code == 200
 
 
-async def test_a_store_that_is_gone_is_told_everywhere(
+async def test_a_store_that_is_gone_is_reported_everywhere(
     engine: FakeEngine, codec: TextCodec, tmp_path: Path
 ) -> None:
     redis = connect(f"unix://{tmp_path}/nobody", timeout_s=0.2)
@@ -114,7 +114,7 @@ async def test_the_service_counts_what_it_answers(app: FastAPI, engine: FakeEngi
     assert measured["tessera_http_requests_in_flight", ()] == 1  # this one
 
 
-async def test_the_figures_of_engine_store_and_queue_are_told(
+async def test_the_figures_of_engine_store_and_queue_are_reported(
     app: FastAPI, engine: FakeEngine, adapters: AdapterStore
 ) -> None:
     for name in ("anna", "bert"):
@@ -216,7 +216,7 @@ async def test_the_log_line_of_a_request_names_it_and_its_tenant_in_json(client:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("TESSERA_LOG_FORMAT", "xml", "log_format"),
         ("TESSERA_SERVICE_PROT", "9000", "TESSERA_SERVICE_PORT"),
@@ -228,12 +228,12 @@ async def test_the_log_line_of_a_request_names_it_and_its_tenant_in_json(client:
     ],
 )
 def test_settings_that_cannot_be_used_end_the_process(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, said: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(name, value)
 
     assert main() == 2
-    assert said in caplog.text
+    assert message in caplog.text
 
 
 async def test_requests_beyond_the_limit_are_turned_away(make_app: MakeApp, engine: FakeEngine) -> None:

@@ -33,7 +33,7 @@ async def score(client: httpx.AsyncClient, *items: dict[str, Any], **more: Any) 
 
 
 def expected(codec: TextCodec, example: Example) -> tuple[int, float]:
-    """Counted tokens and their summed log-probability."""
+    """The number of counted tokens and their summed log-probability."""
     [encoded] = codec.chat.encode_rows(example, max_tokens=1000)
     counted = [t for t, counts in zip(encoded.token_ids, encoded.loss_mask, strict=True) if counts]
     return len(counted), sum(fake_logprob(t) for t in counted)
@@ -49,13 +49,13 @@ async def test_each_kind_of_text_counts_what_training_would_count(
         Example(prompt=PAIR["prompt"], completion=PAIR["completion"]),
         Example(text=TEXT["text"]),
     ]
-    wanted = [expected(codec, example) for example in examples]
-    for index, (item, (count, total)) in enumerate(zip(report["data"], wanted, strict=True)):
+    scores = [expected(codec, example) for example in examples]
+    for index, (item, (count, total)) in enumerate(zip(report["data"], scores, strict=True)):
         assert (item["index"], item["num_tokens"]) == (index, count)
         assert item["sum_logprob"] == pytest.approx(total)
         assert item["loss"] == pytest.approx(-total / count)
         assert item["tokens"] is None
-    assert report["loss"] == pytest.approx(-sum(t for _, t in wanted) / sum(c for c, _ in wanted))
+    assert report["loss"] == pytest.approx(-sum(t for _, t in scores) / sum(c for c, _ in scores))
 
 
 async def test_the_items_run_together_and_nothing_is_generated(
