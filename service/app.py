@@ -88,7 +88,7 @@ def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple
         revision=common.base_model_revision,
         allow_control_tokens=common.allow_control_tokens,
     )
-    works = upload_check.works(codec.chat) | json_routes.works() | heavy_work.works(common)
+    works = upload_check.upload_works(codec.chat) | json_routes.json_works() | heavy_work.heavy_works(common)
     return codec, fork_twin(works, limits=heavy_work.LIMITS_BY_NAME, close_fds=close_fds)
 
 
@@ -107,7 +107,7 @@ def create_app(
     twin: processes large inputs; None: threads of this process do. store_url: the store to which forks of the
     twin connect. Raises `InvalidInput` for a key file or a setting that cannot be used.
     """
-    services = _services(engine, stores, codec, settings, common, twin, store_url)
+    services = _make_services(engine, stores, codec, settings, common, twin, store_url)
     sampler = StoreSampler(stores.redis, stores.adapters, services.queue)
     services.metrics.registry.register(ServiceCollector(engine, sampler))
     app = FastAPI(
@@ -128,7 +128,7 @@ def create_app(
     return app
 
 
-def _services(
+def _make_services(
     engine: TokenEngine,
     stores: Stores,
     codec: TextCodec,

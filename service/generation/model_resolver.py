@@ -4,7 +4,7 @@
     <adapter>           the active version of the caller's adapter; also `<base>:<adapter>`
     <adapter>@<version> that version
 
-Another tenant's adapter cannot be told from one that does not exist.
+Another tenant's adapter looks the same as one that does not exist.
 """
 
 from __future__ import annotations

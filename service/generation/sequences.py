@@ -73,17 +73,24 @@ class LiveSequence:
     """One sequence that the engine continues. Leaving `pieces` in any way ends it in the engine as well."""
 
     def __init__(self, index: int, request: GenerationRequest, text: TextStream, metrics: Metrics) -> None:
+        #: The number of the sequence within its generation.
         self.index = index
         self.request = request
+        #: Generated tokens.
         self.num_tokens = 0
+        #: Tokens of the prompt that the engine found in its prefix cache.
         self.num_cached_tokens = 0
+        #: The most distinct models (adapters, base) that shared a step with the sequence.
         self.max_distinct = 0
+        #: Time to the first token.
         self.ttft_s: float | None = None
         self._text = text
         self._metrics = metrics
         self._newest_at = time.monotonic()
-        self._shown = 0
+        self._num_shown_chars = 0
+        #: Tokens with log-probabilities whose text does not show yet.
         self._waiting: deque[Token] = deque()
+        #: Ids of tokens that no piece has carried yet.
         self._unsent_ids: list[int] = []
 
     async def pieces(self, engine: TokenEngine) -> AsyncGenerator[Piece, None]:
@@ -132,7 +139,7 @@ class LiveSequence:
         if text or finish_reason or prompt:  # this piece will be sent
             token_ids = tuple(self._unsent_ids)
             self._unsent_ids.clear()
-        self._shown += len(text)
+        self._num_shown_chars += len(text)
         shown = self._shown_tokens(finish_reason) if self._waiting else ()
         return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
 
@@ -148,7 +155,7 @@ class LiveSequence:
         string."""
         is_cut = finish_reason is None or self._text.is_stopped
         shown = []
-        while self._waiting and (not is_cut or self._waiting[0].offset < self._shown):
+        while self._waiting and (not is_cut or self._waiting[0].offset < self._num_shown_chars):
             shown.append(self._waiting.popleft())
         return tuple(shown)
 

@@ -155,8 +155,8 @@ async def _refuse_body(request: JsonRequest) -> None:
 class JsonBodies:
     """Reads the JSON of bodies strictly and within bounds.
 
-    gate: admits large bodies, fairly between tenants. twin: reads the largest ones, with `works`; None: they
-    are read in threads of this process.
+    gate: admits large bodies, fairly between tenants. twin: reads the largest ones, with `json_works`; None:
+    they are read in threads of this process.
     """
 
     def __init__(self, gate: FairGate, twin: Twin | None = None) -> None:
@@ -182,7 +182,7 @@ class JsonBodies:
         raise ValueError(bytes(reply[1:]).decode() or f"it could not be read within {LIMITS}")
 
 
-def works() -> dict[bytes, Work]:
+def json_works() -> dict[bytes, Work]:
     """The work of reading a body, for `fork_twin`."""
 
     def work(body: bytes) -> bytes:

@@ -61,8 +61,8 @@ class ExportSource:
 
 
 class HeavyWork:
-    """Runs the work. twin: runs it with `works`, in forks that connect to `store_url`; None: use `redis`
-    here."""
+    """Runs the work. twin: runs it with `heavy_works`, in forks that connect to `store_url`; None: use
+    `redis` here."""
 
     def __init__(
         self, redis: Client, common: CommonSettings, *, twin: Twin | None = None, store_url: str | None = None
@@ -113,7 +113,7 @@ class HeavyWork:
         return reply[1:]
 
 
-def works(common: CommonSettings) -> dict[bytes, Work]:
+def heavy_works(common: CommonSettings) -> dict[bytes, Work]:
     """Return the work by name, for `fork_twin`."""
 
     def layers(head: dict[str, Any], body: bytes) -> bytes:

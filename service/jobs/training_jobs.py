@@ -65,7 +65,7 @@ class _Origin:
     """Where a job begins: the fields of its specification for its basis and its initialization."""
 
     basis: BasisChoice
-    start: dict[str, Any] | None = None
+    init: dict[str, Any] | None = None
     warm_start_from: str | None = None
 
     @property
@@ -111,7 +111,7 @@ class TrainingJobs:
             base_model=self._models.base_name,
             form=request.form,
             **chosen.basis.spec_fields,
-            start=chosen.start,
+            start=chosen.init,
             warm_start_from=chosen.warm_start_from,
             hyperparameters=request.hyperparameters,
             early_stopping=request.early_stopping,
@@ -128,27 +128,25 @@ class TrainingJobs:
             return await self._lora_form(tenant, request, training, is_base=target.adapter is None)
         if target.adapter is not None:
             return await self._from_adapter(tenant, request, target.adapter, training)
-        start = None if request.init is None else checked_init(request.init)
-        if start is not None and INITS[start["method"]].needs_adapter:
-            message = f"init {start['method']!r} continues from an adapter; name the adapter as `model`"
+        init = None if request.init is None else checked_init(request.init)
+        if init is not None and INITS[init["method"]].needs_adapter:
+            message = f"init {init['method']!r} continues from an adapter; name the adapter as `model`"
             raise InvalidInput(message, param="adapter.init")
         basis = await self._basis(tenant, request, training)
-        if start is None and basis.basis_id is None and isinstance(request.basis, str):
-            start = default_init(named_recipe(request.basis))
-        return _Origin(basis, start)
+        if init is None and basis.basis_id is None and isinstance(request.basis, str):
+            init = default_init(named_recipe(request.basis))
+        return _Origin(basis, init)
 
     async def _lora_form(
         self, tenant: str, request: JobRequest, training: FileRecord, *, is_base: bool
     ) -> _Origin:
         if request.basis is not None or request.method is not None:
             param = "adapter.method" if request.basis is None else "adapter.basis"
-            raise InvalidInput(
-                "a LoRA form makes its own basis from `adapter.init`; leave this out", param=param
-            )
+            message = f"a LoRA form makes its own basis from adapter.init; leave {param} out"
+            raise InvalidInput(message, param=param)
         if not is_base:
-            raise InvalidInput(
-                "a LoRA form is trained from the base model; name that as `model`", param="model"
-            )
+            message = "a LoRA form is trained from the base model; name that as `model`"
+            raise InvalidInput(message, param="model")
         rank = request.rank or self._settings.rank
         return _Origin(await lora_choice(self._choices, tenant, request.init, rank=rank, training=training))
 
@@ -158,18 +156,18 @@ class TrainingJobs:
         """Train in the adapter's own basis, or in another one if init "warm" says that the adapter may be
         moved."""
         named = f"{adapter.adapter_id}@{adapter.version}"
-        start = None if request.init is None else checked_init(request.init)
-        if start is not None and start["method"] != "warm":
-            message = f"training continues from {named}; init {start['method']!r} would discard it"
+        init = None if request.init is None else checked_init(request.init)
+        if init is not None and init["method"] != "warm":
+            message = f"training continues from {named}; init {init['method']!r} would discard it"
             raise InvalidInput(message, param="adapter.init")
         if request.basis in (None, adapter.basis_id):
-            return _Origin(await self._stored(tenant, request, adapter.basis_id), start, named)
-        if start is None:
+            return _Origin(await self._stored(tenant, request, adapter.basis_id), init, named)
+        if init is None:
             raise InvalidInput(
                 f"{named} belongs to another basis; init 'warm' moves it with some loss",
                 param="adapter.basis",
             )
-        return _Origin(await self._basis(tenant, request, training), start, named)
+        return _Origin(await self._basis(tenant, request, training), init, named)
 
     async def _basis(self, tenant: str, request: JobRequest, training: FileRecord) -> BasisChoice:
         """Return the basis that the request names or describes, or the default."""

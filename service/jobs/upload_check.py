@@ -21,7 +21,7 @@ _PLAIN, _WITH_USERS = b"-", b"u"
 class UploadCheck:
     """Counts the examples of files and finds their errors: two files at a time, and one per tenant.
 
-    twin: checks large files, with `works`; None: all files are checked in threads of this process.
+    twin: checks large files, with `upload_works`; None: all files are checked in threads of this process.
     """
 
     def __init__(self, chat: ChatFormat, twin: Twin | None = None) -> None:
@@ -63,7 +63,7 @@ def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, An
     return {"num_examples": len(examples)}
 
 
-def works(chat: ChatFormat) -> dict[bytes, Work]:
+def upload_works(chat: ChatFormat) -> dict[bytes, Work]:
     """Return the work of checking a file, by name, for `fork_twin`."""
 
     def work(content: bytes, *, with_users: bool) -> bytes:

@@ -16,7 +16,7 @@ from service.http.routes.deps import (
     WantedDep,
 )
 from service.http.routes.job_events import events_page, events_stream
-from service.http.routes.job_shapes import error_of, seconds
+from service.http.routes.job_shapes import job_error, seconds
 from service.http.schemas.bases import BasisJob, BasisJobRequest
 from service.http.schemas.common import Page, page_of
 from service.http.schemas.training import JobEventObject
@@ -120,7 +120,7 @@ def _object(job: Job) -> BasisJob:
         calibration_file=spec.calibration,
         progress=job.progress,
         result=job.result,
-        error=error_of(job.error),
+        error=job_error(job.error),
         metadata=spec.metadata,
         attempt=job.attempt,
         queue_position=job.queue_position,

@@ -66,12 +66,12 @@ class Services:
     upload_check: UploadCheck
 
 
-async def _services(request: Request) -> Services:
+async def _get_services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
 
-ServicesDep = Annotated[Services, Depends(_services)]
+ServicesDep = Annotated[Services, Depends(_get_services)]
 
 #: For the documentation only: `middleware.Authentication` has checked the key before the body was read.
 _bearer = Security(
@@ -79,31 +79,31 @@ _bearer = Security(
 )
 
 
-async def _tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
+async def _get_tenant(request: Request, credentials: Annotated[object, _bearer]) -> str:
     tenant: str = request.state.tenant
     return tenant
 
 
-TenantDep = Annotated[str, Depends(_tenant)]
+TenantDep = Annotated[str, Depends(_get_tenant)]
 
 
-async def _models(services: ServicesDep) -> ModelResolver:
+async def _get_models(services: ServicesDep) -> ModelResolver:
     return services.models
 
 
-async def _stores(services: ServicesDep) -> Stores:
+async def _get_stores(services: ServicesDep) -> Stores:
     return services.stores
 
 
-async def _queue(services: ServicesDep) -> JobQueue:
+async def _get_queue(services: ServicesDep) -> JobQueue:
     return services.queue
 
 
-ModelsDep = Annotated[ModelResolver, Depends(_models)]
-StoresDep = Annotated[Stores, Depends(_stores)]
+ModelsDep = Annotated[ModelResolver, Depends(_get_models)]
+StoresDep = Annotated[Stores, Depends(_get_stores)]
 
 
-QueueDep = Annotated[JobQueue, Depends(_queue)]
+QueueDep = Annotated[JobQueue, Depends(_get_queue)]
 
 AfterDep = Annotated[str | None, Query(max_length=128, description="The last id of the page before.")]
 _STREAM = Query(description="Follow the job until it ends, oldest first; excludes `after` and `limit`.")

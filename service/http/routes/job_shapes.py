@@ -38,8 +38,8 @@ def job_request(body: FineTuningJobRequest) -> JobRequest:
         adapter_id=body.adapter.id,
         rank=body.adapter.rank,
         method=body.adapter.method,
-        basis=basis_of(body.adapter.basis),
-        init=init_of(body.adapter.init),
+        basis=basis_request(body.adapter.basis),
+        init=init_request(body.adapter.init),
         form=body.adapter.form,
         hyperparameters=body.chosen_hyperparameters(),
         early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
@@ -47,16 +47,16 @@ def job_request(body: FineTuningJobRequest) -> JobRequest:
     )
 
 
-def basis_of(basis: str | BasisRecipe | None) -> str | RecipeRequest | None:
+def basis_request(basis: str | BasisRecipe | None) -> str | RecipeRequest | None:
     if not isinstance(basis, BasisRecipe):
         return basis
     return RecipeRequest(basis.method, dict(basis.options), basis.calibration)
 
 
-def init_of(start: str | StartRecipe | None) -> InitRequest | None:
-    if isinstance(start, StartRecipe):
-        return InitRequest(start.method, dict(start.options))
-    return None if start is None else InitRequest(start)
+def init_request(init: str | StartRecipe | None) -> InitRequest | None:
+    if isinstance(init, StartRecipe):
+        return InitRequest(init.method, dict(init.options))
+    return None if init is None else InitRequest(init)
 
 
 def job_object(job: Job) -> FineTuningJob:
@@ -78,7 +78,7 @@ def job_object(job: Job) -> FineTuningJob:
         trained_tokens=result.get("trained_tokens"),
         training_file=spec.training_file,
         validation_file=spec.validation_file,
-        error=error_of(job.error),
+        error=job_error(job.error),
         metadata=spec.metadata,
         method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
         user_provided_suffix=spec.suffix,
@@ -143,11 +143,11 @@ def _adapter(job: Job, result: dict[str, Any]) -> TrainedAdapter:
         rank=spec.rank,
         basis=result.get("basis_id", spec.basis_id),
         calibration=spec.calibration,
-        init=_init(spec),
+        init=_init_name(spec),
     )
 
 
-def _init(spec: JobSpec) -> str:
+def _init_name(spec: JobSpec) -> str:
     """The name of the job's init."""
     if spec.form != "core":
         return spec.method
@@ -156,7 +156,7 @@ def _init(spec: JobSpec) -> str:
     return "zero" if spec.warm_start_from is None else "warm"
 
 
-def error_of(error: dict[str, Any] | None) -> JobError | None:
+def job_error(error: dict[str, Any] | None) -> JobError | None:
     if error is None:
         return None
     code, message = str(error.get("code", "internal_error")), str(error.get("message", ""))

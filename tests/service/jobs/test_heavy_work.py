@@ -37,7 +37,7 @@ def common(tmp_path: Path) -> CommonSettings:
 
 @pytest.fixture
 def twin(common: CommonSettings) -> Iterator[Twin]:
-    twin = fork_twin(heavy_work.works(common), limits=heavy_work.LIMITS_BY_NAME)
+    twin = fork_twin(heavy_work.heavy_works(common), limits=heavy_work.LIMITS_BY_NAME)
     yield twin
     twin.close()
 
@@ -109,7 +109,7 @@ async def test_errors_keep_their_class_and_their_fields(
 async def test_a_model_without_layers_says_why(redis: Redis, redis_url: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
     common = CommonSettings(data_dir=tmp_path, base_model=str(tmp_path))
-    twin = fork_twin(heavy_work.works(common))
+    twin = fork_twin(heavy_work.heavy_works(common))
     try:
         with pytest.raises(UnsupportedModel, match="cannot load the base model"):
             await HeavyWork(redis, common, twin=twin, store_url=redis_url).layers()

@@ -27,7 +27,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def checks(codec: TextCodec) -> Iterator[tuple[UploadCheck, UploadCheck]]:
     """A check with a twin and one without."""
-    twin = fork_twin(upload_check.works(codec.chat))
+    twin = fork_twin(upload_check.upload_works(codec.chat))
     yield UploadCheck(codec.chat, twin), UploadCheck(codec.chat)
     twin.close()
 
@@ -110,7 +110,7 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def json_twin() -> Iterator[Twin]:
-    twin = fork_twin(json_routes.works())
+    twin = fork_twin(json_routes.json_works())
     yield twin
     twin.close()
 
