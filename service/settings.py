@@ -1,4 +1,4 @@
-"""Settings of the HTTP service, read from TESSERA_SERVICE_* once."""
+"""Settings of the HTTP service, read once from TESSERA_SERVICE_*."""
 
 from __future__ import annotations
 
@@ -21,22 +21,30 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_keys_file: Path | None = Field(None, description="lines `<tenant> <sha256 hex of the key>`, or JSON")
-    allow_anonymous: bool = Field(False, description="serve other machines although no API keys are set")
-    workers: int = Field(1, ge=1, le=64, description="API processes over the one engine")
+    allow_anonymous: bool = Field(False, description="accept other machines although no API keys are set")
+    workers: int = Field(1, ge=1, le=64, description="API processes that share the engine")
     max_body_bytes: int = Field(4 * MIB, ge=KIB, description="largest JSON body (128 k token ids are 0.8 MB)")
     max_upload_bytes: int = Field(32 * MIB, ge=KIB, description="largest multipart upload, framing included")
     max_import_bytes: int = Field(512 * MIB, ge=KIB, description="largest LoRA to import, framing included")
     max_body_memory_bytes: int = Field(
         256 * MIB,
         ge=MIB,
-        description="all bodies at once, in three copies, without imports; half for a tenant",
+        description="memory for all bodies, three copies of each, imports excluded; half for a tenant",
     )
-    body_timeout_s: float = Field(30.0, gt=0, description="a request's body must be complete by then")
-    request_timeout_s: float = Field(600.0, gt=0, description="the engine gives up on a request after this")
-    ping_interval_s: float = Field(10.0, gt=0, description="a waiting stream gets an SSE comment this often")
-    sample_interval_s: float = Field(10.0, gt=0, description="how often store and queue figures are read")
-    shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish within this")
-    max_concurrent_requests: int = Field(10_000, ge=1, description="requests at once; more get 503")
+    body_timeout_s: float = Field(30.0, gt=0, description="a request's body must arrive within this time")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="the engine gives up on a request after this time"
+    )
+    ping_interval_s: float = Field(
+        10.0, gt=0, description="time between two SSE comments in a waiting stream"
+    )
+    sample_interval_s: float = Field(
+        10.0, gt=0, description="time between two reads of the store's and queue's figures"
+    )
+    shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish within this time")
+    max_concurrent_requests: int = Field(
+        10_000, ge=1, description="requests answered at the same time; others get 503"
+    )
 
 
 def refuse_open_door(settings: ServiceSettings) -> None:
