@@ -176,7 +176,8 @@ class Generation:
         outcome = "cancelled"
         try:
             sources = [sequence.pieces(self.engine) for sequence in self.sequences]
-            async with aclosing(sources[0] if len(sources) == 1 else merge(sources)) as pieces:
+            source = sources[0] if len(sources) == 1 else merge(sources)
+            async with aclosing(source) as pieces:
                 async for piece in pieces:
                     yield piece
             outcome = "finished"

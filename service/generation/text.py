@@ -67,7 +67,8 @@ class TextCodec:
         offsets, read, num_first = [], "", 0
         for token_id in token_ids:
             offsets.append(len(read))
-            num_first += decoding.is_at_start
+            if decoding.is_at_start:
+                num_first += 1
             read += decoding.push(token_id)
         if text is None:
             return Echo(read + decoding.finish(), offsets, num_first)

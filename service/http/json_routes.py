@@ -215,8 +215,10 @@ def check_structure(body: bytes) -> None:
         # Without its escapes, a string is everything between two quotes.
         plain = body[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = plain.split(b'"')
-        outside = b"".join(parts[is_in_string::2])
-        is_in_string ^= len(parts) % 2 == 0
+        first_outside = 1 if is_in_string else 0  # parts outside and inside of strings alternate
+        outside = b"".join(parts[first_outside::2])
+        if len(parts) % 2 == 0:
+            is_in_string = not is_in_string
         containers = outside.count(b"[") + outside.count(b"{")
         num_containers += containers
         num_values += containers + outside.count(b",")

@@ -84,7 +84,8 @@ class RequestContext:
         is_limited = scope["path"] not in _QUIET
         is_refused = is_limited and self._num_running >= self._max_requests
         is_counted = is_limited and not is_refused
-        self._num_running += is_counted
+        if is_counted:
+            self._num_running += 1
         self._metrics.http_in_flight.inc()
         with log_context(request_id=request_id):
             try:
@@ -105,7 +106,8 @@ class RequestContext:
                 if not status:
                     await response_of(error)(scope, receive, send_named)
             finally:
-                self._num_running -= is_counted
+                if is_counted:
+                    self._num_running -= 1
                 self._metrics.http_in_flight.dec()
                 self._note(scope, request_id, status or 499, time.monotonic() - started_at)
 

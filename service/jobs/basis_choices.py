@@ -68,8 +68,12 @@ class BasisChoices:
         settings: CommonSettings,
     ) -> None:
         """layers: the base model's linear layers by name."""
-        self._bases, self._private_bases, self._holds, self._files = bases, private_bases, holds, files
-        self._layers, self._settings = layers, settings
+        self._bases = bases
+        self._private_bases = private_bases
+        self._holds = holds
+        self._files = files
+        self._layers = layers
+        self._settings = settings
 
     async def stored(self, tenant: str, basis_id: str) -> BasisChoice:
         """Choose a stored basis. Raises `NotFound`, also for another tenant's private basis."""

@@ -24,7 +24,9 @@ class BasisJobs:
     """Submits the basis jobs of all tenants. They wait in the same queue as training jobs."""
 
     def __init__(self, queue: JobQueue, choices: BasisChoices, *, base_model: str) -> None:
-        self._queue, self._choices, self._base_model = queue, choices, base_model
+        self._queue = queue
+        self._choices = choices
+        self._base_model = base_model
 
     async def submit(self, tenant: str, request: BasisRequest, *, dedupe_key: str) -> Job:
         """Queue the job, once per dedupe_key. Raises `InvalidInput`, `NotFound`, `QuotaExceeded`."""

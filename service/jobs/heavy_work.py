@@ -67,8 +67,10 @@ class HeavyWork:
     def __init__(
         self, redis: Client, common: CommonSettings, *, twin: Twin | None = None, store_url: str | None = None
     ) -> None:
-        self._redis, self._common = redis, common
-        self._twin, self._store_url = twin, store_url
+        self._redis = redis
+        self._common = common
+        self._twin = twin
+        self._store_url = store_url
         self._layers: dict[str, ModuleShape] = {}
         self._reading = asyncio.Lock()
         #: One import at a time: each needs several times its size in memory.

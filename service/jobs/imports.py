@@ -47,8 +47,12 @@ class Imports:
     ) -> None:
         """dtype: of adapters in shared bases. In a private basis R is float32, which is small beside the
         factors."""
-        self._adapters, self._bases, self._private_bases = adapters, bases, private_bases
-        self._base_model, self._revision, self._dtype = base_model, revision, dtype
+        self._adapters = adapters
+        self._bases = bases
+        self._private_bases = private_bases
+        self._base_model = base_model
+        self._revision = revision
+        self._dtype = dtype
         self._shapes: dict[str, ModuleShape] = {}
         self._importing = asyncio.Lock()
 

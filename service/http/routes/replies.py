@@ -144,7 +144,8 @@ class Reply(ABC):
             async for piece in pieces:
                 is_first = piece.index not in started
                 started.add(piece.index)
-                num_running -= piece.finish_reason is not None
+                if piece.finish_reason is not None:
+                    num_running -= 1
                 wants_opening = is_first and self.body.return_token_ids
                 more = self.opening_fields(piece.index) if wants_opening else {}
                 *before, last = self.choices(piece, is_first)
