@@ -11,6 +11,7 @@ from tessera.formats.basis import Basis
 from tessera.methods.bases import (
     corda,
     eva,
+    gradient_svd,
     lolora,
     lora_da,
     lora_ga,
@@ -23,7 +24,6 @@ from tessera.methods.bases import (
     pissa,
     random_factors,
 )
-from tessera.methods.building import gradient_svd
 from tessera.methods.building.build import BuildRequest, BuiltBasis, build
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.method import Method

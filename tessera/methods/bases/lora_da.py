@@ -16,7 +16,7 @@ relative to the moments; `mode="repo"` is the authors' code, with its additions.
 
     core        B = U, first step S Vᵀ; only the freedom of B's columns is lost
     frozen_a    B' = B_0, the paper's own experiment with a frozen A; training begins at R = I there
-    two_sided   ours: A and B minimise the bound for two frozen factors (`building/guidance.py`); for study
+    two_sided   ours: A and B minimise the bound for two frozen factors (`lora_da_guidance.py`); for study
 
 docs/methods.md ("LoRA-DA in detail") derives the units and gives the measurements behind these choices.
 """
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import InvalidInput
+from tessera.methods.bases.lora_da_guidance import Fisher, guidance_into, invert_fisher, two_sided
 from tessera.methods.building.activations import InputRule, SecondMoment
 from tessera.methods.building.collected import Counts, Needs
 from tessera.methods.building.decomposition import (
@@ -38,7 +39,6 @@ from tessera.methods.building.decomposition import (
     smallest_eigenvectors,
     spectral_norm,
 )
-from tessera.methods.building.guidance import Fisher, guidance_into, invert_fisher, two_sided
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.checks import check_lora_da
 from tessera.methods.options import Option, Options

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.errors import InvalidInput
 from tessera.methods.building.decomposition import Decomposition
-from tessera.methods.building.gradient_svd import gradient_needs, gradient_triplets
+from tessera.methods.building.gradient_space import gradient_needs, gradient_triplets
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.checks import check_lora_ga
 from tessera.methods.options import Option, Options

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from tessera.methods.building.gradient_svd import gradient_needs, gradient_triplets
+from tessera.methods.building.gradient_space import gradient_needs, gradient_triplets
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.options import Options
 

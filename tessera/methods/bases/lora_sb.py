@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tessera.methods.building.calibration import CalibrationSet
-from tessera.methods.building.gradient_svd import gradient_needs, gradient_triplets
+from tessera.methods.building.gradient_space import gradient_needs, gradient_triplets
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.options import Option, Options
 

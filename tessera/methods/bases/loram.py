@@ -3,7 +3,7 @@
     A' = β Φ_in[:, :r]ᵀ,   B' = β Φ_out[:, :r],   β = (Q ν[W] / ν[Φ_out Φ_inᵀ])^{1/4}    (eqs 11 and 12,
                                                                                          algorithm 1)
 
-Φ is the sine basis (`building/dst.py`) and ν[X] = ‖X‖_F² / entries; since ν[Φ_out Φ_inᵀ] = r / (d_out d_in),
+Φ is the sine basis (`loram_sines.py`) and ν[X] = ‖X‖_F² / entries; since ν[Φ_out Φ_inᵀ] = r / (d_out d_in),
 β² = √(Q / r) ‖W‖_F. Q = log r / log min(d_in, d_out), by default. Q(1) = 0 and nothing would train, so rank 1
 is refused (rank 2 for log(r/2)). docs/methods.md says where Q comes from and what the option `rule` does.
 
@@ -30,7 +30,7 @@ from tessera.errors import CorruptRecord, InvalidInput
 from tessera.formats.basis import DTYPES, Basis
 from tessera.formats.manifest import BasisManifest, ModuleShape
 from tessera.methods.bases.lora_xs import singular_triplets
-from tessera.methods.building.dst import dst_columns
+from tessera.methods.bases.loram_sines import dst_columns
 from tessera.methods.building.method import COMMON_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.checks import LOG_FACTORS, check_loram, stores_loram
 from tessera.methods.options import Option, Options

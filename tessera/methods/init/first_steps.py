@@ -23,7 +23,7 @@ from tessera.methods.building.build import Reading, check_size, passes, usable_c
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import Decomposition, spectral_norm
-from tessera.methods.building.gradient_svd import gradient_needs
+from tessera.methods.building.gradient_space import gradient_needs
 from tessera.methods.building.method import DATA_OPTIONS, ModuleData
 from tessera.methods.building.rebasing import project
 from tessera.methods.building.targets import Target

@@ -18,17 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis, make_basis
-from tessera.methods.building import gradient_svd
 from tessera.methods.building.calibration import MAX_BATCH_TOKENS, CalibrationSet
+from tessera.methods.building.gradient_space import gradient_factors, gradient_needs
 from tessera.methods.building.gradients import frozen
-from tessera.methods.building.method import DATA_OPTIONS
+from tessera.methods.building.method import DATA_OPTIONS, Method
 from tessera.methods.building.targets import find_targets
 from tessera.methods.options import Option, Options
 from tessera.methods.population.factors import SharedFactors
@@ -203,12 +203,14 @@ OPTIONS: Mapping[str, Option] = {
     "batch_tokens": Option(MAX_BATCH_TOKENS, "in one pass through the model, with padding", minimum=1),
 }
 
-METHOD = replace(
-    gradient_svd.METHOD,
+METHOD = Method(
     name=NAME,
     description="A, B and a start learned over many users, each with an R of its own",
     paper="first-order MAML, ANIL, arXiv 1909.09157; Reptile, arXiv 1803.02999",
+    factorise=gradient_factors,
+    needs_calibration="labelled",
     options=OPTIONS,
+    needs=gradient_needs,
     select=initial_part,
     refinement=plan_learning,
 )

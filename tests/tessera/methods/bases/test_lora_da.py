@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tessera.methods.bases import CalibrationSet
+from tessera.methods.bases.lora_da_guidance import guidance, invert_fisher
 from tessera.methods.building.activations import SecondMoment
 from tessera.methods.building.collected import Counts, Needs
 from tessera.methods.building.decomposition import eigh_bytes, smallest_eigenvectors
 from tessera.methods.building.gradients import collect
-from tessera.methods.building.guidance import guidance, invert_fisher
 from tessera.methods.building.targets import find_targets
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.da_module import D_IN, D_OUT, RANK, da, fisher_of, make_data

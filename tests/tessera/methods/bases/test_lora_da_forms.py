@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis, build_basis_and_step
+from tessera.methods.bases.lora_da_guidance import two_sided, two_sided_bound
 from tessera.methods.building.collected import Counts
 from tessera.methods.building.decomposition import spectral_norm
-from tessera.methods.building.guidance import two_sided, two_sided_bound
 from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.da_module import D_IN, D_OUT, RANK, da, fisher_of, make_data

@@ -13,7 +13,7 @@ from tessera.errors import CorruptRecord, InvalidInput
 from tessera.formats.manifest import BasisManifest
 from tessera.methods.bases import build_basis
 from tessera.methods.bases.loram import log_share, regenerate
-from tessera.methods.building.dst import dst_columns
+from tessera.methods.bases.loram_sines import dst_columns
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import decaying_matrix, factorise, module_data, random_matrix
 
@@ -166,7 +166,7 @@ def test_m5_the_manifest_gives_the_basis_bit_for_bit(small: BaseModel, dtype: st
 
 def test_m5_sines_are_correctly_rounded() -> None:
     """Against math.sin at small angles, where its rounding is the only error, and by symmetry."""
-    from tessera.methods.building.dst import _sines
+    from tessera.methods.bases.loram_sines import _sines
 
     width = 1023
     sines = _sines(width)

@@ -1,6 +1,6 @@
 """Where noise and signal balance: K-FAC's inverse Fisher factors and LoRA-DA's eigenproblems.
 
-The algebra of `lora_da.py` alone: matrices in, matrices out.
+Only `lora_da.py` uses this algebra: matrices in, matrices out.
 """
 
 from __future__ import annotations
