@@ -102,7 +102,7 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_one_version_is_publ
     assert set(await own.of_tenant(TENANT)) == {ended.result["basis_id"]}
     assert await own.users(TENANT, ended.result["basis_id"]) == {"devil"}
     events, _ = await queue.events(TENANT, job_id, None, 1000)
-    assert len([event for event in events if event.message.startswith("Start sb_step")]) == 1
+    assert len([event for event in events if event.message.startswith("Initialization sb_step")]) == 1
     [resumed] = [event.message for event in events if "continues at step" in event.message]
     assert int(resumed.split()[4]) >= 1
     await check_queue(redis)
