@@ -1,8 +1,8 @@
-"""The methods, initializations and LoRA forms as plain data, for processes that only check requests.
+"""Methods, initializations and LoRA forms as plain data, for processes that only check requests.
 
-`catalogue.json` is what the registries say of themselves. They hold the functions as well, and with them
-torch: 300 MB in every API process. `python -m tessera.methods.write_catalogue` writes the file anew, and
-`tests/tessera/methods/test_method_catalogue.py` fails where it is not what the registries say.
+`catalogue.json` holds what the registries describe. The registries themselves also hold the functions and so
+import torch, which costs 300 MB in every API process. `python -m tessera.methods.write_catalogue` writes the
+file again, and `tests/tessera/methods/test_method_catalogue.py` fails if it differs from the registries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STORES: dict[str, Callable[[Options], bool]] = {"loram": stores_loram}
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """What a caller may ask of a method that builds a basis."""
+    """A method that builds a basis, as far as a request needs it."""
 
     name: str
     #: Whether it reads calibration data, whatever its options.
@@ -40,18 +40,18 @@ class MethodEntry:
         return cls(name, entry["needs_calibration"] != "none", _options(entry))
 
     def check(self, rank: int, options: Options) -> None:
-        """Raises `InvalidInput` for a rank or a combination of options that cannot work."""
+        """Raise `InvalidInput` for a rank or a combination of options that cannot work."""
         if self.name in _CHECKS:
             _CHECKS[self.name](rank, options)
 
     def stores_factors(self, options: Options) -> bool:
-        """Whether its factors need room in a store, not only a manifest. options: as given."""
+        """Return whether its factors are stored, and not only a manifest. options: as given."""
         return self.name not in _STORES or _STORES[self.name](options)
 
 
 @dataclass(frozen=True)
 class InitEntry:
-    """What a caller may ask of an initialization."""
+    """An initialization, as far as a request needs it."""
 
     name: str
     options: Mapping[str, Option]
@@ -64,11 +64,13 @@ class InitEntry:
 
 @dataclass(frozen=True)
 class FormEntry:
-    """What a caller may ask of a LoRA form. rank_factor: its basis is stored at so many times the rank."""
+    """A LoRA form, as far as a request needs it."""
 
     name: str
     options: Mapping[str, Option]
+    #: Whether it is initialized from data.
     needs_examples: bool
+    #: The rank of the stored basis, as a multiple of the trained rank.
     rank_factor: int
 
     @classmethod
@@ -76,11 +78,11 @@ class FormEntry:
         return cls(name, _options(entry), entry["needs_examples"], entry["stored_rank"])
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises `InvalidInput` for what its method has no option for."""
+        """Raise `InvalidInput` for options that its method does not have."""
         fill_options(f"LoRA form {self.name}", self.options, options)
 
     def stored_rank(self, rank: int) -> int:
-        """Of the basis that the trained factors are stored as."""
+        """Return the rank of the basis in which the trained factors are stored."""
         return self.rank_factor * rank
 
 
@@ -88,7 +90,8 @@ def _options(entry: Mapping[str, Any]) -> dict[str, Option]:
     return {name: Option.from_description(option) for name, option in entry["options"].items()}
 
 
-#: As JSON, by "methods", "starts", "presets" and "lora_forms"; the order is that of the registries.
+#: The whole file. Its keys are "methods", "starts" (the initializations), "presets" and "lora_forms", each in
+#: the order of its registry.
 CATALOGUE: dict[str, dict[str, Any]] = json.loads(PATH.read_bytes())
 METHODS = {name: MethodEntry.read(name, entry) for name, entry in CATALOGUE["methods"].items()}
 INITS = {name: InitEntry.read(name, entry) for name, entry in CATALOGUE["starts"].items()}

@@ -1,15 +1,16 @@
-"""What methods say of a rank, or of options that cannot work together. Needs no torch."""
+"""Checks of methods for ranks and for options that cannot work together. Needs no torch."""
 
 from __future__ import annotations
 
 from tessera.errors import InvalidInput
 from tessera.methods.options import Options
 
-#: What is inside the logarithm, as a multiple of the rank.
+#: The factor c of the rank in LoRAM's log(c r), by the value of `magnitude`.
 LOG_FACTORS = {"log_half": 0.5, "log": 1.0, "log_double": 2.0}
 
 
 def check_lora_da(rank: int, options: Options) -> None:
+    """Raise `InvalidInput` for options that leave no bias term where one is needed."""
     if not (options["use_variance"] or options["use_bias"]):
         raise InvalidInput(
             "use_variance and use_bias are both off: nothing guides the basis", param="use_bias"
@@ -19,32 +20,37 @@ def check_lora_da(rank: int, options: Options) -> None:
 
 
 def check_lora_ga(rank: int, options: Options) -> None:
+    """Raise `InvalidInput` for the direction that does not train (`bases/lora_ga.py`)."""
     if options["direction"] == "ArB2r":
         raise InvalidInput(
-            "direction ArB2r gives frozen factors without a gradient for R, U[r:2r]ᵀ g V[:r] = 0; use ArBr",
+            "with direction ArB2r the gradient of R is 0, because U[r:2r]ᵀ g V[:r] = 0; use ArBr",
             param="direction",
         )
 
 
 def stores_loram(options: Options) -> bool:
+    """Return whether LoRAM's factors are stored, and not only its manifest."""
     return bool(options.get("store_factors"))
 
 
 def check_loram(rank: int, options: Options) -> None:
-    """Raises `InvalidInput` for a rank whose Q is 0."""
+    """Raise `InvalidInput` for a rank at which Q is 0, so that nothing would train."""
     if options["rule"] == "none" or options["magnitude"] == "tracking":
         return
     if LOG_FACTORS[options["magnitude"]] * rank <= 1:
         least = 3 if options["magnitude"] == "log_half" else 2
         raise InvalidInput(
-            f"LoRAM's magnitude {options['magnitude']} is 0 at rank {rank}, nothing would train: "
-            f"take a rank of at least {least}",
+            f"LoRAM's magnitude {options['magnitude']} is 0 at rank {rank}, so nothing would train: "
+            f"use a rank of at least {least}",
             param="rank",
         )
 
 
 def fixed_eta(options: Options) -> float | None:
-    """η of every mode but the line search, then None. Raises `InvalidInput` if an option is missing."""
+    """Return the η that the options determine, or None for a line search.
+
+    Raises `InvalidInput` if an option is missing.
+    """
     mode = options["eta_init"]
     if mode == "line_search":
         return None

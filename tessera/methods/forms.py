@@ -1,12 +1,13 @@
-"""The papers' LoRA forms by name: which factors training begins with, and which of them it moves.
+"""The papers' LoRA forms by name: how A and B are initialized, and which of them are trained.
 
-    y = W x + s (B A - B_0 A_0) x          A_0, B_0: the initial factors, if the method takes them off W
+    y = W x + s (B A - B_0 A_0) x          A_0, B_0: the initial factors, if the method subtracts them from W
 
-W is never written to. A method that trains on the residual W - s B_0 A_0 (PiSSA and its kin) trains the same
-function of A and B as this (LoRAM eq. 1), with the frozen product in the forward pass instead of in W.
+W is never written to. A method that trains on the residual W - s B_0 A_0 (such as PiSSA) trains the same
+function of A and B as this (LoRAM, arXiv 2507.06558, eq. 1), with the frozen product in the forward pass
+instead of in W.
 
-Conventions, where the papers differ: s = 1 (alpha = r), √r for what its authors train with rsLoRA's alpha /
-√r. Learning rates belong to the training.
+Where the papers differ, s = 1 (alpha = r), and s = √r for methods that the authors train with rsLoRA's alpha
+/ √r. Learning rates belong to the training.
 """
 
 from __future__ import annotations
@@ -23,66 +24,67 @@ from tessera.errors import InvalidInput
 from tessera.methods.bases import METHODS
 from tessera.methods.building.decomposition import random_orthonormal
 from tessera.methods.building.hebbian import HebbianConfig
-from tessera.methods.options import fill_options
+from tessera.methods.options import Option, fill_options
 
-#: LoRA-One's and LoRA-DA's γ: the first product's largest singular value is s / γ.
+#: γ of LoRA-One and of LoRA-DA; the largest singular value of s B_0 A_0 is s / γ.
 LORA_ONE_GAMMA, LORA_DA_GAMMA = 128.0, 1024.0
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a method of `tessera.methods.bases` has for one module.
+    """What a method of `tessera.methods.bases` computed for one module."""
 
-    A: [r, d_in], B: [d_out, r], with the paper's own scales; step: [r, r], its first step in these
-    coordinates. generator: of this module, preset and seed, on the CPU.
-    """
-
+    #: A' [r, d_in], with the paper's own scale.
     A: Tensor
+    #: B' [d_out, r], with the paper's own scale.
     B: Tensor
+    #: [r, r], the method's first step in these coordinates.
     step: Tensor | None
+    #: On the CPU; differs between modules, presets and seeds.
     generator: torch.Generator
 
 
-#: From what a method has to (A_0, B_0).
+#: Computes (A_0, B_0) from what the method gave.
 Initial = Callable[[Given], tuple[Tensor, Tensor]]
 
 
 def both_factors(given: Given) -> tuple[Tensor, Tensor]:
+    """A_0 = A' and B_0 = B'."""
     return given.A, given.B
 
 
 def input_factor(given: Given) -> tuple[Tensor, Tensor]:
-    """B_0 = 0: the adapter begins as the base model."""
+    """A_0 = A' and B_0 = 0, so that training begins at the base model."""
     return given.A, torch.zeros_like(given.B)
 
 
 def uniform(given: Given) -> tuple[Tensor, Tensor]:
-    """LoRA (arXiv 2106.09685), as its authors' code: A ~ U(-1/√d_in, 1/√d_in), B = 0."""
+    """A_0 ~ U(-1/√d_in, 1/√d_in), B_0 = 0, as in the code of LoRA (arXiv 2106.09685)."""
     values = 2 * torch.rand(given.A.shape, generator=given.generator) - 1
     return values / given.A.shape[1] ** 0.5, torch.zeros_like(given.B)
 
 
 def disjoint_halves(given: Given) -> tuple[Tensor, Tensor]:
-    """LoRA-GA's ArB2r: A from the first r of 2 r singular vectors, B from the last r (theorem 3.1)."""
+    """LoRA-GA's ArB2r: A_0 from the first r of 2 r singular vectors, B_0 from the last r (theorem 3.1)."""
     r = len(given.A) // 2
     return given.A[:r], given.B[:, r:]
 
 
 def gradient_step(given: Given) -> tuple[Tensor, Tensor]:
-    """LoRA-One: B_0 A_0 = -g_r / (σ_max γ), split evenly; `step` is diagonal."""
+    """LoRA-One: B_0 A_0 = -g_r / (σ_max γ), split evenly. `step` is diagonal."""
     assert given.step is not None
     root = (torch.diagonal(given.step) / LORA_ONE_GAMMA).sqrt()
     return given.A * root[:, None], given.B * root
 
 
 def natural_step(given: Given) -> tuple[Tensor, Tensor]:
-    """LoRA-DA: A_0 = A / √γ and B_0 = Δ Aᵀ / √γ, Δ divided by its largest singular value."""
+    """LoRA-DA: A_0 = A / √γ and B_0 = Δ Aᵀ / √γ, where Δ is divided by its largest singular value."""
     assert given.step is not None
     return given.A / LORA_DA_GAMMA**0.5, given.B @ given.step / LORA_DA_GAMMA**0.5
 
 
 def random_directions(kind: str) -> Initial:
-    """Random factors of the magnitude that the method gives its own, for LoRAM's ablation (table 4)."""
+    """Return an initialization with random factors of the method's magnitude (LoRAM's ablation, table 4)."""
 
     def make(given: Given) -> tuple[Tensor, Tensor]:
         A, B = (_random(X, kind, given.generator) for X in (given.A.T, given.B))
@@ -92,7 +94,7 @@ def random_directions(kind: str) -> Initial:
 
 
 def _random(X: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """[d, r] with about the norm of X [d, r]."""
+    """Draw a matrix [d, r] with about the norm of X [d, r]. kind: "orthogonal" or "gaussian"."""
     if kind == "orthogonal":
         Q = random_orthonormal(X.shape[0], X.shape[1], generator).to(X)
     else:
@@ -106,48 +108,53 @@ def _one(rank: int) -> float:
 
 @dataclass(frozen=True)
 class LoraPreset:
-    """One LoRA form. method: of `tessera.methods.bases`, None for factors that need neither W nor data.
-
-    is_subtracted: B_0 A_0 is taken off, so that training begins at the base model. trains_A: else A is
-    frozen. b_rate: the learning rate of B as a multiple of that of A. online: A learns by this local rule
-    from the layer's inputs, and not by the gradient. rank_factor: the method is asked for so many times the
-    rank.
-    """
+    """One LoRA form."""
 
     name: str
+    #: The paper, and what the form takes from it.
     paper: str
     initial: Initial
+    #: A name of `tessera.methods.bases.METHODS`; None: the factors need neither W nor data.
     method: str | None = None
+    #: Options of the method that the form sets.
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether B_0 A_0 is subtracted, so that training begins at the base model.
     is_subtracted: bool = False
+    #: Whether A is trained, or else frozen.
     trains_A: bool = True
+    #: The learning rate of B, as a multiple of that of A.
     b_rate: float = 1.0
+    #: s for a rank.
     scale: Callable[[int], float] = _one
+    #: The local rule by which A learns from the layer's inputs; None: A does not learn in that way.
     online: HebbianConfig | None = None
+    #: The rank for which the method is called, as a multiple of the form's.
     rank_factor: int = 1
 
     @property
+    def free_options(self) -> dict[str, Option]:
+        """The options of the method that a caller may set."""
+        if self.method is None:
+            return {}
+        options = METHODS[self.method].options
+        return {name: option for name, option in options.items() if name not in self.options}
+
+    @property
     def needs_examples(self) -> bool:
-        """Whether it starts from data: from those that it trains on, unless others are given."""
+        """Whether it is initialized from data: the training examples, unless others are given."""
         return self.method is not None and METHODS[self.method].needs_calibration != "none"
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises `InvalidInput` for what its method has no option for."""
-        known = {} if self.method is None else METHODS[self.method].options
-        free = {name: option for name, option in known.items() if name not in self.options}
-        fill_options(f"LoRA form {self.name}", free, options)
+        """Raise `InvalidInput` for options that the form does not have."""
+        fill_options(f"LoRA form {self.name}", self.free_options, options)
 
     def describe(self) -> dict[str, Any]:
-        """The form as JSON."""
+        """Return the form as JSON."""
         return {
             "name": self.name,
             "paper": self.paper,
             "method": self.method,
-            "options": {
-                name: option.describe()
-                for name, option in ({} if self.method is None else METHODS[self.method].options).items()
-                if name not in self.options
-            },
+            "options": {name: option.describe() for name, option in self.free_options.items()},
             "trains": ["A", "B"] if self.trains_A else ["B"],
             "local_rule": None if self.online is None else self.online.rule,
             "needs_examples": self.needs_examples,
@@ -155,30 +162,31 @@ class LoraPreset:
         }
 
     def stored_rank(self, rank: int) -> int:
-        """Of the basis that the trained factors are stored as: B A and -B_0 A_0 side by side, if A moves."""
+        """Return the rank of the stored basis, which holds B A and -B_0 A_0 side by side if A is trained."""
         return 2 * rank if self.is_subtracted and self.trains_A else rank
 
 
 def find_preset(name: str) -> LoraPreset:
-    """Raises `InvalidInput` naming the known ones."""
+    """Return the form of this name. Raises `InvalidInput`, which lists the known names."""
     if name not in LORA_PRESETS:
         raise InvalidInput(f"unknown LoRA form {name!r}; known: {', '.join(LORA_PRESETS)}", param="init")
     return LORA_PRESETS[name]
 
 
 def _split(name: str, paper: str, **options: Any) -> LoraPreset:
-    """A method whose two factors are trained on the residual."""
+    """Return the form of a method that trains both factors on the residual."""
     method = options.pop("method", name)
     return LoraPreset(name, paper, both_factors, method, options, is_subtracted=True)
 
 
 def _online(name: str, **rule: Any) -> LoraPreset:
+    """Return a form in which A learns by a local rule and B by the gradient."""
     paper = "LoLoRA, algorithm 1 (SNL, AE or SoftHebb for A, the gradient for B)"
     return LoraPreset(name, paper, uniform, trains_A=False, online=HebbianConfig(**rule))
 
 
 _DA_OPTIONS = {"normalise": True}
-_LORAM = "LoRAM (The Primacy of Magnitude in Low-Rank Adaptation)"
+_LORAM = "LoRAM, arXiv 2507.06558"
 _PRESETS = (
     LoraPreset("lora", "LoRA, arXiv 2106.09685", uniform),
     LoraPreset("rslora", "rsLoRA, arXiv 2312.03732: s = α/√r", uniform, scale=math.sqrt),
@@ -207,8 +215,8 @@ _PRESETS = (
                {"tokens": "label"}),
     LoraPreset("eva_fa", "EVA's A, frozen (LoLoRA, table 5)", input_factor, "eva", {"tokens": "label"},
                trains_A=False),
-    LoraPreset("lora_da", "LoRA-DA, eqs 12-17, γ = 1024", natural_step, "lora_da", _DA_OPTIONS,
-               scale=math.sqrt),
+    LoraPreset("lora_da", "LoRA-DA, arXiv 2510.24561, eqs 12-17, γ = 1024", natural_step, "lora_da",
+               _DA_OPTIONS, scale=math.sqrt),
     LoraPreset("lora_da_repo", "LoRA-DA, the authors' code", natural_step, "lora_da", {"mode": "repo"},
                scale=math.sqrt),
     LoraPreset("lora_da_fa", "LoRA-DA's A, frozen (table 3)", natural_step, "lora_da", _DA_OPTIONS,

@@ -1,4 +1,4 @@
-"""Options of methods and initialisations: what may be given, checked and described. Needs no torch."""
+"""Options of methods and initializations: their types, limits, defaults and descriptions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ _TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, st
 
 @dataclass(frozen=True)
 class Option:
-    """One option. A default of None means that another option decides it; `kind` then says what may be given.
+    """One option of a method or an initialization."""
 
-    choices: of a string. minimum, maximum: of a number, inclusive.
-    """
-
+    #: None: another option decides.
     default: bool | int | float | str | None
+    #: One line for users.
     description: str
+    #: The type of its values; needed if the default is None.
     kind: type | None = None
+    #: The allowed values of a string; empty: any.
     choices: tuple[str, ...] = ()
+    #: Inclusive limits of a number.
     minimum: float | None = None
     maximum: float | None = None
 
@@ -35,14 +37,14 @@ class Option:
         return self.kind or type(self.default)
 
     def check(self, name: str, value: Any) -> Any:
-        """The value, as the option's type. Raises `InvalidInput` naming the option and what it may be."""
+        """Return the value in the option's type. Raises `InvalidInput`, which says what is allowed."""
         if value is None and self.default is None:
             return None
-        wanted = self.value_type
-        if wanted is float and type(value) is int and abs(value) < 2**63:
+        expected = self.value_type
+        if expected is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
-        if type(value) is not wanted:
-            raise InvalidInput(f"{name} must be a {wanted.__name__}, got {value!r}", param=name)
+        if type(value) is not expected:
+            raise InvalidInput(f"{name} must be a {expected.__name__}, got {value!r}", param=name)
         if self.choices and value not in self.choices:
             raise InvalidInput(f"{name} must be {', '.join(self.choices)}; got {value!r}", param=name)
         if isinstance(value, int | float):
@@ -50,7 +52,7 @@ class Option:
         return value
 
     def describe(self) -> dict[str, Any]:
-        """The option as JSON; what does not apply is left out."""
+        """Return the option as JSON, without limits that it does not have."""
         limits = {"choices": list(self.choices) or None, "minimum": self.minimum, "maximum": self.maximum}
         described = {
             "type": self.value_type.__name__,
@@ -61,7 +63,7 @@ class Option:
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any]) -> Option:
-        """The option that `describe` described."""
+        """Return the option from what `describe` returned."""
         return cls(
             described["default"],
             described["description"],
@@ -81,7 +83,11 @@ class Option:
 
 
 def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults and the given values, checked. Raises `InvalidInput`; an unknown name gets the known."""
+    """Return all known options, with checked values and defaults.
+
+    owner: the method's name, for messages. Raises `InvalidInput`; for an unknown name it lists the known
+    ones.
+    """
     for name in given:
         if name not in known:
             hint = ", ".join(sorted(known)) or "none"
@@ -92,7 +98,7 @@ def fill_options(owner: str, known: Mapping[str, Option], given: Mapping[str, An
 def describe(
     description: str, paper: str, needs_calibration: Calibration, options: Mapping[str, Option]
 ) -> dict[str, Any]:
-    """A method or a start as JSON."""
+    """Return a method or an initialization as JSON."""
     return {
         "description": description,
         "paper": paper,

@@ -1,6 +1,6 @@
-"""The papers' combinations of basis and start by name. Either half may be exchanged for any other.
+"""The papers' combinations of basis and initialization, by name. Either half may be exchanged for any other.
 
-Learning rates, epochs and schedules are not part of a preset: they belong to the training.
+Learning rates, epochs and schedules are not part of a preset, because they belong to the training.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A basis method and a start method with their options.
+    """A method that builds a basis and an initialization, with their options."""
 
-    own_basis: the start is meant for a basis of the user's own data. caller_sets: options of the start that
-    only the training knows.
-    """
-
+    #: A name of `tessera.methods.bases.METHODS`.
     basis: str
+    #: A name of `tessera.methods.init.INIT_METHODS`.
     init: str
+    #: The paper, and what the preset takes from it.
     paper: str
     basis_options: Mapping[str, Any] = field(default_factory=dict)
     init_options: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether the initialization is meant for a basis that is built from the user's own data.
     own_basis: bool = False
+    #: Options of the initialization that only the training knows.
     caller_sets: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """The preset as JSON; the API calls the initialization `start`."""
+        """Return the preset as JSON, where the initialization is called `start`."""
         return {
             "basis": self.basis,
             "start": self.init,
@@ -84,6 +85,8 @@ PRESETS: dict[str, Preset] = {
         own_basis=True,
     ),
     "gradient_svd": Preset("gradient_svd", "gradient", "the gradient's own basis, step by line search"),
-    "population": Preset("population", "population", "a basis and a start learned from other users"),
+    "population": Preset(
+        "population", "population", "a basis and an initialization learned from other users"
+    ),
     "random": Preset("random", "zero", "random orthonormal factors, the control"),
 }

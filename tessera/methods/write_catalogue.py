@@ -1,4 +1,4 @@
-"""`python -m tessera.methods.write_catalogue`: write `catalogue.json` from the registries."""
+"""`python -m tessera.methods.write_catalogue` writes `catalogue.json` from the registries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tessera.methods.init import INIT_METHODS, PRESETS
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """What the registries say of themselves."""
+    """Return the descriptions of everything in the registries."""
     return {
         "methods": {name: method.describe() for name, method in METHODS.items()},
         "starts": {name: method.describe() for name, method in INIT_METHODS.items()},

@@ -1,6 +1,5 @@
-"""Where noise and signal balance: K-FAC's inverse Fisher factors and LoRA-DA's eigenproblems.
-
-Only `lora_da.py` uses this algebra: matrices in, matrices out.
+"""The algebra of `lora_da.py`: K-FAC's inverse Fisher factors, and the eigenproblems that weigh noise against
+signal. Matrices in, matrices out.
 """
 
 from __future__ import annotations
@@ -14,35 +13,37 @@ from torch import Tensor
 from tessera.errors import InvalidInput
 from tessera.methods.building.decomposition import smallest_eigenvectors
 
-#: Alternating steps of the two-sided form; it ends when the bound falls by less than 1e-9 of itself.
+#: Maximal number of alternating steps of the two-sided form. It ends earlier when the bound falls by less
+#: than 1e-9 of itself.
 MAX_ALTERNATIONS = 50
-#: Of the sums that the moments are made of, whatever they are kept in: products of activations are float32.
+#: The relative rounding of the moments. Products of activations are float32, whatever dtype the sums have.
 SUM_EPSILON = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """The inverse K-FAC factors. Z_inv: [d_in, d_in];  Y_inv: [d_out], the diagonal D, or [d_out, d_out].
+    """The inverse K-FAC factors of one module."""
 
-    unseen_in: [d_in, k], unseen_out: [d_out, l], orthonormal: directions in which the data holds nothing but
-    rounding, where that had to be told apart (`damped_inverse`).
-    """
-
+    #: [d_in, d_in]
     Z_inv: Tensor
+    #: [d_out], the diagonal D, or [d_out, d_out]
     Y_inv: Tensor
+    #: [d_in, k], orthonormal: input directions in which the data has nothing but rounding; None if
+    #: `damped_inverse` did not have to look for them.
     unseen_in: Tensor | None = None
+    #: [d_out, l], the same on the output side.
     unseen_out: Tensor | None = None
 
     @property
     def output_trace(self) -> float:
-        """tr D, the sum of the output side's inverse."""
+        """tr D, the trace of the output side's inverse."""
         return float(self.Y_inv.sum() if self.Y_inv.dim() == 1 else self.Y_inv.trace())
 
     def natural_step(self, g: Tensor, *, overwrite: bool = False) -> Tensor:
-        """Δ = -Y^-1 g Z^-1, [d_out, d_in], and 0 in the directions that the data has not.
+        """Return Δ = -Y^-1 g Z^-1 [d_out, d_in], with 0 in the directions that the data does not have.
 
-        A gradient is a sum of δ xᵀ over the data, so what it holds there is rounding; 1 / λ would make it
-        the largest part of the step.
+        The gradient is a sum of δ xᵀ over the data, so in those directions it is rounding, which the factor
+        1 / λ would make the largest part of the step. overwrite: g may be overwritten.
         """
         if self.unseen_in is not None:
             g = g - (g @ self.unseen_in) @ self.unseen_in.mT
@@ -58,7 +59,7 @@ class Fisher:
 
 
 def invert_fisher(Z: Tensor, Y: Tensor, *, damping: float, is_relative: bool, name: str) -> Fisher:
-    """Damped inverses of the factors. Y: [d_out], its diagonal, or [d_out, d_out]. Raises `InvalidInput`."""
+    """Invert the damped factors. Y: [d_out] (its diagonal) or [d_out, d_out]. Raises `InvalidInput`."""
     diagonal = Y if Y.dim() == 1 else Y.diagonal()
     size_z = float(Z.diagonal().mean()) if is_relative else 1.0
     size_y = float(diagonal.median() or diagonal.mean()) if is_relative else 1.0
@@ -75,7 +76,7 @@ def invert_fisher(Z: Tensor, Y: Tensor, *, damping: float, is_relative: bool, na
 def guidance(
     fisher: Fisher, delta: Tensor, *, variance: float, use_variance: bool = True, use_bias: bool = True
 ) -> Tensor:
-    """Ω = variance Z^-1 - ΔᵀΔ [d_in, d_in], symmetric. variance: tr D / N with its weight."""
+    """Return Ω = variance Z^-1 - ΔᵀΔ [d_in, d_in], symmetric. variance: tr D / N times its weight."""
     omega = fisher.Z_inv * variance if use_variance else torch.zeros_like(fisher.Z_inv)
     if use_bias:
         omega.addmm_(delta.mT, delta, alpha=-1)
@@ -85,15 +86,16 @@ def guidance(
 def guidance_into(
     Z_inv: Tensor, delta: Tensor, *, variance: float, use_variance: bool = True, use_bias: bool = True
 ) -> Tensor:
-    """`guidance` in the memory of Z^-1, and symmetric but for rounding."""
+    """Compute `guidance` in the memory of Z^-1; the result is symmetric up to rounding."""
     omega = Z_inv.mul_(variance) if use_variance else Z_inv.zero_()
     return omega.addmm_(delta.mT, delta, alpha=-1) if use_bias else omega
 
 
 def two_sided(fisher: Fisher, delta: Tensor, rank: int, *, inverse_n: float) -> tuple[Tensor, Tensor]:
-    """A [r, d_in], B [d_out, r] that minimise the two-sided bound, alternately, from the SVD of Δ.
+    """Return A [r, d_in] and B [d_out, r] that minimise the two-sided bound.
 
-    fisher: with the full Y_inv. Each half step solves its eigenproblem exactly, so the bound never rises.
+    They are improved alternately, beginning with the SVD of Δ. Each half step solves its eigenproblem
+    exactly, so the bound never rises. fisher: with the full Y_inv [d_out, d_out].
     """
     U, _, Vh = torch.linalg.svd(delta, full_matrices=False)
     A, B = Vh[:rank], U[:, :rank]
@@ -113,22 +115,23 @@ def two_sided(fisher: Fisher, delta: Tensor, rank: int, *, inverse_n: float) -> 
 
 
 def two_sided_bound(fisher: Fisher, delta: Tensor, A: Tensor, B: Tensor, *, inverse_n: float) -> float:
-    """(1/N) tr(A Z^-1 Aᵀ) tr(Bᵀ Y^-1 B) + ‖Δ‖² - ‖Bᵀ Δ Aᵀ‖² for orthonormal A, B."""
+    """Return (1/N) tr(A Z^-1 Aᵀ) tr(Bᵀ Y^-1 B) + ‖Δ‖² - ‖Bᵀ Δ Aᵀ‖² for orthonormal A and B."""
     variance = float((A @ fisher.Z_inv @ A.mT).trace()) * float((B.mT @ fisher.Y_inv @ B).trace())
     kept = float((B.mT @ delta @ A.mT).square().sum())
     return inverse_n * variance + float(delta.square().sum()) - kept
 
 
 def damped_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor | None]:
-    """(X + λ I)^-1 of a moment X [n, n], and the directions [n, k] that its data has not, or None.
+    """Return (X + λ I)^-1 of a moment X [n, n], and the directions [n, k] that its data lacks, or None.
 
-    By Cholesky. A moment of fewer tokens than n is singular, and the rounding of its sums makes eigenvalues
-    a little negative. Where that takes half of the damping or more, `eigen_inverse` takes over (five to six
-    times the work). Raises `InvalidInput` for a matrix that is not finite or that rounding does not explain.
+    This is a Cholesky inverse. A moment of fewer than n tokens is singular, and the rounding of its sums
+    makes some eigenvalues slightly negative. If they reach half of the damping, `eigen_inverse` takes over,
+    which is five to six times the work. Raises `InvalidInput` for a matrix that is not finite, or whose
+    negative eigenvalues are too large for rounding.
     """
     if not math.isfinite(sum(map(float, torch.aminmax(X)))):
         raise InvalidInput(f"{what} holds a value that is not finite", param="calibration")
-    # One copy of X, column-major as LAPACK works, in which everything happens: for an 8B model it has 0.8 GB.
+    # All work happens in one copy of X, column-major as in LAPACK; for an 8B model it has 0.8 GB.
     inverse = X.mT.clone(memory_format=torch.contiguous_format).mT
     inverse.diagonal().add_(damping)
     info = torch.empty((), dtype=torch.int32, device=X.device)
@@ -141,10 +144,11 @@ def damped_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor
 
 
 def eigen_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor | None]:
-    """`damped_inverse` by the eigenvalues of symmetric X, those that are rounding taken as 0.
+    """Compute `damped_inverse` from the eigenvalues of symmetric X, with 0 for those that are rounding.
 
-    Rounding is at least as large as the most negative eigenvalue, so no eigenvalue of that size or less is
-    known to be more. Raises `InvalidInput` if it is beyond n eps of the largest one: no moment then.
+    Rounding is at least as large as the most negative eigenvalue, so any eigenvalue up to that size may be
+    rounding. Raises `InvalidInput` if that is more than n eps of the largest one, because X is then no
+    moment.
     """
     values, Q = torch.linalg.eigh((X + X.mT) / 2)
     rounding, largest = max(0.0, -float(values[0])), float(values[-1])
@@ -161,7 +165,7 @@ def eigen_inverse(X: Tensor, damping: float, what: str) -> tuple[Tensor, Tensor 
 
 
 def _largest_eigenvalue(X: Tensor) -> float:
-    """Of positive X [n, n], by power iteration: nearly it if it stands out, which is what is asked."""
+    """Estimate the largest eigenvalue of positive X [n, n] by power iteration; close if it stands out."""
     v = torch.randn(len(X), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(X)
     for _ in range(20):
         v = X @ torch.nn.functional.normalize(v, dim=0)

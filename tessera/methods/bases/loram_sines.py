@@ -1,11 +1,10 @@
-"""The discrete sine transform (type I) as an orthonormal basis, bit for bit the same on every machine.
+"""The discrete sine transform (type I) as an orthonormal basis, the same bits on every machine.
 
-    Φ_d[i, j] = √(2 / (d + 1)) sin((i + 1)(j + 1) π / (d + 1))      symmetric and orthogonal      (LoRAM,
-    eq. 12)
+    Φ_d[i, j] = √(2 / (d + 1)) sin((i + 1)(j + 1) π / (d + 1))        (LoRAM, arXiv 2507.06558, eq. 12)
 
-A library's sine differs in the last bit between machines. A basis that is made again from its shapes must
-not, so the table of sines is computed in integers (fixed point, far more bits than float64 has) and rounded
-once.
+Φ_d is symmetric and orthogonal. The last bit of a library's sine differs between machines, and a basis that
+is computed again from its shapes must not differ. So the table of sines is computed in integers (fixed point,
+with far more bits than float64) and rounded once.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-#: Of the fixed-point numbers; the recurrence loses about 2 log2(d) of them, float64 needs 53.
+#: Bits of the fixed-point numbers. The recurrence loses about 2 log2(d) of them; float64 needs 53.
 _BITS = 192
 
 
 def dst_columns(width: int, rank: int) -> Tensor:
-    """The first `rank` columns of Φ: [width, rank] float64 with orthonormal columns."""
+    """Return the first `rank` columns of Φ, which are orthonormal: [width, rank] float64."""
     period = 2 * (width + 1)
     products = torch.outer(torch.arange(1, width + 1), torch.arange(1, rank + 1)) % period
     return math.sqrt(2 / (width + 1)) * torch.tensor(_sines(width), dtype=torch.float64)[products]
@@ -29,11 +28,11 @@ def dst_columns(width: int, rank: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _sines(width: int) -> tuple[float, ...]:
-    """sin(k π / (width + 1)) for one whole period, each correctly rounded."""
+    """Return sin(k π / (width + 1)) for k in one whole period, correctly rounded."""
     half = width + 1
     theta = _pi() // half
     sine, cosine = _sine_and_cosine(theta)
-    values = [0, sine]  # s_{k+1} = 2 cos θ s_k - s_{k-1}, up to the middle; the rest is reflection
+    values = [0, sine]  # s_{k+1} = 2 cos θ s_k - s_{k-1} up to the middle; the rest is its reflection
     while len(values) <= half // 2:
         values.append(((2 * cosine * values[-1]) >> _BITS) - values[-2])
     rising = [value / (1 << _BITS) for value in values[: half // 2 + 1]]
@@ -42,12 +41,12 @@ def _sines(width: int) -> tuple[float, ...]:
 
 
 def _pi() -> int:
-    """π in fixed point, by Machin's formula."""
+    """Return π in fixed point, by Machin's formula."""
     return 4 * (4 * _inverse_arctangent(5) - _inverse_arctangent(239))
 
 
 def _inverse_arctangent(n: int) -> int:
-    """arctan(1 / n) in fixed point."""
+    """Return arctan(1 / n) in fixed point."""
     power = total = (1 << _BITS) // n
     k = 1
     while power:
@@ -58,7 +57,7 @@ def _inverse_arctangent(n: int) -> int:
 
 
 def _sine_and_cosine(theta: int) -> tuple[int, int]:
-    """Of a fixed-point angle, by their Taylor series."""
+    """Return sine and cosine of a fixed-point angle, by their Taylor series."""
     sine, cosine, term, k = 0, 0, 1 << _BITS, 0
     while term:
         if k % 2:

@@ -1,1 +1,1 @@
-"""What all methods share: targets, calibration, gradients, decompositions and a bound on memory."""
+"""What the methods share: targets, calibration, gradients, decompositions and a bound on memory."""

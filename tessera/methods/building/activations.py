@@ -1,7 +1,7 @@
-"""What the calibration passes keep of a module's inputs, in memory that does not grow with the data.
+"""The statistics of a module's inputs that calibration keeps, in memory that does not grow with the data.
 
-Each rule is fed the inputs of one module, or of several that read the same tensor (query, key and value; gate
-and up), batch by batch. Knows no model.
+Each rule receives the inputs of one module, batch by batch, or of several modules that read the same tensor
+(query, key and value; gate and up). It knows no model.
 """
 
 from __future__ import annotations
@@ -12,37 +12,39 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: Up to this width sums over batches are kept in float64: the extra memory is below 17 MB a module.
+#: Up to this width, sums over batches are kept in float64, which costs at most 17 MB more per module.
 MAX_DOUBLE_WIDTH = 2048
 
 
-#: A batch's product of inputs is added in so many parts, each of which is a transient.
+#: The product of a batch's inputs is added in this many parts, to bound the memory of the intermediate
+#: result.
 NUM_STRIPES = 8
 
 
 def moment_bytes(width: int) -> int:
-    """Of one second moment [width, width]."""
+    """Return the bytes of one second moment [width, width]."""
     return width * width * (8 if width <= MAX_DOUBLE_WIDTH else 4)
 
 
 class InputRule(Protocol):
-    """Learns from inputs as they pass by."""
+    """A statistic of a module's inputs that is updated batch by batch."""
 
     def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
-        """x: [T, d_in], the rows' tokens one after another without padding; lengths: tokens of each row."""
+        """Add a batch. x: [T, d_in], all rows' tokens without padding; lengths: number of tokens per row."""
 
 
 class SecondMoment:
     """Z = mean x xᵀ and μ = mean x over all tokens (LoRA-DA's K-FAC factor; EVA's covariance is Z - μ μᵀ).
 
-    Sums are taken about the mean of the first batch, or the covariance of inputs with a large mean would be
-    the difference of two large numbers. num_readers: of the modules that will take its moment; 0: it is kept.
+    Sums are taken about the mean of the first batch, because otherwise the covariance of inputs with a large
+    mean would be the difference of two large numbers.
     """
 
     def __init__(self, width: int) -> None:
         self._width = width
         self._sum: Tensor | None = None
         self.num_tokens = 0
+        #: Number of modules that will call `take_moment`; 0: the sums are kept.
         self.num_readers = 0
 
     def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
@@ -78,7 +80,10 @@ class SecondMoment:
         return self.covariance + torch.outer(self.mean, self.mean)
 
     def take_moment(self) -> Tensor:
-        """Z, to be overwritten. The last of `num_readers` gets the memory of the sums, which end with it."""
+        """Return Z in memory that the caller may overwrite.
+
+        The last of `num_readers` callers gets the memory of the sums themselves; the rule is used up then.
+        """
         self.num_readers -= 1
         if self.num_readers != 0:
             return self.moment
@@ -89,7 +94,7 @@ class SecondMoment:
 
 
 class ScaledMoment:
-    """CorDA's C: the mean over examples of x̃ᵀ x̃ with x̃ = x / |max x| of the example."""
+    """CorDA's C: the mean over examples of x̃ᵀ x̃, where x̃ = x / |max x| within the example."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -113,11 +118,11 @@ class ScaledMoment:
 
 
 class OutputMoment:
-    """Y = (1 / N) Σ_t δ_t δ_tᵀ over all tokens, N the number of tokens to learn; or only its diagonal.
+    """Y = (1 / N) Σ_t δ_t δ_tᵀ over all tokens, or only its diagonal; N is the number of tokens to learn.
 
-    δ_t = ∂(-log p of the example) / ∂y_t. The sum over all positions divided by the tokens to *learn* is what
-    makes Y ⊗ Z the Fisher information of one such token: the information of an example adds up over all its
-    positions, and is shared by its tokens to learn (`lora_da.py`).
+    δ_t = ∂(-log p of the example) / ∂y_t. The sum runs over all positions and is divided by the tokens to
+    *learn*, which makes Y ⊗ Z the Fisher information of one such token: an example's information is that of
+    all its positions, and its tokens to learn share it (docs/methods.md, "LoRA-DA in detail").
     """
 
     def __init__(self, width: int, *, diagonal: bool) -> None:
@@ -125,7 +130,7 @@ class OutputMoment:
         self._sum: Tensor | None = None
 
     def observe(self, delta: Tensor) -> None:
-        """delta: [T, d_out], the gradient at the module's output; overwritten."""
+        """Add the gradient at the module's output, delta [T, d_out], which is overwritten."""
         if self._sum is None:
             shape = (self._width,) if self._is_diagonal else (self._width, self._width)
             dtype = torch.float64 if self._width <= MAX_DOUBLE_WIDTH else torch.float32
@@ -133,6 +138,6 @@ class OutputMoment:
         self._sum += delta.square_().sum(0) if self._is_diagonal else delta.mT @ delta
 
     def mean(self, num_tokens: int) -> Tensor:
-        """[d_out] or [d_out, d_out]."""
+        """Return Y: [d_out] (its diagonal) or [d_out, d_out]."""
         assert self._sum is not None
         return self._sum / num_tokens

@@ -1,7 +1,7 @@
-"""The one way from a method to a basis: check all, pass over the data by groups, factorise, record.
+"""How every basis is built: check everything, pass over the data by groups, factorise, record the recipe.
 
-Knows no single method. All that can be refused is refused before the first pass over the data; a basis is
-returned whole or not at all.
+This file knows no particular method. Everything that can be refused is refused before the first pass over the
+data, and a basis is returned whole or not at all.
 """
 
 from __future__ import annotations
@@ -31,32 +31,31 @@ from tessera.model.base_model import BaseModel
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build by some method. options: as given, not checked.
-
-    progress(done, total) counts modules, and the steps of a method that goes on learning after them.
-    """
+    """What to build, whatever the method."""
 
     rank: int
+    #: Patterns of module names.
     target_modules: Sequence[str]
     calibration: CalibrationSet | None
+    #: The dtype in which the factors are stored, a name of `DTYPES`.
     dtype: str
+    #: Called as progress(done, total); counts modules, and the steps of a method that then goes on learning.
     progress: Callable[[int, int], None] | None
+    #: The method's options as the caller gave them, not yet checked.
     options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class BuiltBasis:
-    """A basis, and the method's own first step from the same data, if it has one.
-
-    step: [M, r, r] in trained coordinates, for a learning rate of one: `make_init` scales it.
-    """
+    """A basis, and the method's own first step from the same data, if it has one."""
 
     basis: Basis
+    #: [M, r, r] in trained coordinates, for a learning rate of one; `make_init` scales it.
     step: Tensor | None
 
 
 def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
-    """Build a basis by `method`. Raises `InvalidInput`, `UnsupportedModel`."""
+    """Build a basis with `method`. Raises `InvalidInput` or `UnsupportedModel`."""
     if request.dtype not in DTYPES:
         raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {request.dtype}", param="dtype")
     options = fill_options(method.name, method.options, request.options)
@@ -99,9 +98,10 @@ def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
 def usable_calibration(
     base: BaseModel, owner: str, needs: Needs, calibration: CalibrationSet | None
 ) -> CalibrationSet | None:
-    """The examples that `owner` can use; None if it needs none.
+    """Return the examples that a method or initialization can use, or None if it needs none.
 
-    Raises `InvalidInput` if there is no set although `owner` needs one, or the model cannot read it.
+    owner: its name, for messages. Raises `InvalidInput` if a needed set is missing, or if the model cannot
+    read it.
     """
     if not needs.any:
         return None
@@ -114,7 +114,7 @@ def usable_calibration(
 
 
 def check_size(chosen: CalibrationSet | None, rank: int) -> None:
-    """Raises `InvalidInput` for fewer tokens than directions: no statistic of them has the rank."""
+    """Raise `InvalidInput` for at most `rank` tokens, because their statistics cannot have that rank."""
     if chosen is not None and chosen.num_tokens <= rank:
         raise InvalidInput(
             f"the calibration set holds {chosen.num_tokens} tokens, too few for rank {rank}",
@@ -125,25 +125,26 @@ def check_size(chosen: CalibrationSet | None, rank: int) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read, and within which memory. chosen: of the `population`; limit_bytes: 0 is the bound's.
+    """The data that the passes read, and the memory that they may use."""
 
-    rank: of the LoRA whose training is the bound.
-    """
-
+    #: The examples that are read; None: none are needed.
     chosen: CalibrationSet | None
+    #: The set that `chosen` was drawn from.
     population: CalibrationSet | None
+    #: The rank of the LoRA whose training bounds the memory.
     rank: int
+    #: A limit on the statistics of one pass instead of that bound; 0: the bound decides.
     limit_bytes: int = 0
 
 
 def passes(
     base: BaseModel, targets: Sequence[Target], needs: Needs, reading: Reading
 ) -> Iterator[tuple[Target, Statistics]]:
-    """Each target with its statistics, one pass over `chosen` per group of layers that fits the memory limit.
+    """Yield each target with its statistics, in one pass over `chosen` per group of layers that fits.
 
-    A group's statistics are dropped, module by module, before the next pass. Where whole layers are too much
-    for the bound a group is a part of a layer, if it is about gradients: rules that learn from inputs are
-    shared by modules of a layer, and must be.
+    A group's statistics are dropped, module by module, before the next pass. If gradients are collected, a
+    layer that is too large for the bound is split into several groups. Otherwise groups are whole layers,
+    because the modules of a layer share the rules that learn from inputs.
     """
     if reading.chosen is None:
         for target in targets:
@@ -177,8 +178,8 @@ def _factorise(
     )
     factors = method.factorise(data, options)
     step = None if factors.step is None else factors.step.double().cpu()
-    # Copies: r of a decomposition's vectors would keep the memory of all of them. Of sums in float32 no more
-    # than float32 is known.
+    # Copy, because a view of r vectors would keep the memory of all vectors of the decomposition. Statistics
+    # that were summed in float32 carry no more than float32.
     dtype = factors.A.dtype if statistics.working_bytes is None else torch.float32
     A, B = (x.to("cpu", dtype, copy=True) for x in (factors.A, factors.B))
     return ModuleFactors(A, B, step, factors.notes)
@@ -191,7 +192,7 @@ def _recipe(
     chosen: CalibrationSet | None,
     found: Mapping[ModuleShape, ModuleFactors],
 ) -> dict[str, Any]:
-    """How the basis was built. notes: per name one number a module, in the manifest's order."""
+    """Return how the basis was built. Each note is a list with one number per module, in manifest order."""
     names = sorted({name for factors in found.values() for name in factors.notes})
     notes = {name: [factors.notes[name] for factors in found.values()] for name in names}
     recipe: dict[str, Any] = {

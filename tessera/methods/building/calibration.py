@@ -1,6 +1,7 @@
-"""Calibration data: token ids with the mask of the tokens to learn, chosen, digested and cut into batches.
+"""Calibration data: token ids with a mask of the tokens to learn; how they are drawn, hashed and batched.
 
-Knows no model. What a method needs of it: text (token ids) or labels (a mask that marks tokens to learn).
+A method needs either text (token ids) or labels (a mask that marks tokens to learn). This file knows no
+model.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from tessera.errors import InvalidInput
 if TYPE_CHECKING:
     from tessera.chat.chat_format import EncodedExample
 
-#: Tokens with padding in one pass. Enough to fill the matrix units of an 8B model; at 4096 wide the inputs
-#: that are kept until their gradient comes are then 33 MB a module.
+#: Tokens in one pass, padding included. This fills the matrix units of an 8B model; at a width of 4096, the
+#: inputs that are kept until their gradient arrives take 33 MB per module.
 MAX_BATCH_TOKENS = 2048
-#: An example shorter than this part of its batch's longest goes into the next batch.
+#: An example that is shorter than this share of the longest one in its batch goes into the next batch.
 MIN_FILL = 0.5
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Examples as pairs (token ids [T], loss mask [T]). The mask's first entry does not count.
+    """The examples that a method reads.
 
-    Raises `InvalidInput` if there is no example, or one whose mask does not fit its tokens or that has none.
+    Raises `InvalidInput` if there is no example, or if one has no tokens or a mask of another length.
     """
 
+    #: Pairs (token ids [T], loss mask [T]); the first entry of a mask does not count.
     examples: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]
 
     def __post_init__(self) -> None:
@@ -48,12 +50,12 @@ class CalibrationSet:
 
     @classmethod
     def from_encoded(cls, examples: Iterable[EncodedExample]) -> CalibrationSet:
-        """Labelled: the tokens that training would learn."""
+        """Make a labelled set; the mask marks the tokens that training would learn."""
         return cls(tuple((tuple(item.token_ids), tuple(item.loss_mask)) for item in examples))
 
     @classmethod
     def from_texts(cls, texts: Iterable[Sequence[int]]) -> CalibrationSet:
-        """Unlabelled token ids, for the methods that look at activations only."""
+        """Make an unlabelled set, for methods that read only activations."""
         return cls(tuple((tuple(ids), (False,) * len(ids)) for ids in texts))
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class CalibrationSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over tokens and masks, as hex."""
+        """SHA-256 of the tokens and masks, in hex."""
         return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
 
     @cached_property
@@ -74,13 +76,14 @@ class CalibrationSet:
 
     @cached_property
     def max_batch_tokens(self) -> int:
-        """Of the largest batch, padding included."""
+        """Tokens of the largest batch, padding included."""
         return max(batch.token_ids.numel() for batch in self.batches())
 
     def take(self, num_examples: int, *, seed: int, min_label_tokens: int = 0) -> CalibrationSet:
-        """A random part: at least `num_examples` and `min_label_tokens`, or all if there are not as many.
+        """Draw examples at random until there are `num_examples` of them with `min_label_tokens`.
 
-        The papers count examples; what decides the quality of a gradient is tokens, so a floor counts those.
+        Returns the whole set if it has fewer. The papers count examples, but tokens decide the quality of a
+        gradient, so the floor counts tokens.
         """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen: list[int] = []
@@ -90,14 +93,12 @@ class CalibrationSet:
                 break
             chosen.append(index)
             label_tokens += sum(self.examples[index][1][1:])
-        return (
-            self
-            if len(chosen) == len(self)
-            else CalibrationSet(tuple(self.examples[i] for i in sorted(chosen)))
-        )
+        if len(chosen) == len(self):
+            return self
+        return CalibrationSet(tuple(self.examples[index] for index in sorted(chosen)))
 
     def labelled(self) -> CalibrationSet:
-        """The examples that have a token to learn. Raises `InvalidInput` if none has."""
+        """Return the examples that have a token to learn. Raises `InvalidInput` if none has."""
         kept = tuple(example for example in self.examples if any(example[1][1:]))
         if not kept:
             raise InvalidInput(
@@ -110,9 +111,10 @@ class CalibrationSet:
     def batches(
         self, *, max_tokens: int = MAX_BATCH_TOKENS, min_fill: float = MIN_FILL
     ) -> Iterator[CalibrationBatch]:
-        """All examples in batches of similar lengths, padded on the right; a longer one goes alone.
+        """Yield all examples in batches of similar lengths, padded on the right.
 
-        The batches come in a random order, always the same: an online rule must not see the short ones last.
+        An example of more than `max_tokens` is a batch of its own. The batches come in a fixed random order,
+        because an online rule must not see all short examples last.
         """
         groups: list[list[int]] = []
         for index in sorted(range(len(self)), key=lambda index: (-len(self.examples[index][0]), index)):
@@ -141,26 +143,27 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Rows of one forward pass.
+    """The rows of one forward pass."""
 
-    token_ids: int64 [S, L], padded on the right: under causal attention no real token sees it, so no mask is
-    needed. labels: bool [S, L], which tokens are to be learned. indices: of the rows' examples in their set.
-    """
-
+    #: int64 [S, L], padded on the right. With causal attention no real token sees the padding, so no mask is
+    #: needed.
     token_ids: Tensor
+    #: bool [S, L]: the tokens to learn.
     labels: Tensor
+    #: The number of tokens of each row.
     lengths: tuple[int, ...]
+    #: The index of each row's example in the calibration set.
     indices: tuple[int, ...]
 
     @property
     def valid(self) -> Tensor:
-        """bool [S, L]: the tokens that are no padding."""
+        """bool [S, L]: the tokens that are not padding."""
         positions = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
         return positions < torch.tensor(self.lengths, device=self.token_ids.device)[:, None]
 
     @property
     def label_counts(self) -> Tensor:
-        """float32 [S]: tokens to learn in each row."""
+        """float32 [S]: the number of tokens to learn in each row."""
         return self.labels.sum(1).float()
 
     def to(self, device: torch.device) -> CalibrationBatch:

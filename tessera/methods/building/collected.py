@@ -1,4 +1,4 @@
-"""What a method may ask of a calibration pass, and what it gets, per module."""
+"""The statistics that a method can ask a calibration pass for, and the ones that it gets for each module."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Tokens = Literal["all", "label"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method wants to know of its modules.
+    """The statistics that a method needs of its modules. If it needs none, there is no calibration pass."""
 
-    inputs: makes the rule for a module from its name and d_in. input_tokens: which tokens it sees. outputs:
-    the second moment of the output gradients; output_units: of the log-likelihood per token to learn, or
-    (as some authors' code) of the mean loss over all tokens. A method that needs nothing runs without a
-    calibration pass.
-    """
-
+    #: Whether the weight's gradient is needed.
     gradient: bool = False
+    #: Makes the rule for a module's inputs from the module's name and d_in.
     inputs: Callable[[str, int], InputRule] | None = None
+    #: The tokens that the rule sees.
     input_tokens: Tokens = "all"
+    #: How much of the second moment of the output gradients is needed.
     outputs: Literal["none", "diagonal", "full"] = "none"
+    #: The loss of those gradients: the log-likelihood per token to learn, or (as in some authors' code) the
+    #: mean loss over all tokens.
     output_units: Literal["token", "loss"] = "token"
 
     @property
     def labels(self) -> bool:
-        """Whether a backward pass, and so a loss, is needed."""
+        """Whether a backward pass is needed, and therefore a loss."""
         return self.gradient or self.outputs != "none"
 
     @property
@@ -40,7 +40,7 @@ class Needs:
         return self.labels or self.inputs is not None
 
     def bytes_for(self, target: Target) -> int:
-        """An upper bound of the memory of one module's statistics (inputs are counted once per module)."""
+        """Return an upper bound on the bytes of one module's statistics; inputs count once per module."""
         d_in, d_out = target.shape.d_in, target.shape.d_out
         size = 4 * d_in * d_out if self.gradient else 0
         if self.inputs is not None:
@@ -50,7 +50,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a calibration pass saw, and (population) what the set it was drawn from holds."""
+    """The size of the data that a calibration pass read, and of the set from which they were drawn."""
 
     num_examples: int = 0
     num_tokens: int = 0
@@ -61,25 +61,25 @@ class Counts:
 
 @dataclass
 class Statistics:
-    """What was collected for one module. gradient: [d_out, d_in] float32, the sum over examples.
-
-    working_bytes: what its factorisation may use beside these, None for no bound. Where there is a bound they
-    are for one use, and `take_gradient` gives away what it returns.
-    """
+    """The statistics of one module. Where memory is bounded, they can be used only once."""
 
     counts: Counts
+    #: [d_out, d_in] float32, summed over the examples.
     gradient: Tensor | None = None
+    #: The rule that has seen all inputs.
     inputs: InputRule | None = None
+    #: The second moment of the output gradients: [d_out] (its diagonal) or [d_out, d_out].
     outputs: Tensor | None = None
+    #: Memory that the factorisation may use beside these statistics; None: no bound.
     working_bytes: int | None = None
 
     def g(self) -> Tensor:
-        """The summed gradient [d_out, d_in]."""
-        assert self.gradient is not None, "the method did not say that it needs the gradient"
+        """Return the summed gradient [d_out, d_in], which must not be overwritten."""
+        assert self.gradient is not None, "the method's `Needs` does not include the gradient"
         return self.gradient
 
     def take_gradient(self) -> Tensor:
-        """The summed gradient [d_out, d_in], to be overwritten."""
+        """Return the summed gradient [d_out, d_in] in memory that the caller may overwrite."""
         g = self.g()
         if self.working_bytes is None:
             return g.clone()
@@ -87,6 +87,6 @@ class Statistics:
         return g
 
     def Y(self) -> Tensor:
-        """The second moment of the output gradients, [d_out] or [d_out, d_out], in the units asked for."""
-        assert self.outputs is not None, "the method did not say that it needs the output moment"
+        """Return the second moment of the output gradients, [d_out] or [d_out, d_out], in `output_units`."""
+        assert self.outputs is not None, "the method's `Needs` does not include the output moment"
         return self.outputs

@@ -1,16 +1,16 @@
 """One calibration pass over a group of layers: weight gradients and activations in bounded memory.
 
-For each target module of the group, and for nothing else,
+For the target modules of the group, and for nothing else,
 
     g = Σ_examples δᵀ x,    δ = ∂L / ∂y [T, d_out],   x [T, d_in],   L = the example's mean loss
 
-is summed in float32 as the gradients arrive (LoRA-SB, arXiv 2411.19557, algorithm 1, collects `p.grad` of
-*all* parameters, in the model's dtype; the sum over examples of mean losses is theirs). The autograd graph
-begins at the group's first module: layers below it keep no activations, layers above it only what a frozen
-layer needs.
+is summed in float32 as the gradients arrive. (LoRA-SB, arXiv 2411.19557, algorithm 1, also sums the gradients
+of mean losses, but collects `p.grad` of *all* parameters in the model's dtype.) The autograd graph begins at
+the group's first module: layers below it keep no activations, and layers above it only what a frozen layer
+needs.
 
-The model is left as it was: weights are never written, no parameter gets a gradient, hooks go with the pass,
-also when it fails. The caller must have the model for itself meanwhile.
+The model is left as it was, even if the pass fails: weights are never written, no parameter gets a gradient,
+and all hooks are removed. Nobody else may use the model during the pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tessera.methods.building.targets import Target
 from tessera.model.base_model import BaseModel
 from tessera.model.sequence_rows import by_sequence
 
-#: In float16 the gradient of a mean loss underflows; it is computed for this multiple of the loss.
+#: In float16 the gradient of a mean loss underflows, so the loss is multiplied by this first.
 LOSS_SCALE = {torch.float16: 2.0**12}
 
 
@@ -47,11 +47,11 @@ def collect(
     population: CalibrationSet | None = None,
     bound: MemoryBound | None = None,
 ) -> list[Statistics]:
-    """Statistics of each target, in order, from one pass over the calibration set.
+    """Return the statistics of each target, in order, from one pass over the calibration set.
 
-    population: the set that it was drawn from. bound: is told what the model keeps meanwhile.
-
-    Raises `InvalidInput` naming the module and the value for a gradient or an input that is not finite.
+    population: the set from which the calibration set was drawn. bound: records how many bytes of activations
+    the model keeps. Raises `InvalidInput`, which names module and value, for a gradient or an input that is
+    not finite.
     """
     counts = _counts(calibration, population or calibration)
     taps = [_Tap(target, needs, counts) for target in targets]
@@ -102,7 +102,7 @@ def _run(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient meanwhile, and the model is in evaluation mode (no dropout)."""
+    """Freeze all parameters and put the model into evaluation mode (no dropout), within this context."""
     was_trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = [module for module in model.modules() if module.training]
     for parameter in was_trained:
@@ -131,9 +131,9 @@ def _hooked(taps: Sequence[_Tap], shared: _SharedInputs) -> Iterator[None]:
 
 
 class _SharedInputs:
-    """Tells which modules read the very same tensor: they are called one after another and share a rule.
+    """Finds the modules that read the very same tensor; they are called one after another and share a rule.
 
-    The last input is kept until the next one comes, so that its address cannot be used again meanwhile.
+    The last input is kept until the next one arrives, so that no other tensor can get its address.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,10 @@ class _SharedInputs:
         self._last = None
 
     def rule(self, tap: _Tap, x: Tensor) -> tuple[InputRule | None, bool]:
-        """The module's rule, and whether this input is new to it. Raises `UnsupportedModel`."""
+        """Return the module's rule, and whether this input is new to it.
+
+        Raises `UnsupportedModel` if the module shares its input in some batches only.
+        """
         name = tap.target.name
         last = self._last
         is_same = (
@@ -158,7 +161,7 @@ class _SharedInputs:
         leader = self._last_leader if is_same else name
         if self._leaders.setdefault(name, leader) != leader:
             raise UnsupportedModel(
-                f"target module {name} reads the input of {self._leaders[name]} in one batch only",
+                f"target module {name} reads the input of {self._leaders[name]} in some batches only",
                 param="target_modules",
             )
         self._last, self._last_version, self._last_leader = x, x._version, leader
@@ -168,7 +171,7 @@ class _SharedInputs:
 
 
 class _Tap:
-    """The hooks of one target module and what they have collected."""
+    """The hooks of one target module, and the statistics that they collect."""
 
     def __init__(self, target: Target, needs: Needs, counts: Counts) -> None:
         self.target, self._needs = target, needs
@@ -198,7 +201,7 @@ class _Tap:
     def on_forward(
         self, shared: _SharedInputs, module: nn.Module, inputs: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
-        """Show the input to its rule; see to it that the gradient of the output arrives at `_on_gradient`."""
+        """Show the input to its rule, and register `_on_gradient` for the gradient of the output."""
         assert self._batch is not None
         num_rows, length = self._batch.token_ids.shape
         x = by_sequence(inputs[0].detach(), num_rows, length, self.target.name)
@@ -207,7 +210,7 @@ class _Tap:
             self._show(shared, x)
         if not self._backward:
             return None
-        if not output.requires_grad:  # the first of the group: the graph begins here
+        if not output.requires_grad:  # the first module of the group, where the graph begins
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         output.register_hook(partial(self._on_gradient, x))  # type: ignore[no-untyped-call]
         return output
@@ -234,10 +237,12 @@ class _Tap:
         if self._outputs is not None:
             counts = self._batch.label_counts.to(delta)
             factors = counts if self._needs.output_units == "token" else torch.ones_like(counts)
-            self._outputs.observe((delta * factors[:, None, None]).flatten(0, 1))  # padding has no gradient
+            self._outputs.observe(
+                (delta * factors[:, None, None]).flatten(0, 1)
+            )  # the gradient of padding is 0
 
     def finish(self) -> Statistics:
-        """What was collected. Raises `InvalidInput`: the module was never run, or is unusable."""
+        """Return the statistics. Raises `InvalidInput` if the module never ran, or if they are unusable."""
         name, statistics = self.target.name, self._statistics
         if not self._num_calls:
             raise InvalidInput(

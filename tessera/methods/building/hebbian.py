@@ -1,15 +1,16 @@
-"""Local learning rules for A: from the inputs as they pass by, without labels or a gradient.
+"""Local learning rules for A, which learn from the inputs as they pass by, without labels or gradients.
 
-LoLoRA ("Locally fine-tuned low rank adapters"), algorithm 1. For a batch z [T, d_in], centred by a running
-mean (μ ← 0.98 μ + 0.02 mean z, the first mean at the start), with u = z Aᵀ [T, r] and e = z - u A, what a
-*minimising* Adam gets is
+These are the rules of LoLoRA ("Locally fine-tuned low rank adapters"), algorithm 1. For a batch z [T, d_in],
+centred by a running mean (μ ← 0.98 μ + 0.02 mean z, where the first μ is the first batch's mean), with
+u = z Aᵀ [T, r] and e = z - u A, a *minimising* Adam gets
 
     hpca      g = -(1/T) uᵀ e                              Oja's subspace rule (SNL)
     ae        g = -(1/T) (uᵀ e + (e Aᵀ)ᵀ z)                 the gradient of ½ E‖z - AᵀA z‖²
-    softhebb  g = -ΔA / max|ΔA|,  ΔA = yᵀ z - diag(Σ_t y∘u) A,  y = softmax(u), of losing units negative
+    softhebb  g = -ΔA / max|ΔA|,  ΔA = yᵀ z - diag(Σ_t y∘u) A,  y = softmax(u), negated for all but the winner
 
-The paper's theory has the *uncentred* second moment (theorem 4.4), its algorithm centres; on inputs with a
-mean the uncentred rule spends one direction on the mean. It leaves SoftHebb's temperature open: 1 here.
+The paper's theory uses the *uncentred* second moment (theorem 4.4) while its algorithm centres. For inputs
+with a mean, the uncentred rule spends one direction on that mean. The paper does not give SoftHebb's
+temperature; we use 1.
 """
 
 from __future__ import annotations
@@ -23,36 +24,43 @@ from torch.nn import functional as F
 
 from tessera.errors import InvalidInput
 
+#: Adam on A.
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
 class HebbianConfig:
-    """rule: "hpca", "ae" or "softhebb". svd_first: start from the principal components of the first batch."""
+    """How A learns from its inputs."""
 
+    #: "hpca", "ae" or "softhebb".
     rule: str = "hpca"
+    #: Adam's learning rate.
     lr: float = 1.5e-3
+    #: Momentum of the running mean of the inputs.
     momentum: float = 0.98
+    #: Whether the running mean is subtracted.
     is_centred: bool = True
+    #: Whether A is initialized with the principal components of the first batch instead of random rows.
     svd_first: bool = False
+    #: Tokens of one update, about.
     tokens_per_step: int = 512
 
 
 class HebbianRule:
-    """A [r, d_in], learned online. `A` is never part of an autograd graph."""
+    """Learns A [r, d_in] online. `A` is never part of an autograd graph."""
 
     def __init__(self, width: int, rank: int, config: HebbianConfig, *, generator: torch.Generator) -> None:
         self.config = config
         uniform = 2 * torch.rand(rank, width, generator=generator) - 1
-        self.A = uniform / width**0.5  # Kaiming uniform with a = √5, as lora_A of an untrained adapter
+        self.A = uniform / width**0.5  # Kaiming uniform with a = √5, like lora_A in LoRA
         self.mean: Tensor | None = None
         self.num_steps = 0
         self._moment1 = torch.zeros_like(self.A)
         self._moment2 = torch.zeros_like(self.A)
 
     def state(self) -> dict[str, Tensor]:
-        """All that is not in `A`, on the CPU, for a checkpoint."""
+        """Return everything but `A`, on the CPU, for a checkpoint."""
         state = {"moment1": self._moment1, "moment2": self._moment2}
         state["num_steps"] = torch.tensor(self.num_steps)
         if self.mean is not None:
@@ -60,17 +68,17 @@ class HebbianRule:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave. Raises `KeyError`, `ValueError` for another rule's."""
+        """Restore what `state` returned. Raises `KeyError` or `ValueError` for the state of another rule."""
         if any(state[name].shape != self.A.shape for name in ("moment1", "moment2")):
-            raise ValueError("moments of another shape")
+            raise ValueError("the moments have another shape")
         self._moment1, self._moment2 = state["moment1"], state["moment2"]
         self.num_steps, self.mean = int(state["num_steps"]), state.get("mean")
 
     @torch.no_grad()
     def observe(self, x: Tensor, lengths: Sequence[int] = ()) -> None:
-        """Learn from x [T, d_in], in about equal steps of about `tokens_per_step`.
+        """Learn from x [T, d_in], in steps of about equal size near `tokens_per_step`.
 
-        Raises `InvalidInput` if `svd_first` finds fewer tokens than directions in the first step.
+        Raises `InvalidInput` if `svd_first` is set and the first step has too few tokens for r directions.
         """
         num_steps = max(1, round(len(x) / self.config.tokens_per_step))
         for part in x.detach().tensor_split(num_steps):
@@ -83,7 +91,7 @@ class HebbianRule:
         self.A, self._moment1, self._moment2 = (t.to(z) for t in (self.A, self._moment1, self._moment2))
         z = self._centre(z)
         if self.num_steps == 0 and self.config.svd_first:
-            self._start_from(z)
+            self._take_components(z)
         self.num_steps += 1
         self._adam(local_gradient(self.config.rule, self.A, z))
 
@@ -94,7 +102,8 @@ class HebbianRule:
         self.mean = mean if self.mean is None else keep * self.mean.to(z) + (1 - keep) * mean
         return z - self.mean
 
-    def _start_from(self, z: Tensor) -> None:
+    def _take_components(self, z: Tensor) -> None:
+        """Initialize A with the principal components of the first batch."""
         if len(z) <= len(self.A):
             raise InvalidInput(
                 f"the first batch holds {len(z)} tokens, too few for {len(self.A)} principal components",
@@ -102,7 +111,7 @@ class HebbianRule:
                 code="calibration_too_small",
             )
         found = torch.linalg.svd(z, full_matrices=False)[2][: len(self.A)]
-        # Row-major, as one that comes back from a checkpoint: products round by the layout.
+        # Row-major, like an A that is read from a checkpoint, because the layout changes how products round.
         self.A = found.clone(memory_format=torch.contiguous_format)
 
     def _adam(self, g: Tensor) -> None:
@@ -114,7 +123,7 @@ class HebbianRule:
 
 
 def local_gradient(rule: str, A: Tensor, z: Tensor) -> Tensor:
-    """What the optimiser minimises along, [r, d_in], for A [r, d_in] and z [T, d_in] (see above)."""
+    """Return the rule's gradient g [r, d_in] (see above) for A [r, d_in] and z [T, d_in]."""
     u = z @ A.mT
     if rule == "softhebb":
         y = F.softmax(u, dim=1)
@@ -130,10 +139,10 @@ def local_gradient(rule: str, A: Tensor, z: Tensor) -> Tensor:
 
 
 def online_delta(x: Tensor, rule: HebbianRule, B: Tensor) -> Tensor:
-    """y[t] = B A x[t] with the A of before; then A learns from x (algorithm 1, with B trained).
+    """Return y[t] = B A x[t], and then let A learn from x (algorithm 1, in which B is trained).
 
-    x: [T, d_in];  B: [d_out, r], trained;  returns [T, d_out]. Autograd keeps u = A x [T, r] and not x; no
-    gradient passes to x through this branch's A unless x needs one.
+    x: [T, d_in];  B: [d_out, r], trained;  y: [T, d_out]. Autograd keeps u = A x [T, r] and not x, and no
+    gradient flows to x through A unless x requires one.
     """
     A = rule.A.to(x)
     u = x @ A.mT

@@ -1,6 +1,6 @@
-"""The loss of calibration examples under the frozen model, with or without an adapter in it.
+"""The loss of calibration examples under the frozen model, with or without an adapter.
 
-An example's loss is the mean over its tokens to learn; a set's is the mean over its examples.
+The loss of an example is the mean over its tokens to learn; the loss of a set is the mean over its examples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tessera.model.base_model import BaseModel
 
 
 def check_fits(base: BaseModel, calibration: CalibrationSet) -> None:
-    """Raises `InvalidInput` naming the first example that is too long or has unknown tokens."""
+    """Raise `InvalidInput`, which names the first example that is too long or has unknown tokens."""
     size = int(base.model.config.get_text_config().vocab_size)
     for index, (token_ids, _) in enumerate(calibration.examples):
         if len(token_ids) > base.max_position:
@@ -39,10 +39,10 @@ def check_fits(base: BaseModel, calibration: CalibrationSet) -> None:
 
 
 def example_losses(base: BaseModel, batch: CalibrationBatch) -> Tensor:
-    """-(1/T_i) Σ_t log p(token t of row i), float32 or float64 [S]; zero for a row without a token to learn.
+    """Return -(1/T_i) Σ_t log p(token t of row i), float32 or float64 [S]; 0 for a row with nothing to learn.
 
-    The output head sees only the hidden states that predict a token to learn. Raises `InvalidInput` naming an
-    example whose loss is not finite.
+    The output head computes only the positions that predict a token to learn. Raises `InvalidInput`, which
+    names the example, for a loss that is not finite.
     """
     rows, columns = batch.labels.nonzero(as_tuple=True)
     logits = _logits(base, batch, rows * batch.labels.shape[1] + columns - 1)
@@ -54,13 +54,13 @@ def example_losses(base: BaseModel, batch: CalibrationBatch) -> Tensor:
 
 
 def run_forward(base: BaseModel, batch: CalibrationBatch) -> None:
-    """The forward pass alone, for hooks that look at activations."""
+    """Run only the forward pass, for hooks that read activations."""
     _logits(base, batch, torch.zeros(1, dtype=torch.int64, device=batch.token_ids.device))
 
 
 @torch.no_grad()
 def mean_loss(base: BaseModel, calibration: CalibrationSet) -> float:
-    """The mean over the examples of their losses. One forward pass over the set. Raises `InvalidInput`."""
+    """Return the mean loss of the labelled examples, in one forward pass. Raises `InvalidInput`."""
     labelled = calibration.labelled()
     total = sum(float(example_losses(base, batch.to(base.device)).sum()) for batch in labelled.batches())
     return total / len(labelled)
@@ -68,7 +68,7 @@ def mean_loss(base: BaseModel, calibration: CalibrationSet) -> float:
 
 @contextmanager
 def attached(base: BaseModel, basis: Basis, core: Tensor) -> Iterator[None]:
-    """While this lasts, every target module adds B M A x for its part of the served core [M, r, r]."""
+    """Within this context every target module adds B core[i] A x. core: [M, r, r], as it is served."""
     handles = []
     try:
         for index, shape in enumerate(basis.manifest.modules):
@@ -83,7 +83,7 @@ def attached(base: BaseModel, basis: Basis, core: Tensor) -> Iterator[None]:
 
 
 class _Addition:
-    """A forward hook: output + (x Aᵀ) (B M)ᵀ."""
+    """A forward hook that returns output + (x Aᵀ) (B core)ᵀ. left: B core [d_out, r]."""
 
     def __init__(self, A: Tensor, left: Tensor) -> None:
         self.A, self.left = A, left
@@ -95,7 +95,7 @@ class _Addition:
 
 
 def _logits(base: BaseModel, batch: CalibrationBatch, positions: Tensor) -> Tensor:
-    """float32 [N, V]: the logits at these indices into the flattened [S · L]."""
+    """Return the logits [N, V], float32 or float64, at `positions` in the flattened [S · L]."""
     head = base.model.get_output_embeddings()
     assert isinstance(head, nn.Module)
 

@@ -1,8 +1,8 @@
-"""What every method of building a basis is: a description, checked options, and a function of one module.
+"""What a method of building a basis consists of: a description, options, and a function of one module.
 
-A method sees one module at a time: its weight and what the calibration passes collected for it. It returns
-the factors A' and B' of the paper, with the paper's own scales; the canonical form is made of them
-elsewhere.
+A method sees one module at a time: its weight, and the statistics that the calibration passes collected. It
+returns the paper's factors A' and B', with the paper's own scales; `formats/basis.py` makes the canonical
+form of them.
 """
 
 from __future__ import annotations
@@ -25,43 +25,46 @@ from tessera.model.base_model import BaseModel
 
 @dataclass(frozen=True)
 class ModuleData:
-    """What a method knows of one module. weight: [d_out, d_in]; seed: of this module's build."""
+    """Everything that a method knows about one module."""
 
     shape: ModuleShape
+    #: [d_out, d_in]
     weight: Tensor
     rank: int
+    #: Differs between modules, methods and ranks (`module_seed`).
     seed: int
     statistics: Statistics
+    #: How to compute singular vectors, within the memory that is left.
     decomposition: Decomposition
 
     def generator(self) -> torch.Generator:
-        """On the CPU, so that the numbers do not depend on the device."""
+        """Return a generator on the CPU, so that its numbers do not depend on the device."""
         return torch.Generator().manual_seed(self.seed)
 
 
 @dataclass(frozen=True)
 class ModuleFactors:
-    """A': [r, d_in] and B': [d_out, r], frozen; what is trained is R' in delta_W = B' R' A'.
+    """The frozen factors of one module. Training changes R' in delta_W = B' R' A'."""
 
-    step: [r, r], the method's own first step in these coordinates, for a learning rate of one, if it has one.
-    notes: finite numbers about this module that belong in the recipe.
-    """
-
+    #: A' [r, d_in]
     A: Tensor
+    #: B' [d_out, r]
     B: Tensor
+    #: [r, r], the method's own first step in these coordinates, for a learning rate of one, if it has one.
     step: Tensor | None = None
+    #: Finite numbers about this module for the recipe.
     notes: dict[str, float] = field(default_factory=dict)
 
 
 class Refinement(Protocol):
-    """What a method learns once the factors of all modules are known, with the model and all data at hand."""
+    """Learning that follows once the factors of all modules are known, with the model and all data."""
 
     @property
     def num_steps(self) -> int:
-        """For the account of progress."""
+        """Number of steps, for progress."""
 
     def refine(self, base: BaseModel, basis: Basis, *, dtype: str, progress: Callable[[int], None]) -> Basis:
-        """The basis to use instead, stored as `dtype`. progress(steps done) may raise to end it."""
+        """Return the learned basis, stored as `dtype`. progress(steps done) may raise to end the learning."""
 
 
 def no_needs(rank: int, options: Options) -> Needs:
@@ -77,26 +80,26 @@ def stores_always(options: Options) -> bool:
 
 
 def take_num_examples(calibration: CalibrationSet, options: Options) -> CalibrationSet:
-    """At most `num_examples` of the examples, at random; 0 is all."""
+    """Draw at most `num_examples` examples at random; 0: all."""
     return calibration.take(options["num_examples"] or len(calibration), seed=options["seed"])
 
 
-#: Of methods that need nothing but weights. The scale multiplies the learning rate under Adam (LoRAM,
-#: proposition 1) and never reaches serving.
+#: Options of methods that need only weights. Under Adam the scale multiplies the learning rate (LoRAM,
+#: proposition 1); it never reaches serving.
 COMMON_OPTIONS: Mapping[str, Option] = {
-    "svd": Option("auto", "how singular vectors are found", choices=("auto", "exact", "randomised")),
-    "scale": Option(1.0, "s in delta_W = s B' R' A', as the papers' alpha / r", minimum=1e-12),
-    "seed": Option(0, "of everything random in it"),
+    "svd": Option("auto", "how singular vectors are computed", choices=("auto", "exact", "randomised")),
+    "scale": Option(1.0, "s in delta_W = s B' R' A', the papers' alpha / r", minimum=1e-12),
+    "seed": Option(0, "seed of all random choices"),
 }
-#: Of methods that read calibration data. One layer of an 8B model needs 0.9 GB of statistics for its
-#: gradients and 1.9 GB with LoRA-DA's factors; one layer is always taken.
+#: Options of methods that read calibration data. The statistics of one layer of an 8B model take 0.9 GB for
+#: gradients, and 1.9 GB with LoRA-DA's factors.
 DATA_OPTIONS: Mapping[str, Option] = {
     **COMMON_OPTIONS,
-    "num_examples": Option(0, "at most so many of the calibration examples, at random; 0 is all", minimum=0),
+    "num_examples": Option(0, "number of calibration examples to draw at random, at most; 0: all", minimum=0),
     "statistics_bytes": Option(
         0,
-        "memory for statistics in one pass over the data, of one layer at least; 0: below the peak of "
-        "training LoRA",
+        "bytes of statistics in one pass over the data, but always one layer's; 0: as many as keep the peak "
+        "below that of training a LoRA",
         minimum=0,
     ),
 }
@@ -104,29 +107,32 @@ DATA_OPTIONS: Mapping[str, Option] = {
 
 @dataclass(frozen=True)
 class Method:
-    """One published way to build a basis.
-
-    needs_calibration: the least that its default options need (`needs` knows what given options need).
-    factorise: the method itself. check: raises `InvalidInput` for a rank or a combination of options that
-    cannot work. select: the part of the data to use, where that is not just `num_examples`. assemble: from
-    factors to basis. refinement: from all usable data, the rank and the options to what is learned on top of
-    that, for a method whose modules are not independent; it raises for what it cannot do. stores_factors:
-    from options as given to whether its factors need room in a store, not only a manifest.
-    """
+    """One published way to build a basis."""
 
     name: str
+    #: One line for users.
     description: str
+    #: The paper, and which of its equations.
     paper: str
+    #: The method itself: the factors of one module.
     factorise: Callable[[ModuleData, Options], ModuleFactors]
+    #: The least data that the default options need; `needs` says what given options need.
     needs_calibration: Calibration = "none"
     options: Mapping[str, Option] = field(default_factory=dict)
+    #: The statistics that it needs for a rank and options.
     needs: Callable[[int, Options], Needs] = no_needs
+    #: Raises `InvalidInput` for a rank or a combination of options that cannot work.
     check: Callable[[int, Options], None] = no_check
+    #: The part of the data to use.
     select: Callable[[CalibrationSet, Options], CalibrationSet] = take_num_examples
+    #: Makes the basis of the factors.
     assemble: Callable[..., Basis] = make_basis
+    #: For a method whose modules are not independent: from all usable data, the rank and the options, the
+    #: learning that follows. Raises `InvalidInput` if that cannot be done.
     refinement: Callable[[CalibrationSet | None, int, Options], Refinement] | None = None
+    #: Whether its factors need room in a store, not only a manifest; takes the options as given.
     stores_factors: Callable[[Options], bool] = stores_always
 
     def describe(self) -> dict[str, Any]:
-        """What a caller may know, as JSON."""
+        """Return what a caller may know about the method, as JSON."""
         return describe(self.description, self.paper, self.needs_calibration, self.options)

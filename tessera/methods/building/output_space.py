@@ -1,16 +1,16 @@
-"""B for the methods that only say what A is.
+"""How B is chosen by the methods whose papers only determine A.
 
-Statistics of the inputs do not determine B: with A = Vᵀ from any input statistic and *any* fixed
-orthonormal B, the part of an unknown target that the pair can express is r / d_out of what a free B could
-(LoLoRA's theorem 4.4 with B frozen; E L = ½σ²(d_out tr Σ - r tr(VᵀΣV)) whatever B is). So B must come from
-the task or the weights:
+Statistics of the inputs do not determine B. With A = Vᵀ from any input statistic and *any* fixed orthonormal
+B, the pair can express r / d_out of the part of an unknown target that a free B could (LoLoRA's theorem 4.4
+with B frozen: E L = ½σ²(d_out tr Σ - r tr(VᵀΣV)), whatever B is). So B must come from the task or the
+weights:
 
-    grad    left singular vectors of g Aᵀ: the best rank-r output space for this A; needs labels
-    wa      an orthonormal basis of the range of W Aᵀ: what the layer already writes for these inputs
+    grad    left singular vectors of g Aᵀ, the best rank-r output space for this A; needs labels
+    wa      an orthonormal basis of the range of W Aᵀ, which the layer already writes for these inputs
     y       leading eigenvectors of the second moment of the output gradients; needs labels
-    random  the lower bound
+    random  a lower bound
 
-Measured (rank 8, best rate of a sweep, held-out loss, A from EVA): grad 2.836, wa 2.850, random 2.872.
+Measured held-out loss (rank 8, best rate of a sweep, A from EVA): grad 2.836, wa 2.850, random 2.872.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ from tessera.methods.building.method import ModuleData
 from tessera.methods.options import Option
 
 RULES = ("wa", "grad", "y", "random")
-OUTPUT_RULE_OPTION = Option("wa", "how B is chosen: by W·A, by the gradient, by Y, at random", choices=RULES)
+OUTPUT_RULE_OPTION = Option(
+    "wa",
+    "how B is chosen: from W Aᵀ, the gradient or the output gradients' second moment, or at random",
+    choices=RULES,
+)
 
 
 def needs_for(rule: str, *, inputs: Callable[[str, int], InputRule], input_tokens: Tokens = "all") -> Needs:
-    """What has to be collected for an input rule together with this output rule."""
+    """Return the statistics that an input rule together with this output rule needs."""
     return Needs(
         gradient=rule == "grad",
         inputs=inputs,
@@ -47,7 +51,10 @@ def needs_for(rule: str, *, inputs: Callable[[str, int], InputRule], input_token
 
 
 def output_space(rule: str, A: Tensor, data: ModuleData) -> Tensor:
-    """B [d_out, r] orthonormal, for orthonormal A [r, d_in]. Raises `InvalidInput`: too few directions."""
+    """Return orthonormal B [d_out, r] for orthonormal A [r, d_in].
+
+    Raises `InvalidInput` if the statistic has fewer than r directions.
+    """
     if rule == "grad":
         U, S, _ = torch.linalg.svd(data.statistics.g().to(A) @ A.mT, full_matrices=False)
         check_numerical_rank(S, data.rank, f"the gradient of {data.shape.name} on its input space")

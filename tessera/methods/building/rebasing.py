@@ -1,8 +1,8 @@
-"""Moving adapters from one basis to another of the same base model.
+"""Moving an adapter from one basis to another of the same base model.
 
     M' = argmin ‖B_1 M A_1 - B_2 M' A_2‖_F = B_2ᵀ B_1 M A_1 A_2ᵀ      for orthonormal A_2, B_2
 
-What of the delta does not lie in the new basis is lost: 1 - ‖M'‖² / ‖M‖² of its energy.
+The part of ΔW outside the new basis is lost: 1 - ‖M'‖² / ‖M‖² of its energy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tessera.formats.basis import Basis
 
 
 def rebase(adapter: Adapter, old: Basis, new: Basis) -> tuple[Adapter, float]:
-    """The nearest adapter in the new basis, and the share of ‖ΔW‖² (summed over all modules) that is lost.
+    """Return the nearest adapter in the new basis, and the lost share of ‖ΔW‖² summed over all modules.
 
-    A module that the new basis does not have is lost whole; one that the old did not have gets zeros. The
-    ranks may differ. An adapter of zeros loses nothing. Raises `BasisMismatch` if the adapter is not of the
-    old basis or the bases are of different models.
+    A module that only the old basis has is lost as a whole; one that only the new basis has gets zeros. The
+    ranks may differ. An adapter of zeros loses nothing. Raises `BasisMismatch` if the adapter does not belong
+    to the old basis, or if the bases belong to different models.
     """
     if adapter.basis_id != old.basis_id:
         raise BasisMismatch(f"the adapter belongs to basis {adapter.basis_id}, not to {old.basis_id}")
@@ -48,20 +48,20 @@ def rebase(adapter: Adapter, old: Basis, new: Basis) -> tuple[Adapter, float]:
 
 
 def project(delta: Tensor, basis: Basis, index: int) -> Tensor:
-    """M [r, r] float64: the core whose B M A is nearest to `delta` [d_out, d_in] in module `index`."""
+    """Return the core M [r, r] float64 with B M A nearest to `delta` [d_out, d_in] in module `index`."""
     left = left_inverse(basis.B[index].to(delta.device)).to(delta)
     right = left_inverse(basis.A[index].mT.to(delta.device)).to(delta)
     return (left @ delta @ right.mT).double()
 
 
 def left_inverse(X: Tensor) -> Tensor:
-    """(XᵀX)^-1 Xᵀ [r, n] in float64: Xᵀ for orthonormal columns, and exact for rounded ones."""
+    """Return (XᵀX)^-1 Xᵀ [r, n] in float64: Xᵀ for orthonormal columns, and exact for rounded ones."""
     X = X.double()
     inverse: Tensor = torch.linalg.solve(X.mT @ X, X.mT)
     return inverse
 
 
 def _energy(M: Tensor, A: Tensor, B: Tensor) -> float:
-    """‖B M A‖_F² from the Gram matrices of the factors."""
+    """Return ‖B M A‖_F², computed from the Gram matrices of the factors."""
     A, B = A.double(), B.double()
     return float(((B.mT @ B) @ M * (M @ (A @ A.mT))).sum())

@@ -1,6 +1,6 @@
-"""The layers that a basis is built for, checked before any work is done, and cut into groups of layers.
+"""The layers for which a basis is built: found and checked before any work, and split into groups.
 
-Knows nothing of methods or data.
+This file knows nothing of methods or data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Target:
-    """One target module. weight: [d_out, d_in], the base model's own, never written to."""
+    """One target module of the base model."""
 
     shape: ModuleShape
     linear: nn.Linear
@@ -32,21 +32,22 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
+        """[d_out, d_in], the base model's own weight, which is never written to."""
         return self.linear.weight.detach()
 
     @property
     def layer(self) -> str:
-        """The dotted name up to its first number, which is what a decoder layer is called."""
+        """The dotted name up to its first number, which names the decoder layer."""
         parts = self.name.split(".")
         numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
         return ".".join(parts[: numbers[0] + 1]) if numbers else self.name
 
 
 def find_targets(model: nn.Module, patterns: Sequence[str], rank: int) -> list[Target]:
-    """All target modules, in model order, fit for a basis of this rank.
+    """Return all target modules in model order, checked for a basis of this rank.
 
-    Raises `UnsupportedModel` (nothing matches; a quantised or a tied weight) and `InvalidInput` (the rank,
-    or a weight that is not finite), naming the module and the value.
+    Raises `UnsupportedModel` (no match, a quantised or a tied weight) or `InvalidInput` (the rank, or a
+    weight that is not finite); the message names the module and the value.
     """
     owners = _owners_of_weights(model)
     targets = []
@@ -61,37 +62,37 @@ def find_targets(model: nn.Module, patterns: Sequence[str], rank: int) -> list[T
 def layer_groups(
     targets: Sequence[Target], bytes_per_target: Sequence[int], limit_bytes: int
 ) -> Iterator[range]:
-    """Runs of whole layers as ranges of indices, each of at most `limit_bytes` or of one layer."""
-    start = size = layer_start = 0
+    """Yield runs of whole layers as ranges of indices, each of at most `limit_bytes` or of one layer."""
+    first = size = layer_start = 0
     for index in range(1, len(targets) + 1):
         if index < len(targets) and targets[index].layer == targets[layer_start].layer:
             continue
         layer_size = sum(bytes_per_target[layer_start:index])
-        if layer_start > start and size + layer_size > limit_bytes:
-            yield range(start, layer_start)
-            start, size = layer_start, 0
+        if layer_start > first and size + layer_size > limit_bytes:
+            yield range(first, layer_start)
+            first, size = layer_start, 0
         size += layer_size
         layer_start = index
     if targets:
-        yield range(start, len(targets))
+        yield range(first, len(targets))
 
 
 def module_groups(
     targets: Sequence[Target], bytes_per_target: Sequence[int], limit_bytes: int
 ) -> Iterator[range]:
-    """As `layer_groups`, but a layer of more than `limit_bytes` is cut, down to single modules."""
+    """Yield groups like `layer_groups`, but split layers above `limit_bytes`, down to single modules."""
     for group in layer_groups(targets, bytes_per_target, limit_bytes):
-        start, size = group.start, 0
+        first, size = group.start, 0
         for index in group:
-            if index > start and size + bytes_per_target[index] > limit_bytes:
-                yield range(start, index)
-                start, size = index, 0
+            if index > first and size + bytes_per_target[index] > limit_bytes:
+                yield range(first, index)
+                first, size = index, 0
             size += bytes_per_target[index]
-        yield range(start, group.stop)
+        yield range(first, group.stop)
 
 
 def _owners_of_weights(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the parameters at each address: more than one name means that they are tied."""
+    """Return the names of the parameters at each address; more than one name means that they are tied."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)

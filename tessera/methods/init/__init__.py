@@ -1,9 +1,9 @@
-"""Where training begins: R_0 for every module of a basis, independent of how the basis was made.
+"""Initializations: R_0 for every module of a basis, however the basis was built.
 
-Each start is the projection of some first update of the weights onto the basis, so any start goes with any
-basis; `presets.py` names the papers' combinations. A start is in *trained* coordinates: `basis.fold(R_0)`
-is what would be served. It is never subtracted from W: an adapter that starts at R_0 starts as W + B R_0 A.
-(Subtracting it would be the same as training from zero, which is the start "zero".)
+Each initialization is the projection of some first update of the weights onto the basis, so every one goes
+with every basis; `presets.py` names the papers' combinations. R_0 is in *trained* coordinates, and
+`basis.fold(R_0)` is what would be served. R_0 is never subtracted from W: training begins at W + B R_0 A.
+(Subtracting it would be the same as training from zero, which is the initialization "zero".)
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ INIT_METHODS: dict[str, InitMethod] = {
 
 @dataclass(frozen=True)
 class Initialization:
-    """R0: [M, r, r] float32, in trained coordinates. notes: how it came about, as JSON."""
+    """R_0 and how it was computed."""
 
+    #: [M, r, r] float32, in trained coordinates.
     R0: Tensor
+    #: The method, its options, and what it measured (such as the losses of a line search), as JSON.
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,19 +63,19 @@ def make_init(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tensor:
-    """R_0 [M, r, r] float32 by one of `INIT_METHODS`, in trained coordinates.
+    """Return R_0 [M, r, r] float32 by one of `INIT_METHODS`, in trained coordinates.
 
-    base, calibration: the model and the user's labelled examples, for the starts that need a gradient.
-    step: what `build_basis_and_step` returned for the basis of this very data, instead of another pass over
-    it. adapter: to go on from, for "warm", with its own basis if it is another one. Raises `InvalidInput`,
-    `BasisMismatch`.
+    base, calibration: the model and the user's labelled examples, if the method needs a gradient. step: what
+    `build_basis_and_step` returned for a basis of the same data, which saves another pass over them. adapter:
+    the one from which "warm" continues; adapter_basis: its basis, if that is another one. Raises
+    `InvalidInput` or `BasisMismatch`.
     """
     request = InitInputs(basis, base, calibration, step, adapter, adapter_basis, progress)
     return compute_init(request, method=method, **options).R0
 
 
 def compute_init(request: InitInputs, *, method: str = "zero", **options: Any) -> Initialization:
-    """As `make_init`, with an account of it: the scale a line search chose, its losses, the data."""
+    """Compute R_0 as `make_init` does, and return it with notes: the chosen η, the losses tried, the data."""
     if method not in INIT_METHODS:
         raise InvalidInput(
             f"unknown initialization {method!r}; known: {', '.join(INIT_METHODS)}", param="init"
@@ -81,7 +83,7 @@ def compute_init(request: InitInputs, *, method: str = "zero", **options: Any) -
     chosen = INIT_METHODS[method]
     filled = fill_options(f"initialization {method}", chosen.options, options)
     R0, notes = chosen.make(request, filled)
-    R0 = R0.float()  # before it is looked at: what float64 holds may not fit
+    R0 = R0.float()  # before the check, because a float64 value may not fit
     if not bool(torch.isfinite(R0).all()):
         bad = int((~torch.isfinite(R0)).flatten(1).any(1).nonzero()[0])
         name = request.basis.manifest.modules[bad].name

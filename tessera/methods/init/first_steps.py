@@ -1,10 +1,14 @@
-"""Starts that are one step of full fine-tuning on the user's data, projected onto the basis.
+"""Initializations that are one step of full fine-tuning on the user's data, projected onto the basis.
 
     R_0 = η P_out^-1 (Bᵀ Δ Aᵀ) P_in^-1,   Bᵀ Δ Aᵀ = argmin_M ‖B M A - Δ‖_F
 
-and Δ = -sign(G) (LoRA-SB), the natural-gradient step (LoRA-DA) or -g. In the basis that the same Δ was
-decomposed for, Bᵀ Δ Aᵀ is the method's own start (diag(S_r) for LoRA-SB); in a shared basis it is the best
-that basis allows.
+    sb_step    Δ = -sign(G), AdamW's first step                  LoRA-SB, arXiv 2411.19557, eqs 5-8
+    da_step    Δ = -D g Z_λ^-1, the natural gradient             LoRA-DA, arXiv 2510.24561, eqs 16-21
+    gradient   Δ = -g                                            LoRA-One, arXiv 2502.01235, algorithm 1
+
+They need labelled examples and choose η by `step_size.py`. In a basis that was decomposed from the same Δ, Bᵀ
+Δ Aᵀ is the paper's own initialization (diag(S_r) for LoRA-SB); in a shared basis it is the best one that the
+basis allows, which the papers do not consider.
 """
 
 from __future__ import annotations
@@ -33,23 +37,23 @@ from tessera.methods.init.step_size import ETA_OPTIONS, choose_eta
 from tessera.methods.options import Option, Options
 from tessera.model.base_model import BaseModel
 
-#: Δ [d_out, d_in] of one module.
+#: Computes Δ [d_out, d_in] of one module.
 Direction = Callable[[ModuleData, Options], Tensor]
 
 
 def sb_direction(data: ModuleData, options: Options) -> Tensor:
-    """-sign(G), or its smooth form."""
+    """Return -sign(G), or its smooth form."""
     return update_direction(data.statistics.g(), soft_sign=options["soft_sign"])
 
 
 def da_direction(data: ModuleData, options: Options) -> Tensor:
-    """-D g Z_λ^-1; in the authors' mode divided by its largest singular value."""
+    """Return -D g Z_λ^-1, divided by its largest singular value in the authors' mode."""
     delta = lora_da.module_step(data, options)[1]
     return delta / spectral_norm(delta) if lora_da.is_normalised(options) else delta
 
 
 def gradient_direction(data: ModuleData, options: Options) -> Tensor:
-    """-g of the mean loss; spectral: divided by its largest singular value, as LoRA-One."""
+    """Return -g of the mean loss; "spectral" divides it by its largest singular value, as in LoRA-One."""
     g = data.statistics.g() / data.statistics.counts.num_examples
     return -g / spectral_norm(g) if options["normalise"] == "spectral" else -g
 
@@ -57,7 +61,7 @@ def gradient_direction(data: ModuleData, options: Options) -> Tensor:
 def _step_init(
     direction: Direction, needs: Callable[[int, Options], Needs]
 ) -> Callable[[InitInputs, Options], tuple[Tensor, dict[str, Any]]]:
-    """The start that takes this direction, scaled by the options' step size."""
+    """Return the function of an initialization that steps along `direction`, by the η of the options."""
 
     def make(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
         eta = fixed_eta(options)  # before any pass, so that a missing option costs nothing
@@ -86,13 +90,13 @@ def projected_step(
     needs: Callable[[int, Options], Needs],
     options: Options,
 ) -> Tensor:
-    """Δ of every module in trained coordinates, [M, r, r] float64. One pass over the data per layer group."""
+    """Return Δ of all modules in trained coordinates, [M, r, r] float64; one pass over the data per group."""
     basis = request.basis
     targets = basis_targets(base, basis)
-    wanted = needs(basis.rank, options)
+    module_needs = needs(basis.rank, options)
     cores: list[Tensor] = []
     reading = Reading(chosen, chosen, basis.rank, options["statistics_bytes"])
-    for target, statistics in passes(base, targets, wanted, reading):
+    for target, statistics in passes(base, targets, module_needs, reading):
         data = ModuleData(
             target.shape, target.weight, basis.rank, options["seed"], statistics, Decomposition("auto")
         )
@@ -103,7 +107,7 @@ def projected_step(
 
 
 def basis_targets(base: BaseModel, basis: Basis) -> list[Target]:
-    """The modules of a basis in its model. Raises `BasisMismatch` if it is another model's."""
+    """Return the modules of a basis in its model. Raises `BasisMismatch` if it belongs to another model."""
     if basis.manifest.model_id != base.model_id:
         raise BasisMismatch(f"basis {basis.basis_id} belongs to model {basis.manifest.model_id}")
     targets = []
@@ -132,7 +136,7 @@ def _given_step(request: InitInputs) -> Tensor:
     assert step is not None
     if step.shape != (basis.num_modules, basis.rank, basis.rank):
         raise InvalidInput(
-            f"a step of shape {list(step.shape)} is not of basis {basis.basis_id}", param="step"
+            f"a step of shape {list(step.shape)} does not fit basis {basis.basis_id}", param="step"
         )
     return step.double()
 
@@ -140,9 +144,11 @@ def _given_step(request: InitInputs) -> Tensor:
 _STEP_OPTIONS = {
     **{name: DATA_OPTIONS[name] for name in ("seed", "statistics_bytes")},
     **ETA_OPTIONS,
-    "num_examples": Option(0, "so many of the user's examples, at random; 0: by min_label_tokens", minimum=0),
+    "num_examples": Option(
+        0, "number of the user's examples, drawn at random; 0: min_label_tokens decides", minimum=0
+    ),
     "min_label_tokens": Option(
-        MIN_LABEL_TOKENS, "as many examples as have so many tokens to learn", minimum=1
+        MIN_LABEL_TOKENS, "use as many examples as have this many tokens to learn", minimum=1
     ),
 }
 _DA_OPTIONS = {
@@ -158,27 +164,29 @@ SB_STEP = InitMethod(
     needs_calibration="labelled",
     options={
         **_STEP_OPTIONS,
-        "soft_sign": Option(0.0, "ε of g / (|g| + ε); 0 is the paper's sign", minimum=0.0),
+        "soft_sign": Option(0.0, "ε of g / (|g| + ε); 0 gives the paper's sign", minimum=0.0),
     },
 )
 DA_STEP = InitMethod(
     name="da_step",
-    description="the natural-gradient step on the user's examples",
-    paper="LoRA-DA, eqs 16-21",
+    description="The natural-gradient step on the user's examples",
+    paper="LoRA-DA, arXiv 2510.24561, eqs 16-21",
     make=_step_init(da_direction, lora_da.needs),
     needs_calibration="labelled",
     options={**_STEP_OPTIONS, **_DA_OPTIONS},
 )
 GRADIENT = InitMethod(
     name="gradient",
-    description="a step against the gradient on the user's examples",
+    description="A step against the gradient on the user's examples",
     paper="LoRA-One, arXiv 2502.01235, algorithm 1",
     make=_step_init(gradient_direction, gradient_needs),
     needs_calibration="labelled",
     options={
         **_STEP_OPTIONS,
         "normalise": Option(
-            "none", "spectral: divide by σ_max, module by module", choices=("none", "spectral")
+            "none",
+            "spectral: divide each module's step by its largest singular value",
+            choices=("none", "spectral"),
         ),
     },
 )

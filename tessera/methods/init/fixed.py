@@ -1,4 +1,4 @@
-"""Starts that need no data: zero, noise, what a population has in common, and another adapter."""
+"""Initializations that need no data: zero, noise, what a population has in common, and another adapter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tessera.methods.options import Option, Options
 
 
 def zero(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
-    """R_0 = 0: the base model, bit for bit. It trains: ∂L/∂R = P_outᵀ Bᵀ g Aᵀ P_inᵀ is not zero there."""
+    """R_0 = 0, the base model bit for bit. It trains: ∂L/∂R = P_outᵀ Bᵀ g Aᵀ P_inᵀ is not zero there."""
     basis = request.basis
     return torch.zeros(basis.num_modules, basis.rank, basis.rank), {}
 
 
 def noise(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
-    """R_0 ~ N(0, σ²) (LoRA-XS, section 3); ‖ΔW‖ <= about 2 √r σ σ_1. It breaks no symmetry of zero."""
+    """R_0 ~ N(0, σ²) (LoRA-XS, section 3), with ‖ΔW‖ <= about 2 √r σ σ_1. There is no symmetry to break."""
     basis = request.basis
     generator = torch.Generator().manual_seed(options["seed"])
     shape = (basis.num_modules, basis.rank, basis.rank)
@@ -28,7 +28,7 @@ def noise(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]
 
 
 def population(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
-    """R_0 = P_out^-1 S P_in^-1 of the start that the basis was learned with."""
+    """R_0 = P_out^-1 S P_in^-1, where S is the initialization that was learned with the basis."""
     basis = request.basis
     if basis.start is None:
         raise InvalidInput(
@@ -38,15 +38,15 @@ def population(request: InitInputs, options: Options) -> tuple[Tensor, dict[str,
 
 
 def warm(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]:
-    """R_0 = P_out^-1 R P_in^-1 of an adapter, moved to this basis first if it belongs to another."""
+    """R_0 = P_out^-1 R P_in^-1 of an adapter, which is first moved to this basis if it belongs to another."""
     basis, adapter = request.basis, request.adapter
     if adapter is None:
-        raise InvalidInput("initialization 'warm' needs an adapter to go on from", param="init")
+        raise InvalidInput("initialization 'warm' needs an adapter to continue from", param="init")
     loss = 0.0
     if adapter.basis_id != basis.basis_id:
         if request.adapter_basis is None:
             raise BasisMismatch(
-                f"the adapter belongs to basis {adapter.basis_id}; to move it, give that one too"
+                f"the adapter belongs to basis {adapter.basis_id}, which is needed to move it"
             )
         adapter, loss = rebase(adapter, request.adapter_basis, basis)
         if loss > options["max_relative_loss"]:
@@ -60,8 +60,8 @@ def warm(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]
 
 ZERO = InitMethod(
     name="zero",
-    description="nothing: the base model",
-    paper="PiSSA's and LoRAM's W - B_0 A_0 come to the same",
+    description="Zero: training begins at the base model",
+    paper="the same as training on W - B_0 A_0 in PiSSA and LoRAM",
     make=zero,
 )
 NOISE = InitMethod(
@@ -70,25 +70,28 @@ NOISE = InitMethod(
     paper="LoRA-XS, arXiv 2405.17604, section 3",
     make=noise,
     options={
-        "sigma": Option(1e-5, "standard deviation, in trained coordinates", minimum=0.0),
-        "seed": Option(0, "of the noise"),
+        "sigma": Option(1e-5, "standard deviation in trained coordinates", minimum=0.0),
+        "seed": Option(0, "seed of the noise"),
     },
 )
 POPULATION = InitMethod(
     name="population",
-    description="what the users have in common that the basis was learned from",
+    description="What the users have in common from whom the basis was learned",
     paper="Reptile, arXiv 1803.02999",
     make=population,
 )
 WARM = InitMethod(
     name="warm",
-    description="another adapter, moved to this basis",
+    description="Another adapter, moved to this basis",
     paper="",
     make=warm,
     needs_adapter=True,
     options={
         "max_relative_loss": Option(
-            0.5, "refuse if moving to this basis loses more of ‖ΔW‖² than this", minimum=0.0, maximum=1.0
+            0.5,
+            "refuse an adapter that loses more than this share of ‖ΔW‖² by moving",
+            minimum=0.0,
+            maximum=1.0,
         ),
     },
 )

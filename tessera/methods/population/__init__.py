@@ -1,1 +1,1 @@
-"""A basis that is learned from many users instead of computed from one gradient."""
+"""The method `population`: a basis that is learned over many users."""

@@ -1,15 +1,15 @@
-"""A and B of all target modules while they are learned, in the layers of the frozen base model.
+"""A and B of all target modules while they are learned, inside the layers of the frozen base model.
 
-    y = W x + B (R_k (A x))        k: whose row x is in
+    y = W x + B (R_k (A x))        k: the slot whose row x is in
 
-A and B are shared: their gradients are sums over the rows of all users. After every few steps they are
-brought back to orthonormal form, and what that takes away goes into the cores, so that no user's delta
-changes:
+All users share A and B, so their gradients are sums over the rows of all users. Every few steps, A and B are
+made orthonormal again, and the cores absorb the difference, so that no user's delta changes:
 
     A Aᵀ = L Lᵀ,   A ← L^-1 A,   R ← R L          Bᵀ B = L Lᵀ,   B ← B L^-ᵀ,   R ← Lᵀ R
 
-(Cholesky and not QR: one batched [2 M, r, r] decomposition for all modules instead of 2 M tall ones, and
-between two retractions the vectors stay near to orthonormal.) Knows neither users nor losses.
+Cholesky serves better than QR here: one batched [2 M, r, r] decomposition for all modules replaces 2 M tall
+ones, and between two retractions the vectors stay nearly orthonormal. This file knows neither users nor
+losses.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.targets import Target
 from tessera.model.sequence_rows import by_sequence
 
-#: Gradients of A and B are sums over few users, and noisy: the second moment needs a longer memory than 0.9.
+#: The gradients of A and B are sums over few users and therefore noisy, so the second moment needs a longer
+#: memory than 0.9.
 BETAS = (0.9, 0.99)
 
 
 class SharedFactors:
-    """A[i]: [r, d_in], B[i]: [d_out, r], leaves; core: [M, K, r, r], the served R of K users at once.
+    """A[i] [r, d_in] and B[i] [d_out, r], which are leaves, and core [M, K, r, r], the served R of K users.
 
-    In float32, in float64 for a model of that dtype.
+    All are float32, or float64 for a model of that dtype.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class SharedFactors:
         num_slots: int,
         learns: bool = True,
     ) -> None:
-        """factors: orthonormal (A, B) of each target, on any device. learns: or used as they are."""
+        """factors: orthonormal (A, B) of each target, on any device. learns: whether they get gradients."""
         weight, rank = targets[0].weight, len(factors[0][0])
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._targets = targets
@@ -72,20 +73,19 @@ class SharedFactors:
         return self.core.device
 
     def tensors(self) -> dict[ModuleShape, tuple[Tensor, Tensor]]:
-        """(A, B) of each module as they are now."""
+        """Return copies of the present (A, B) of each module."""
         return {
             target.shape: (A.detach().clone(), B.detach().clone())
             for target, A, B in zip(self._targets, self.A, self.B, strict=True)
         }
 
     def frozen(self, *, num_slots: int) -> SharedFactors:
-        """The same A and B, as they are at any time, for other users; they get no gradients there."""
+        """Return a view of A and B for other users, which follows their changes and gives no gradients."""
         pairs = [(A.detach(), B.detach()) for A, B in zip(self.A, self.B, strict=True)]
         return SharedFactors(self._targets, pairs, num_slots=num_slots, learns=False)
 
     def own_rows(self, rows: Tensor, length: int) -> None:
-        """rows: int64 [S], the slot that each row of the next batch belongs to. length: of its rows, in
-        tokens."""
+        """Set the slot of each row of the next batch, int64 [S], and the length of its rows in tokens."""
         self._rows, self._length = rows, length
 
     def zero_grad(self) -> None:
@@ -94,7 +94,7 @@ class SharedFactors:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The model with A, B and each row's core in its layers, which have no gradient of their own."""
+        """Within this context the layers of the model, which are frozen, add A, B and each row's core."""
         linears = [target.linear for target in self._targets]
         hooks = [linear.register_forward_hook(_Hook(self, index)) for index, linear in enumerate(linears)]
         try:
@@ -104,9 +104,10 @@ class SharedFactors:
                 hook.remove()
 
     def step(self, rate: float) -> None:
-        """One step of Adam on A and B that turns their vectors by about `rate` radians at most.
+        """Take one step of Adam on A and B that turns their vectors by at most about `rate` radians.
 
-        A unit vector of d entries has entries of about 1/√d, and Adam moves each by its rate.
+        A unit vector of d entries has entries of about 1/√d, and Adam moves each of them by its learning
+        rate.
         """
         for group in self._optimiser.param_groups:
             group["lr"] = rate / math.sqrt(group["width"])
@@ -114,10 +115,10 @@ class SharedFactors:
 
     @torch.no_grad()
     def retract(self) -> tuple[Tensor, Tensor]:
-        """Make A and B orthonormal; left, right [M, r, r]: left @ R @ right has the delta that R had.
+        """Make A and B orthonormal, and return left, right [M, r, r]: left @ R @ right has R's delta.
 
-        In float64, whatever precision matrix products have meanwhile. Raises `InvalidInput` if the vectors
-        of a factor have become dependent or are not finite.
+        The work is done in float64, whatever precision is set for matrix products. Raises `InvalidInput` if
+        the vectors of a factor are dependent or not finite.
         """
         M, leaves = len(self.A), (*self.A, *(B.mT for B in self.B))
         grams = torch.stack([X.double() @ X.double().mT for X in leaves])
@@ -131,9 +132,9 @@ class SharedFactors:
         return L[M:].mT.to(self.dtype), L[:M].to(self.dtype)
 
     def output(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y + B R A x for module `index`. x: [S, L, d_in] or as `by_sequence` takes it; y: [..., d_out].
+        """Return y + B R A x for module `index`. Raises `UnsupportedModel`.
 
-        Raises `UnsupportedModel`.
+        x: [S, L, d_in], or another layout that `by_sequence` knows;  y: [..., d_out].
         """
         h = F.linear(
             by_sequence(x, len(self._rows), self._length, self._targets[index].name),
@@ -143,7 +144,7 @@ class SharedFactors:
         return y + F.linear(torch.bmm(h, core.mT), self.B[index].to(x.dtype)).view(y.shape)
 
     def _leaf(self, index: int) -> Tensor:
-        """The cores of one module, [K, r, r]: a leaf whose gradient is a part of `core_grad`."""
+        """Return the cores of one module [K, r, r], as a leaf with its gradient in `core_grad`."""
         leaf = self.core[index].requires_grad_()
         leaf.grad = self.core_grad[index]
         return leaf

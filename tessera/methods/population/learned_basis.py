@@ -1,17 +1,19 @@
-"""A basis learned from a population: what other methods read off one gradient, trained over many users.
+"""The method `population`: A, B and an initialization, learned over many users.
 
-A and B begin as the leading singular vectors of the users' summed gradient and are then learned jointly, each
-user with an R of its own, so that users who train nothing but R get far (`population_learner` says how). Then
-they are frozen, for users to come.
+    min over A, B, S of   Σ_users loss(user's R after some steps from S)     first-order MAML, ANIL (arXiv
+                                                                              1909.09157)
+    S ← S + ε (R - S) at the end of a user's episode                          Reptile (arXiv 1803.02999)
 
-How far learning goes is decided by users who never teach: `population_trials`. A population of fewer than
-eight has none to spare and learns to the end.
+Other methods read their basis off one gradient. Here A and B begin as the leading singular vectors of the
+users' summed gradient, and are then learned jointly while each user has an R of its own, so that users who
+train only R get far (`learner.py`). After that they are frozen, for new users.
 
-Beside A and B comes a start: the core that a user's training best begins with, which is what the population
-has in common. It is kept in the basis (`Basis.start`); a new user begins with it (start "population") or
-with zero.
+Users who never teach decide how long learning goes on (`trials.py`). A population of fewer than eight users
+has none to spare and learns to the end. The learned initialization S is what the population has in common.
+The basis keeps it (`Basis.start`), and a new user begins with it (init "population") or with zero.
 
-Knows how a basis is learned, not whose examples are whose: `population_users` says that.
+Needs labelled examples and, better, the user of each (`users.py`). Unlike in the papers, a user's own part is
+inside every layer.
 """
 
 from __future__ import annotations
@@ -38,37 +40,41 @@ from tessera.methods.population.users import Population, hold_out, users_of
 from tessera.model.base_model import BaseModel
 
 NAME = "population"
-#: The learning begins with the gradient of so many examples; more do not change its leading directions.
+#: Number of examples in the gradient with which learning begins; more do not change its leading directions.
 INITIAL_EXAMPLES = 1000
+#: The least number of steps of learning.
 MIN_STEPS = 16
-#: Over all users' examples, where those held out do not end it earlier. Ten at a basis_rate of 3e-2 learn
-#: them by heart (29 users of 120: their own loss falls from 3.96 to 2.80 at rank 16, and to 2.14 at rank 64,
-#: which then serves newcomers of 50 examples worse than rank 16). At 1e-2 the held-out users' loss still
-#: falls from 3.732 after three passes to 3.703 after six, by 0.002 in the last.
+#: Passes over all users' examples, unless the held-out users end learning earlier. Ten passes at a basis_rate
+#: of 3e-2 learn the examples by heart (29 users of 120: their own loss falls from 3.96 to 2.80 at rank 16 and
+#: to 2.14 at rank 64, which then serves newcomers of 50 examples worse than rank 16). At 1e-2 the held-out
+#: users' loss falls from 3.732 after three passes to 3.703 after six, and by 0.002 in the last of them.
 PASSES = 6.0
-#: `core_rate` where none is given, at rank 16; as in training it falls with the rank.
+#: The default of `core_rate` at rank 16; as in training, it is inversely proportional to the rank.
 CORE_RATE, RATED_RANK = 1e-2, 16
-#: Points of the learning curve that the recipe keeps.
+#: Number of points of the learning curve that the recipe keeps.
 CURVE_POINTS = 20
 
 
 @dataclass(frozen=True)
 class PopulationLearning:
-    """The `Refinement` of this method: users who teach, users held out, and how they do it."""
+    """The `Refinement` of this method."""
 
+    #: The users whose examples are learned.
     users: Sequence[CalibrationSet]
+    #: The users who decide how long learning goes on.
     held_out: Sequence[CalibrationSet]
     plan: LearningPlan
+    #: s in delta_W = s B' R' A'.
     scale: float
 
     @property
     def num_steps(self) -> int:
-        """Of A and B, and of all trials."""
+        """Number of steps: learning A and B, plus every trial."""
         return self.plan.steps + TrialPlan.of(self.plan, len(self.held_out)).num_steps
 
     @torch.inference_mode(False)
     def refine(self, base: BaseModel, basis: Basis, *, dtype: str, progress: Callable[[int], None]) -> Basis:
-        """Learn on from `basis`. Raises `InvalidInput` for rates so high that the loss overflows."""
+        """Learn on from `basis`. Raises `InvalidInput` if the rates are so high that the loss overflows."""
         targets = find_targets(base.model, [m.name for m in basis.manifest.modules], basis.rank)
         pairs = list(zip(basis.A, basis.B, strict=True))
         factors = SharedFactors(targets, pairs, num_slots=self.plan.num_slots)
@@ -91,7 +97,7 @@ class PopulationLearning:
         )
 
     def _learn(self, learner: Learner, trials: Trials, progress: Callable[[int], None]) -> list[float]:
-        """The losses of all steps; the last is that of the plan, or the one after which trials end it."""
+        """Return the losses of all steps, up to the last of the plan or to where the trials end learning."""
         losses: list[float] = []
         done = 0
 
@@ -115,19 +121,20 @@ class PopulationLearning:
 
     @contextmanager
     def _naming(self, step: int) -> Iterator[None]:
-        """What fails after `step` steps says so."""
+        """Add the step and the rates to the message of an error in this context."""
         try:
             yield
         except InvalidInput as error:
             plan = self.plan
             raise InvalidInput(
                 f"learning the basis failed at step {min(step + 1, plan.steps)} of {plan.steps}: "
-                f"{error.message}; take smaller rates than {plan.core_rate:g} and {plan.basis_rate:g}",
+                f"{error.message}; use a smaller core_rate ({plan.core_rate:g}) or basis_rate "
+                f"({plan.basis_rate:g})",
                 param="core_rate",
             ) from error
 
     def _account(self, losses: Sequence[float]) -> dict[str, Any]:
-        """curve: [step, mean loss of the users in the slots since the point before]."""
+        """Return the recipe's record. curve: [step, mean loss of the slots' users since the last point]."""
         size = -(-len(losses) // CURVE_POINTS)
         parts = [losses[i : i + size] for i in range(0, len(losses), size)]
         return {
@@ -139,7 +146,7 @@ class PopulationLearning:
 
 
 def plan_learning(calibration: CalibrationSet | None, rank: int, options: Options) -> PopulationLearning:
-    """Who teaches, and how. Raises `InvalidInput` for data that make no two users."""
+    """Return who teaches and how. Raises `InvalidInput` if the data do not make two users."""
     assert calibration is not None, "the method needs labelled data"
     seed = options["seed"]
     users, held_out = roles(calibration, options)
@@ -162,13 +169,13 @@ def plan_learning(calibration: CalibrationSet | None, rank: int, options: Option
 
 
 def roles(calibration: CalibrationSet, options: Options) -> tuple[list[CalibrationSet], ...]:
-    """(users who teach, users held out). Raises `InvalidInput` for data that make no two users."""
+    """Return (users who teach, users held out). Raises `InvalidInput` if the data do not make two users."""
     users = users_of(calibration, options["num_users"], seed=options["seed"])
     return hold_out(users, options["held_out"], seed=options["seed"])
 
 
 def initial_part(calibration: CalibrationSet, options: Options) -> CalibrationSet:
-    """Some examples of all users who teach, for the gradient that the learning begins with."""
+    """Draw examples of all users who teach, for the gradient with which learning begins."""
     teachers, held_out = roles(calibration, options)
     taught = Population.of(teachers) if held_out else calibration
     return taught.take(INITIAL_EXAMPLES, seed=options["seed"])
@@ -178,34 +185,45 @@ OPTIONS: Mapping[str, Option] = {
     **{name: option for name, option in DATA_OPTIONS.items() if name != "num_examples"},
     "num_users": Option(
         0,
-        "groups of like examples that stand for users, if the data name none; 0: by size",
+        "number of groups of similar examples that stand for users if the data name none; 0: by size",
         minimum=0,
     ),
-    "passes": Option(PASSES, "over all users' examples", minimum=1e-3),
+    "passes": Option(PASSES, "maximal number of passes over all users' examples", minimum=1e-3),
     "held_out": Option(
         0.15,
-        "part of 8 or more users who never teach but say how far learning goes (2 to 10 users); 0: none, "
-        "learning goes to the end",
+        "share of 8 or more users (2 to 10 of them) who do not teach but decide how long learning goes on; "
+        "0: none, and all passes are made",
         minimum=0.0,
         maximum=0.5,
     ),
-    "num_slots": Option(10, "users in one step; 0: all", minimum=0),
+    "num_slots": Option(10, "number of users in one step; 0: all", minimum=0),
     "batch_size": Option(3, "examples of each user in one step", minimum=1),
-    "episode_steps": Option(40, "of a user's R, before it begins anew; 0: never", minimum=0),
-    "core_rate": Option(None, "of AdamW on R; unset: 1e-2 · 16 / rank", float, minimum=1e-12),
-    "basis_rate": Option(1e-2, "radians that a step turns the vectors of A and B by at most", minimum=0.0),
+    "episode_steps": Option(
+        40, "steps of a user's R before the next user takes the slot; 0: all steps", minimum=0
+    ),
+    "core_rate": Option(None, "AdamW's learning rate for R; default 1e-2 · 16 / rank", float, minimum=1e-12),
+    "basis_rate": Option(
+        1e-2, "maximal angle, in radians, by which a step turns the vectors of A and B", minimum=0.0
+    ),
     "start_rate": Option(
-        0.1, "part of the way that the start goes to a user's R after an episode", minimum=0.0, maximum=1.0
+        0.1,
+        "share of the way that the initialization moves to a user's R after an episode",
+        minimum=0.0,
+        maximum=1.0,
     ),
     "retract_every": Option(
-        0, "steps between making A and B orthonormal; 0: never, which learns a preconditioner", minimum=0
+        0,
+        "steps between making A and B orthonormal; 0: never, so that a preconditioner is learned",
+        minimum=0,
     ),
-    "batch_tokens": Option(MAX_BATCH_TOKENS, "in one pass through the model, with padding", minimum=1),
+    "batch_tokens": Option(
+        MAX_BATCH_TOKENS, "tokens in one pass through the model, padding included", minimum=1
+    ),
 }
 
 METHOD = Method(
     name=NAME,
-    description="A, B and a start learned over many users, each with an R of its own",
+    description="A, B and an initialization, learned over many users who each have an R of their own",
     paper="first-order MAML, ANIL, arXiv 1909.09157; Reptile, arXiv 1803.02999",
     factorise=gradient_factors,
     needs_calibration="labelled",

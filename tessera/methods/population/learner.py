@@ -1,13 +1,13 @@
 """Learning A and B from many users at once: a user comes, trains an R of its own for an episode, and goes.
 
-Each of K slots seats one user, who begins with R = S, the start that all users share, and trains R alone,
-as a new user would: AdamW, warm-up, cosine. Every step gives A and B the gradient of all slots' losses at
-the R that each has got to, so what is learned is a basis that is good for users who train nothing but R,
-from S, for a limited time (first-order MAML; ANIL, arXiv 1909.09157, with an own part that is inside every
-layer). When an episode ends, S goes a part of the way to that user's R (Reptile, arXiv 1803.02999) and the
-next user takes the slot. Slots are staggered: at each step there are users of all ages.
+Each of K slots holds one user, who begins with R = S, the initialization that all users share, and trains
+only R, as a new user would: AdamW, warm-up, cosine. At every step, A and B get the gradient of the summed
+losses of all slots at their present R. What is learned is thus a basis that is good for users who train only
+R, from S, for a limited time (first-order MAML; ANIL, arXiv 1909.09157, here with an own part inside every
+layer). When an episode ends, S moves part of the way to that user's R (Reptile, arXiv 1803.02999) and the
+next user takes the slot. Slots are staggered, so that each step has users at all stages of their episode.
 
-Knows no basis format and no progress report.
+This file knows neither the format of a basis nor reports of progress.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tessera.model.base_model import BaseModel
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 MAX_GRAD_NORM = 1.0
+#: Share of the steps that warm up, and the last rate as a share of the highest.
 WARMUP_SHARE = 0.05
 FINAL_SHARE = 0.1
 
@@ -37,33 +38,35 @@ Example = tuple[tuple[int, ...], tuple[bool, ...]]
 
 @dataclass(frozen=True)
 class LearningPlan:
-    """How a population teaches a basis.
+    """How a population teaches a basis."""
 
-    steps: of A and B. episode_steps: of a user's R until the next user takes the slot. num_slots: users in
-    one step; batch_size: examples of each. core_rate: AdamW's on R. basis_rate: the angle by which a step
-    may turn the vectors of A and B. start_rate: the part of the way that S goes to a user's R when the
-    episode ends. retract_every: steps after which A and B are made orthonormal again; 0: never, so that
-    their vectors' lengths are learned too, as the preconditioner. batch_tokens: in one pass through the
-    model, with padding.
-    """
-
+    #: Steps of A and B.
     steps: int
+    #: Steps of a user's R until the next user takes the slot.
     episode_steps: int
+    #: Users in one step.
     num_slots: int
+    #: Examples of each user in one step.
     batch_size: int
+    #: AdamW's learning rate for R.
     core_rate: float
+    #: Maximal angle, in radians, by which a step turns the vectors of A and B.
     basis_rate: float
+    #: Share of the way that S moves to a user's R when the episode ends.
     start_rate: float
+    #: Steps after which A and B are made orthonormal again. 0: never, so that the lengths of their vectors
+    #: are learned too and become the preconditioner.
     retract_every: int
     seed: int = 0
+    #: Tokens in one pass through the model, padding included.
     batch_tokens: int = MAX_BATCH_TOKENS
 
 
 class Learner:
-    """Factors, start, and the users in the slots. start: S [M, r, r], in the coordinates of the factors.
+    """The factors, the shared initialization S, and the users in the slots.
 
-    Its memory: A and B with gradient and two moments, four numbers for each of theirs as training LoRA, and
-    five times K cores. The model is to be frozen (`gradients.frozen`) meanwhile.
+    Memory: A and B with gradients and two moments, as in training a LoRA, and five times K cores. The caller
+    freezes the model (`gradients.frozen`).
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Learner:
         *,
         start: Tensor | None = None,
     ) -> None:
-        """start: S to begin with; None: zero."""
+        """start: S [M, r, r] in the coordinates of the factors; None: zero."""
         self.factors, self._base, self._users, self._plan = factors, base, users, plan
         M, K, r, _ = factors.core.shape
         self.start = torch.zeros(M, r, r, dtype=factors.dtype, device=factors.device)
@@ -87,8 +90,8 @@ class Learner:
         self._random = torch.Generator().manual_seed(plan.seed)
         self._waiting: list[int] = []
         self._orders: list[list[int]] = [[] for _ in users]
-        self._seated = [self._next_user() for _ in range(K)]
-        #: Steps of each slot's R since it began, and those that its first episode is shorter by.
+        self._slot_users = [self._next_user() for _ in range(K)]
+        #: Steps of each slot's present R, and the steps by which its first episode is shortened.
         self._age = [0] * K
         self._num_finished = 0
         is_staggered = plan.episode_steps < plan.steps
@@ -96,12 +99,12 @@ class Learner:
 
     @property
     def users_in_slots(self) -> list[int]:
-        return list(self._seated)
+        return list(self._slot_users)
 
     def step(self, place: float) -> float:
-        """One step of all slots and of A and B. place: 0 to 1, in the schedule. Returns the slots' mean loss.
+        """Take one step of all slots and of A and B, and return the slots' mean loss.
 
-        Raises `InvalidInput` if a loss is not finite.
+        place: the position in the schedule, 0 to 1. Raises `InvalidInput` if a loss is not finite.
         """
         self.factors.zero_grad()
         loss = self.add_gradients()
@@ -113,7 +116,7 @@ class Learner:
         return loss
 
     def step_cores(self) -> float:
-        """One step of all slots' R alone. Returns the slots' mean loss. Raises as `step`."""
+        """Take one step of all slots' R alone, and return the slots' mean loss. Raises like `step`."""
         self.factors.zero_grad()
         loss = self.add_gradients()
         self._step_cores()
@@ -121,15 +124,15 @@ class Learner:
 
     @torch.no_grad()
     def loss_on(self, others: Sequence[CalibrationSet]) -> float:
-        """The slots' mean loss on `others`, more examples of each user. Raises as `step`."""
-        items = [(slot, e) for slot, user in enumerate(self._seated) for e in others[user].examples]
+        """Return the slots' mean loss on `others`, further examples of each user. Raises like `step`."""
+        items = [(slot, e) for slot, user in enumerate(self._slot_users) for e in others[user].examples]
         with self.factors.attached():
             total = sum(self._losses(items), torch.zeros((), device=self.factors.device))
-        return float(total) / len(self._seated)
+        return float(total) / len(self._slot_users)
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Make A and B orthonormal again; what every slot and the start add to the layers stays."""
+        """Make A and B orthonormal again, without changing what the slots' R and S add to the layers."""
         left, right = self.factors.retract()
         core = self.factors.core.detach()
         core.copy_(left[:, None] @ core @ right[:, None])
@@ -137,17 +140,17 @@ class Learner:
 
     @torch.no_grad()
     def final_init(self) -> Tensor:
-        """S; if no episode has ended, the mean of the users' R."""
+        """Return S, or the mean of the users' R if no episode has ended."""
         return self.start if self._num_finished else self.factors.core.detach().mean(1)
 
     def add_gradients(self) -> float:
-        """Leaves the gradients of the slots' summed losses, times the loss scale, where they belong.
+        """Add the gradients of the slots' summed losses, times the loss scale, and return the mean loss.
 
-        A slot's loss is the mean over the tokens to learn of its next examples. Returns the slots' mean.
+        The loss of a slot is the mean over the tokens to learn of its next examples.
         """
-        K = len(self._seated)
+        K = len(self._slot_users)
         items = [
-            (slot, self._users[self._seated[slot]].examples[index])
+            (slot, self._users[self._slot_users[slot]].examples[index])
             for slot in range(K)
             for index in self._batch(slot)
         ]
@@ -159,13 +162,13 @@ class Learner:
         return float(total) / K
 
     def _losses(self, items: Sequence[tuple[int, Example]]) -> Iterator[Tensor]:
-        """Parts of the sum of the slots' losses, one a pass through the model with the factors in it.
+        """Yield the parts of the slots' summed losses, one for each pass through the model.
 
-        items: (slot, example).
+        items: (slot, example). The factors must be attached.
         """
         device = self.factors.device
         owners = torch.tensor([slot for slot, _ in items])
-        num_tokens = torch.zeros(len(self._seated), dtype=torch.float64)
+        num_tokens = torch.zeros(len(self._slot_users), dtype=torch.float64)
         for slot, (_, mask) in items:
             num_tokens[slot] += sum(mask[1:])
         for batch in self._batches(tuple(example for _, example in items)):
@@ -176,13 +179,13 @@ class Learner:
             yield (losses * share.to(losses)).sum()
 
     def _batches(self, examples: tuple[Example, ...]) -> Iterator[CalibrationBatch]:
-        """On an accelerator a small pass costs what its launches do: there padding is cheaper than two."""
+        """Yield batches. On an accelerator padding beats a second pass, which costs its launches."""
         min_fill = MIN_FILL if self.factors.device.type == "cpu" else 0.0
         return CalibrationSet(examples).batches(max_tokens=self._plan.batch_tokens, min_fill=min_fill)
 
     @torch.no_grad()
     def _step_cores(self) -> None:
-        """AdamW on every slot's R, each with its own age and its own gradient norm."""
+        """Take a step of AdamW on every slot's R, each with its own age and its own gradient norm."""
         g = self.factors.core_grad / self._scale
         norms = torch.linalg.vector_norm(g, dim=(0, 2, 3))  # [K]
         g = g * (MAX_GRAD_NORM / (norms + 1e-6)).clamp_max(1.0)[:, None, None]
@@ -201,28 +204,29 @@ class Learner:
         return schedule((self._age[slot] - 1 + self._skipped[slot]) / self._plan.episode_steps)
 
     def _column(self, values: list[float]) -> Tensor:
-        """[K, 1, 1], which meets [M, K, r, r]."""
+        """Return the values as [K, 1, 1], to be broadcast over [M, K, r, r]."""
         return torch.tensor(values, dtype=self.factors.dtype, device=self.factors.device)[:, None, None]
 
     @torch.no_grad()
     def _finish(self, slot: int, rate: float) -> None:
+        """Move S towards the slot's R by `rate`, and give the slot to the next user."""
         self.start += rate * (self.factors.core.detach()[:, slot] - self.start)
         self._num_finished += 1
-        self._seated[slot] = self._next_user()
+        self._slot_users[slot] = self._next_user()
         self.factors.core.detach()[:, slot] = self.start
         self._m[:, slot] = 0
         self._v[:, slot] = 0
         self._age[slot] = self._skipped[slot] = 0
 
     def _next_user(self) -> int:
-        """Every user once, in random order, then again."""
+        """Return the next user: every user once in random order, then all again in another."""
         if not self._waiting:
             self._waiting = torch.randperm(len(self._users), generator=self._random).tolist()
         return self._waiting.pop()
 
     def _batch(self, slot: int) -> list[int]:
-        """The next examples of the slot's user, who goes through all of them in random order, then again."""
-        user, size = self._seated[slot], self._plan.batch_size
+        """Return the next examples of the slot's user: all of them in random order, then again in another."""
+        user, size = self._slot_users[slot], self._plan.batch_size
         order = self._orders[user]
         while len(order) < size:
             order += torch.randperm(len(self._users[user]), generator=self._random).tolist()
@@ -231,7 +235,7 @@ class Learner:
 
 
 def schedule(place: float) -> float:
-    """A linear warm-up, then a cosine down to FINAL_SHARE, for a place from 0 to 1."""
+    """Return the factor of the rate at a place from 0 to 1: linear warm-up, then a cosine to FINAL_SHARE."""
     if place < WARMUP_SHARE:
         return (place + 0.25 * WARMUP_SHARE) / (1.25 * WARMUP_SHARE)
     done = min(1.0, (place - WARMUP_SHARE) / (1 - WARMUP_SHARE))

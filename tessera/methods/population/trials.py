@@ -1,10 +1,10 @@
-"""How far learning from a population is to go: users who never teach play newcomers and say so.
+"""Trials decide how long a population is learned: users who never teach play newcomers.
 
-At a few points of the learning, all of them begin with R = S and train R alone, on a part of their examples,
-with A and B frozen as they are then. Their mean loss on the rest of their examples is the point's. The state
-with the lowest one is the result; where the loss has risen twice in a row, learning has gone too far.
+At a few points of the learning, all of them begin with R = S and train R alone on a part of their examples,
+with A and B frozen as they are then. Their mean loss on the rest of their examples is the loss of that point.
+The state with the lowest loss is the result, and learning ends when the loss has risen twice in a row.
 
-Knows neither how A and B are learned nor how a basis is stored.
+This file knows neither how A and B are learned nor how a basis is stored.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from tessera.methods.population.factors import SharedFactors
 from tessera.methods.population.learner import Learner, LearningPlan
 from tessera.model.base_model import BaseModel
 
-#: Points of the learning with a trial, and one before it begins.
+#: Number of points with a trial, beside the one before learning begins.
 POINTS = 8
-#: All trials take at most so many of the steps of learning; a trial's step has as many examples as one of
-#: learning's at most, and no gradients of A and B.
+#: The steps of all trials together, at most, as a share of the steps of learning. A step of a trial has at
+#: most as many examples as one of learning, and no gradients of A and B.
 SHARE_OF_STEPS = 0.2
-#: With fewer a newcomer has hardly left S, so there are fewer points instead.
+#: The least number of steps of a trial. After fewer, a newcomer has hardly left S, so there are fewer points
+#: instead.
 MIN_STEPS = 8
-#: The loss is of so many examples as this times those of a step, forward only: about 1.3 steps' time.
+#: Examples for a trial's loss, as a multiple of those of a step. They are forward passes only, and take the
+#: time of about 1.3 steps.
 TEST_BATCHES = 4
 
 Factors = dict[ModuleShape, tuple[Tensor, Tensor]]
@@ -37,20 +39,23 @@ Factors = dict[ModuleShape, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """points: steps of learning after which there is a trial. steps: of each newcomer's R in a trial."""
+    """When there are trials, and how long each one is."""
 
+    #: The steps of learning after which there is a trial.
     points: tuple[int, ...]
+    #: Steps of each newcomer's R in a trial.
     steps: int
+    #: Examples of each newcomer in a step.
     batch_size: int
 
     @property
     def num_steps(self) -> int:
-        """Of all trials together."""
+        """Steps of all trials together."""
         return len(self.points) * self.steps
 
     @classmethod
     def of(cls, plan: LearningPlan, num_newcomers: int) -> TrialPlan:
-        """What fits in the share of the steps; of few steps it is more than the share."""
+        """Plan trials that fit in `SHARE_OF_STEPS`; a short learning gets one all the same."""
         if not num_newcomers:
             return cls((), 0, 0)
         budget = SHARE_OF_STEPS * plan.steps
@@ -62,25 +67,28 @@ class TrialPlan:
 
 @dataclass(frozen=True)
 class State:
-    """A, B and S after so many steps, on the CPU; loss: the newcomers'."""
+    """A, B and S after some steps of learning, on the CPU."""
 
     step: int
     factors: Factors
+    #: S [M, r, r]
     start: Tensor
+    #: The newcomers' mean loss.
     loss: float
 
     def on(self, device: torch.device) -> Factors:
+        """Return A and B on this device."""
         return {shape: (A.to(device), B.to(device)) for shape, (A, B) in self.factors.items()}
 
 
 class Trials:
-    """The newcomers, and the best state that they have seen."""
+    """Holds the trials, and keeps the best state so far."""
 
     def __init__(
         self, base: BaseModel, factors: SharedFactors, newcomers: Sequence[CalibrationSet], plan: LearningPlan
     ) -> None:
-        """newcomers: each with two examples at least. plan: of the learning."""
-        self._base, self._taught = base, factors
+        """newcomers: held-out users with at least two examples each. plan: that of the learning."""
+        self._base, self._shared = base, factors
         self.plan = TrialPlan.of(plan, len(newcomers))
         num = len(newcomers)
         self._episode = replace(
@@ -99,12 +107,12 @@ class Trials:
 
     @property
     def have_risen(self) -> bool:
-        """Whether the last two points each are worse than the one before."""
+        """Whether the loss rose at each of the last two points."""
         last = [loss for _, loss in self.curve[-3:]]
         return len(last) == 3 and last[0] < last[1] < last[2]
 
     def hold(self, step: int, start: Tensor, progress: Callable[[], None]) -> None:
-        """If there is a point after `step` steps, let the newcomers try S, and keep the state if it is best.
+        """Hold the trial after `step` steps, if there is one, and keep the state if it is the best so far.
 
         start: S [M, r, r] in the coordinates of the factors. progress: called after each step of R. Raises
         `InvalidInput` if a loss is not finite.
@@ -118,12 +126,12 @@ class Trials:
         loss = learner.loss_on(self._test)
         self.curve.append((step, loss))
         if self.best is None or loss < self.best.loss:
-            tensors = self._taught.tensors()
+            tensors = self._shared.tensors()
             factors = {shape: (A.cpu(), B.cpu()) for shape, (A, B) in tensors.items()}
             self.best = State(step, factors, start.detach().cpu().clone(), loss)
 
     def account(self) -> dict[str, Any] | None:
-        """For the recipe; None without newcomers. curve: [step of learning, the newcomers' loss]."""
+        """Return the recipe's record; None without newcomers. curve: [step of learning, newcomers' loss]."""
         if self.best is None:
             return None
         return {
@@ -138,8 +146,9 @@ class Trials:
 
 
 def divide(user: CalibrationSet, max_test: int, *, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
-    """(to train on, to test with) of a user of two examples or more; at most half are for the test."""
+    """Split the examples of a user, at least two, into (training, test); at most half are for the test."""
     order = torch.randperm(len(user), generator=torch.Generator().manual_seed(seed)).tolist()
-    num = min(max_test, len(user) // 2)
-    test, train = (tuple(user.examples[i] for i in sorted(part)) for part in (order[:num], order[num:]))
+    num_test = min(max_test, len(user) // 2)
+    test = tuple(user.examples[index] for index in sorted(order[:num_test]))
+    train = tuple(user.examples[index] for index in sorted(order[num_test:]))
     return CalibrationSet(train), CalibrationSet(test)

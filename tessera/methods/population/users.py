@@ -1,8 +1,8 @@
-"""A population of users, given as such or made of one pile of examples.
+"""A population of users: given as such, or made of one set of examples.
 
-Where calibration data do not say whose they are, groups of like examples take the part of users: balanced
-k-means on the unit sphere over hashed TF-IDF counts of the tokens to learn, deterministic by its seed.
-Knows no model.
+If the calibration data do not say which user an example belongs to, groups of similar examples stand for
+users. They come from balanced k-means on the unit sphere over hashed TF-IDF counts of the tokens to learn,
+which is deterministic for a seed. This file knows no model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from torch import Tensor
 from tessera.errors import InvalidInput
 from tessera.methods.building.calibration import CalibrationSet
 
+#: Features of a document, and rounds of k-means.
 NUM_BUCKETS = 2048
 NUM_ROUNDS = 12
-#: Candidates for each first centre.
+#: Candidates for each initial centre.
 NUM_DRAWS = 8
-#: What `split_users` aims at: about the data of one user; and how many users it makes at most.
+#: `users_of` makes groups of about this size, the data of one user, and at most this many.
 EXAMPLES_PER_USER = 100
 MAX_USERS = 64
-#: In a smaller population every user is needed to teach, and two who are held out say little.
+#: The least number of users for holding some out. In a smaller population every user is needed to teach, and
+#: the loss of two users says little.
 MIN_POPULATION = 8
-#: As many as there are in one step of learning; more would not decide better by what they cost.
+#: Users held out, at most: as many as in one step of learning. More would cost more than they improve.
 MAX_HELD_OUT = 10
 #: A prime above any vocabulary, so that neighbouring token ids do not share a bucket by their order.
 _HASH = 2_654_435_761
@@ -36,11 +38,12 @@ _HASH = 2_654_435_761
 
 @dataclass(frozen=True)
 class Population(CalibrationSet):
-    """The examples of several users, one user's after another's; sizes: how many each has.
+    """The examples of several users, one user after the other.
 
-    Any method takes it as one calibration set; `population` knows the users apart.
+    Every method accepts it as one calibration set; the method `population` also uses who owns which example.
     """
 
+    #: Number of examples of each user.
     sizes: tuple[int, ...] = ()
 
     @classmethod
@@ -50,7 +53,7 @@ class Population(CalibrationSet):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the examples and whose they are, as hex."""
+        """SHA-256 of the examples and of the users' sizes, in hex."""
         return hashlib.sha256(json.dumps([super().digest, self.sizes]).encode()).hexdigest()
 
     @property
@@ -62,7 +65,7 @@ class Population(CalibrationSet):
         ]
 
     def labelled(self) -> Population:
-        """The examples that have a token to learn, of the users that have one. Raises `InvalidInput`."""
+        """Return the examples with a token to learn, without users who have none. Raises `InvalidInput`."""
         kept = super().labelled()
         if kept is self:
             return self
@@ -71,13 +74,14 @@ class Population(CalibrationSet):
 
 
 def users_of(calibration: CalibrationSet, num_users: int, *, seed: int) -> list[CalibrationSet]:
-    """The users of a population, or, of plain data, so many groups of like examples (0: by their number).
+    """Return the users of a population, or `num_users` groups of similar examples for plain data.
 
-    Raises `InvalidInput` for fewer than two users, or for too few examples.
+    num_users: 0 chooses it by the number of examples. Raises `InvalidInput` for fewer than two users, or for
+    too few examples.
     """
     if not isinstance(calibration, Population):
-        wanted = num_users or min(MAX_USERS, max(2, len(calibration) // EXAMPLES_PER_USER))
-        return split_users(calibration, wanted, seed=seed)
+        num_groups = num_users or min(MAX_USERS, max(2, len(calibration) // EXAMPLES_PER_USER))
+        return split_users(calibration, num_groups, seed=seed)
     if len(calibration.sizes) < 2:
         raise InvalidInput(
             f"a population has at least 2 users, this one {len(calibration.sizes)}",
@@ -88,9 +92,10 @@ def users_of(calibration: CalibrationSet, num_users: int, *, seed: int) -> list[
 
 
 def hold_out(users: Sequence[CalibrationSet], share: float, *, seed: int) -> tuple[list[CalibrationSet], ...]:
-    """(users who teach, users held out): of `MIN_POPULATION` users on a share of them, at least two.
+    """Return (users who teach, users held out), where a share of the users is held out, but at least two.
 
-    Nobody is held out where the population is smaller, or has no two users whose examples can be divided.
+    Nobody is held out if there are fewer than `MIN_POPULATION` users, or fewer than two whose examples can be
+    split.
     """
     able = [index for index, user in enumerate(users) if len(user) >= 2]
     if not share or len(users) < MIN_POPULATION or len(able) < 2:
@@ -105,7 +110,7 @@ def hold_out(users: Sequence[CalibrationSet], share: float, *, seed: int) -> tup
 
 
 def split_users(calibration: CalibrationSet, num_users: int, *, seed: int = 0) -> list[CalibrationSet]:
-    """`num_users` groups of like examples, nearly equal in size. Raises `InvalidInput` for too few."""
+    """Return `num_users` groups of similar examples, nearly equal in size. Raises `InvalidInput`."""
     if num_users < 2 or len(calibration) < 2 * num_users:
         raise InvalidInput(
             f"{len(calibration)} examples are too few for {num_users} users (at least 2 users of 2)",
@@ -117,7 +122,10 @@ def split_users(calibration: CalibrationSet, num_users: int, *, seed: int = 0) -
 
 
 def cluster(documents: Sequence[Sequence[int]], num_clusters: int, *, seed: int = 0) -> list[list[int]]:
-    """Indices of like documents (token ids), in clusters of ⌊N/k⌋ or ⌈N/k⌉, each in ascending order."""
+    """Return the indices of similar documents, in clusters of ⌊N/k⌋ or ⌈N/k⌉, each in ascending order.
+
+    documents: token ids.
+    """
     features = tf_idf(documents)
     generator = torch.Generator().manual_seed(seed)
     centres = features[_spread_out(features, num_clusters, generator)]
@@ -129,7 +137,7 @@ def cluster(documents: Sequence[Sequence[int]], num_clusters: int, *, seed: int 
 
 
 def tf_idf(documents: Sequence[Sequence[int]]) -> Tensor:
-    """[N, NUM_BUCKETS] unit rows: (1 + log count) · log(N / documents with the bucket)."""
+    """Return [N, NUM_BUCKETS] with unit rows: (1 + log count) · log(N / documents that have the bucket)."""
     counts = torch.zeros(len(documents), NUM_BUCKETS)
     for row, tokens in enumerate(documents):
         buckets = [token * _HASH % 2**32 % NUM_BUCKETS for token in tokens]
@@ -140,9 +148,10 @@ def tf_idf(documents: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _spread_out(features: Tensor, num_clusters: int, generator: torch.Generator) -> list[int]:
-    """k-means++: each next centre is drawn with a chance that grows with its distance to those chosen.
+    """Choose initial centres by greedy k-means++.
 
-    Of several draws the one that comes closest to all is taken (the greedy variant).
+    The probability of a document grows with its distance to the centres chosen so far. Of several draws, the
+    one that is closest to all documents is taken.
     """
     chosen = [int(torch.randint(len(features), (1,), generator=generator))]
     nearest = features @ features[chosen[0]]
@@ -157,24 +166,25 @@ def _spread_out(features: Tensor, num_clusters: int, generator: torch.Generator)
 
 
 def _balanced(similarity: Tensor) -> Tensor:
-    """int64 [N]: each row's cluster, the rows that lose most by a second choice first, all clusters full.
+    """Assign each row to a cluster, int64 [N], so that the clusters are nearly equal in size.
 
-    similarity: [N, k].
+    The rows that would lose most by their second choice come first. similarity: [N, k].
     """
     N, k = similarity.shape
-    room = [N // k + (c < N % k) for c in range(k)]
+    free = [N // k + (c < N % k) for c in range(k)]
     best = similarity.topk(min(2, k), dim=1).values
     order = (best[:, 0] - best[:, -1]).argsort(descending=True, stable=True).tolist()
     preference = similarity.argsort(dim=1, descending=True, stable=True).tolist()
     assigned = torch.zeros(N, dtype=torch.int64)
     for row in order:
-        cluster_of_row = next(c for c in preference[row] if room[c])
-        room[cluster_of_row] -= 1
+        cluster_of_row = next(c for c in preference[row] if free[c])
+        free[cluster_of_row] -= 1
         assigned[row] = cluster_of_row
     return assigned
 
 
 def _learned_tokens(calibration: CalibrationSet) -> list[list[int]]:
+    """Return the tokens to learn of each example, or all of its tokens if it has none."""
     return [
         [token for token, learned in zip(ids, mask, strict=True) if learned] or list(ids)
         for ids, mask in calibration.examples

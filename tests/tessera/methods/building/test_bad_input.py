@@ -237,7 +237,7 @@ def test_a_warm_start_from_too_far_away(small: BaseModel) -> None:
     )
     adapter = Adapter(old.basis_id, random_matrix(14, 4, 4, dtype=torch.float32))
 
-    with pytest.raises(BasisMismatch, match="give that one too"):
+    with pytest.raises(BasisMismatch, match="which is needed to move it"):
         make_init(new, method="warm", adapter=adapter)
     with pytest.raises(InvalidInput, match=r"loses 9\d\.\d% of it; 50.0% is allowed"):
         make_init(new, method="warm", adapter=adapter, adapter_basis=old)

@@ -238,7 +238,7 @@ def test_rates_that_make_the_loss_overflow_are_named(
 ) -> None:
     options: dict[str, Any] = {"passes": 5.0, rate: 1e30}
     with pytest.raises(
-        InvalidInput, match=r"failed at step \d+ of 40: .*smaller rates than .*1e\+30"
+        InvalidInput, match=r"failed at step \d+ of 40: .*smaller core_rate .*1e\+30"
     ) as caught:
         build_basis(small, method="population", rank=2, calibration=population, **options)
     assert caught.value.param == "core_rate"
