@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from service.engine.client.token_engine import TokenEngine
 from service.generation.generator import Generator, heavy_gate
-from service.generation.model_resolver import ModelResolver
+from service.generation.model_registry import ModelRegistry
 from service.generation.text import TextCodec, load_text_codec
 from service.http import errors, json_routes
 from service.http.auth import ApiKeys
@@ -141,7 +141,7 @@ def _make_services(
         known = ", ".join(ADAPTER_DTYPES)
         raise InvalidInput(f"adapter_dtype must be one of {known}", param="TESSERA_ADAPTER_DTYPE")
     metrics, queue, gate = Metrics(), JobQueue(stores.redis), heavy_gate()
-    names = ModelResolver(common.base_model, stores.adapters, stores.private_bases, engine)
+    names = ModelRegistry(common.base_model, stores.adapters, stores.private_bases, engine)
     basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.private_bases)
     heavy = HeavyWork(stores.redis, common, twin=twin, store_url=store_url)
     choices = BasisChoices(

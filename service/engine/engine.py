@@ -1,7 +1,8 @@
 """The engine: requests in, tokens out, one step at a time.
 
-A synchronous core that drives an unmodified transformers model on one device. It knows no network, no Redis,
-no text and no thread: its owner calls `step` while there is work, fetches what is missing and provides it.
+A synchronous core that runs one base model on one device, by its own layers or by fused ops. It knows no
+network, no Redis, no text and no thread: its owner calls `step` while there is work, fetches what is missing
+and provides it.
 """
 
 from __future__ import annotations
@@ -139,20 +140,21 @@ class Engine:
             self._wake_or_fail(ref)
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its last output says so. Does nothing if it has ended already."""
+        """End a request; its last output is "cancelled". Does nothing if it has ended already."""
         self._in_flight.cancel(request_id)
 
     def missing_adapters(self) -> list[AdapterRef]:
-        """The adapters that requests wait for and that have not been returned here before."""
+        """Return the adapters that requests wait for and that have not been returned here before."""
         return self.residency.take_missing()
 
     def missing_bases(self) -> list[str]:
-        """The bases that requests wait for, that have a place, and that have not been returned here
+        """Return the bases that requests wait for, that have a place, and that have not been returned here
         before."""
         return self.bases.take_missing()
 
     def holds(self, ref: AdapterRef) -> bool:
-        """Whether an adapter is here already. A hint for fetching ahead; any thread may ask."""
+        """Whether an adapter is here already. Any thread may ask; the answer may be outdated
+        (`Residency.holds`)."""
         return self.residency.holds(ref)
 
     def provide_adapter(self, ref: AdapterRef, adapter: Adapter | PackedAdapter | TesseraError) -> None:
@@ -188,13 +190,14 @@ class Engine:
         self.scheduler.unload(tenant, adapter_id)
 
     def close(self) -> None:
-        """Give the model back as it was. The engine cannot be used any more."""
+        """Restore the model as it was. The engine cannot be used any more."""
         self.runner.close()
         self.bases.close()
         self._base.model.set_attn_implementation(self._attention_before)
         pin_rotations(self._base.model, self._rotations_before)
 
     def info(self) -> EngineInfo:
+        """Return the facts about the engine that do not change."""
         return EngineInfo(
             model_name=self._base.name,
             model_id=self._base.model_id,
@@ -208,6 +211,7 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
+        """Return a snapshot of the gauges and counters."""
         scheduler, pool, bases, cache = self.scheduler, self.pool, self.bases, self.residency.cache
         tables = list(bases.tables.values())
         used = {
@@ -247,7 +251,7 @@ class Engine:
         self._in_flight.check_integrity()
 
     def _wake_or_fail(self, ref: AdapterRef) -> None:
-        """Let the requests that wait for an adapter go on if it and its basis have arrived."""
+        """Wake the requests that wait for an adapter if it and its basis have arrived."""
         try:
             self.scheduler.wake_if_ready(ref)
         except TesseraError as error:

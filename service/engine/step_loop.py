@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from service.engine.sampling.sampler import has_rules
+from service.engine.sampling.sampler import has_active_rules
 from service.engine.scheduling.plan import Chunk, StepPlan
 from service.engine.scheduling.request import EngineRequest
 from service.engine.scheduling.scheduler import Scheduler
@@ -39,7 +39,7 @@ MAX_PAST_DEADLINES = 256
 
 
 class InFlight:
-    """Owns every request from submission to its last output, and tells `scheduler` when one has ended.
+    """Owns every request from submission to its last output, and removes ended ones from `scheduler`.
 
     Every submitted request gets exactly one last output, whatever ends it, and is forgotten with it.
     """
@@ -62,8 +62,8 @@ class InFlight:
     def add(self, request: EngineRequest) -> None:
         """Take a request in. Its deadline runs from now."""
         self._requests[request.request_id] = request
-        if request.submitted.deadline_s is not None:
-            expires_at = time.monotonic() + request.submitted.deadline_s
+        if request.submitted.timeout_s is not None:
+            expires_at = time.monotonic() + request.submitted.timeout_s
             heapq.heappush(self._deadlines, (expires_at, request.number, request.request_id))
             # Deadlines may lie far ahead: at a thousand requests a second those of ten minutes would take
             # 100 MB. So drop those of ended requests once they are the majority.
@@ -121,7 +121,7 @@ class InFlight:
             _, number, request_id = heapq.heappop(self._deadlines)
             request = self._requests.get(request_id)
             if request is not None and request.number == number:
-                message = f"not finished within {request.submitted.deadline_s:g} s"
+                message = f"not finished within {request.submitted.timeout_s:g} s"
                 self.fail(request, "deadline_exceeded", message)
 
     def take_outputs(self) -> list[TokenOutput]:
@@ -130,7 +130,8 @@ class InFlight:
         return outputs
 
     def check_integrity(self) -> None:
-        scheduled = [s.request_id for s in (*self._scheduler.running, *self._scheduler.waiting)]
+        requests = (*self._scheduler.running, *self._scheduler.waiting)
+        scheduled = [request.request_id for request in requests]
         assert sorted(scheduled) == sorted(self._requests)
 
     def _end(self, request: EngineRequest, finish_reason: str, error: tuple[str, str] | None) -> None:
@@ -164,7 +165,7 @@ class StartedStep:
         if isinstance(self.results, StepNotComputed):
             return False
         return self.plan.is_plain or not any(
-            chunk.prompt_positions or (chunk.samples and has_rules(chunk.request))
+            chunk.prompt_positions or (chunk.samples and has_active_rules(chunk.request))
             for chunk in self.plan.chunks
         )
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from service.engine.client.token_engine import TokenEngine
 from service.engine.wire.messages import EngineInfo, GenerationRequest, SamplingParams
-from service.generation.model_resolver import Target
+from service.generation.model_registry import Target
 from service.generation.prompt_bound import prompt_bound
 from service.generation.sequences import Generation, LiveSequence
 from service.generation.text import TextCodec
@@ -53,7 +53,7 @@ class Options:
 
 
 class Generator:
-    """Encodes prompts and starts their generation."""
+    """Encodes prompts and prepares their generation."""
 
     def __init__(
         self,
@@ -106,7 +106,10 @@ class Generator:
             return await asyncio.to_thread(work)
 
     def refuse_endless(self, text: str, *, param: str) -> None:
-        """Raise `InvalidInput` for a text that cannot fit however it is tokenised, which may take seconds."""
+        """Refuse a text that cannot fit however it is tokenised, because tokenising it may take seconds.
+
+        Raises `InvalidInput`.
+        """
         limit, bound = self.engine.info.max_model_len, self._bound
         if bound is None:
             return
@@ -117,11 +120,11 @@ class Generator:
                 code="context_length_exceeded",
             )
 
-    def start(
+    def prepare(
         self, target: Target, prompts: Sequence[list[int]], options: Options, *, param: str
     ) -> Generation:
-        """Make n sequences for every prompt, prompts outermost. The engine gets them when the pieces are
-        read.
+        """Prepare n sequences for every prompt, prompts outermost. They are submitted to the engine when the
+        pieces of the returned generation are read.
 
         param: the field of the request that held the prompts. Raises `InvalidInput`, `EngineUnavailable`.
         """
@@ -146,7 +149,7 @@ class Generator:
                     token_ids=token_ids,
                     sampling=sampling,
                     adapter=target.adapter,
-                    deadline_s=self._request_timeout_s,
+                    timeout_s=self._request_timeout_s,
                 )
                 text = self.codec.stream(
                     token_ids,
@@ -165,7 +168,7 @@ class Generator:
         """The parameters for one prompt: how many tokens may follow it, and which tokens end them."""
         if not token_ids:
             raise InvalidInput("the prompt is empty", param=param, code="empty_prompt")
-        if len(token_ids) > info.max_model_len:  # before anything reads a million ids one by one
+        if len(token_ids) > info.max_model_len:  # first, so that the checks below never read a million ids
             raise too_long(len(token_ids), options.max_tokens or 1, info.max_model_len, param)
         if not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
             raise InvalidInput(f"token ids must be from 0 to {info.vocab_size - 1}", param=param)
@@ -182,6 +185,7 @@ class Generator:
 
 
 def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> InvalidInput:
+    """Return the error for a prompt that leaves no room in the context for `num_more` tokens."""
     more = f" and the answer up to {num_more}" if num_more else ""
     return InvalidInput(
         f"the context holds {max_model_len} tokens; the prompt has {num_prompt}{more}",

@@ -18,7 +18,7 @@ from service.generation.generator import (
     Generator,
     Options,
 )
-from service.generation.model_resolver import Target
+from service.generation.model_registry import Target
 from service.generation.sequences import Finished, Generation
 from tessera.chat.chat_format import EncodedExample
 from tessera.data.examples import Example
@@ -70,7 +70,7 @@ async def score(
     if len(prompts) > MAX_SEQUENCES:
         message = f"the input takes {len(prompts)} rows, the limit is {MAX_SEQUENCES}; send fewer items"
         raise InvalidInput(message, param="input")
-    generation = generator.start(target, prompts, _PROMPT_ONLY, param="input")
+    generation = generator.prepare(target, prompts, _PROMPT_ONLY, param="input")
     finished = iter(await generation.collect())
     return [_scored(rows, list(islice(finished, len(rows)))) for rows in encoded], generation
 

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.generation.model_resolver import ModelResolver
+from service.generation.model_registry import ModelRegistry
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.lora_forms import LORA_FORM, lora_choice
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_init, default_init
@@ -80,7 +80,7 @@ class TrainingJobs:
     def __init__(
         self,
         queue: JobQueue,
-        models: ModelResolver,
+        models: ModelRegistry,
         adapters: AdapterStore,
         choices: BasisChoices,
         *,

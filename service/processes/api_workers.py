@@ -20,8 +20,8 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
+from service.engine.client.engine_child import socket_path
 from service.engine.client.engine_client import EngineClient
-from service.engine.client.supervisor import socket_path
 from service.processes.supervised_process import SupervisedProcess
 from service.settings import ServiceSettings
 from tessera.errors import InvalidInput

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from service.engine.client.connection import CONNECT_POLL_S, EngineConnection
-from service.engine.client.supervisor import Heartbeat
+from service.engine.client.engine_child import Heartbeat
 from service.engine.wire import ipc
 from service.engine.wire.messages import EngineInfo
 
@@ -24,13 +24,13 @@ class AttachedEngine(EngineConnection):
 
     def __init__(self, socket: Path, *, heartbeat_timeout_s: float) -> None:
         super().__init__(Heartbeat(heartbeat_timeout_s), heartbeat_timeout_s=heartbeat_timeout_s)
-        #: As the engine process reports it, so that every API process reports the same number.
+        #: The number that the engine process reports, so that all API processes report the same.
         self.restarts_total = 0
         self._socket = socket
         self._talking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start to look for the engine. Returns at once; see `wait_ready`."""
+        """Start to connect to the engine. Return at once; see `wait_ready`."""
         assert self._talking is None, "started twice"
         self.starting_error = "the engine has not been found yet"
         self._talking = asyncio.create_task(self._keep_talking())
@@ -46,14 +46,14 @@ class AttachedEngine(EngineConnection):
     async def _keep_talking(self) -> None:
         while True:
             reason = await self._talk_until_lost()
-            logger.warning("%s; looking for the engine again", reason)
+            logger.warning("%s; connecting to the engine again", reason)
             self.disconnect(reason)
             await asyncio.sleep(CONNECT_POLL_S)
 
     async def _talk_until_lost(self) -> str:
-        """Talk until the engine is silent for too long or breaks the protocol. Returns which."""
+        """Talk until the engine is silent for too long or breaks the protocol. Return which of the two."""
         talk = asyncio.create_task(self.talk(self._socket))
-        silent = asyncio.create_task(self.silent(self._engine_pid))
+        silent = asyncio.create_task(self.wait_until_silent(self._engine_pid))
         try:
             await asyncio.wait((talk, silent), return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.engine.client.supervisor import Heartbeat
+from service.engine.client.engine_child import Heartbeat
 from service.engine.wire import ipc
 from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
 from tessera.errors import EngineUnavailable, InvalidInput, RequestFailed, TesseraError
@@ -62,6 +62,7 @@ class OutputStream:
         self._changed = asyncio.Event()
 
     def put(self, output: TokenOutput) -> None:
+        """Add an output for the reader. Does nothing after the end."""
         if self.is_finished:
             return
         self.is_finished = output.finish_reason is not None
@@ -75,6 +76,7 @@ class OutputStream:
         self._changed.set()
 
     def fail(self, error: TesseraError) -> None:
+        """End the stream: the reader gets what it has not read, then `error`. Does nothing after the end."""
         if self.is_finished:
             return
         self.is_finished = True
@@ -117,7 +119,8 @@ class EngineConnection:
         self.max_backlog_bytes = MAX_BACKLOG_BYTES
         #: The latest statistics; None while no engine is connected.
         self.stats: EngineStats | None = None
-        #: How long the engine says that its running step has taken, counting only time in which it could run.
+        #: How long the engine's running step has taken by its report, counting only time in which it could
+        #: run.
         self.stalled_s = 0.0
         #: Why the engine is not ready, in words; None when it is.
         self.starting_error: str | None = "the engine has not been started"
@@ -140,13 +143,13 @@ class EngineConnection:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine is. Raises `EngineUnavailable` until it is ready."""
+        """The model, device and limits of the engine. Raises `EngineUnavailable` until it is ready."""
         if self._info is None:
             raise EngineUnavailable(NOT_READY)
         return self._info
 
     async def wait_ready(self, timeout_s: float) -> EngineInfo:
-        """Wait until the engine serves. Raises `EngineUnavailable` with the reason after `timeout_s`."""
+        """Wait until the engine is ready. Raises `EngineUnavailable` with the reason after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._ready.wait()
@@ -213,10 +216,10 @@ class EngineConnection:
                 self.disconnect(self.failure or "the engine closed the connection")
             await asyncio.sleep(CONNECT_POLL_S)
 
-    async def silent(self, pid: Callable[[], int | None]) -> None:
+    async def wait_until_silent(self, pid: Callable[[], int | None]) -> None:
         """Return once the engine has been silent for too long and has left a ping unanswered. pid: its
         process, if it is known."""
-        await self._heartbeat.missed(
+        await self._heartbeat.wait_until_missed(
             pid=pid, is_idle=self._is_idle, ask=lambda: self._send(ipc.encode("ping"))
         )
 
@@ -250,7 +253,7 @@ class EngineConnection:
             del self._calls[number]
 
     def _is_idle(self) -> bool:
-        """Whether nobody waits for the engine: nobody here, and by its latest statistics nobody elsewhere."""
+        """Whether nothing waits for the engine, neither here nor, by its latest statistics, elsewhere."""
         stats = self.stats
         is_busy = stats is None or stats.num_running + stats.num_waiting > 0
         return not (is_busy or self._streams or self._calls)
@@ -316,7 +319,7 @@ class EngineConnection:
 
 
 def merge_outputs(outputs: Sequence[TokenOutput]) -> TokenOutput:
-    """Several outputs of one request, in order, as one, for a slow reader."""
+    """Merge outputs of one request, given in order, into one, for a slow reader."""
     last = outputs[-1]
     prompts = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
     return TokenOutput(
@@ -332,7 +335,7 @@ def merge_outputs(outputs: Sequence[TokenOutput]) -> TokenOutput:
 
 
 def _append(output: TokenOutput, later: TokenOutput) -> None:
-    """Merge `later` into `output`, which nobody else has."""
+    """Merge `later` into `output`, to which there is no other reference."""
     output.token_ids += later.token_ids
     output.logprobs += later.logprobs
     output.prompt_logprobs = output.prompt_logprobs or later.prompt_logprobs

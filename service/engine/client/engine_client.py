@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service.engine.client.connection import EngineConnection
-from service.engine.client.supervisor import (
+from service.engine.client.engine_child import (
     COMMAND,
     FIRST_RESTART_DELAY_S,
     MAX_RESTART_DELAY_S,
@@ -76,9 +76,9 @@ class EngineClient(EngineConnection):
         self._first_child: EngineChild | None = None
 
     def start_process(self) -> None:
-        """Start the first engine process now, before there is an event loop, so that it loads beside this
-        one. It ends with the calling thread; `start` supervises it. If it cannot be started, `start` tries
-        again and says why."""
+        """Start the first engine process now, before there is an event loop, so that both processes load at
+        the same time. It ends with the calling thread; `start` supervises it. If it cannot be started,
+        `start` tries again and reports why."""
         with contextlib.suppress(OSError, EngineUnavailable):
             self._first_child = self._start_child()
 
@@ -107,13 +107,13 @@ class EngineClient(EngineConnection):
             self.restarts_total += 1
 
     def _start_child(self) -> EngineChild:
-        """Raises `OSError`, `EngineUnavailable`."""
+        """Start an engine process at its socket. Raises `OSError`, `EngineUnavailable`."""
         child = EngineChild(self._command, self._environment, self._socket or socket_path(self._data_dir))
         child.start(restarts=self.restarts_total)
         return child
 
     async def _run_child(self) -> str:
-        """Start one engine process and watch it until it has ended. Returns why it ended."""
+        """Start one engine process and watch it until it has ended. Return why it ended."""
         try:
             child, self._first_child = self._first_child or self._start_child(), None
         except (OSError, EngineUnavailable) as error:
@@ -134,11 +134,11 @@ class EngineClient(EngineConnection):
         return reason
 
     async def _watch(self, child: EngineChild) -> tuple[str, bool]:
-        """Talk to the process until it ends or must be ended. Returns the reason, and whether to kill it."""
+        """Talk to the process until it ends or must be ended. Return the reason, and whether to kill it."""
         self.failure = None
         self._heartbeat.timeout_s = START_TIMEOUT_S
-        exited = asyncio.create_task(child.exited())
-        silent = asyncio.create_task(self.silent(lambda: child.pid))
+        exited = asyncio.create_task(child.wait_for_exit())
+        silent = asyncio.create_task(self.wait_until_silent(lambda: child.pid))
         talk = asyncio.create_task(self.talk(child.socket))
         tasks = (exited, silent, talk)
         try:

@@ -16,7 +16,7 @@ class TokenEngine(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine is. Raises `EngineUnavailable` until it is ready."""
+        """The model, device and limits of the engine. Raises `EngineUnavailable` until it is ready."""
 
     @property
     def stats(self) -> EngineStats | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one layer stores per token."""
+    """The shape of K and V that one layer stores per token."""
 
     num_kv_heads: int
     key_dim: int
@@ -92,19 +92,18 @@ class PagedKV:
         return self._K[layer], self._V[layer]
 
     def rows(self, num_kv_heads: int, blocks: Tensor, offsets: Tensor) -> Tensor:
-        """Where `write` puts the entries of each head for T tokens. blocks, offsets: int64 [T]; returns [Hkv
-        * T].
+        """Return where `write` puts the entries of each head for T tokens: int64 [Hkv * T].
 
-        For n sequences blocks and offsets are [n, T], and the entries of one follow those of the other: [n *
-        Hkv
-        * T].
+        blocks, offsets: int64 [T], or [n, T] for n sequences. The entries of one sequence then follow those
+        of the one before, in [n * Hkv * T].
         """
         heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
         places = (blocks[..., None, :] * num_kv_heads + heads) * self.block_size + offsets[..., None, :]
         return places.flatten()
 
     def pages(self, num_kv_heads: int, table: Tensor) -> Tensor:
-        """Where `read` finds the blocks of each head. table: int64 [n, blocks each], padded with block 0."""
+        """Return where `read` finds the blocks of each head. table: int64 [n, blocks each], padded with block
+        0."""
         heads = torch.arange(num_kv_heads, device=table.device)[:, None]
         return table[:, None, :] * num_kv_heads + heads
 

@@ -1,11 +1,11 @@
-"""What the engine lacks, brought from the store: adapters by one MGET, bases one at a time.
+"""Fetch what the engine lacks from the store: adapters by one MGET, bases one at a time.
 
 A fetch starts when a request for the adapter arrives, not when the engine notices between two steps that it
-lacks it: on a busy device that is a step earlier (10 to 30 ms). What the engine asks for is mostly being
-fetched by then. Each adapter is fetched once, and those of one moment travel together.
+lacks it: on a busy device that is a step earlier (10 to 30 ms). So most adapters are already being fetched
+when the engine asks for them. Each adapter is fetched once, and those of one moment travel together.
 
-A store that does not answer is asked again for a few seconds. A request that waits for an adapter is worth
-that, and the others go on meanwhile. Nothing is remembered here, so what was missing once is looked up again.
+A read is repeated for a few seconds if the store does not answer. This delays only the requests that need the
+adapter; all others continue. Failures are not cached, so an adapter that was missing once is looked up again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tessera.store.bases import BasisStore
 
 logger = logging.getLogger(__name__)
 
-#: Adapters read by one MGET. Of a larger crowd the first are provided while the others are still read and
-#: verified: at 115 kB each takes 0.1 ms, so 256 at once would keep the first one waiting for 28 ms.
+#: Adapters read by one MGET. Of a larger group, the first are provided while the rest are still being read
+#: and verified: at 115 kB each takes 0.1 ms, so 256 at once would keep the first one waiting for 28 ms.
 MAX_READ = 16
 #: How long a store outage may last before it fails the requests that wait. A restart takes about 1 s.
 RETRY_S = 5.0
@@ -64,7 +64,8 @@ class AdapterFetcher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def fetch_ahead(self, ref: AdapterRef) -> None:
-        """Fetch the adapter of a request that the engine will see only after the running step."""
+        """Fetch the adapter of a request that the engine will see only after the running step, unless it is
+        here. `Engine.holds` may be asked from this thread: an outdated answer costs a fetch, or its delay."""
         if not self._thread.engine.holds(ref):
             self.fetch([ref])
 
@@ -80,6 +81,7 @@ class AdapterFetcher:
                 asyncio.get_running_loop().call_soon(self._start_reads)
 
     def fetch_basis(self, basis_id: str) -> None:
+        """Fetch a basis. The engine requests each one once."""
         self._spawn(self._read_basis(basis_id))
 
     def _start_reads(self) -> None:
@@ -131,8 +133,8 @@ class StoreReader:
         self._slot_format = slot_format
 
     async def read_adapters(self, refs: Sequence[AdapterRef]) -> list[PackedAdapter | TesseraError]:
-        """For each ref the packed adapter, or NotFound, AdapterReplaced, CorruptRecord, BasisMismatch or
-        StoreUnavailable."""
+        """Return for each ref the packed adapter, or NotFound, AdapterReplaced, CorruptRecord, BasisMismatch
+        or StoreUnavailable."""
         fetched = await _attempt(lambda: self._adapters.fetch(refs))
         if isinstance(fetched, TesseraError):
             return [fetched] * len(refs)
@@ -141,7 +143,7 @@ class StoreReader:
         return await asyncio.to_thread(parse_adapters, refs, fetched, self._slot_format)
 
     async def read_basis(self, basis_id: str) -> Basis | TesseraError:
-        """The basis, or NotFound, CorruptRecord or StoreUnavailable."""
+        """Return the basis, or NotFound, CorruptRecord or StoreUnavailable."""
         return await _attempt(lambda: self._bases.get(basis_id))
 
 
@@ -154,7 +156,7 @@ def parse_adapters(
 def parse_adapter(
     ref: AdapterRef, blob: bytes | None, slot_format: SlotFormat
 ) -> PackedAdapter | TesseraError:
-    """The packed adapter in `blob` if it is the one that `ref` names, otherwise what is wrong with it."""
+    """Return the packed adapter in `blob` if it is the one that `ref` names, otherwise the error."""
     try:
         return slot_format.pack(Adapter.of_version(ref, blob))
     except (NotFound, AdapterReplaced) as error:
@@ -167,7 +169,8 @@ def parse_adapter(
 
 
 async def _attempt(read: Callable[[], Awaitable[T]]) -> T | TesseraError:
-    """The result of `read()`, repeated for RETRY_S while the store is unavailable; any failure as a value."""
+    """Return the result of `read()`, repeated for RETRY_S while the store is unavailable; any failure as a
+    value."""
     give_up_at = time.monotonic() + RETRY_S
     delay_s = _FIRST_DELAY_S
     while True:

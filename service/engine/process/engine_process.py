@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
-#: Seconds between two looks for the parent. The kernel signals its death at once; this catches the cases that
-#: the kernel misses (another system, a lost race).
+#: Seconds between two checks that the parent is alive. The kernel signals its death at once; this catches the
+#: cases that the kernel misses (another system, a lost race).
 PARENT_CHECK_S = 1.0
 #: How long the running step may take once the process has been asked to end.
 STOP_TIMEOUT_S = 3.0
@@ -95,8 +95,8 @@ class EngineProcess:
         return status
 
     async def _start(self) -> None:
-        """Load the model, the default basis and the engine, then announce that it is ready. A fault that
-        waiting cannot mend ends the process."""
+        """Load the model, the default basis and the engine, then announce that it is ready. An error
+        that waiting cannot fix ends the process."""
         try:
             self._server.announce_starting("the engine is loading the base model")
             base = await asyncio.to_thread(_load, self._settings, self._engine_settings)
@@ -120,8 +120,8 @@ class EngineProcess:
         logger.info("engine process %d serves %s on %s", os.getpid(), info.model_name, info.device)
 
     async def _default_basis(self, base: BaseModel) -> Basis:
-        """The default basis from the store, built if it is not there. Waits for the store as long as
-        needed."""
+        """Return the default basis from the store, building it if it is not there. Waits for the store as
+        long as needed."""
         delay_s = _FIRST_STORE_DELAY_S
         while True:
             try:
@@ -139,7 +139,7 @@ class EngineProcess:
             delay_s = min(2 * delay_s, _MAX_STORE_DELAY_S)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the API why the process fails, and end it."""
+        """Report to the API why the process fails, and end it."""
         if isinstance(error, TesseraError):
             logger.critical("the engine process fails: %s", error)
         else:
@@ -190,12 +190,12 @@ def _load(settings: CommonSettings, engine_settings: EngineSettings) -> BaseMode
 
 
 def build_engine(base: BaseModel, basis: Basis, config: EngineConfig) -> Engine:
-    """An engine with `basis` resident permanently, and its graphs captured.
+    """Build an engine with `basis` resident permanently, and its graphs captured.
 
     Freezes the objects that exist now: a collection of all garbage would otherwise go through 360,000 objects
     of the libraries, which takes 0.16 s.
     """
-    if base.device.type == "cuda":  # the first allocation page-locks what `supervisor.py` reserves
+    if base.device.type == "cuda":  # the first allocation page-locks what `engine_child.py` reserves
         torch.empty(1, pin_memory=True)
     engine = Engine(base, config)
     engine.add_basis(basis)

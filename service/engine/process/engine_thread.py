@@ -1,10 +1,10 @@
-"""The thread that runs the engine, and the only one that touches it.
+"""The thread that runs the engine. While it runs, other threads call nothing of the engine but `holds`.
 
     take commands → list what is missing → engine.step() → hand over
 
 Everything that one step produced goes to the asyncio loop in ONE `call_soon_threadsafe`. Without work the
-thread sleeps on a condition, but still wakes once a second. `look` notices a step that does not end. Knows
-nothing of sockets or Redis.
+thread sleeps on a condition, but still wakes once a second. `check_progress` notices a step that does not
+end. Knows nothing of sockets or Redis.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two snapshots of the statistics, and the longest sleep without work.
 STATS_INTERVAL_S = 1.0
-#: A look that comes later than this means that the process itself was paused or starved.
-_LATE_LOOK_S = 2 * STATS_INTERVAL_S
+#: A check that comes later than this means that the process itself was paused or starved.
+_LATE_CHECK_S = 2 * STATS_INTERVAL_S
 
 #: A change to the engine, run between two steps.
 Command = Callable[[Engine], None]
 #: Called in the asyncio loop after the command, with None or the error that it raised.
-Reply = Callable[[TesseraError | None], None]
+CommandReply = Callable[[TesseraError | None], None]
 
 
 @dataclass
 class Delivery:
-    """What the thread hands to the asyncio loop at once."""
+    """Everything that the thread passes to the asyncio loop in one call."""
 
     outputs: list[TokenOutput] = field(default_factory=list)
     missing_adapters: list[AdapterRef] = field(default_factory=list)
     missing_bases: list[str] = field(default_factory=list)
     #: The replies to the commands that were run, with what to call them with.
-    replies: list[tuple[Reply, TesseraError | None]] = field(default_factory=list)
+    replies: list[tuple[CommandReply, TesseraError | None]] = field(default_factory=list)
     #: Only when they are due.
     stats: EngineStats | None = None
 
@@ -69,13 +69,13 @@ class EngineThread:
         self.stalled_s = 0.0
         self._on_delivery = on_delivery
         self._loop = asyncio.get_running_loop()
-        self._inbox: list[tuple[Command, Reply | None]] = []
+        self._inbox: list[tuple[Command, CommandReply | None]] = []
         self._wake = threading.Condition()
         self._is_stopping = False
         self._stats_at = 0.0
         self._is_working = False
         self._num_iterations = self._seen_iteration = 0
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         self._runnable = RunnableTime(None)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -83,28 +83,28 @@ class EngineThread:
         self._thread.start()
         self._runnable = RunnableTime(os.getpid(), self._thread.native_id)
 
-    def post(self, command: Command, reply: Reply | None = None) -> None:
+    def post(self, command: Command, reply: CommandReply | None = None) -> None:
         """Run `command` before the next step. Commands keep their order. Any thread may call this."""
         with self._wake:
             self._inbox.append((command, reply))
             self._wake.notify()
 
-    def look(self) -> None:
+    def check_progress(self) -> None:
         """Update `stalled_s`. The asyncio loop calls this every STATS_INTERVAL_S.
 
-        The time is not read off the clock: after a pause of the process the thread has not had a chance to
-        run yet.
+        The time is not simply measured by the clock: after a pause of the process, the thread has not yet had
+        a chance to run.
         """
         now = time.monotonic()
-        elapsed_s, self._looked_at = now - self._looked_at, now
+        elapsed_s, self._checked_at = now - self._checked_at, now
         runnable_s = self._runnable.since_last_look_s(elapsed_s)
         if not self._is_working or self._num_iterations != self._seen_iteration:
             self._seen_iteration, self.stalled_s = self._num_iterations, 0.0
-        elif elapsed_s < _LATE_LOOK_S:
+        elif elapsed_s < _LATE_CHECK_S:
             self.stalled_s += runnable_s
 
     def stop(self, *, timeout_s: float) -> bool:
-        """End after the running step. Returns False if that takes longer than `timeout_s`."""
+        """End the thread after the running step. Return False if that takes longer than `timeout_s`."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
@@ -148,8 +148,8 @@ class EngineThread:
             self._call_in_loop(self._on_delivery, delivery)
 
     def _carry_out(
-        self, commands: list[tuple[Command, Reply | None]]
-    ) -> list[tuple[Reply, TesseraError | None]]:
+        self, commands: list[tuple[Command, CommandReply | None]]
+    ) -> list[tuple[CommandReply, TesseraError | None]]:
         replies = []
         for command, reply in commands:
             error: TesseraError | None = None
@@ -158,7 +158,7 @@ class EngineThread:
             except TesseraError as refusal:
                 error = refusal
             except (TypeError, ValueError, KeyError, AttributeError) as fault:
-                # A message of the right form with wrong content may cost its sender, and nobody else.
+                # A well-formed message with wrong content must fail only its sender.
                 logger.exception("a command to the engine failed")
                 error = RequestFailed(f"the engine could not take the request: {fault!r}")
             if reply is not None:

@@ -85,23 +85,24 @@ class EngineServer:
         self._greet(ipc.encode("starting", reason=reason))
 
     def announce_failure(self, error: TesseraError) -> None:
-        """Announce that the engine cannot start and the process is about to end."""
+        """Announce that the engine cannot start, or cannot continue, and that the process is about to end."""
         self._greet(ipc.encode("failed", error=ipc.error_map(error)))
 
     def announce_ready(self, info: EngineInfo, thread: EngineThread, fetcher: AdapterFetcher) -> None:
-        """From now on requests go to `thread`, which calls `deliver`, and `fetcher` brings what they need."""
+        """Announce that the engine is ready: from now on requests go to `thread`, which calls `deliver`, and
+        `fetcher` fetches what they need."""
         self._thread = thread
         self._fetcher = fetcher
         self._greet(ipc.encode("ready", info=vars(info)))
 
     async def keep_beating(self) -> None:
-        """Send the state or the statistics to every connection once a second, for ever."""
+        """Send the state or the statistics to every connection once a second, forever."""
         while True:
             await asyncio.sleep(STATS_INTERVAL_S)
             if self._thread is None:
                 self._broadcast(self._greeting)
                 continue
-            self._thread.look()
+            self._thread.check_progress()
             if time.monotonic() - self._stats_sent_at >= 0.9 * STATS_INTERVAL_S:
                 self._send_stats()
 
@@ -138,7 +139,7 @@ class EngineServer:
             connection.abort()
 
     async def flush(self, *, timeout_s: float) -> None:
-        """Before the process ends, give a client time to connect and learn why, and let sent frames leave."""
+        """Give a client time to connect and learn why the process ends, and let sent frames leave."""
         give_up_at = time.monotonic() + timeout_s
         while self._num_accepted == 0 or any(c.has_backlog for c in self._connections.values()):
             if time.monotonic() > give_up_at:
@@ -220,7 +221,7 @@ class EngineServer:
             self._thread.post(lambda engine: engine.cancel(engine_id))
 
     def _call(self, connection: _Connection, number: int, command: Command) -> None:
-        """Run `command` between two steps, and tell the sender when it is done."""
+        """Run `command` between two steps, and send the sender a "done" message afterwards."""
 
         def reply(error: TesseraError | None) -> None:
             connection.send(ipc.encode("done", id=number, error=error and ipc.error_map(error)))
@@ -237,7 +238,7 @@ class EngineServer:
 
 
 def _check_integrity(engine: Engine) -> None:
-    """Raises `RequestFailed` if the engine's books do not balance. The engine continues to run."""
+    """Check the engine's bookkeeping. Raises `RequestFailed` if it is wrong; the engine continues to run."""
     try:
         engine.check_integrity()
     except AssertionError as error:

@@ -53,7 +53,7 @@ def is_greedy(sampling: SamplingParams) -> bool:
 
 def is_plain_greedy(request: EngineRequest) -> bool:
     """Whether a request's next token is the largest of the model's own logits."""
-    return request.generator is None and not has_rules(request)
+    return request.generator is None and not has_active_rules(request)
 
 
 def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
@@ -69,7 +69,7 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
 
 def apply_rules(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     """The logits from which tokens are chosen. logits: float32 [N, V]; returns a copy if a row has rules."""
-    ruled = [index for index, r in enumerate(requests) if r.may_have_rules and has_rules(r)]
+    ruled = [index for index, r in enumerate(requests) if r.may_have_rules and has_active_rules(r)]
     if not ruled:
         return logits
     logits = logits.clone()
@@ -78,8 +78,8 @@ def apply_rules(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     return logits
 
 
-def has_rules(request: EngineRequest) -> bool:
-    """Whether a request's logits are changed, for which its last token may be needed."""
+def has_active_rules(request: EngineRequest) -> bool:
+    """Whether a request's logits are changed at this step, for which its last token may be needed."""
     return request.has_rules or _must_continue(request)
 
 

@@ -94,7 +94,7 @@ class StepPlan:
     def num_distinct(self) -> int:
         """Number of different models in the step: adapter versions, and the base model if it is among
         them."""
-        return len({chunk.request.model_name for chunk in self.chunks})
+        return len({chunk.request.model_key for chunk in self.chunks})
 
 
 class StepBuilder:

@@ -48,7 +48,7 @@ class RequestLimits:
     max_model_len: int
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises `InvalidInput` for a request that must not enter the engine."""
+        """Check that a request may enter the engine. Raises `InvalidInput`."""
         sampling, num_prompt = request.sampling, len(request.token_ids)
         if num_prompt == 0:
             raise InvalidInput("the prompt is empty: it needs at least one token", param="prompt")
@@ -72,8 +72,8 @@ class RequestLimits:
                 param="prompt" if num_prompt >= self.max_model_len else "max_tokens",
                 code="context_length_exceeded",
             )
-        if request.deadline_s is not None and not request.deadline_s > 0:
-            raise InvalidInput(f"deadline_s must be above 0, got {request.deadline_s}", param="deadline_s")
+        if request.timeout_s is not None and not request.timeout_s > 0:
+            raise InvalidInput(f"timeout_s must be above 0, got {request.timeout_s}", param="timeout_s")
 
 
 @dataclass(eq=False)
@@ -127,14 +127,15 @@ class EngineRequest:
         self.sampling: SamplingParams = sampling
         self.adapter: AdapterRef | None = adapter
         self.basis_id: str | None = None if adapter is None else adapter.basis_id
-        #: What `unload` of its adapter names; None for the base model.
-        self.owner = None if adapter is None else (adapter.tenant, adapter.adapter_id)
-        #: Names the adapter version or the base model. A string caches its hash, an AdapterRef computes it.
-        self.model_name: str = repr(adapter)
+        #: Tenant and adapter id, by which `unload` finds the request; None for the base model.
+        self.adapter_key = None if adapter is None else (adapter.tenant, adapter.adapter_id)
+        #: An identifier of the adapter version, or of the base model. A string caches its hash, an AdapterRef
+        #: computes it.
+        self.model_key: str = repr(adapter)
         self.num_prompt: int = len(submitted.token_ids)
         #: Most tokens that it may have, prompt and output together.
         self.max_length: int = self.num_prompt + sampling.max_tokens
-        #: Whether it asks for penalties or a bias, see `sampling/sampler.py`.
+        #: Whether it has penalties or a bias, see `sampling/sampler.py`.
         self.has_rules: bool = (
             sampling.presence_penalty != 0
             or sampling.frequency_penalty != 0

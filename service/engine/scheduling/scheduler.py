@@ -35,7 +35,7 @@ RESERVED_SHARE = 0.01
 
 
 class Scheduler:
-    """Owns the requests from submission to their end, and what they hold: blocks and pins."""
+    """Decides which requests run, and owns what they hold: blocks and pins. `InFlight` owns the requests."""
 
     def __init__(
         self, config: EngineConfig, pool: BlockPool, residency: Residency, *, max_logit_rows: int
@@ -58,7 +58,8 @@ class Scheduler:
         return bool(self.running or self.waiting.num_in_line)
 
     def check_queue_limit(self, tenant: str) -> None:
-        """Raises `EngineOverloaded` or `TenantOverloaded` if another request of the tenant must not wait."""
+        """Check that another request of the tenant may wait. Raises `EngineOverloaded` or
+        `TenantOverloaded`."""
         if len(self.waiting) >= self._config.max_waiting:
             raise EngineOverloaded(f"{self._config.max_waiting} requests are waiting already (the limit)")
         if self.waiting.num_waiting(tenant) >= self._config.max_waiting_per_tenant:
@@ -124,11 +125,11 @@ class Scheduler:
     def unload(self, tenant: str, adapter_id: str) -> None:
         """Drop every version of an adapter, and its prefix blocks. Requests in flight continue with what they
         have, and no longer share it."""
-        owner = (tenant, adapter_id)
+        key = (tenant, adapter_id)
         for request in (*self.running, *self.waiting):
-            if request.owner == owner:
+            if request.adapter_key == key:
                 request.may_share = False
-        self._pool.forget(owner)
+        self._pool.forget(key)
         self._residency.unload(tenant, adapter_id)
 
     def check_integrity(self) -> None:
@@ -139,8 +140,9 @@ class Scheduler:
         assert len(self.running) <= self._config.max_running
         numbers = [request.number for request in self.running]
         assert numbers == sorted(set(numbers))
-        assert all(not s.is_pinned and not s.is_running for s in self._starved.values())
-        pinned = {(s.basis_id, s.slot) for s in (*self.running, *self.waiting) if s.is_pinned}
+        assert all(not request.is_pinned and not request.is_running for request in self._starved.values())
+        requests = (*self.running, *self.waiting)
+        pinned = {(request.basis_id, request.slot) for request in requests if request.is_pinned}
         assert sum(table.num_pinned for table in self._residency.bases.tables.values()) == len(pinned)
 
     def _schedule_decodes(self, step: StepBuilder) -> tuple[list[EngineRequest], bool]:
@@ -167,7 +169,8 @@ class Scheduler:
                 decodes.append(request)
         step.add_decodes(decodes)
         # Leave out those that an older one has preempted, and those that only wait for their results.
-        return [s for s in prefills if s.is_running and s.num_uncomputed > 1], has_preempted
+        prefills = [request for request in prefills if request.is_running and request.num_uncomputed > 1]
+        return prefills, has_preempted
 
     def _schedule_prefills(self, prefills: list[EngineRequest], step: StepBuilder) -> None:
         for index, request in enumerate(prefills):
@@ -265,7 +268,7 @@ class Scheduler:
         """Let others share the first `num_full` blocks of the request."""
         for index in range(request.num_registered, num_full):
             key = request.block_key(index, self._pool.block_size)
-            self._pool.register(request.blocks[index], key, request.owner)
+            self._pool.register(request.blocks[index], key, request.adapter_key)
         request.num_registered = num_full
 
     def _preempt(self, request: EngineRequest) -> None:

@@ -1,1 +1,1 @@
-"""What travels between API processes and the engine, and how it is framed."""
+"""The messages between API processes and the engine, and their frames."""

@@ -8,8 +8,8 @@
                     check    id                              check the engine's books, between two steps
                     ping                                     ask for a sign of life
     engine → API    starting reason                          once a second until ready
-                    failed   error                           it cannot start, and exits
-                    ready    info                            the first frame once it serves
+                    failed   error                           it cannot start or continue, and exits
+                    ready    info                            when it is ready, and to each later connection
                     stats    stats, stalled_s                once a second, and when the work is done
                     outputs  outputs                         all that one step produced for this connection
                     refused  request_id, error               the request was refused
@@ -118,13 +118,15 @@ def decode(body: bytes) -> dict[str, Any]:
 
 
 def request_map(request: GenerationRequest) -> dict[str, Any]:
-    """A request for the wire. It shares the token list instead of copying it."""
+    """Return a request for the wire, which shares its token list instead of copying it."""
     adapter = request.adapter
-    return {
+    values = {
         **vars(request),
         "sampling": vars(request.sampling),
         "adapter": vars(adapter) if adapter else None,
     }
+    values["deadline_s"] = values.pop("timeout_s")
+    return values
 
 
 def request_from_map(values: dict[str, Any]) -> GenerationRequest:
@@ -133,8 +135,10 @@ def request_from_map(values: dict[str, Any]) -> GenerationRequest:
     known = {
         "sampling": SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])}),
         "adapter": AdapterRef(**adapter) if adapter else None,
+        "timeout_s": values["deadline_s"],
     }
-    return GenerationRequest(**{**values, **known})
+    others = {name: value for name, value in values.items() if name != "deadline_s"}
+    return GenerationRequest(**{**others, **known})
 
 
 def output_row(output: TokenOutput, *, request_id: str) -> tuple[Any, ...]:

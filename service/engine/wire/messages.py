@@ -1,7 +1,7 @@
 """The messages between the API and the engine: requests in, tokens out, and the engine's statistics.
 
 Plain dataclasses of JSON-like fields; `ipc.py` turns them into msgpack and back. They hold token ids only:
-text, templates and stop strings are the API's business.
+the API alone handles text, templates and stop strings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tessera.formats.adapter_ref import AdapterRef
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request is continued. The API has validated it (`service/http/schemas/common.py`)."""
+    """How a request is continued. The API validates these fields (`service/http/schemas/generation.py`)."""
 
     #: 0 scores the prompt only.
     max_tokens: int = 16
@@ -53,7 +53,7 @@ class GenerationRequest:
     #: None means the base model alone.
     adapter: AdapterRef | None = None
     #: Seconds after submission at which the engine gives up.
-    deadline_s: float | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class TokenLogprobs:
 
 @dataclass  # one per request and step: not frozen, which takes three times as long
 class TokenOutput:
-    """What one step produced for one request."""
+    """The output of one step for one request."""
 
     request_id: str
     #: The new tokens, including the stop token that ended the output.
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    #: For the tokens of the prompt from the second on; sent once, with the first output.
+    #: Log-probabilities of the prompt's tokens from the second on; sent once, with the first output.
     prompt_logprobs: list[TokenLogprobs] | None = None
     #: None while the request runs, then "stop", "length", "cancelled" or "error".
     finish_reason: str | None = None
@@ -88,7 +88,7 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the engine is. Sent once, when it is ready."""
+    """The model, device and limits of an engine. Sent when it is ready, and to each later connection."""
 
     model_name: str
     model_id: str
@@ -116,23 +116,23 @@ class EngineStats:
     kv_blocks: int = 0
     kv_blocks_used: int = 0
     kv_blocks_cached: int = 0
-    #: Of all resident bases, and so are the next two.
+    #: Slots of all resident bases, and how many of them hold an adapter or are in use.
     slots: int = 0
     slots_resident: int = 0
     slots_pinned: int = 0
     host_cache_bytes: int = 0
     host_cache_entries: int = 0
     resident_bases: int = 0
-    #: By kind: weights, kv, adapters (slots), bases, workspace, and free (CUDA) or process_rss (CPU).
+    #: Bytes by kind: weights, kv, adapters (slots), bases, workspace, and free (CUDA) or process_rss (CPU).
     memory_bytes: dict[str, int] = field(default_factory=dict)
     steps_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     cached_prompt_tokens_total: int = 0
     preemptions_total: int = 0
-    #: By tier: "cached" (host memory) and "resident" (slots).
+    #: Counted by tier: "cached" (host memory) and "resident" (slots).
     adapter_loads_total: dict[str, int] = field(default_factory=dict)
     adapter_load_failures_total: int = 0
-    #: By tier, like the loads.
+    #: Counted by tier, like the loads.
     adapter_evictions_total: dict[str, int] = field(default_factory=dict)
     step_failures_total: int = 0

@@ -45,7 +45,7 @@ async def create_chat_completion(
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     options = options_of(body, max_tokens=max_tokens, logprobs=logprobs)
-    generation = generator.start(target, [prompt], options, param="messages")
+    generation = generator.prepare(target, [prompt], options, param="messages")
     # A stream keeps its reply for as long as it runs; without this it would keep the conversation as well.
     reply = ChatReply(body.model_copy(update={"messages": []}), target, generation, generator.codec)
     if not body.stream:

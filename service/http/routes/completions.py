@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 
 from service.engine.wire.messages import TokenLogprobs
 from service.generation.generator import Generator
-from service.generation.model_resolver import Target
+from service.generation.model_registry import Target
 from service.generation.sequences import Finished, Generation, Piece, Token
 from service.generation.text import Echo, TextCodec
 from service.http.event_stream import IN_OPENAPI, EventStream
@@ -51,7 +51,7 @@ async def create_completion(
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     options = options_of(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
     options = replace(options, is_prompt_shown=not body.echo or texts is not None)
-    generation = generator.start(target, prompts, options, param="prompt")
+    generation = generator.prepare(target, prompts, options, param="prompt")
     echoes = await _echoes(prompts, texts, generation, generator, target.tenant) if body.echo else None
     # A stream keeps its reply for as long as it runs; without this it would keep the prompts as well.
     body = body.model_copy(update={"prompt": ""})

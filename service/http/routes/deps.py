@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from service.engine.client.token_engine import TokenEngine
 from service.generation.generator import Generator
-from service.generation.model_resolver import ModelResolver
+from service.generation.model_registry import ModelRegistry
 from service.http.idempotency import Idempotency, Repetition
 from service.http.json_routes import JsonBodies
 from service.jobs.basis_jobs import BasisJobs
@@ -54,7 +54,7 @@ class Services:
     stores: Stores
     queue: JobQueue
     basis_queue: JobQueue
-    models: ModelResolver
+    models: ModelRegistry
     generator: Generator
     jobs: TrainingJobs
     basis_jobs: BasisJobs
@@ -87,7 +87,7 @@ async def _get_tenant(request: Request, credentials: Annotated[object, _bearer])
 TenantDep = Annotated[str, Depends(_get_tenant)]
 
 
-async def _get_models(services: ServicesDep) -> ModelResolver:
+async def _get_models(services: ServicesDep) -> ModelRegistry:
     return services.models
 
 
@@ -99,7 +99,7 @@ async def _get_queue(services: ServicesDep) -> JobQueue:
     return services.queue
 
 
-ModelsDep = Annotated[ModelResolver, Depends(_get_models)]
+ModelsDep = Annotated[ModelRegistry, Depends(_get_models)]
 StoresDep = Annotated[Stores, Depends(_get_stores)]
 
 

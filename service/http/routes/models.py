@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.generation.model_resolver import MAX_LISTED_ADAPTERS
+from service.generation.model_registry import MAX_LISTED_ADAPTERS
 from service.http.json_routes import JsonRoute
 from service.http.routes.deps import ModelsDep, StoresDep, TenantDep
 from service.http.schemas.common import Deleted, Page, page_of

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from service.engine.wire.messages import SamplingParams
 from service.generation.generator import Options
-from service.generation.model_resolver import Target
+from service.generation.model_registry import Target
 from service.generation.sequences import Generation, Piece, Usage
 from service.generation.text import TextCodec
 from service.http.event_stream import DONE, event

@@ -60,10 +60,10 @@ class Driver:
         adapter: AdapterRef | None = None,
         *,
         tenant: str = "default",
-        deadline_s: float | None = None,
+        timeout_s: float | None = None,
     ) -> Answer:
         request_id = f"r{next(self._ids)}"
-        self.engine.submit(GenerationRequest(request_id, tenant, prompt, sampling, adapter, deadline_s))
+        self.engine.submit(GenerationRequest(request_id, tenant, prompt, sampling, adapter, timeout_s))
         self.answers[request_id] = Answer()
         return self.answers[request_id]
 

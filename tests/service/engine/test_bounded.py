@@ -36,7 +36,7 @@ def test_what_the_engine_remembers_of_adapters_is_what_it_holds(start: Callable[
     for number in range(NUM_REQUESTS):
         tenant = f"t{number % NUM_TENANTS}"
         ref = AdapterRef(tenant, f"bounded-{number}", 1, basis_id)
-        engine.submit(GenerationRequest(f"r{number}", tenant, [1, 2], PARAMS, ref, deadline_s=600.0))
+        engine.submit(GenerationRequest(f"r{number}", tenant, [1, 2], PARAMS, ref, timeout_s=600.0))
         for missing in engine.missing_adapters():
             engine.provide_adapter(missing, Adapter(basis_id, R.clone()))
         while engine.has_work:

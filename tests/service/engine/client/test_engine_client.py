@@ -13,8 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service.engine.client.engine_child import (
+    ANSWER_S,
+    CHECK_INTERVAL_S,
+    MAX_SOCKET_PATH_BYTES,
+    Heartbeat,
+    socket_path,
+)
 from service.engine.client.engine_client import EngineClient
-from service.engine.client.supervisor import ANSWER_S, LOOK_S, MAX_SOCKET_PATH_BYTES, Heartbeat, socket_path
 from service.engine.settings import EngineSettings, to_environment
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenOutput
 from tessera.errors import EngineUnavailable, InvalidInput
@@ -291,25 +297,25 @@ def test_restarts_wait_longer_and_longer_until_one_has_served_for_a_while() -> N
 
 
 class Watch:
-    """A heartbeat of 10 s with looks that the test controls, over a process that may be stopped."""
+    """A heartbeat of 10 s with checks that the test controls, over a process that may be stopped."""
 
     def __init__(self, *, pid: int | None = None, is_idle: bool = False) -> None:
         self.num_asked = 0
-        self._looks = asyncio.Semaphore(0)
+        self._checks = asyncio.Semaphore(0)
         self.heartbeat = Heartbeat(10.0, sleep=self._sleep)
         self.missed = asyncio.create_task(
-            self.heartbeat.missed(pid=lambda: pid, is_idle=lambda: is_idle, ask=self._ask)
+            self.heartbeat.wait_until_missed(pid=lambda: pid, is_idle=lambda: is_idle, ask=self._ask)
         )
 
     async def pass_by(self, seconds: float) -> None:
-        for _ in range(round(seconds / LOOK_S)):
-            self._looks.release()
-        for _ in range(5 * round(seconds / LOOK_S)):
+        for _ in range(round(seconds / CHECK_INTERVAL_S)):
+            self._checks.release()
+        for _ in range(5 * round(seconds / CHECK_INTERVAL_S)):
             await asyncio.sleep(0)
 
     async def _sleep(self, seconds: float) -> None:
-        assert seconds == LOOK_S
-        await self._looks.acquire()
+        assert seconds == CHECK_INTERVAL_S
+        await self._checks.acquire()
 
     def _ask(self) -> None:
         self.num_asked += 1
@@ -328,7 +334,7 @@ async def test_an_engine_is_asked_before_it_is_given_up() -> None:
     assert (watch.num_asked, watch.missed.done()) == (2, True)
 
 
-async def test_a_pause_of_the_one_who_looks_is_one_look_long() -> None:
+async def test_a_pause_of_the_watching_process_counts_as_one_check() -> None:
     watch = Watch()
     await watch.pass_by(9.5)
     await watch.pass_by(0.25)  # whatever the clock says about the length of this one

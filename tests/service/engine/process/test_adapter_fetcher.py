@@ -10,7 +10,7 @@ import torch
 
 from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.process.adapter_fetcher import MAX_READ, AdapterFetcher
-from service.engine.process.engine_thread import Reply
+from service.engine.process.engine_thread import CommandReply
 from tessera.errors import BasisMismatch, NotFound, TesseraError
 from tessera.formats.adapter_ref import AdapterRef
 from tests.waiting import wait_until
@@ -47,13 +47,13 @@ class Thread:
         self.engine = self
         self.held: set[AdapterRef] = set()
         self.provided: list[tuple[AdapterRef, PackedAdapter | TesseraError]] = []
-        self.replies: list[Reply] = []
+        self.replies: list[CommandReply] = []
         self.failure: BaseException | None = None
 
     def holds(self, ref: AdapterRef) -> bool:
         return ref in self.held
 
-    def post(self, command: Callable[[Thread], None], reply: Reply) -> None:
+    def post(self, command: Callable[[Thread], None], reply: CommandReply) -> None:
         command(self)
         self.replies.append(reply)
 

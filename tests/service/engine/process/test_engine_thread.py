@@ -180,7 +180,7 @@ async def test_missing_adapters_are_delivered() -> None:
 
 
 def stalled_s(thread: EngineThread) -> float:
-    thread.look()
+    thread.check_progress()
     return thread.stalled_s
 
 
@@ -196,14 +196,14 @@ async def test_a_step_that_hangs_is_seen_and_the_others_are_not() -> None:
 
 
 async def test_a_pause_of_the_process_is_no_hung_step() -> None:
-    """A late look counts nothing, because the thread could not run either."""
+    """A late check counts nothing, because the thread could not run either."""
     gate = threading.Event()
     async with running(FakeEngine(before_step=lambda: gate.wait(HANG_S))) as (thread, desk):
         thread.post(lambda e: e.submit(request("a", max_tokens=1)))
         await wait_until(lambda: stalled_s(thread) > 0)
         before = thread.stalled_s
-        thread._looked_at -= 90.0  # as if the last look had been before the pause
-        thread.look()
+        thread._checked_at -= 90.0  # as if the last check had been before the pause
+        thread.check_progress()
         assert thread.stalled_s == before
         gate.set()
         await wait_until(lambda: desk.outputs)

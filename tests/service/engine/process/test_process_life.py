@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from service.engine.client.engine_child import COMMAND, child_environment, socket_path
 from service.engine.client.engine_client import EngineClient
-from service.engine.client.supervisor import COMMAND, child_environment, socket_path
 from service.engine.settings import EngineSettings
 from service.engine.wire import ipc
 from tessera.formats.basis import Basis

@@ -205,8 +205,8 @@ def test_cancel_ends_a_request_wherever_it_is(llama: Served, start: Start) -> No
 
 def test_a_deadline_ends_a_request_that_waits_for_an_adapter(llama: Served, start: Start) -> None:
     driver = start(llama)
-    late = driver.submit([1, 2], adapter=llama.refs[0], deadline_s=0.01)
-    in_time = driver.submit([1, 2], deadline_s=100.0)
+    late = driver.submit([1, 2], adapter=llama.refs[0], timeout_s=0.01)
+    in_time = driver.submit([1, 2], timeout_s=100.0)
     driver.engine.missing_adapters()  # requested, but never provided
     wait_until_sync(lambda: driver.engine.has_work and driver.step() and late.outputs)
     driver.run()

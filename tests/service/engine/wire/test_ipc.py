@@ -125,7 +125,7 @@ def test_a_request_comes_out_as_it_went_in() -> None:
         [1, 2, 3],
         SamplingParams(max_tokens=5, seed=2**63, logit_bias={7: -1.5}, stop_token_ids=(6, 9)),
         adapter=AdapterRef("tenant", "tone", 3, "ab" * 32),
-        deadline_s=1.5,
+        timeout_s=1.5,
     )
 
     message = ipc.decode(body_of(ipc.encode("submit", request=ipc.request_map(request))))

@@ -1,7 +1,6 @@
-"""The engine process as its parent sees it: where it listens, how it is started and ended, whether it is
-alive.
+"""The engine process as a child: its socket and environment, its start and end, and a watch for its silence.
 
-Knows nothing of the messages on the socket.
+`engine_client.py` supervises it. Knows nothing of the messages on the socket.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ END_TIMEOUT_S = 5.0
 FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.2, 10.0
 #: A process that was ready for this long did not fail at its start, so the next one is started without delay.
 STABLE_S = 60.0
-#: Seconds between two looks. Silence is counted in looks, not read off the clock: a pause of the whole API
-#: process (a suspended machine) counts as one look, however long it was.
-LOOK_S = 0.25
+#: Seconds between two checks. Silence is counted in checks, not measured by the clock: a pause of the whole
+#: API process (a suspended machine) counts as one check, however long it was.
+CHECK_INTERVAL_S = 0.25
 #: An engine that was silent for too long gets a ping before it is replaced, and this many seconds to answer:
 #: after a pause its first message may need a moment.
 ANSWER_S = 1.0
@@ -66,23 +65,22 @@ class EngineChild:
 
         restarts: number of earlier processes, which it reports.
         """
-        place = ["--socket", str(self.socket), "--parent", str(os.getpid()), "--restarts", str(restarts)]
-        self._process = start_child([*self._command, *place], environment=self._environment)
+        arguments = ["--socket", str(self.socket), "--parent", str(os.getpid()), "--restarts", str(restarts)]
+        self._process = start_child([*self._command, *arguments], environment=self._environment)
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def exited(self) -> int:
-        """Wait for the end of the process. Returns its exit status, which is negative if a signal ended
-        it."""
+    async def wait_for_exit(self) -> int:
+        """Wait for the end of the process. Return its exit status, negative if a signal ended it."""
         assert self._process is not None
         while (status := self._process.poll()) is None:  # noqa: ASYNC110 - the only portable way
             await asyncio.sleep(EXIT_POLL_S)
         return status
 
     async def end(self, *, kill: bool = False) -> None:
-        """Send SIGTERM, and SIGKILL after END_TIMEOUT_S, or at once with `kill`. Returns when the process has
+        """Send SIGTERM, and SIGKILL after END_TIMEOUT_S, or at once with `kill`. Return when the process has
         ended."""
         if self._process is None:
             return
@@ -90,45 +88,46 @@ class EngineChild:
             if not kill:
                 self._process.terminate()
                 async with asyncio.timeout(END_TIMEOUT_S):
-                    await self.exited()
+                    await self.wait_for_exit()
         except TimeoutError:
             logger.warning("engine process %d does not end and is killed", self._process.pid)
         finally:
             self._process.kill()
-        await self.exited()
+        await self.wait_for_exit()
         self.socket.unlink(missing_ok=True)
 
 
 class Heartbeat:
-    """Notices silence. `timeout_s` may be changed at any time. sleep: waits between two looks."""
+    """Notices that an engine is silent. `timeout_s` may be changed at any time. sleep: waits between
+    checks."""
 
     def __init__(
         self, timeout_s: float, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         self.timeout_s = timeout_s
         self._sleep = sleep
-        #: Number of messages so far. Whoever reads them counts.
+        #: Number of messages so far, which their reader increases.
         self.num_beats = 0
 
-    async def missed(
+    async def wait_until_missed(
         self, *, pid: Callable[[], int | None], is_idle: Callable[[], bool], ask: Callable[[], None]
     ) -> None:
         """Return once there has been no beat for `timeout_s`, and none for ANSWER_S after `ask` was called.
 
-        pid: of the engine, if it is known. is_idle: whether nobody waits for the engine. Only time in which
-        both sides could run counts. An idle engine that somebody has stopped is left alone until it
-        continues.
+        pid: process id of the engine, if it is known. is_idle: whether no request waits for the engine. Only
+        time in which both sides could run counts. An idle engine that was stopped (SIGSTOP) is left alone
+        until it continues.
         """
         seen, silent_s, is_asked = self.num_beats, 0.0, False
         runnable = RunnableTime(pid())
         while True:
-            await self._sleep(LOOK_S)
+            await self._sleep(CHECK_INTERVAL_S)
             if runnable.pid != pid():
                 runnable = RunnableTime(pid())
             if seen != self.num_beats:
                 seen, silent_s, is_asked = self.num_beats, 0.0, False
                 continue
-            silent_s += runnable.since_last_look_s(LOOK_S, may_be_stopped=is_idle())
+            silent_s += runnable.since_last_look_s(CHECK_INTERVAL_S, may_be_stopped=is_idle())
             if silent_s < self.timeout_s:
                 continue
             if is_asked:
@@ -140,7 +139,8 @@ class Heartbeat:
 def child_environment(
     settings: CommonSettings, engine_settings: EngineSettings, store_url: str
 ) -> dict[str, str]:
-    """The environment of this process with the engine's settings, and without those of other processes."""
+    """Return the environment of this process with the engine's settings, and without those of other
+    processes."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     inherited |= _reserve_pinned(inherited, engine_settings.host_cache_bytes)
     own = to_environment([settings, engine_settings])
@@ -149,8 +149,8 @@ def child_environment(
 
 
 def _reserve_pinned(environment: Mapping[str, str], host_cache_bytes: int) -> dict[str, str]:
-    """The setting that makes torch page-lock the host cache at once, and not adapter by adapter: without it
-    300 adapters of 115 kB took 23 ms, the slowest 1.8 ms; with it 0.6 ms, the slowest 0.03 ms (H200)."""
+    """Return the setting that makes torch page-lock the host cache at once, not adapter by adapter: without
+    it 300 adapters of 115 kB took 23 ms, the slowest 1.8 ms; with it 0.6 ms, the slowest 0.03 ms (H200)."""
     name = next((name for name in _ALLOCATOR_SETTINGS if name in environment), _ALLOCATOR_SETTINGS[0])
     chosen = environment.get(name, "")
     if _RESERVE in chosen or host_cache_bytes == 0:
@@ -160,7 +160,7 @@ def _reserve_pinned(environment: Mapping[str, str], host_cache_bytes: int) -> di
 
 
 def socket_path(data_dir: Path) -> Path:
-    """A new path for the engine's socket, in a private folder. Removes sockets of dead parents there.
+    """Return a new path for the engine's socket, in a private folder. Removes sockets of dead parents there.
 
     The path is `<data_dir>/run/engine-<pid>-<random>.sock`, or a shorter one under the system's temporary
     folder if that is too long for a socket. Raises `EngineUnavailable` if the folder is open to other users.

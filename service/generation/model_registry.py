@@ -1,4 +1,4 @@
-"""Which model a request is for: the base model, or one of the caller's adapters at some version.
+"""The models that a caller can name: the base model, and the caller's adapters at some version.
 
     <base>              the base model alone
     <adapter>           the active version of the caller's adapter; also `<base>:<adapter>`
@@ -39,8 +39,8 @@ class Target:
     adapter: AdapterRef | None
 
 
-class ModelResolver:
-    """Finds, checks and deletes models by the names that callers use."""
+class ModelRegistry:
+    """Finds, checks and deletes models by the names that callers give them."""
 
     def __init__(
         self, base_model: str, adapters: AdapterStore, private_bases: PrivateBases, engine: TokenEngine
@@ -138,6 +138,7 @@ class ModelResolver:
 
 
 def unknown_model(name: str) -> NotFound:
+    """Return the error for a name that no model of the caller has."""
     return NotFound(
         f"the model {name[:200]!r} does not exist, or you have no access to it",
         param="model",
