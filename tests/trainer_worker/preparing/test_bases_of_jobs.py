@@ -100,7 +100,7 @@ async def test_an_own_basis_lives_from_its_first_adapter_to_its_last(world: Worl
     assert result_of(second)["start"] == start
     assert messages(await world.events(first.job_id), "built now")
     assert messages(await world.events(second.job_id), "built before")
-    assert messages(await world.events(first.job_id), "Start sb_step: step size")
+    assert messages(await world.events(first.job_id), "Initialization sb_step: step size")
     manifest = await bases.store.manifest(basis_id)
     assert (manifest.method, manifest.rank, manifest.is_own) == ("lora_sb", 4, True)
     assert len(manifest.modules) == 2
@@ -134,8 +134,8 @@ async def test_a_job_tried_again_gives_the_same_adapter_from_one_basis(world: Wo
 
     assert [(job.attempt, job.num_lost_workers) for job in ended.values()] == [(2, 1), (2, 1)]
     assert {result_of(job)["start"]["method"] for job in ended.values()} == {"sb_step"}
-    assert len(messages(await world.events(torn, "t2"), "Start sb_step")) == 1
-    assert messages(await world.events(saved, "t3"), "Start sb_step") == []
+    assert len(messages(await world.events(torn, "t2"), "Initialization sb_step")) == 1
+    assert messages(await world.events(saved, "t3"), "Initialization sb_step") == []
     for tenant, job_id in (("t2", torn), ("t3", saved)):
         assert messages(await world.events(job_id, tenant), "built before")
     names = {"t1": "calm", "t2": "torn", "t3": "saved"}
