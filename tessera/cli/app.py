@@ -1,4 +1,4 @@
-"""The commands of `tessera` and their options, whose help names the TESSERA_ setting that each stands for."""
+"""The commands of `tessera` and their options. The help of each names its TESSERA_ setting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import typer
 from tessera.cli import applications
 from tessera.cli.applications import ApplicationMissing
 
-#: Of a command that cannot be carried out as it was given, also typer's for an unknown option.
+#: Exit status for a command that cannot be carried out as it was typed. Typer uses the same status for an
+#: unknown option.
 EXIT_USAGE = 2
 
 app = typer.Typer(
@@ -196,7 +197,7 @@ def show_version() -> None:
 
 
 def common_settings(model: str | None, data_dir: str | None, store_url: str | None) -> dict[str, str | None]:
-    """The variables that the options shared by the commands stand for."""
+    """Return the variables for the options that several commands share."""
     return {
         "TESSERA_BASE_MODEL": None if model is None else applications.resolve_model(model),
         "TESSERA_DATA_DIR": data_dir,
@@ -205,7 +206,7 @@ def common_settings(model: str | None, data_dir: str | None, store_url: str | No
 
 
 def start(command: str, module: str, arguments: list[str], settings: dict[str, str | None]) -> NoReturn:
-    """Run an application in the place of this process, or say in a sentence why there is none."""
+    """Replace this process by an application, or end it with a sentence that says why that cannot be."""
     try:
         applications.run(f"tessera {command}", module, arguments, settings)
     except ApplicationMissing as error:

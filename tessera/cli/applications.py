@@ -1,8 +1,8 @@
-"""Where the applications are, and how they are started.
+"""Finding the applications of the repository, and starting them.
 
-The package holds the library alone. The service, the trainer worker and the demo are applications of the
-repository, found where a checkout is installed (`pip install -e`) or an image has put them. They are started
-by name, in the place of this process; nothing of them is imported to do so.
+The package contains only the library. The service, the trainer worker and the demo are applications of the
+repository, which are there if a checkout is installed (`pip install -e`) or an image contains them. They are
+started by name and replace this process, so nothing of them is imported here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import NoReturn
 from tessera.errors import TesseraError
 
 DISTRIBUTION = "tessera-adapters"
-#: Folders that lie side by side where the applications are: nothing else is taken for them.
+#: A directory that contains all these folders contains the applications.
 _FOLDERS = ("service", "trainer_worker")
 
 
 class ApplicationMissing(TesseraError):
-    """What a command starts is not part of this installation."""
+    """The application that a command starts is not part of this installation."""
 
     code = "application_missing"
 
 
 def find_root() -> Path | None:
-    """The folder that holds the applications; None where only the library is installed."""
+    """Return the folder of the applications, or None if only the library is installed."""
     for entry in sys.path:
         root = Path(entry).absolute()
         if all((root / name / "__main__.py").is_file() for name in _FOLDERS):
@@ -41,8 +41,8 @@ def find_root() -> Path | None:
 def run(command: str, module: str, arguments: list[str], settings: Mapping[str, str | None]) -> NoReturn:
     """Replace this process by `python -m <module> <arguments>`.
 
-    command: what the user typed, for messages. settings: variables for its environment; None leaves one as it
-    is. Raises `ApplicationMissing` if the module or what it depends on is not installed.
+    command: what the user typed, for messages. settings: environment variables to set; None leaves one as it
+    is. Raises `ApplicationMissing` if the module or a package that it needs is not installed.
     """
     root = require_root(command, module)
     chosen = {name: value for name, value in settings.items() if value is not None}
@@ -53,10 +53,11 @@ def run(command: str, module: str, arguments: list[str], settings: Mapping[str, 
 
 
 def resolve_model(name: str) -> str:
-    """What TESSERA_BASE_MODEL has to be for a name given to --model.
+    """Return the value of TESSERA_BASE_MODEL for a name given to --model.
 
-    The repository's names (`smollm2`) are resolved by its `examples/base_models.py`, which may fetch a model
-    and has said why if it fails: then this process ends. Elsewhere `name` is a directory or a hub id already.
+    In a checkout, `examples/base_models.py` resolves the repository's own names (`smollm2`), and may fetch a
+    model. If it fails it prints the reason, and this process ends. Elsewhere `name` already is a directory or
+    a hub id.
     """
     root = find_root()
     if root is None or not (root / "examples" / "base_models.py").is_file():
@@ -74,12 +75,12 @@ def resolve_model(name: str) -> str:
 
 
 def require_root(command: str, module: str) -> Path:
-    """The folder from which `module` can be run. Raises `ApplicationMissing`."""
+    """Return the folder from which `module` can be run. Raises `ApplicationMissing`."""
     root = find_root()
     if root is None or not _is_module(root, module):
         raise ApplicationMissing(
             f"`{command}` runs an application of Tessera's repository, which is not in this installation "
-            f"(the package holds the library alone): clone {repository_url()} and run `make serve` in it, "
+            f"(the package contains only the library): clone {repository_url()} and run `make serve` in it, "
             "or install the clone with `pip install -e '.[service,embedded]'`"
         )
     if missing := missing_requirements():
@@ -91,14 +92,16 @@ def require_root(command: str, module: str) -> Path:
 
 
 def import_path(root: Path) -> dict[str, str]:
-    """Variables with which a Python process imports the applications from `root`, and nothing from the
-    directory that it happens to be started in, which may have a `service` folder of its own."""
+    """Return the variables that make a Python process import the applications from `root`.
+
+    It then imports nothing from its working directory, which may contain another `service` folder.
+    """
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def missing_requirements() -> list[str]:
-    """Packages of the extra `service` that are not installed."""
+    """Return the packages of the extra `service` that are not installed."""
     try:
         required = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # run from a checkout that was never installed
@@ -112,7 +115,7 @@ def missing_requirements() -> list[str]:
 
 
 def repository_url() -> str:
-    """Of the repository, as the package's metadata names it."""
+    """Return the URL of the repository, which the package's metadata contain."""
     try:
         urls = metadata(DISTRIBUTION).get_all("Project-URL") or []
     except PackageNotFoundError:

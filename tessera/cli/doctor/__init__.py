@@ -1,4 +1,4 @@
-"""What `tessera doctor` looks at: a file for each subject, whose `check` yields findings.
+"""The checks of `tessera doctor`, one subject per file. The `check` function of each file yields findings.
 
     settings.py   TESSERA_ variables: unknown, unusable
     store.py      reachable, version, persistence, eviction
@@ -6,8 +6,8 @@
     device.py     torch's build, CUDA, memory, Triton
     machine.py    the data folder, ports, open files
 
-A check reads and asks; it starts nothing and changes nothing. What it has seen is judged by a function of its
-own, so that tests can show it machines that they do not run on.
+A check reads files and queries servers; it starts nothing and changes nothing. A separate function evaluates
+what a check has found, so that tests can describe machines other than the one they run on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tessera.cli.doctor.findings import Finding, problem
 
 
 def diagnose(options: Mapping[str, str]) -> Iterator[Finding]:
-    """Look at everything, the quickest first. options: variables that were given on the command line."""
+    """Run all checks, the fastest first. options: variables that were set on the command line."""
     os.environ.update(options)  # settings are read from the environment, here and wherever they are used
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings would stand among the findings
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings would appear among the findings
 
     from tessera.cli.doctor import device, machine, model, settings, store
 
@@ -31,7 +31,7 @@ def diagnose(options: Mapping[str, str]) -> Iterator[Finding]:
     if common is None:
         yield problem(
             "settings",
-            "store, machine, device and model were not looked at: it is not known what they should be",
+            "store, machine, device and model were not checked, because these settings describe them",
             "correct the settings and run `tessera doctor` again",
         )
         return
@@ -42,7 +42,7 @@ def diagnose(options: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _guarded(name: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """The same findings; a check that fails in a way that nobody foresaw adds one and stops no other."""
+    """Yield the same findings. A check that fails unexpectedly adds one and does not stop the others."""
     try:
         yield from findings
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The device that engine and trainer compute on: torch's build, CUDA, its memory, what Triton needs."""
+"""The device that engine and trainer compute on: torch's build, CUDA, memory, and what Triton needs."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from pathlib import Path
 
 from tessera.cli.doctor.findings import Finding, ok, problem, warning
 
-#: Exists where NVIDIA's driver runs, whatever torch was built for.
+#: This file exists if NVIDIA's driver runs, whatever torch was built for.
 _DRIVER = Path("/dev/nvidiactl")
-#: The oldest GPUs (Ampere) with bfloat16, which is what weights are loaded in on CUDA.
+#: The compute capability of the oldest GPUs (Ampere) with bfloat16, the dtype of weights on CUDA.
 _MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What torch and the machine say."""
+    """The facts that torch and the machine report about the device."""
 
     torch: str
-    #: The version that torch was built for, None for a build without.
+    #: The version of CUDA that torch was built for; None for a build without CUDA.
     cuda: str | None
     is_cuda_available: bool
     has_driver: bool
-    #: Of the device that would be used, with is_cuda_available.
+    #: Name, capability and memory of the device that would be used; known only if CUDA is available.
     name: str = ""
     capability: tuple[int, int] = (0, 0)
     free_bytes: int = 0
     total_bytes: int = 0
-    #: None if it is not installed.
+    #: The version of Triton; None if it is not installed.
     triton: str | None = None
     has_compiler: bool = True
     is_triton_interpreted: bool = False
 
 
 def check(device: str) -> Iterator[Finding]:
-    """Findings about the device that the setting names. device: auto, cpu, cuda, cuda:1 …"""
+    """Yield findings about the device that the setting names. device: auto, cpu, cuda, cuda:1 …"""
     yield from judge(device, look(device))
 
 
 def look(device: str) -> DeviceFacts:
-    """Imports torch, and asks the driver if there is a GPU."""
+    """Collect the facts about the device. Imports torch, and queries the driver if there is a GPU."""
     import torch
 
     is_available = torch.cuda.is_available()
@@ -75,7 +75,7 @@ def look(device: str) -> DeviceFacts:
 
 
 def judge(device: str, facts: DeviceFacts) -> Iterator[Finding]:
-    """What these facts mean for the setting TESSERA_DEVICE."""
+    """Yield the findings that follow from these facts for the setting TESSERA_DEVICE."""
     build = f"torch {facts.torch}, " + (
         f"built for CUDA {facts.cuda}" if facts.cuda else "a build without CUDA"
     )
@@ -92,22 +92,22 @@ def judge(device: str, facts: DeviceFacts) -> Iterator[Finding]:
         yield finding(
             "device",
             f"{build}, on a machine with an NVIDIA driver: the GPU is not used",
-            "install a build of torch with CUDA, or set TESSERA_DEVICE=cpu if that is meant",
+            "install a build of torch with CUDA, or set TESSERA_DEVICE=cpu if this is intended",
         )
     elif wants_cuda:
         yield problem(
             "device",
             f"{build}; TESSERA_DEVICE is {device}, but torch finds no CUDA device",
-            "see whether `nvidia-smi` shows one; in a container, whether it was given the GPU",
+            "check whether `nvidia-smi` shows one and, in a container, whether the GPU was passed to it",
         )
     elif facts.has_driver and device != "cpu":
         yield warning(
             "device",
             f"{build}, which finds no CUDA device although there is an NVIDIA driver",
-            "see whether `nvidia-smi` works, and whether the driver is new enough for this CUDA",
+            "check whether `nvidia-smi` works, and whether the driver is new enough for this CUDA",
         )
     else:
-        yield ok("device", f"{build}; the model runs on the CPU, which is for trying it out")
+        yield ok("device", f"{build}; the model runs on the CPU, which is only fast enough for trials")
 
 
 def _gpu(build: str, facts: DeviceFacts) -> Finding:
@@ -133,7 +133,7 @@ def _triton(facts: DeviceFacts) -> Finding:
         return warning(
             "triton",
             "Triton is not installed, so the fused kernels are not used",
-            "install the `triton` that this build of torch asks for",
+            "install the version of `triton` that this build of torch requires",
         )
     if facts.is_triton_interpreted:
         return warning("triton", "TRITON_INTERPRET=1: kernels run in Python, far too slow", "unset it")

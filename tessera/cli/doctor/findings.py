@@ -1,4 +1,4 @@
-"""What a check says: one finding a subject that it looked at, with what to do about it."""
+"""The findings of a check: one for each thing that it examined, with advice on what to do about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 class Level(StrEnum):
     OK = "ok"
-    #: It works, but not as somebody who knew would have it.
+    #: It works, but an informed operator would configure it differently.
     WARNING = "warning"
     #: `serve` or `worker` fails, refuses requests, or loses data.
     PROBLEM = "problem"
@@ -18,12 +18,11 @@ class Level(StrEnum):
 class Finding:
     """One line of the report."""
 
-    #: What was looked at: "store", "model", …; several findings may share it.
+    #: The name of the subject: "store", "model", …; several findings may share it.
     check: str
     level: Level
-    #: What was found.
     message: str
-    #: What to do; empty for what is in order.
+    #: What to do about it; empty if everything is in order.
     advice: str = ""
 
 

@@ -15,15 +15,18 @@ from typing import Any
 from tessera.cli.doctor.findings import Finding, ok, problem, warning
 from tessera.settings import CommonSettings
 
-#: The cache of bases and the embedded store; a basis of an 8B model takes 0.1 to 1 GB.
+#: Free space for the cache of bases and the embedded store. A basis of an 8B model takes 0.1 to 1 GB.
 _MIN_FREE_BYTES = 2 * 1024**3
-#: Files of a process besides one per open request.
+#: Files that a process opens in addition to one per open request.
 _OWN_FILES = 128
 _GIB = 1024**3
 
 
 def check(common: CommonSettings, service: Any, worker: Any) -> Iterator[Finding]:
-    """service, worker: settings of the applications; None where they are not installed."""
+    """Yield findings about this machine.
+
+    service, worker: the settings of the applications; None if they are not installed.
+    """
     yield data_folder(common.data_dir)
     if service is not None:
         yield service_port(service.host, service.port)
@@ -34,14 +37,14 @@ def check(common: CommonSettings, service: Any, worker: Any) -> Iterator[Finding
 
 
 def data_folder(path: Path) -> Finding:
-    """Whether the folder can be written, or made, and has room."""
+    """Check that the folder can be written, or created, and has enough free space."""
     folder = path.absolute()
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
         return problem(
-            "data", f"{existing} is no folder", "correct TESSERA_DATA_DIR, or remove what is there"
+            "data", f"{existing} is not a folder", "correct TESSERA_DATA_DIR, or remove what is there"
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         return problem(
@@ -57,7 +60,7 @@ def data_folder(path: Path) -> Finding:
 
 
 def service_port(host: str, port: int) -> Finding:
-    """Whether the service can listen, or listens already."""
+    """Check that the service can listen, or that it listens already."""
     try:
         _try_to_listen(host, port)
     except OSError as error:
@@ -72,7 +75,10 @@ def service_port(host: str, port: int) -> Finding:
 
 
 def metrics_port(host: str, port: int, *, is_chosen: bool) -> Finding:
-    """Whether the worker can show its metrics. is_chosen: then it refuses to run without."""
+    """Check that the worker can serve its metrics.
+
+    is_chosen: the port was set explicitly, so the worker refuses to run without it.
+    """
     try:
         _try_to_listen(host, port)
     except OSError as error:
@@ -85,7 +91,11 @@ def metrics_port(host: str, port: int, *, is_chosen: bool) -> Finding:
 
 
 def open_files(limit: int, max_requests: int) -> Finding:
-    """limit: of this process, which its children inherit. max_requests: that the service admits at once."""
+    """Check that a process may open enough files for its requests.
+
+    limit: the limit of this process, which its children inherit. max_requests: requests that the service
+    admits at once.
+    """
     if limit == resource.RLIM_INFINITY or limit >= max_requests + _OWN_FILES:
         return ok("limits", f"a process may open {limit} files")
     return warning(
@@ -97,13 +107,13 @@ def open_files(limit: int, max_requests: int) -> Finding:
 
 
 def _try_to_listen(host: str, port: int) -> None:
-    """Raises `OSError`."""
+    """Listen for a moment. Raises `OSError` if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()
 
 
 def _reason(error: OSError) -> str:
-    """The error in words, without the address that `socket` adds, which stands beside it already."""
+    """Return the error without the address that `socket` adds, because the message already contains it."""
     if isinstance(error, socket.gaierror) or error.errno is None:
         return str(error.strerror or error)
     return os.strerror(error.errno)

@@ -1,4 +1,4 @@
-"""The base model: found, complete, in a form that adapters fit, with a chat template. No weight is loaded."""
+"""The base model: whether it is complete, fit for adapters, and has a chat template. Loads no weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHOOSE = "set TESSERA_BASE_MODEL to a directory in transformers' format or to a
 
 
 def check(settings: CommonSettings) -> Iterator[Finding]:
-    """Findings about the base model that these settings name."""
+    """Yield findings about the base model that these settings name."""
     folder = yield from _find(settings.base_model, settings.base_model_revision)
     if folder is None:
         return
@@ -27,7 +27,7 @@ def check(settings: CommonSettings) -> Iterator[Finding]:
 
 
 def _find(source: str, revision: str | None) -> Generator[Finding, None, Path | None]:
-    """The model's folder on this machine; None, after a finding that says why, if there is none."""
+    """Return the model's folder on this machine, or None after a finding that says why there is none."""
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -38,18 +38,18 @@ def _find(source: str, revision: str | None) -> Generator[Finding, None, Path | 
     if source == str(BUNDLED_MODEL):
         yield problem(
             "model",
-            "TESSERA_BASE_MODEL is unset, and the tiny model that it then means is in the repository only",
+            "TESSERA_BASE_MODEL is unset, and its default, the tiny model, is only in the repository",
             f"{_CHOOSE}, or clone {repository_url()}",
         )
         return None
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        yield problem("model", f"there is no directory {source}, and a hub id it is not", _CHOOSE)
+        yield problem("model", f"there is no directory {source}, and it is not a hub id", _CHOOSE)
         return None
     return (yield from _find_in_cache(source, revision))
 
 
 def _find_in_cache(source: str, revision: str | None) -> Generator[Finding, None, Path | None]:
-    """Look for a hub id where the hub's client keeps what it has fetched; nothing is fetched for a check."""
+    """Find a hub id in the cache of the hub's client. A check fetches nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -76,7 +76,7 @@ def _find_in_cache(source: str, revision: str | None) -> Generator[Finding, None
 
 
 def _weights(source: str, folder: Path) -> Finding:
-    """Whether the files of the weights are there, readable, and of a kind that is loaded."""
+    """Check that the weight files exist, can be read, and have a format that is loaded."""
     weights = {path.name for path in folder.glob("*.safetensors")}
     if not weights:
         kinds = sorted({path.suffix for path in folder.iterdir()} & {".bin", ".pt", ".pth", ".gguf"})
@@ -84,7 +84,7 @@ def _weights(source: str, folder: Path) -> Finding:
         return problem(
             "model",
             f"it has no *.safetensors file{found}",
-            "take a copy in safetensors format; pickled weights are never loaded",
+            "use a copy in safetensors format; pickled weights are never loaded",
         )
     for index in folder.glob("*.safetensors.index.json"):
         missing = sorted(set(json.loads(index.read_bytes())["weight_map"].values()) - weights)
@@ -92,7 +92,7 @@ def _weights(source: str, folder: Path) -> Finding:
             return problem(
                 "model",
                 f"{len(missing)} of its weight files are missing: {missing[0]}",
-                "fetch or copy the model again, all of its files",
+                "fetch or copy all files of the model again",
             )
     closed = sorted(path.name for path in folder.iterdir() if not os.access(path, os.R_OK))
     if closed:
@@ -102,7 +102,7 @@ def _weights(source: str, folder: Path) -> Finding:
 
 
 def _layers(settings: CommonSettings, folder: Path) -> Finding:
-    """Whether config.json can be read, and adapters of the default basis fit its linear layers."""
+    """Check that config.json can be read, and that adapters of the default basis fit the linear layers."""
     from tessera.model.layout import linear_shapes
     from tessera.model.quantised import check_before_load
     from tessera.model.target_names import check_patterns, check_rank, choose_targets
@@ -134,7 +134,7 @@ def _template(folder: Path) -> Finding:
     try:
         chat = load_chat_format(folder)
     except TesseraError as error:
-        return problem("template", error.message, "take a model whose folder has its tokenizer")
+        return problem("template", error.message, "take a model that has a tokenizer in its folder")
     if not chat.has_template:
         return warning(
             "template",
@@ -144,7 +144,7 @@ def _template(folder: Path) -> Finding:
     if chat.turn_end is None:
         return warning(
             "template",
-            "the chat template names no token that ends an answer: answers run until max_tokens",
+            "the chat template has no token that ends an answer, so answers run until max_tokens",
             "send `stop` with each request",
         )
     end = chat.tokenizer.convert_ids_to_tokens(chat.turn_end)

@@ -1,4 +1,4 @@
-"""Findings as lines for people or as one JSON object for programs, and the exit status they amount to."""
+"""The report, as lines for people or one JSON object for programs, and the resulting exit status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"
 
 
 def show(findings: Iterable[Finding], *, as_json: bool = False) -> int:
-    """Print findings as they come, or all at once as JSON; returns the exit status."""
+    """Print findings as they arrive, or all at once as JSON, and return the exit status."""
     if as_json:
         found = list(findings)
         whole = {"status": worst(found), "findings": [asdict(finding) for finding in found]}
@@ -29,6 +29,7 @@ def show(findings: Iterable[Finding], *, as_json: bool = False) -> int:
 
 
 def worst(findings: Iterable[Finding]) -> Level:
+    """Return the most severe level of the findings, OK if there are none."""
     levels = {finding.level for finding in findings}
     return next((level for level in reversed(Level) if level in levels), Level.OK)
 

@@ -1,4 +1,4 @@
-"""Whether every TESSERA_ variable is known and usable, to whichever processes are installed."""
+"""The settings: whether each TESSERA_ variable is known to an installed process, and has a usable value."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from tessera.cli.doctor.findings import Finding, ok, problem, warning
 from tessera.errors import TesseraError
 from tessera.settings import PREFIX, CommonSettings, unknown_variables, variable_of
 
-#: Settings of the applications by the section of the environment that they own. The library must not import
-#: applications, which need not be installed, so they are looked up by name.
+#: The settings of the applications, by the prefix of their variables. They are looked up by name, because the
+#: library must not import applications, which may not be installed.
 APPLICATION_SETTINGS = {
     "TESSERA_SERVICE_": "service.settings:ServiceSettings",
     "TESSERA_ENGINE_": "service.engine.settings:EngineSettings",
     "TESSERA_WORKER_": "trainer_worker.settings:WorkerSettings",
 }
-#: Refuses a service that would let strangers in.
+#: This function refuses to listen beyond loopback without API keys.
 _REFUSE_OPEN_DOOR = "service.settings:refuse_open_door"
 _WHERE = "docs/operations.md lists all settings with their defaults"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What could be read, and what is wrong with the rest. None: unusable, or its application is missing."""
+    """The settings that could be read, and findings about the others.
+
+    A field is None if its settings are unusable or its application is not installed.
+    """
 
     findings: list[Finding]
     common: CommonSettings | None
@@ -44,11 +47,11 @@ def read() -> Settings:
     findings = [_installation()]
     classes: dict[str, type[BaseSettings]] = {PREFIX: CommonSettings}
     if root is not None:
-        sys.path.insert(0, str(root))  # a `service` of somebody else must not come first
+        sys.path.insert(0, str(root))  # so that an unrelated package `service` does not come first
         classes |= {section: pkgutil.resolve_name(name) for section, name in APPLICATION_SETTINGS.items()}
     sections = tuple(section for section in classes if section != PREFIX)
     unknown = [
-        problem("settings", f"{variable} is no setting{hint}", f"correct or unset it; {_WHERE}")
+        problem("settings", f"{variable} is not a setting{hint}", f"correct or unset it; {_WHERE}")
         for variable, hint in unknown_variables(*classes.values(), sections=sections)
     ]
     values: dict[str, Any] = {}
@@ -76,7 +79,7 @@ def _installation() -> Finding:
     if root is None:
         return warning(
             "installation",
-            "the library alone: `tessera serve`, `worker` and `demo` have nothing to start",
+            "only the library is installed: `tessera serve`, `worker` and `demo` have nothing to start",
             f"clone {repository_url()} and run `make serve` in it, if you want to serve or train",
         )
     if missing := missing_requirements():
@@ -97,7 +100,7 @@ def _unusable(cls: type[BaseSettings], error: ValidationError) -> Iterator[Findi
         yield problem(
             "settings",
             f"{variable}={detail['input']!r}: {detail['msg']}",
-            f"{variable} is: {about}; {_WHERE}" if about else _WHERE,
+            f"{variable}: {about}; {_WHERE}" if about else _WHERE,
         )
 
 

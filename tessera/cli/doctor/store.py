@@ -1,4 +1,4 @@
-"""The store: does it answer, is it new enough, does it keep what it acknowledged, does it evict."""
+"""The store: whether it answers, is new enough, keeps acknowledged writes, and evicts keys."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _SLOW_MS = 5.0
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What a server says of itself. None: it does not let this user ask."""
+    """The facts that a server reports about itself. None: it does not let this user read that."""
 
     kind: str
     version: str
     role: str
     round_trip_ms: float
     has_log: bool
-    #: Whether the last write to the log worked.
+    #: Whether the last write to the append-only file succeeded.
     log_is_written: bool
-    #: When snapshots are made, as `CONFIG GET save` has it; "" for never.
+    #: The times of snapshots, as `CONFIG GET save` returns them; "" for never.
     snapshots: str | None
     max_memory_bytes: int
     used_memory_bytes: int
@@ -43,7 +43,7 @@ class StoreFacts:
 
 
 def check(settings: CommonSettings) -> Iterator[Finding]:
-    """Findings about the store that these settings name, or about the embedded one."""
+    """Yield findings about the store that these settings name, or about the embedded one."""
     try:
         url = settings.store_url_with_password()
     except TesseraError as error:
@@ -84,7 +84,7 @@ def check(settings: CommonSettings) -> Iterator[Finding]:
 
 
 async def look(url: str, *, timeout_s: float) -> StoreFacts:
-    """Ask the server. Raises what redis-py raises, `InvalidInput` for a malformed URL."""
+    """Query the server. Raises the errors of redis-py, and `InvalidInput` for a malformed URL."""
     async with connect(url, timeout_s=timeout_s) as redis:
         await redis.ping()
         started = time.perf_counter()
@@ -115,7 +115,7 @@ async def _snapshots(redis: Redis) -> str | None:
 
 
 def judge(name: str, facts: StoreFacts) -> Iterator[Finding]:
-    """What these facts mean for Tessera. name: the store's URL without a password."""
+    """Yield the findings that follow from these facts. name: the store's URL without its password."""
     yield _version(name, facts)
     if facts.role != "master":
         yield problem(
@@ -145,7 +145,7 @@ def _version(name: str, facts: StoreFacts) -> Finding:
 def _persistence(facts: StoreFacts) -> Finding:
     if facts.has_log and not facts.log_is_written:
         return problem(
-            "store", "it fails to write its append-only file", "look into its log; its disk may be full"
+            "store", "it fails to write its append-only file", "read its log; its disk may be full"
         )
     if facts.has_log:
         return ok("store", "it writes an append-only file")
@@ -190,7 +190,7 @@ def _embedded() -> Finding:
 
 
 def redacted(url: str) -> str:
-    """The URL without its password."""
+    """Return the URL without its password."""
     parts = urlsplit(url)
     if parts.password is None:
         return url

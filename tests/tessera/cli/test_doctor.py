@@ -122,7 +122,7 @@ def test_what_is_wrong_stands_among_what_is_not_and_ends_with_status_1(tmp_path)
     )
 
     assert done.returncode == 1
-    assert "TESSERA_SERVICE_PROT is no setting; did you mean TESSERA_SERVICE_PORT?" in done.stdout
+    assert "TESSERA_SERVICE_PROT is not a setting; did you mean TESSERA_SERVICE_PORT?" in done.stdout
     assert f"redis://tessera@127.0.0.1:{port} does not answer" in done.stdout
     assert "secret" not in done.stdout + done.stderr
     assert "there is no directory /nowhere/model" in done.stdout
