@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tessera.errors import StaleLease, TesseraError, Unavailable
 from tessera.model.base_model import BaseModel
+from tessera.processes.log_setup import log_fields
 from tessera.queue.leases import JobLeases, Lease
 from tessera.store.holds import BasisHolds
 from trainer_worker.common.commands import Command, SessionCommands, Stopped
@@ -96,6 +97,7 @@ class JobSession:
     async def run(self) -> None:
         """Work on the job until it has left this worker. Raises nothing but a cancellation."""
         job = self.lease.job
+        log_fields.set({"job_id": job.job_id, "tenant": job.tenant})  # for the whole task
         try:
             outcome = await self._work()
         except Exception as error:

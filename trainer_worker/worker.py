@@ -18,7 +18,6 @@ from collections.abc import Coroutine
 from typing import Any
 
 from tessera.errors import Unavailable
-from tessera.processes.log_setup import log_context
 from tessera.queue.leases import JobLeases, Lease
 from trainer_worker.common.commands import Command
 from trainer_worker.common.duties import OUTAGE_DELAY_S, RENEWALS_PER_LEASE, WAIT_FOR_WORK_S, Duties
@@ -140,8 +139,7 @@ class Worker:
         is_suspect = job.num_lost_workers > 0
         session = JobSession(lease, self._services, worker_is_free=self._is_free if is_suspect else None)
         logger.info("job %s (%s): attempt %d", job.job_id, job.tenant, job.attempt)
-        with log_context(job_id=job.job_id, tenant=job.tenant):  # the task keeps this context
-            task = asyncio.create_task(session.run())
+        task = asyncio.create_task(session.run())
         self._sessions[job.job_id] = (session, task)
         task.add_done_callback(lambda _: self._on_end(session))
         self._count()

@@ -26,7 +26,7 @@ from service.http.errors import response_of
 from service.metrics.service_metrics import Metrics
 from service.processes.fair_gate import FairGate
 from tessera.errors import TesseraError
-from tessera.processes.log_setup import add_to_log_context, log_context
+from tessera.processes.log_setup import log_fields
 
 logger = logging.getLogger(__name__)
 
@@ -87,29 +87,30 @@ class RequestContext:
         if is_counted:
             self._num_running += 1
         self._metrics.http_in_flight.inc()
-        with log_context(request_id=request_id):
-            try:
-                if is_refused:
-                    error = ServiceOverloaded(
-                        f"the service already answers {self._max_requests} requests (the limit)"
-                    )
-                    await response_of(error)(scope, receive, send_named)
-                else:
-                    await self._app(scope, receive, send_named)
-            except asyncio.CancelledError:
-                # Uvicorn cancels requests that outlast its patience at a stop; nobody above us needs to know.
-                if not status:
-                    stopping = ShuttingDown("the service is being stopped")
-                    await response_of(stopping)(scope, receive, send_named)
-            except Exception as error:
-                logger.exception("request %s failed", request_id)
-                if not status:
-                    await response_of(error)(scope, receive, send_named)
-            finally:
-                if is_counted:
-                    self._num_running -= 1
-                self._metrics.http_in_flight.dec()
-                self._note(scope, request_id, status or 499, time.monotonic() - started_at)
+        fields_before = log_fields.set({**log_fields.get(), "request_id": request_id})
+        try:
+            if is_refused:
+                error = ServiceOverloaded(
+                    f"the service already answers {self._max_requests} requests (the limit)"
+                )
+                await response_of(error)(scope, receive, send_named)
+            else:
+                await self._app(scope, receive, send_named)
+        except asyncio.CancelledError:
+            # Uvicorn cancels requests that outlast its patience at a stop; nobody above us needs to know.
+            if not status:
+                stopping = ShuttingDown("the service is being stopped")
+                await response_of(stopping)(scope, receive, send_named)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if not status:
+                await response_of(error)(scope, receive, send_named)
+        finally:
+            if is_counted:
+                self._num_running -= 1
+            self._metrics.http_in_flight.dec()
+            self._note(scope, request_id, status or 499, time.monotonic() - started_at)
+            log_fields.reset(fields_before)
 
     def _note(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
         """Count and log one request. status 499: the client left before there was a response."""
@@ -136,7 +137,7 @@ class Authentication:
                 await response_of(error)(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
-            add_to_log_context(tenant=tenant)
+            log_fields.set({**log_fields.get(), "tenant": tenant})
         await self._app(scope, receive, send)
 
 

@@ -5,8 +5,8 @@ Both go to standard error. Text:
     2026-11-30T12:00:00.123Z INFO engine service.engine.step_loop: message
 
 JSON has the same parts under `time`, `level`, `process`, `logger` and `message`, and also `pid`; a traceback
-under `exception`; and whatever `log_context` has bound: `request_id`, `tenant`, `job_id`. An exception that
-nobody catches and a Python warning are written in the same form. This module imports the standard library
+under `exception`; and the fields in `log_fields`: `request_id`, `tenant`, `job_id`. An exception that nobody
+catches and a Python warning are written in the same form. This module imports the standard library
 only.
 """
 
@@ -18,10 +18,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
@@ -32,7 +31,8 @@ FORMAT_VARIABLE = "TESSERA_LOG_FORMAT"
 #: Libraries that give their own logger a handler when they are imported.
 _LIBRARIES_WITH_HANDLERS = ("transformers", "huggingface_hub")
 
-_context: ContextVar[dict[str, str] | None] = ContextVar("log_context", default=None)
+#: Fields that are added to every JSON line which the current task (or thread) writes.
+log_fields: ContextVar[Mapping[str, str]] = ContextVar("log_fields", default=MappingProxyType({}))
 
 _handler = logging.StreamHandler()
 
@@ -71,34 +71,22 @@ def drop_library_handlers() -> None:
         library_logger.propagate = True
 
 
-@contextmanager
-def log_context(**fields: str) -> Iterator[None]:
-    """Add these fields to every JSON line that the current task (or thread) writes inside the block."""
-    token = _context.set({**(_context.get() or {}), **fields})
-    try:
-        yield
-    finally:
-        _context.reset(token)
+class _UtcFormatter(logging.Formatter):
+    """Writes times in UTC, in the form of RFC 3339 with milliseconds."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
 
 
-def add_to_log_context(**fields: str) -> None:
-    """Add fields to the enclosing `log_context`, until that ends. Without one, nothing happens."""
-    context = _context.get()
-    if context is not None:
-        context.update(fields)
-
-
-class TextFormatter(logging.Formatter):
+class TextFormatter(_UtcFormatter):
     """One line per record, followed by its traceback if it has one."""
 
     def __init__(self, process: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        return _timestamp(record)
 
-
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_UtcFormatter):
     """One JSON object per record, on one line."""
 
     def __init__(self, process: str) -> None:
@@ -107,13 +95,13 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": _timestamp(record),
+            "time": self.formatTime(record),
             "level": record.levelname,
             "process": self._process,
             "pid": record.process,
             "logger": record.name,
             "message": record.getMessage(),
-            **(_context.get() or {}),
+            **log_fields.get(),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -121,11 +109,6 @@ class JsonFormatter(logging.Formatter):
             line["stack"] = self.formatStack(record.stack_info)
         # ASCII, so that no message can break the line or the encoding of standard error.
         return json.dumps(line)
-
-
-def _timestamp(record: logging.LogRecord) -> str:
-    """UTC, in the form of RFC 3339 with milliseconds."""
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
 
 
 def _log_uncaught(

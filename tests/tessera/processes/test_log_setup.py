@@ -13,17 +13,18 @@ import pytest
 
 SCRIPT = """
 import logging, threading, warnings
-from tessera.processes.log_setup import add_to_log_context, log_context, set_up_logging
+from tessera.processes.log_setup import log_fields, set_up_logging
 set_up_logging("engine", level="WARNING")
 log = logging.getLogger("some.module")
 log.info("not written")
 log.warning("two\\nlines of %s", "ünï")
-with log_context(request_id="req_1"):
-    add_to_log_context(tenant="acme")
-    try:
-        1 / 0
-    except ZeroDivisionError:
-        log.exception("division failed")
+before = log_fields.set({"request_id": "req_1"})
+log_fields.set({**log_fields.get(), "tenant": "acme"})
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("division failed")
+log_fields.reset(before)
 log.warning("after the request")
 warnings.warn("old thing")
 def run(): raise KeyError("gone")
