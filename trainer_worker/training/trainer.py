@@ -88,8 +88,9 @@ class Trainer:
         if basis.manifest.model_id != base.model_id:
             raise BasisMismatch(f"basis {basis.basis_id} belongs to model {basis.manifest.model_id}")
         self.base, self.basis, self.token_budget = base, basis, token_budget
+        self._device = base.device
         self._layers = trainable_modules(base.model, [module.name for module in basis.manifest.modules])
-        device, layer_dtype = base.device, self._layers[0].weight.dtype
+        device, layer_dtype = self._device, self._layers[0].weight.dtype
         dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         M, r = basis.num_modules, basis.rank
         self.tokens = TokenCounts()
@@ -201,7 +202,7 @@ class Trainer:
 
         With `learn`, `_grad` holds the gradient of each slot's loss with respect to its core afterwards.
         """
-        K, device = len(self._runs), self.base.device
+        K, device = len(self._runs), self._device
         num_tokens = torch.zeros(K)
         for slot, example in items:
             num_tokens[slot] += example.num_loss_tokens
