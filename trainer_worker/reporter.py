@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from tessera.errors import StaleLease, Unavailable
 from tessera.queue.leases import JobLeases, Lease, LeaseState
-from trainer_worker.common.commands import SessionCommands
 from trainer_worker.common.metrics import TrainerMetrics
-from trainer_worker.common.store_retry import retrying
+from trainer_worker.common.waits import SessionCommands, retrying
 from trainer_worker.outcome import payloads
 from trainer_worker.training.run import RunUpdate, TrainRun
 

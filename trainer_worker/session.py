@@ -16,9 +16,8 @@ from tessera.model.base_model import BaseModel
 from tessera.processes.log_setup import log_fields
 from tessera.queue.leases import JobLeases, Lease
 from tessera.store.holds import BasisHolds
-from trainer_worker.common.commands import Command, SessionCommands, Stopped
 from trainer_worker.common.metrics import TrainerMetrics
-from trainer_worker.common.store_retry import retrying
+from trainer_worker.common.waits import Command, SessionCommands, Stopped, retrying
 from trainer_worker.outcome import payloads
 from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.preparing.basis_source import Attempt

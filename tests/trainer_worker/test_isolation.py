@@ -20,7 +20,7 @@ from tessera.queue.leases import JobLeases
 from tests.job_checks import check_queue, expire_lease, make_due
 from tests.trainer_worker.world import TENANT, World, messages
 from tests.waiting import wait_until
-from trainer_worker.common.commands import Command
+from trainer_worker.common.waits import Command
 from trainer_worker.worker import EXIT_FAILED
 
 #: A character that only the poisonous job contains.

@@ -26,7 +26,7 @@ from tessera.store.bases import BasisStore, read_if_sound, recipe_key
 from tessera.store.holds import BasisHolds, source_key
 from tessera.store.ownership import PrivateBases
 from trainer_worker.common.model_lock import ModelLock, Progress
-from trainer_worker.common.store_retry import retrying
+from trainer_worker.common.waits import retrying
 
 #: Bases kept in memory between jobs; one of an 8B model at r = 16 is 84 MB.
 MAX_CACHED_BASES = 4

@@ -1,4 +1,4 @@
-"""The commands that a session receives while it works, and the waits that they interrupt.
+"""The waits of a session: they end early on a command, or last until the store answers.
 
 Knows no job and no tensor.
 """
@@ -6,14 +6,21 @@ Knows no job and no tensor.
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from tessera.errors import Unavailable
 from tessera.queue.leases import LeaseState
 
 T = TypeVar("T")
+S = TypeVar("S")
+
+#: Seconds between two attempts to reach the store: they double from the first to the second value.
+FIRST_RETRY_S, MAX_RETRY_S = 0.1, 2.0
 
 
 class Command(IntEnum):
@@ -80,3 +87,34 @@ class SessionCommands:
             task.cancel()
             commanded.cancel()
             await asyncio.gather(task, commanded, return_exceptions=True)
+
+
+def retrying(store: S, note_outage: Callable[[Unavailable], None]) -> S:
+    """The same object, except that each of its coroutine methods is repeated while it raises `Unavailable`.
+
+    note_outage is called after every attempt that failed. All other exceptions pass.
+    """
+    return cast(S, _Retrying(store, note_outage))
+
+
+class _Retrying:
+    def __init__(self, store: object, note_outage: Callable[[Unavailable], None]) -> None:
+        self._store, self._note_outage = store, note_outage
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._store, name)
+        if not inspect.iscoroutinefunction(attribute):
+            return attribute
+
+        @functools.wraps(attribute)
+        async def call_until_available(*args: Any, **kwargs: Any) -> Any:
+            delay_s = FIRST_RETRY_S
+            while True:
+                try:
+                    return await attribute(*args, **kwargs)
+                except Unavailable as error:
+                    self._note_outage(error)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MAX_RETRY_S)
+
+        return call_until_available

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tessera.errors import NotFound, StoreUnavailable, Unavailable
-from trainer_worker.common.store_retry import retrying
+from trainer_worker.common.waits import retrying
 
 
 class FlakyStore:
