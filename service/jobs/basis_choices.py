@@ -15,7 +15,7 @@ from service.jobs.uploads import FINE_TUNE, PURPOSES
 from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.catalogue import METHODS
-from tessera.model.target_names import check_patterns, check_rank, choose_targets
+from tessera.model.target_modules import check_patterns, check_rank, choose_targets
 from tessera.queue.records import OWN_DATA
 from tessera.settings import CommonSettings
 from tessera.store.files import FileRecord, FileStore

@@ -23,7 +23,7 @@ from tessera.model import quantised
 from tessera.model.files import model_digest, model_folder, model_name
 from tessera.model.pretrained import load_weights
 from tessera.model.rope import pin_rotations
-from tessera.model.target_names import check_patterns, choose_targets, is_named
+from tessera.model.target_modules import check_patterns, choose_targets, is_named
 
 #: Parts of names that mark output heads. These see only the positions that are sampled, and are often tied to
 #: the embeddings.

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tessera.model.base_model import replace_module
-from tessera.model.sequence_rows import by_sequence
+from tessera.model.target_modules import by_sequence
 
 
 class RowRankDelta(torch.autograd.Function):

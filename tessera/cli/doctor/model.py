@@ -105,7 +105,7 @@ def _layers(settings: CommonSettings, folder: Path) -> Finding:
     """Check that config.json can be read, and that adapters of the default basis fit the linear layers."""
     from tessera.model.layout import linear_shapes
     from tessera.model.quantised import check_before_load
-    from tessera.model.target_names import check_patterns, check_rank, choose_targets
+    from tessera.model.target_modules import check_patterns, check_rank, choose_targets
 
     try:
         check_before_load(settings.base_model, folder)

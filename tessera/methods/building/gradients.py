@@ -31,7 +31,7 @@ from tessera.methods.building.losses import example_losses, run_forward
 from tessera.methods.building.memory_bound import MemoryBound
 from tessera.methods.building.targets import Target
 from tessera.model.base_model import BaseModel
-from tessera.model.sequence_rows import by_sequence
+from tessera.model.target_modules import by_sequence
 
 #: In float16 the gradient of a mean loss underflows, so the loss is multiplied by this first.
 LOSS_SCALE = {torch.float16: 2.0**12}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import iter_target_modules
-from tessera.model.target_names import check_rank
+from tessera.model.target_modules import check_rank
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

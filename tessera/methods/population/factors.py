@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tessera.errors import InvalidInput
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.targets import Target
-from tessera.model.sequence_rows import by_sequence
+from tessera.model.target_modules import by_sequence
 
 #: The gradients of A and B are sums over few users and therefore noisy, so the second moment needs a longer
 #: memory than 0.9.

@@ -15,7 +15,7 @@ from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import UnsupportedModel
 from tessera.model.base_model import BaseModel, iter_target_modules, linear_layers
 from tessera.model.layout import linear_shapes
-from tessera.model.target_names import check_patterns, choose_targets
+from tessera.model.target_modules import check_patterns, choose_targets
 
 #: Architecture -> names of the default targets in its layers.
 DEFAULTS = {

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tessera.methods.building.hebbian import HebbianRule
-from tessera.model.sequence_rows import by_sequence
+from tessera.model.target_modules import by_sequence
 from trainer_worker.training.trainable_linear import RowOwners
 
 
