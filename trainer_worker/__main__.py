@@ -18,7 +18,8 @@ from tessera.queue.leases import JobLeases
 from tessera.redis.client import connect
 from tessera.redis.embedded import store_url
 from tessera.settings import CommonSettings, settings_parser
-from trainer_worker.common.health import HealthServer, Heartbeat
+from trainer_worker.common.duties import Heartbeat
+from trainer_worker.common.health import HealthServer
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.idle import IdleWorker
 from trainer_worker.settings import WorkerSettings, read_settings

@@ -19,7 +19,7 @@ from tessera.store.bases import BasisStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
-from trainer_worker.common.health import Heartbeat
+from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
 from trainer_worker.outcome.publisher import Publisher

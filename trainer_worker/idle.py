@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from tessera.errors import Unavailable
 from tessera.queue.leases import JobLeases
 from tessera.settings import CommonSettings
-from trainer_worker.common.duties import OUTAGE_DELAY_S, WAIT_FOR_WORK_S, Duties
-from trainer_worker.common.health import Heartbeat
+from trainer_worker.common.duties import OUTAGE_DELAY_S, WAIT_FOR_WORK_S, Duties, Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.settings import WorkerSettings
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tessera.model.base_model import BaseModel
-from trainer_worker.common.health import Heartbeat
+from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
 from trainer_worker.training import checkpoint

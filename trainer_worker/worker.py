@@ -19,8 +19,13 @@ from typing import Any
 
 from tessera.errors import Unavailable
 from tessera.queue.leases import JobLeases, Lease
-from trainer_worker.common.duties import OUTAGE_DELAY_S, RENEWALS_PER_LEASE, WAIT_FOR_WORK_S, Duties
-from trainer_worker.common.health import Heartbeat
+from trainer_worker.common.duties import (
+    OUTAGE_DELAY_S,
+    RENEWALS_PER_LEASE,
+    WAIT_FOR_WORK_S,
+    Duties,
+    Heartbeat,
+)
 from trainer_worker.common.waits import Command
 from trainer_worker.session import JobSession, WorkerServices
 from trainer_worker.settings import WorkerSettings

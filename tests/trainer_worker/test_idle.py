@@ -17,7 +17,7 @@ from tessera.queue.leases import JobLeases
 from tessera.store.files import FileStore
 from tests.trainer_worker.conftest import DATA
 from tests.waiting import HANG_S, wait_until
-from trainer_worker.common.health import Heartbeat
+from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.idle import IdleWorker
 from trainer_worker.settings import WorkerSettings

@@ -1,16 +1,23 @@
-"""The duties of every worker, with or without a job: show that it is alive, and queue lost jobs again."""
+"""The duties of every worker, with or without a job: show that it is alive, and queue lost jobs again.
+
+The worker is healthy while its event loop runs and its training thread is not stuck in one step. The thread
+of the health server (`health.py`) measures both by looking at the heartbeat, so a pause of the whole process
+does not count. Health does not depend on the store: a worker that cannot reach it goes on training, and a
+restart would not help.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from tessera.errors import Unavailable
 from tessera.processes.tasks import end_tasks
 from tessera.queue.leases import JobLeases
-from trainer_worker.common.health import Heartbeat
 from trainer_worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -25,6 +32,65 @@ RENEWALS_PER_LEASE = 4
 #: delayed, or could not reach the store, renews within OUTAGE_DELAY_S and one time-out of the store.
 GRACE_S = 5.0
 BEAT_EVERY_S = 1.0
+#: The event loop beats every BEAT_EVERY_S; silence for this long means that it is stuck.
+MAX_SILENCE_S = 15.0
+#: A step of 8,192 tokens through an 8B model takes 0.6 s on an H100; minutes mean a stuck device.
+MAX_STEP_S = 300.0
+#: At most this much of the time between two looks counts. The server's thread looks every half second; a
+#: later look was delayed by a pause of the whole process or by a machine without a free processor.
+MAX_LOOK_S = 2.0
+
+
+class Heartbeat:
+    """Measures how long the event loop has been silent and how long the training thread has been in a step.
+
+    All methods may be called from any thread. The reader of the report calls `look` regularly, because only
+    time between two punctual looks counts.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_at = clock()
+        self._silent_s = self._step_s = 0.0
+        self._is_in_step = False
+        self._guard = threading.Lock()
+        self.num_jobs = 0
+        #: The base model is loaded for the first job.
+        self.model: Literal["not loaded", "loading", "loaded"] = "not loaded"
+
+    def beat(self) -> None:
+        with self._guard:
+            self._silent_s = 0.0
+
+    def begin_step(self) -> None:
+        with self._guard:
+            self._is_in_step, self._step_s = True, 0.0
+
+    def end_step(self) -> None:
+        with self._guard:
+            self._is_in_step, self._step_s = False, 0.0
+
+    def look(self) -> None:
+        with self._guard:
+            now = self._clock()
+            elapsed_s, self._looked_at = min(now - self._looked_at, MAX_LOOK_S), now
+            self._silent_s += elapsed_s
+            if self._is_in_step:
+                self._step_s += elapsed_s
+
+    def report(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the worker is healthy, and the figures."""
+        self.look()
+        silent_s, step_s = self._silent_s, self._step_s
+        is_healthy = silent_s < MAX_SILENCE_S and step_s < MAX_STEP_S
+        status = "ok" if is_healthy else "stuck"
+        return is_healthy, {
+            "status": status,
+            "jobs": self.num_jobs,
+            "model": self.model,
+            "event_loop_silent_s": round(silent_s, 3),
+            "step_s": round(step_s, 3),
+        }
 
 
 class Duties:

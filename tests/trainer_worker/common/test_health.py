@@ -9,8 +9,9 @@ import urllib.request
 import pytest
 
 from tessera.errors import InvalidInput
-from trainer_worker.common import health
-from trainer_worker.common.health import HealthServer, Heartbeat
+from trainer_worker.common import duties
+from trainer_worker.common.duties import Heartbeat
+from trainer_worker.common.health import HealthServer
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.settings import read_settings
 from trainer_worker.training.run import Progress
@@ -63,7 +64,7 @@ def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
     server = HealthServer("127.0.0.1", 0, heartbeat=heartbeat, registry=TrainerMetrics().registry)
     try:
         assert get(server.port, "/health")[0] == 200
-        clock.pass_by(health.MAX_SILENCE_S)
+        clock.pass_by(duties.MAX_SILENCE_S)
         status, body = get(server.port, "/health")
         assert (status, json.loads(body)["status"]) == (503, "stuck")
     finally:
@@ -71,12 +72,12 @@ def test_a_stuck_event_loop_or_step_is_not_healthy() -> None:
     heartbeat.beat()
     heartbeat.begin_step()
     assert heartbeat.report()[0]
-    clock.pass_by(health.MAX_STEP_S)
+    clock.pass_by(duties.MAX_STEP_S)
     heartbeat.beat()
     assert not heartbeat.report()[0]
     heartbeat.end_step()
     assert heartbeat.report()[0]
-    clock.pass_by(health.MAX_STEP_S)
+    clock.pass_by(duties.MAX_STEP_S)
     heartbeat.beat()
     assert heartbeat.report()[0], "no step is running"
 
@@ -85,10 +86,10 @@ def test_a_pause_of_the_process_does_not_count() -> None:
     clock = Clock()
     clock.heartbeat.begin_step()
     clock.pass_by(3)
-    clock.now_s += 10 * health.MAX_STEP_S  # SIGSTOP, a suspended machine
+    clock.now_s += 10 * duties.MAX_STEP_S  # SIGSTOP, a suspended machine
     is_healthy, figures = clock.heartbeat.report()
     assert is_healthy
-    assert figures["step_s"] == figures["event_loop_silent_s"] == 3 + health.MAX_LOOK_S
+    assert figures["step_s"] == figures["event_loop_silent_s"] == 3 + duties.MAX_LOOK_S
 
 
 def test_series_are_named_alike_and_bounded() -> None:
