@@ -22,10 +22,9 @@ from tessera.peft.files import PeftFiles
 from tessera.peft.importing import PeftLora, core_in, read_peft, to_single_adapter
 from tessera.redis.client import Client
 from tessera.settings import CommonSettings
-from tessera.store.adapters import AdapterStore, AdapterVersion
+from tessera.store.adapters import AdapterStore, AdapterVersion, publish_in_basis
 from tessera.store.bases import BasisStore
 from tessera.store.ownership import PrivateBases
-from tessera.store.publish import publish
 
 #: How often the basis may be deleted during an import before the import fails. Each time is very unlikely.
 MAX_DELETIONS = 8
@@ -117,7 +116,7 @@ class Imports:
     async def _publish(
         self, target: ImportTarget, adapter: Adapter, dtype: torch.dtype, deletion_count: int
     ) -> AdapterVersion:
-        return await publish(
+        return await publish_in_basis(
             self._adapters, self._private_bases, target.tenant, target.adapter_id, adapter,
             dtype=dtype, deletion_count=deletion_count, base_model_id=target.model_id,
         )  # fmt: skip

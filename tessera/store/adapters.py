@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.asyncio.cluster import RedisCluster
 
-from tessera.errors import Conflict, CorruptRecord, InvalidInput, NotFound
+from tessera.errors import Conflict, CorruptRecord, InvalidInput, NotFound, TesseraError, Unavailable
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from tessera.formats.adapter import Adapter
+    from tessera.store.ownership import PrivateBases
 
-__all__ = ["AdapterRecord", "AdapterStore", "AdapterVersion"]
+__all__ = ["AdapterRecord", "AdapterStore", "AdapterVersion", "publish_in_basis"]
 
 log = logging.getLogger(__name__)
 
@@ -270,6 +271,42 @@ class AdapterStore:
             except CorruptRecord as error:
                 log.error("an adapter is left out of the list of tenant %s: %s", tenant, error)
         return records, has_more
+
+
+async def publish_in_basis(
+    adapters: AdapterStore,
+    private_bases: PrivateBases,
+    tenant: str,
+    adapter_id: str,
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype,
+    deletion_count: int,
+    job_id: str | None = None,
+    base_model_id: str = "",
+) -> AdapterVersion:
+    """Note the adapter as a user of its basis, then publish it. Repeating this changes nothing.
+
+    Raises what `AdapterStore.publish` raises, and `BasisDeleted`. After a permanent failure the note is
+    withdrawn, and the basis is deleted if nothing else uses it.
+    """
+    # Values that cannot be stored must fail before the note is made: withdrawing it could withdraw the note
+    # of another job that is publishing an adapter of the same name.
+    adapter.to_bytes(version=1, dtype=dtype)
+    await private_bases.use(tenant, adapter.basis_id, adapter_id, deletion_count=deletion_count)
+    try:
+        return await adapters.publish(
+            tenant, adapter_id, adapter, dtype=dtype, deletion_count=deletion_count, job_id=job_id,
+            base_model_id=base_model_id,
+        )  # fmt: skip
+    except Unavailable:
+        raise  # the version may have been stored; the caller tries again
+    except TesseraError:
+        try:
+            await adapters.get(tenant, adapter_id)
+        except NotFound:
+            await private_bases.release(tenant, adapter_id, deletion_count=deletion_count + 1)
+        raise
 
 
 def _pack(

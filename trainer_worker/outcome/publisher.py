@@ -10,8 +10,7 @@ from tessera.errors import NotFound
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.queue.records import Job
-from tessera.store import publish
-from tessera.store.adapters import AdapterStore, AdapterVersion
+from tessera.store.adapters import AdapterStore, AdapterVersion, publish_in_basis
 from tessera.store.bases import BasisStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
@@ -70,7 +69,7 @@ class Publisher:
             await self._bases.put_private(basis, ownership)
 
     async def _publish_adapter(self, job: Job, adapter: Adapter, dtype: torch.dtype) -> AdapterVersion:
-        return await publish.publish(
+        return await publish_in_basis(
             self._adapters,
             self._own,
             job.tenant,
