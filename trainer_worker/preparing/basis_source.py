@@ -137,8 +137,6 @@ class BasisSource:
         return self._cached[basis_id]
 
     def _recipe(self, spec: JobSpec) -> dict[str, Any]:
-        """Raises `InvalidInput`, so that a recipe that cannot work does not wait for the model."""
-        fill_options(spec.method, find_method(spec.method).options, spec.basis_options)
         return {
             "method": spec.method,
             "rank": spec.rank,
@@ -208,6 +206,9 @@ class BasisSource:
     async def _build(
         self, attempt: Attempt, recipe: dict[str, Any], calibration: CalibrationSet | None
     ) -> BuiltBasis:
+        """Raises `InvalidInput` for a recipe that cannot work, before it waits for the model."""
+        spec = attempt.job.spec
+        fill_options(spec.method, find_method(spec.method).options, spec.basis_options)
         modules = [name for name, _ in iter_target_modules(self._base.model, recipe["target_modules"])]
 
         def work(progress: Progress) -> BuiltBasis:

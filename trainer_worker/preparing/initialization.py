@@ -18,6 +18,9 @@ from tessera.queue.records import OWN_DATA, JobSpec
 from trainer_worker.preparing.basis_source import JobBasis
 from trainer_worker.training.plan import TrainingPlan
 
+#: The initialization that begins with the base model: R_0 = 0.
+BASE_MODEL = "zero"
+
 #: By method, the initialization that computes the same step as the method does while it builds its basis, and
 #: the options that must agree for that.
 _SAME_STEP: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -42,7 +45,7 @@ class InitChoice:
         """The specified one; otherwise the adapter that the job continues, or the base model."""
         if spec.start is not None:
             return cls(str(spec.start.get("method")), dict(spec.start.get("options") or {}))
-        return cls("zero" if spec.warm_start_from is None else "warm", {})
+        return cls(BASE_MODEL if spec.warm_start_from is None else "warm", {})
 
     @property
     def needs_model(self) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import parse_examples
 from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
@@ -25,7 +27,7 @@ from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
 from trainer_worker.common.model_lock import ModelLock, Progress
 from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration, JobBasis
-from trainer_worker.preparing.initialization import InitChoice, init_message
+from trainer_worker.preparing.initialization import BASE_MODEL, InitChoice, init_message
 from trainer_worker.preparing.lora import LoraPreparation, form_message
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData, encode_data
@@ -165,6 +167,9 @@ class Preparation:
         spec = attempt.job.spec
         options = init.fill_options(plan)
         adapter, adapter_basis = await self._warm_start_adapter(attempt.job.tenant, spec, found.basis)
+        if init.method == BASE_MODEL:  # nothing to compute
+            M, r = found.basis.num_modules, found.basis.rank
+            return Initialization(torch.zeros(M, r, r), {"method": BASE_MODEL, "options": options})
 
         def work(progress: Progress) -> Initialization:
             request = InitInputs(
