@@ -6,6 +6,7 @@ Knows the number of examples and what is trained (`learning_rates.py`), but neit
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
 #: In tokens; larger than the context of any model.
 MAX_LENGTH = 2**20
+MAX_PATIENCE = 1000
 AUTO_BATCH_SIZE = 8
 #: A small file is split into at least this many batches.
 MIN_AUTO_BATCHES = 8
@@ -33,6 +35,20 @@ DEFAULT_SCHEDULE = "cosine_with_min_lr"
 MAX_GRAD_NORM = 1.0
 NUM_EVALUATIONS = 8
 PATIENCE = 2
+
+_LEAST, _LARGEST = math.ulp(0.0), sys.float_info.max
+#: By name of a number: its type, the least and the largest value, and both in words.
+_NUMBERS: Mapping[str, tuple[type[int] | type[float], float, float, str]] = {
+    "n_epochs": (int, 1, MAX_EPOCHS, f"a whole number from 1 to {MAX_EPOCHS}"),
+    "batch_size": (int, 1, MAX_BATCH_SIZE, f"a whole number from 1 to {MAX_BATCH_SIZE}"),
+    "max_length": (int, 1, MAX_LENGTH, f"a whole number from 1 to {MAX_LENGTH}"),
+    "patience": (int, 1, MAX_PATIENCE, f"a whole number from 1 to {MAX_PATIENCE}"),
+    "learning_rate": (float, _LEAST, _LARGEST, "a number above 0"),
+    "learning_rate_multiplier": (float, _LEAST, _LARGEST, "a number above 0"),
+    "min_delta": (float, 0, _LARGEST, "a number of at least 0"),
+    "warmup_ratio": (float, 0, 1, "a number from 0 to 1"),
+    "weight_decay": (float, 0, 1, "a number from 0 to 1"),
+}
 
 
 def _cosine(done: float) -> float:
@@ -103,30 +119,36 @@ def make_plan(
     _refuse_unknown(hyperparameters, HYPERPARAMETERS, "hyperparameters")
     stopping = {"patience": PATIENCE, "min_delta": 0.0, **(early_stopping or {})}
     _refuse_unknown(stopping, ("patience", "min_delta"), "early_stopping")
-    batch_size = _integer(hyperparameters, "batch_size", MAX_BATCH_SIZE) or auto_batch_size(num_examples)
+    batch_size = _number(hyperparameters, "batch_size") or auto_batch_size(num_examples)
     steps_per_epoch = math.ceil(num_examples / batch_size)
-    num_epochs = _integer(hyperparameters, "n_epochs", MAX_EPOCHS) or auto_epochs(steps_per_epoch)
+    num_epochs = _number(hyperparameters, "n_epochs") or auto_epochs(steps_per_epoch)
     total_steps = num_epochs * steps_per_epoch
-    if stopping["patience"] is not None:
-        _integer(stopping, "patience", 1000, "early_stopping")
+    warmup_share = _number(hyperparameters, "warmup_ratio")
+    if warmup_share is None:
+        warmup_steps = max(1, round(WARMUP_SHARE * total_steps))
+    else:
+        warmup_steps = math.ceil(warmup_share * total_steps)
+    patience = stopping["patience"]
+    if patience is not None:
+        patience = _number(stopping, "patience", "early_stopping") or PATIENCE
     return TrainingPlan(
         num_epochs=num_epochs,
         batch_size=batch_size,
         total_steps=total_steps,
         learning_rate=_learning_rate(hyperparameters, kind.rate_for(num_examples)),
         seed=seed,
-        warmup_steps=_warmup_steps(hyperparameters, total_steps),
+        warmup_steps=warmup_steps,
         evaluate_every=max(1, math.ceil(total_steps / NUM_EVALUATIONS)),
-        patience=stopping["patience"],
-        min_delta=_non_negative(stopping["min_delta"], "early_stopping.min_delta"),
-        weight_decay=_share(hyperparameters, "weight_decay") or 0.0,
+        patience=patience,
+        min_delta=_number(stopping, "min_delta", "early_stopping") or 0.0,
+        weight_decay=_number(hyperparameters, "weight_decay") or 0.0,
         schedule=_schedule(hyperparameters),
     )
 
 
 def max_example_tokens(hyperparameters: Mapping[str, Any], limit: int) -> int:
     """The maximum length of an example: `max_length`, but at most `limit`. Raises `InvalidInput`."""
-    return min(limit, _integer(hyperparameters, "max_length", MAX_LENGTH) or limit)
+    return min(limit, _number(hyperparameters, "max_length") or limit)
 
 
 def auto_batch_size(num_examples: int) -> int:
@@ -147,35 +169,28 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], param: st
             )
 
 
-def _integer(
-    values: Mapping[str, Any], name: str, maximum: int, param: str = "hyperparameters"
-) -> int | None:
-    """The number at `name`, None for "auto". Raises `InvalidInput`."""
+def _number(values: Mapping[str, Any], name: str, param: str = "hyperparameters") -> Any:
+    """The number at `name` in its type, None for "auto". Raises `InvalidInput`."""
+    number_type, minimum, maximum, description = _NUMBERS[name]
     value = values.get(name, "auto")
     if value == "auto":
         return None
-    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if not is_whole or not 1 <= value <= maximum:
-        message = f"{name} must be a whole number from 1 to {maximum} or auto; got {value!r}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not minimum <= value <= maximum or value != number_type(value):
+        message = f"{name} must be {description} or auto; got {value!r}"
         raise InvalidInput(message, param=f"{param}.{name}")
-    return int(value)
+    return number_type(value)
 
 
 def _learning_rate(hyperparameters: Mapping[str, Any], automatic: float) -> float:
-    given, multiplier = (
-        _positive(hyperparameters, name) for name in ("learning_rate", "learning_rate_multiplier")
-    )
+    given: float | None = _number(hyperparameters, "learning_rate")
+    multiplier = _number(hyperparameters, "learning_rate_multiplier")
     if given is None:
-        return automatic * (1.0 if multiplier is None else multiplier)
+        return automatic * (multiplier or 1.0)
     if multiplier is not None:
         message = "the multiplier scales the automatic learning rate; give either it or learning_rate"
         raise InvalidInput(message, param="hyperparameters.learning_rate_multiplier")
     return given
-
-
-def _warmup_steps(hyperparameters: Mapping[str, Any], total_steps: int) -> int:
-    share = _share(hyperparameters, "warmup_ratio")
-    return max(1, round(WARMUP_SHARE * total_steps)) if share is None else math.ceil(share * total_steps)
 
 
 def _schedule(hyperparameters: Mapping[str, Any]) -> str:
@@ -186,29 +201,3 @@ def _schedule(hyperparameters: Mapping[str, Any]) -> str:
         message = f"lr_scheduler_type must be auto or one of {', '.join(SCHEDULES)}; got {value!r}"
         raise InvalidInput(message, param="hyperparameters.lr_scheduler_type")
     return str(value)
-
-
-def _positive(hyperparameters: Mapping[str, Any], name: str) -> float | None:
-    """The number at `name`, None for "auto". Raises `InvalidInput`."""
-    value, param = hyperparameters.get(name, "auto"), f"hyperparameters.{name}"
-    if value == "auto":
-        return None
-    if _non_negative(value, param) == 0:
-        raise InvalidInput(f"{name} must be above 0", param=param)
-    return float(value)
-
-
-def _share(hyperparameters: Mapping[str, Any], name: str) -> float | None:
-    """The number from 0 to 1 at `name`, None for "auto". Raises `InvalidInput`."""
-    value, param = hyperparameters.get(name, "auto"), f"hyperparameters.{name}"
-    if value == "auto":
-        return None
-    if _non_negative(value, param) > 1:
-        raise InvalidInput(f"{name} must be a number from 0 to 1; got {value!r}", param=param)
-    return float(value)
-
-
-def _non_negative(value: Any, param: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InvalidInput(f"{param} must be a number of at least 0; got {value!r}", param=param)
-    return float(value)
