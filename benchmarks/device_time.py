@@ -1,6 +1,7 @@
-"""Time on the device: a CUDA graph between two events, so that no launch from Python is in the figure.
+"""Time on the device: a CUDA graph between two events, so that the figure includes no launch from Python.
 
-On a CPU, the clock. Also the bandwidth of a plain copy, the yardstick of everything that is bound by memory.
+On a CPU it is wall-clock time. The bandwidth of a plain copy, also measured here, is the yardstick for
+everything that is bound by memory.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-#: Runs thrown away first: clocks, caches.
+#: Runs that are discarded first, while clocks and caches settle.
 _WARM_UP = 3
-#: Bytes of the copy, many times any cache.
+#: Bytes of the copy, many times the size of any cache.
 _COPY_BYTES = {"cuda": 2 * 1024**3, "cpu": 64 * 1024**2}
 
 
 def time_on_device(run: Callable[[], object], *, device: torch.device, repeats: int = 20) -> list[float]:
-    """Seconds of each of `repeats` runs. On CUDA `run` is captured: it must launch the same work always."""
+    """Return the seconds of each of `repeats` runs.
+
+    On CUDA `run` is captured as a graph, so it must always launch the same work.
+    """
     return time_in_turn([run], device=device, rounds=repeats)[0]
 
 

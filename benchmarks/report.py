@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing by percentile, a record of the machine, a table, a JSON file."""
+"""Parts that all benchmarks share: timing by percentile, a record of the machine, a table, a JSON file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import transformers
 
-#: Runs thrown away first: allocator, caches, clocks.
+#: Runs that are discarded first, while allocator, caches and clocks settle.
 WARM_UP = 2
 
 
 def hardware() -> dict[str, Any]:
-    """Where a figure was measured: device, cores, versions."""
+    """Return where a figure was measured: device, cores, versions."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count(),
@@ -32,7 +32,7 @@ def hardware() -> dict[str, Any]:
 
 
 def measure(run: Callable[[], object], *, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` runs, after WARM_UP runs that are not counted."""
+    """Return the seconds of each of `repeats` runs, after WARM_UP runs that do not count."""
     for _ in range(WARM_UP):
         run()
     times = []
@@ -46,7 +46,7 @@ def measure(run: Callable[[], object], *, repeats: int) -> list[float]:
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds."""
+    """Return p20, p50 and p80 in milliseconds."""
     if len(times) == 1:
         return {name: round(times[0] * 1e3, 3) for name in ("p20_ms", "p50_ms", "p80_ms")}
     cuts = statistics.quantiles(times, n=10, method="inclusive")
@@ -54,7 +54,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows as a Markdown table."""
+    """Print the rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     write = sys.stdout.write
     write("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n")
@@ -65,7 +65,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def save(path: Path | None, *, question: str, arguments: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write question, arguments, hardware and rows to a JSON file, if a path is given.
 
-    Of paths among the arguments only the last part is kept: the rest is of that machine alone.
+    Only the last part of a path among the arguments is kept, because the rest belongs to that machine.
     """
     if path is None:
         return
@@ -75,7 +75,7 @@ def save(path: Path | None, *, question: str, arguments: dict[str, Any], rows: l
 
 
 def _shown(value: Any) -> Any:
-    """An argument as it is recorded."""
+    """Return an argument in the form in which it is recorded."""
     is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_dir())
     return Path(value).name if is_path else value
 

@@ -1,4 +1,4 @@
-"""A batch that decodes, brought there without prefill: contexts are taken for computed, over random KV."""
+"""A decoding batch without prefill: the engine is told that contexts are computed, and their KV is random."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from service.engine.engine import Engine
 from service.engine.wire.messages import GenerationRequest, SamplingParams
 from tessera.formats.adapter_ref import AdapterRef
 
-#: Steps thrown away first: kernels are compiled and the graph is captured.
+#: Steps that are discarded first, in which kernels are compiled and the graph is captured.
 _WARM_UP = 5
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of each step in seconds, with scheduling, sampling and delivery; device_s: of the computation alone,
-    replayed without the host; host_s: of a step what the host did not spend waiting for the device."""
+    """How long steps take, in seconds."""
 
+    #: Each step, with scheduling, sampling and delivery.
     step_s: list[float]
+    #: The computation alone, replayed without the host.
     device_s: list[float]
+    #: The mean of a step that the host did not spend waiting for the device.
     host_s: float
 
 
@@ -48,7 +50,7 @@ def time_steps(
 def time_mixed_steps(
     engine: Engine, refs: Sequence[AdapterRef | None], *, context: int, prompt_tokens: int, num_steps: int
 ) -> StepTimes:
-    """The same, with the prefill of another request of `prompt_tokens` in every step."""
+    """As `time_steps`, with the prefill of another request of `prompt_tokens` in every step."""
     start_batch(engine, refs, context=context, num_steps=num_steps + _WARM_UP + 2)
     generator = torch.Generator().manual_seed(1)
     sampling = SamplingParams(max_tokens=1, temperature=0.0)

@@ -2,15 +2,15 @@
 
     python -m benchmarks.engine.host [--batch 1 32 256] [--context 256] [--prefix-cache] [--json FILE]
 
-A model of one narrow layer, whose computation is timed alone and taken off, so that it runs anywhere; on
-CUDA, where it is replayed beside the host, nothing is taken off. Every sequence has an adapter of its own,
-and steps look ahead. In milliseconds of a step, medians:
+The model is one narrow layer, so that this runs anywhere. On a CPU the computation is timed alone and
+subtracted; on CUDA it runs beside the host, so nothing is subtracted. Every sequence has an adapter of its
+own, and steps look ahead. Figures are medians, in milliseconds per step:
 
-    schedule    the plan of the next step
-    launch      its integers, their upload, the start of the computation
-    advance     taking it for done, for the plan after it
-    collect     reading what the step before brought; on CUDA waiting for it, which is not in the sum
-    deliver     tokens to sequences, full blocks to the prefix cache, outputs
+    schedule    plan the next step
+    launch      compute and upload its integers, and start the computation
+    advance     treat the step as done, so that the next one can be planned
+    collect     read the results of the step before; on CUDA this includes the wait, which is not in the sum
+    deliver     add tokens to sequences and full blocks to the prefix cache, and deliver outputs
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from tessera.formats.adapter_ref import AdapterRef
 from tessera.model.base_model import BaseModel
 
 Row = dict[str, Any]
+#: Steps that are discarded first.
 _WARM_UP = 5
-#: Tokens that a sequence may grow by.
+#: Tokens by which a sequence may grow.
 _ROOM = 512
 _PARTS = ("schedule", "launch", "advance", "collect", "deliver")
 
@@ -63,7 +64,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def host_row(batch: int, arguments: argparse.Namespace) -> Row:
-    """Parts of a step of `batch` sequences, and their sum."""
+    """Return the time of each part of a step of `batch` sequences, and their sum."""
     base = make_model(arguments.context + _ROOM)
     engine = make_engine(base, batch, arguments)
     refs = make_adapters(engine, base, batch)
@@ -84,7 +85,7 @@ def host_row(batch: int, arguments: argparse.Namespace) -> Row:
 
 
 def make_model(length: int) -> BaseModel:
-    """For sequences of up to `length` tokens."""
+    """Make the random model, for sequences of up to `length` tokens."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -118,7 +119,7 @@ def make_engine(base: BaseModel, batch: int, arguments: argparse.Namespace) -> E
 
 
 def make_adapters(engine: Engine, base: BaseModel, count: int) -> list[AdapterRef]:
-    """As many different adapters of one basis, provided."""
+    """Give the engine `count` different adapters of one basis."""
     basis = random_basis(base, rank=4)
     engine.add_basis(basis)
     refs = [AdapterRef("bench", f"user-{index}", 1, basis.basis_id) for index in range(count)]
@@ -128,7 +129,7 @@ def make_adapters(engine: Engine, base: BaseModel, count: int) -> list[AdapterRe
 
 
 def time_parts(engine: Engine, *, num_steps: int) -> dict[str, list[float]]:
-    """Seconds of the parts of each step."""
+    """Return the seconds of each part, per step."""
     times: defaultdict[str, list[float]] = defaultdict(list)
 
     def timed(run: Callable[..., Any], name: str) -> Callable[..., Any]:

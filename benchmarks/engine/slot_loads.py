@@ -1,11 +1,11 @@
-"""What does it cost to bring adapters into slots? Host and device time, for some adapters at once.
+"""What does it cost to load adapters into slots? Host and device time, for several adapters at once.
 
     python -m benchmarks.engine.slot_loads [--modules 224] [--rank 16] [--repeats 20] [--json FILE]
 
-Two ways: one copy per adapter, straight from its (pinned) host memory into its slot, which is what the
-engine does; and gathering all of them in one pinned buffer first, one copy, and an `index_copy_` on the
-device. Needs torch alone. `host_ms` is what the engine's thread is kept from doing; `total_ms` is until the
-slots are loaded.
+Two ways are compared. The engine makes one copy per adapter, straight from its (pinned) host memory into its
+slot. The other way gathers all adapters in one pinned buffer, makes one copy, and runs an `index_copy_` on
+the device. `host_ms` is the time for which the engine's thread is busy; `total_ms` is the time until the
+slots are loaded. Needs only torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--modules", type=int, default=224, help="of an 8B Llama: 32 layers of seven")
+    parser.add_argument(
+        "--modules", type=int, default=224, help="target modules; default: an 8B Llama, 32 layers of seven"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--repeats", type=int, default=20)

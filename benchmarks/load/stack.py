@@ -22,11 +22,11 @@ from tessera.processes.child_process import start_child
 from tessera.redis.embedded import socket_path
 
 START_TIMEOUT_S = 600.0  # a large model is read from disk
-STOP_TIMEOUT_S = 600.0  # for a fault: 35 s are what the service gives its parts
+STOP_TIMEOUT_S = 600.0  # reached only by a fault: the service gives its parts 35 s
 
 
 class ServiceStack:
-    """`python -m service` and its children. environment: TESSERA_ variables beyond those set here."""
+    """`python -m service` and its children. environment: further TESSERA_ variables."""
 
     def __init__(self, data_dir: Path, environment: Mapping[str, str]) -> None:
         self.data_dir = data_dir
@@ -49,12 +49,12 @@ class ServiceStack:
 
     @property
     def engine_socket(self) -> Path:
-        """Where the engine listens now."""
+        """The socket at which the engine listens now."""
         found = (self.data_dir / "run").glob("engine-*.sock")
         return max(found, key=lambda path: path.stat().st_mtime)
 
     def wait_ready(self) -> None:
-        """Raises `RuntimeError` with the log's end if the service ends or is not ready in time."""
+        """Wait until the service is ready. Raises `RuntimeError` with the end of its log if that fails."""
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > give_up_at:

@@ -1,4 +1,4 @@
-"""Lists of tasks by name, the most telling first: time may run out."""
+"""Lists of tasks by name, the most informative first, because time may run out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.population.users import Sizes
 
 BOTH = ("zero", "population")
 LORA_RANK = 16
-#: Said in every task that learns: records of before there were any are of other tasks.
+#: Part of every learning task, so that records from before users were held out belong to other tasks.
 HELD_OUT = {"held_out": 0.15}
 
 

@@ -2,8 +2,8 @@
 
     share = (base - method) / (base - LoRA)        losses on the newcomer's test examples, means over seeds
 
-each at the best rate of its sweep: for every newcomer its own, and the one that is best for all. Knows only
-the records.
+Each loss is taken at the best rate of the sweep, once with a rate per newcomer and once with the one rate
+that is best for all. This file knows only the records.
 """
 
 from __future__ import annotations

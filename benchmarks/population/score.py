@@ -1,7 +1,7 @@
-"""How far newcomers get: with a basis (R trained by the trainer itself) and with LoRA, over a sweep of rates.
+"""How far newcomers get with a basis (the trainer itself trains R) and with LoRA, over a sweep of rates.
 
-All newcomers, sizes, starts, rates and seeds train in the same batches. The loss is the one on the newcomer's
-test examples after the last step, in full float32. Knows how nothing was built.
+All newcomers, sizes, initializations, rates and seeds train in the same batches. The loss is that on the
+newcomer's test examples after the last step, in full float32. This file does not know how a basis was built.
 """
 
 from __future__ import annotations

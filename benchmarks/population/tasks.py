@@ -1,6 +1,6 @@
-"""The pieces of work of the population benchmark: one way to get a basis (or LoRA), one rank, all newcomers.
+"""The tasks of the population benchmark: one way to get a basis (or LoRA), one rank, all newcomers.
 
-Each yields its records as they are measured. Knows no processes and no report.
+Each task yields its records as they are measured. This file knows no processes and no report.
 """
 
 from __future__ import annotations

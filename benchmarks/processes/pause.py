@@ -1,10 +1,10 @@
-"""Does a pause of the machine, or of one process, cost a restart? `service.local`, idle, is stopped.
+"""Does a pause of the machine, or of one process, cause a restart? An idle `service.local` is stopped.
 
     python -m benchmarks.processes.pause [--seconds 90] [--workers 1] [--json FILE]
 
-SIGSTOP to the whole tree, to the engine's parent, to the engine and to the store, for longer than the
-engine's heartbeat and the trainer's lease allow; then SIGCONT, children first, parents first, or one by one.
-Nothing may be started again, and the service must answer. Exit status 1 where that is not so.
+The whole tree, the engine's parent, the engine and the store get SIGSTOP for longer than the engine's
+heartbeat and the trainer's lease allow, and then SIGCONT: children first, parents first, or one by one. No
+process may be restarted, and the service must answer; otherwise the exit status is 1.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from service.local import is_ready
 from tessera.processes.child_process import start_child
 
 START_TIMEOUT_S = 600.0
-#: After SIGCONT: as long as it takes to notice a silence that is none.
+#: Seconds to wait after SIGCONT, within which a wrongly noticed silence would cause a restart.
 WATCH_S = 12.0
 
 
 def tree_of(root: psutil.Process) -> list[psutil.Process]:
-    """Children before their parents, as far as one process has one."""
+    """Return all processes of the tree, children before their parents."""
     return [*reversed(root.children(recursive=True)), root]
 
 
@@ -41,7 +41,7 @@ def find(processes: Sequence[psutil.Process], word: str) -> psutil.Process:
 
 
 def pause(stopped: Sequence[psutil.Process], seconds: float, *, gap_s: float = 0.0) -> None:
-    """Stop the processes, and let them go on in their order."""
+    """Stop the processes, and continue them in the given order."""
     for process in stopped:
         process.suspend()
     try:
@@ -53,7 +53,7 @@ def pause(stopped: Sequence[psutil.Process], seconds: float, *, gap_s: float = 0
 
 
 def measure(root: psutil.Process, url: str, seconds: float) -> list[dict[str, Any]]:
-    """One row per pause: which processes were there before and are not after it."""
+    """Return one row per pause, with the number of processes that did not survive it."""
     tree = tree_of(root)
     engine, store = find(tree, "service.engine"), find(tree, "redis.sock")
     parent = psutil.Process(engine.ppid())
@@ -103,7 +103,7 @@ def main() -> int:
                     print((Path(folder) / "log").read_text()[-4000:])
                     return 1
                 time.sleep(0.5)
-            time.sleep(WATCH_S)  # the trainer is there, too
+            time.sleep(WATCH_S)  # until the trainer is up, too
             rows = measure(psutil.Process(process.pid), url, arguments.seconds)
             with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as reply:
                 assert reply.status == 200

@@ -1,11 +1,12 @@
-"""What does an adapter cost that is only in the store? Time to first token, cold against resident.
+"""How much does it cost when an adapter is only in the store? Time to first token, cold against resident.
 
     python -m benchmarks.serving.cold [--singles 40] [--burst 32] [--slots 32] [--json FILE]
 
-Three questions, over HTTP against a running stack: one cold adapter at a time against the same adapter when
-it is resident; a burst of cold ones at once against the same burst resident; and working sets of 0.5, 1, 2
-and 4 times the slots, drawn evenly by some clients that each send one request after the other, all adapters
-having been used before. Prompts never repeat, so the prefix cache has no part in it.
+Three comparisons, over HTTP against a running stack: one cold adapter at a time against the same adapter when
+it is resident; a burst of cold adapters against the same burst when they are resident; and working sets of
+0.5, 1, 2 and 4 times the slots. For the last, several clients draw adapters uniformly and send one request
+after the other, after every adapter has been used once. Prompts never repeat, so the prefix cache plays no
+part.
 """
 
 from __future__ import annotations

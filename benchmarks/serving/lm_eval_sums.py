@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving.lm_eval_sums --url http://127.0.0.1:8000 --model tiny [--folder models/tiny]
 
-Needs a running service and `pip install 'lm-eval[api]==0.4.13'`, in a virtual environment of your own: it has
-many dependencies. Half of the items are chats with the model's own answer, after which it ends: lm-eval cuts
-off the entry of one generated token, so a server that reports none for the end token loses a real one.
-tests/e2e/test_lm_eval.py asks the same with lm-eval's request and parsing rewritten.
+Needs a running service and `pip install 'lm-eval[api]==0.4.13'`, in a separate virtual environment because it
+has many dependencies. Half of the items are chats with the model's own answer up to its end: lm-eval drops
+the entry of one generated token, so a server that reports none for the end token would lose a real one.
+tests/e2e/test_lm_eval.py checks the same with lm-eval's request and parsing rewritten.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
     python -m benchmarks.serving.noisy [--rounds 4] [--phase-s 20] [--rate 10] [--workers 1] [--json FILE]
 
-A quiet tenant sends small completions at a steady rate. In every second phase two processes of a noisy
-tenant send, one after the other and without a pause, what costs most to read: JSON lines that are all blank,
-a prompt of 4 MB, floods of tiny JSON values, stop lists and conversations of the greatest size. The phases
-take turns, so that whatever else the machine does falls on both. What counts is the quiet tenant's time to
-first token.
+A quiet tenant sends small completions at a steady rate. In every second phase, two processes of a noisy
+tenant send, without a pause, the requests that cost most to read: JSON lines that are all blank, a prompt of
+4 MB, floods of tiny JSON values, and stop lists and conversations of the maximal size. The phases alternate,
+so that other work on the machine affects both equally. The result is the quiet tenant's time to first token.
 """
 
 from __future__ import annotations

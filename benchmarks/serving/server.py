@@ -3,10 +3,10 @@
     python -m benchmarks.serving.server [--adapters 1000 10000] [--cv 1 4] [--rate 4] [--duration-s 20]
         [--json FILE]
 
-Requests come when they come, whatever has been answered: gaps are Gamma distributed (cv 1: Poisson, 4:
-bursts), and latencies count from the moment that a request was due. Adapters lie in the store; their names
-are drawn from Zipf's law over all of them. Everything runs: API processes, engine, embedded store. Hit rates
-say where a request's adapter was when it came.
+Requests are sent at their time, whether or not earlier ones have been answered. The gaps are Gamma
+distributed (cv 1: Poisson, 4: bursts), and latencies count from the moment at which a request was due. All
+adapters are in the store, and names are drawn from them by Zipf's law. API processes, engine and embedded
+store all run. Hit rates say where a request's adapter was when the request arrived.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python -m benchmarks.serving.soak [--minutes 10] [--clients 8] [--workers 2] [--json FILE]
 
-Clients send requests without pause: adapters and the base model, short and long, some hang up in the middle,
-some ask for what cannot be served. Meanwhile adapters are published, published again (what a training does),
+Clients send requests without a pause, short and long ones, for adapters and the base model. Some hang up in
+the middle, and some cannot be served. Meanwhile adapters are published, published again (as training does),
 deleted and damaged. Every few seconds the engine checks its books (blocks, slots, references) between two
-steps, and memory is read. In the end all must be idle: nothing held, nothing waiting, no request without its
-end. Exit status 1 where that is not so.
+steps, and memory is read. In the end everything must be idle: nothing held, nothing waiting, every request
+ended. Otherwise the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Twenty answers that begin with white space, trained and asked for through the API of a running service.
+"""Does serving return answers that begin with white space as they were trained? Twenty, through the API.
 
     python -m benchmarks.serving.trained_answers --url http://127.0.0.1:8000/v1 --model smollm2
 
-White space merges with the line break that many chat templates end a prompt with, so a trainer that tokenises
-the two together teaches an answer to a prompt that serving never sends. Prints how many answers come back as
-they were trained, greedily and to their end, and exits with 1 if one does not.
+White space merges with the line break at the end of many chat templates' prompts, so a trainer that tokenises
+the two together teaches an answer to a prompt that serving never sends. Needs a running service. Prints how
+many answers come back as they were trained, with greedy sampling and up to their end, and exits with 1 if one
+does not.
 """
 
 from __future__ import annotations
