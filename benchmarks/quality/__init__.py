@@ -5,7 +5,7 @@ orderings.
 
 | module | what it does |
 |---|---|
-| `cases` | the r x r methods by name: which basis, which start, which rates |
+| `cases` | the r x r methods by name: which basis, which initialization, which rates |
 | `data` | a data set: encoded, split by the examples' hashes, in batches; one user's part of it |
 | `core_runs` | one basis, all rates and seeds trained together as users of one trainer |
 | `lora_runs` | the papers' LoRA forms, trained together |

@@ -29,7 +29,7 @@ def automatic_rate(results: Results, data: str, case: str, rank: int) -> float |
         return None
     known = CASES[name]
     method = variant(known.method, {"options": known.options})
-    return BasisKind(method, rank, gain, known.start).rate_for(num_examples)
+    return BasisKind(method, rank, gain, known.init).rate_for(num_examples)
 
 
 def good_rates(results: Results, data: str, case: str, rank: int) -> tuple[list[float], bool]:

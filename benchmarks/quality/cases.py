@@ -1,4 +1,4 @@
-"""The r x r methods by name: how the basis is built, where training starts, which learning rates are tried.
+"""The r x r methods by name: how the basis is built, how R is initialized, which learning rates are tried.
 
 All orthonormal bases share one wide sweep, up to 3e-1: their best rate is 3 to 30 times that of a basis with
 singular values, and a sweep that ends early turns a learning rate into a verdict on a method.
@@ -29,19 +29,19 @@ Change = Literal["none", "noise", "absorb"]
 
 @dataclass(frozen=True)
 class Case:
-    """method, options, target_modules: of `build_basis`. start, init_options: of `make_init`.
-
-    is_random: the basis has a seed, so every seed builds its own. lr_init: the start's η is the learning
-    rate.
-    """
+    """One way to train in r x r form: a basis, an initialization and the learning rates to try."""
 
     name: str
+    #: The method of `build_basis`, with its options.
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    start: str = "zero"
+    #: The method of `make_init`, with its options.
+    init: str = "zero"
     init_options: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = RATES
+    #: Whether the basis depends on the seed, so that every seed builds its own.
     is_random: bool = False
+    #: Whether the initialization's η is the learning rate.
     lr_init: bool = False
     change: Change = "none"
     target_modules: tuple[str, ...] = LLAMA_LINEARS
@@ -57,9 +57,9 @@ def _xs(name: str, vectors: str, *, with_sigma: bool, is_random: bool = False) -
     return Case(name, "lora_xs", options, rates=rates, is_random=is_random)
 
 
-def _sb(name: str, *, start: str = "sb_step", change: Change = "none", **options: Any) -> Case:
-    """LoRA-SB; the start is by line search unless another is named."""
-    return Case(name, "lora_sb", options, start=start, change=change)
+def _sb(name: str, *, init: str = "sb_step", change: Change = "none", **options: Any) -> Case:
+    """Return a case of LoRA-SB, initialized by line search unless another initialization is named."""
+    return Case(name, "lora_sb", options, init=init, change=change)
 
 
 def _da(name: str, **options: Any) -> Case:
@@ -86,14 +86,14 @@ _CASES = (
     Case("eva_grad", "eva", {"output_rule": "grad"}),
     Case("lolora", "lolora"),
     Case("lora_ga", "lora_ga"),
-    Case("lora_one", "lora_one", start="gradient", init_options={"normalise": "spectral"}),
+    Case("lora_one", "lora_one", init="gradient", init_options={"normalise": "spectral"}),
     Case("gradient_svd", "gradient_svd"),
     _sb("lora_sb"),
-    _sb("lora_sb_zero", start="zero"),
-    Case("lora_sb_paper", "lora_sb", start="sb_step", lr_init=True),
-    _sb("sb_noise", start="zero", change="noise"),
+    _sb("lora_sb_zero", init="zero"),
+    Case("lora_sb_paper", "lora_sb", init="sb_step", lr_init=True),
+    _sb("sb_noise", init="zero", change="noise"),
     _sb("sb_usv", change="absorb"),
-    *(_sb(f"lora_sb_n{count}", start="zero", num_examples=count) for count in SB_COUNTS),
+    *(_sb(f"lora_sb_n{count}", init="zero", num_examples=count) for count in SB_COUNTS),
     _da("lora_da"),
     Case("lora_da_zero", "lora_da"),
     _da("lora_da_no_bias", use_bias=False),
@@ -101,12 +101,12 @@ _CASES = (
     _da("lora_da_no_fisher", use_variance=False, use_fisher=False),
     _da("lora_da_repo", mode="repo"),
     # The authors' units alone: of few tokens the factors are so singular that their absolute damping makes
-    # another method of it, and a normalised step is another start.
+    # another method of it, and a normalised step is another initialization.
     _da("lora_da_repo_units", mode="repo", damping=1e-3, damping_mode="relative", normalise=False),
     _da("lora_da_two_sided", form="two_sided"),
     *(_da(f"lora_da_n{count}", num_examples=count) for count in (16, 64, 1024)),
     *(
-        Case(f"lora_da_{place}", "lora_da", start="da_step", target_modules=names)
+        Case(f"lora_da_{place}", "lora_da", init="da_step", target_modules=names)
         for place, names in PLACES.items()
     ),
     *(

@@ -25,7 +25,7 @@ from trainer_worker.training.trainer import CoreRun, Trainer
 
 @dataclass(frozen=True)
 class BuiltCase:
-    """A basis and the stored core to start from, [M, r, r], for each learning rate."""
+    """A basis, and the stored core with which training begins, [M, r, r], for each learning rate."""
 
     basis: Basis
     start: Callable[[float], Tensor | None]
@@ -58,12 +58,12 @@ def build_case(
 
 
 def _start(base: BaseModel, case: Case, built: BuiltBasis, data: DataSet) -> Callable[[float], Tensor | None]:
-    if case.start == "zero":
+    if case.init == "zero":
         return lambda rate: None
 
     def make(**options: object) -> Tensor:
         R0 = make_init(
-            built.basis, method=case.start, base=base, calibration=data.calibration, step=built.step,
+            built.basis, method=case.init, base=base, calibration=data.calibration, step=built.step,
             **{**case.init_options, **options},
         )  # fmt: skip
         return built.basis.fold(R0.double()).float()
