@@ -63,8 +63,8 @@ class EngineConfig(BaseModel):
     )
     attention: Literal["auto", "triton", "torch"] = Field(
         default="auto",
-        description="`auto`: Triton kernels on CUDA if they pass a trial at start, else torch; `triton`, "
-        "`torch`: force one",
+        description="`auto`: Triton kernels on CUDA if they pass a self-check at start, else torch; "
+        "`triton`, `torch`: force one",
     )
     # "static" runs on any device, and is how the CPU tests reach what the graphs capture.
     decode_graphs: Literal["auto", "static", "off"] = Field(

@@ -1,4 +1,4 @@
-"""From plans to outputs: steps that have been started, and the requests in flight that they serve.
+"""Turn plans into outputs: steps that have been started, and the requests in flight that they serve.
 
     without lookahead    plan n, run n, deliver n
     with lookahead       plan n, start n, deliver n - 1       while the device works on n

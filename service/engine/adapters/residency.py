@@ -43,12 +43,14 @@ class AdapterCache:
         return list(self._adapters)
 
     def get(self, ref: AdapterRef) -> PackedAdapter | None:
+        """Return an adapter, which becomes the most recently used, or None."""
         adapter = self._adapters.get(ref)
         if adapter is not None:
             self._adapters.move_to_end(ref)
         return adapter
 
     def put(self, ref: AdapterRef, adapter: PackedAdapter) -> None:
+        """Keep an adapter, and evict others if they take more than the limit."""
         self.drop(ref)
         self._adapters[ref] = adapter
         self.num_bytes += adapter.nbytes
@@ -198,7 +200,7 @@ class Residency:
 
     def unload(self, tenant: str, adapter_id: str) -> None:
         """Drop every version of an adapter. The cache and the slots drop it now, except that requests in
-        flight keep their slots; one that is being fetched is dropped once it has arrived and nobody needs
+        flight keep their slots; one that is being fetched is dropped once it has arrived and no request needs
         it."""
         known = {*self.cache.refs, *self._requested, *self._users}
         for table in self.bases.tables.values():

@@ -222,9 +222,9 @@ class ResidentBases:
         return len(self._resident) + len(self._being_fetched) < self._config.max_resident_bases
 
     def _evictable(self) -> str | None:
-        """The least recently used basis that nobody needs, or the closed basis once it is idle. Otherwise
-        requests that wait for an idle basis keep it; without this, two bases could evict each other before
-        either is used."""
+        """Return the least recently used basis that no request needs, or the closed basis once it is idle.
+        Otherwise requests that wait for an idle basis keep it; without this, two bases could evict each other
+        before either is used."""
         for basis_id, resident in self._resident.items():
             is_needed = basis_id in self._users and basis_id != self._closing
             if not (resident.is_permanent or resident.slots.num_pinned or is_needed):

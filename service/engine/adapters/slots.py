@@ -159,7 +159,7 @@ class SlotTable:
                 self._clear(slot)
 
     def drop(self, ref: AdapterRef) -> None:
-        """Forget `ref`: the next `pin` must bring its bytes. Requests in flight keep the slot."""
+        """Forget `ref`. The next `pin` must pass its bytes again. Requests in flight keep the slot."""
         if ref in self._slot_of:
             slot = self._slot_of.pop(ref)
             del self._ref_of[slot]
@@ -184,14 +184,14 @@ class SlotTable:
         else:
             self.active = self._token_slots[: len(token_slots)].copy_(token_slots)
 
-    def begin_trial(self, R: Tensor) -> int:
-        """Put R [M, r, r] into a free slot, for trial steps before any adapter is loaded. Returns the
-        slot."""
+    def begin_self_check(self, R: Tensor) -> int:
+        """Put R [M, r, r] into a free slot, for the self-check before any adapter is loaded. Return
+        the slot."""
         slot = self._free[-1]
         self.R_slots[slot] = R.to(self.R_slots)
         return slot
 
-    def end_trial(self) -> None:
+    def end_self_check(self) -> None:
         """Clear that slot again, before the next load."""
         self.R_slots[self._free[-1]] = 0
         self._loads.follow()

@@ -1,9 +1,9 @@
-"""The choice of the attention implementation for a model and a device, with a trial of the fast one.
+"""The choice of the attention implementation for a model and a device, with a self-check of the fast one.
 
     triton    `paged.TritonPagedAttention`, on CUDA
     torch     `reference.PagedAttention`, on any device: the reference implementation, which gathers K and V
 
-The trial compares the two on random contexts with the heads, windows and soft caps of the model. It also
+The self-check compares the two on random contexts with the heads, windows and soft caps of the model. It also
 compiles the kernels that serving needs.
 """
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 #: rounds scores to the KV's dtype and the kernels do not: for scores of size 1 this alone makes up to 0.010
 #: in bfloat16 and 0.0016 in float16.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-#: Contexts of the trial: single queries, including one that is split and a padded row, then a chunk.
+#: Contexts of the self-check: single queries, including one that is split and a padded row, then a chunk.
 _SINGLE_LENGTHS = (700, 65, 16, 1, 0)
 _CHUNK_START, _CHUNK_LENGTH = 83, 150
 
@@ -53,17 +53,17 @@ class AttentionChoice:
 def choose_attention(
     kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions], *, setting: str = "auto"
 ) -> AttentionChoice:
-    """The fastest implementation that runs on the KV's device and passes its trial.
+    """Return the fastest implementation that runs on the KV's device and passes its self-check.
 
-    num_heads: query heads of every layer. options: of every layer. setting: "auto", or the implementation to
-    use. Raises `UnsupportedModel` if that is "triton" and Triton cannot be used.
+    num_heads: query heads of every layer. options: those of each layer. setting: "auto", or the
+    implementation to use. Raises `UnsupportedModel` if that is "triton" and Triton cannot be used.
     """
     device = kv.pages_of(0)[0].device
     if setting == AttentionKind.TORCH:
         return AttentionChoice(AttentionKind.TORCH, "the setting says so")
     reason = _obstacle(kv, device, is_forced=setting == AttentionKind.TRITON)
     if not reason:
-        reason = _try_out(kv, num_heads, options)
+        reason = _self_check(kv, num_heads, options)
         if reason:
             logger.error("the Triton attention kernels do not work here: %s", reason)
     if not reason:
@@ -88,12 +88,13 @@ def _obstacle(kv: PagedKV, device: torch.device, *, is_forced: bool) -> str:
     return ""
 
 
-def _try_out(kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions]) -> str:
-    """What is wrong with the kernels for one of the kinds of layers of the model; "" if nothing is."""
+def _self_check(kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions]) -> str:
+    """Compare the kernels with the reference implementation for each kind of layer of the model. Return the
+    first error, or "" if there is none."""
     try:
         kinds = {(shape, own, own.sinks is None): own for shape, own in zip(kv.shapes, options, strict=True)}
         for (shape, _, _), layer_options in kinds.items():
-            difference = _trial_difference(kv, shape, num_heads, layer_options)
+            difference = _measure_difference(kv, shape, num_heads, layer_options)
             if not difference <= _TOLERANCES[kv.pages_of(0)[0].dtype]:
                 return (
                     f"they differ from the reference implementation by {difference:.2g} of its size "
@@ -105,14 +106,14 @@ def _try_out(kv: PagedKV, num_heads: int, options: Sequence[AttentionOptions]) -
 
 
 @torch.inference_mode()
-def _trial_difference(kv: PagedKV, shape: KVShape, num_heads: int, options: AttentionOptions) -> float:
-    """The difference between the kernels and the reference implementation in a mixed step, as `_TOLERANCES`
-    measures it."""
+def _measure_difference(kv: PagedKV, shape: KVShape, num_heads: int, options: AttentionOptions) -> float:
+    """Return the difference between the kernels and the reference implementation in a mixed step, as
+    `_TOLERANCES` measures it."""
     like = kv.pages_of(0)[0]
     lengths = [*_SINGLE_LENGTHS, _CHUNK_START + _CHUNK_LENGTH]
     width = -(-max(lengths) // kv.block_size)
     num_blocks = len(lengths) * width
-    trial = PagedKV(
+    random_kv = PagedKV(
         [shape],
         num_blocks=num_blocks,
         block_size=kv.block_size,
@@ -120,24 +121,24 @@ def _trial_difference(kv: PagedKV, shape: KVShape, num_heads: int, options: Atte
         dtype=like.dtype,
     )
     generator = torch.Generator(like.device).manual_seed(0)
-    for page in trial.pages_of(0):
+    for page in random_kv.pages_of(0):
         page[1:].normal_(generator=generator)
     tables = torch.arange(1, num_blocks + 1, device=like.device).view(len(lengths), width)
     num_tokens = len(_SINGLE_LENGTHS) + _CHUNK_LENGTH
     q = torch.empty(num_tokens, num_heads, shape.key_dim, device=like.device, dtype=like.dtype)
     q.normal_(generator=generator).mul_(shape.key_dim**-0.5 / options.scaling)  # scores of size 1
-    expected = _reference_output(trial, q, tables, options)
+    expected = _reference_output(random_kv, q, tables, options)
     worst = 0.0
     for can_split in (False, True):
-        inputs = _trial_inputs(trial, tables, lengths, num_heads, can_split)
-        out = TritonPagedAttention(trial, inputs).attend_cached(0, q, options)
+        inputs = _kernel_inputs(random_kv, tables, lengths, num_heads, can_split)
+        out = TritonPagedAttention(random_kv, inputs).attend_cached(0, q, options)
         difference = (out.float() - expected.float()).abs().flatten(1).amax(1)
         size = expected.float().abs().flatten(1).amax(1).clamp(min=torch.finfo(torch.float32).tiny)
         worst = max(worst, float((difference / size).nan_to_num(torch.inf).max()))
     return worst
 
 
-def _trial_inputs(
+def _kernel_inputs(
     kv: PagedKV, tables: Tensor, lengths: Sequence[int], num_heads: int, can_split: bool
 ) -> PagedInputs:
     num_single = len(_SINGLE_LENGTHS)

@@ -1,4 +1,4 @@
-"""Which earlier tokens each layer of a model attends to, read from the masks that the model itself would
+"""Find which earlier tokens each layer of a model attends to, from the masks that the model itself would
 build.
 
 A model that attends through our function builds no mask. So a window that is in the mask only (PhiMoE) would
@@ -24,7 +24,7 @@ _NAME = "tessera_asks_for_masks"
 #: Two positions of queries. Windows are far shorter than either, and the two differ in their distance to the
 #: start of a chunk.
 _QUERIES = (2**20, 2**20 - 4099)
-#: Stand for patterns that are no window: something else, or one in which tokens see later ones.
+#: Markers of patterns that are no window: something else, or one in which tokens see later ones.
 _ODD, _LATER = 0, -1
 #: Number of keys to check before and behind each end of a window.
 _NUM_NEAR = 64

@@ -25,7 +25,7 @@ from service.engine.kv.cache import KVShape, PagedKV
 from service.engine.kv.memory import Ints
 from service.engine.scheduling.plan import Chunk
 
-#: Stands for no window: longer than any context.
+#: The window of layers that have none: longer than any context.
 _NO_WINDOW = 1 << 30
 #: The smallest number of tiles that the cutting kernel is compiled for. Few sizes mean few compilations while
 #: serving.
@@ -38,7 +38,7 @@ _CPU_MULTIPROCESSORS = 8
 
 @dataclass(frozen=True)
 class PagedInputs:
-    """What the kernels read of a step: integer tensors on the KV's device, each int32 or int64.
+    """The inputs of the kernels for one step: integer tensors on the KV's device, each int32 or int64.
 
     Tiles and singles without a query are padding. Rows of the batch that are in none of them stay as they
     were allocated.
@@ -60,7 +60,7 @@ class PagedInputs:
     singles: Tensor | None = None
 
     def of_phase(self, phase: Phase) -> Tensor:
-        """What `paged_attention.cut_work` cuts: lengths [n], or tiles [n, 4]."""
+        """Return the work that `paged_attention.cut_work` divides: lengths [n], or tiles [n, 4]."""
         if phase == Phase.DECODE:
             return self.lengths[: self.num_single] if self.singles is None else self.singles
         return self.tables[:0] if self.tiles is None else self.tiles
@@ -68,7 +68,7 @@ class PagedInputs:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a device offers to a launch."""
+    """The limits of a device for a launch."""
 
     num_multiprocessors: int
     #: The most shared memory of one program; None if there is no limit.
@@ -77,6 +77,7 @@ class DeviceLimits:
 
 @cache
 def device_limits(device: torch.device) -> DeviceLimits:
+    """Return the limits of `device`, or stand-ins on a CPU."""
     if device.type != "cuda":
         return DeviceLimits(_CPU_MULTIPROCESSORS, None)
     properties = torch.cuda.get_device_properties(device)
@@ -250,7 +251,8 @@ class TritonPagedAttention:
 
 
 class PagedLayout:
-    """The layout of `TritonPagedAttention`. queries_per_tile: as its launch configuration says."""
+    """The layout of `TritonPagedAttention`. queries_per_tile: see the function of this
+    name."""
 
     def __init__(self, tables: BlockTables, queries_per_tile: int) -> None:
         self._tables = tables

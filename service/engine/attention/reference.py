@@ -167,7 +167,7 @@ class AttentionTile:
         return self._pages[num_kv_heads]
 
     def hidden(self, length: int, window: int | None) -> Tensor:
-        """Which of `length` keys each query does not see, bool [n, 1, 1, Q, length]."""
+        """Return which of `length` keys each query does not see, bool [n, 1, 1, Q, length]."""
         if window not in self._masks:
             keys = torch.arange(length, device=self.positions.device)
             queries = self.positions[:, None, None, :, None]
@@ -320,4 +320,4 @@ class AttentionProbe:
         return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
 
     def attend_cached(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
-        raise AssertionError("a trial run goes through the model's own layers")
+        raise AssertionError("a probe goes through the model's own layers")

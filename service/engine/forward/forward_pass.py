@@ -4,7 +4,7 @@
                (a model that computes attention itself is run over a cache, `cached_model.py`)
     fused      known architectures: the same weights, fewer and larger ops (`layers.py`)
 
-The fused way is used if the model is recognised and both ways agree in a trial.
+The fused way is used if the model is recognised and both ways agree in a self-check.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a trial run of the model shows."""
+    """Facts about a model that a probe, a run of one token, has shown."""
 
-    #: What each layer stores per token.
+    #: The shape of K and V that each layer stores per token.
     kv_shapes: tuple[KVShape, ...]
     #: The kind of attention of each layer; empty for a model that computes attention itself.
     options: tuple[AttentionOptions, ...]
@@ -67,7 +67,8 @@ class ModelFacts:
 
 @torch.inference_mode()
 def install_attention(model: PreTrainedModel) -> ModelFacts:
-    """Make `model` use our attention, or our cache if it computes attention itself, and try one token.
+    """Make `model` use our attention, or our cache if it computes attention itself, and probe it with one
+    token.
 
     Raises `UnsupportedModel` if neither works.
     """
@@ -76,7 +77,7 @@ def install_attention(model: PreTrainedModel) -> ModelFacts:
         raise _unsupported(model, obstacle)
     own_implementation = reference.implementation_of(model)
     try:
-        return _try_attention(model)
+        return _probe_attention(model)
     except AttendsToLaterTokens:
         raise _unsupported(
             model,
@@ -93,7 +94,8 @@ def install_attention(model: PreTrainedModel) -> ModelFacts:
 
 @torch.inference_mode()
 def install_cache(model: PreTrainedModel) -> ModelFacts:
-    """Let `model` compute attention itself over our cache, and try one token. Raises `UnsupportedModel`."""
+    """Let `model` compute attention itself over our cache, and probe it with one token. Raises
+    `UnsupportedModel`."""
     try:
         shapes, has_counting_layers, logits = cached_model.probe(model)
     except cached_model.NotCacheable as error:
@@ -106,13 +108,14 @@ def install_cache(model: PreTrainedModel) -> ModelFacts:
     return ModelFacts(shapes, (), 1, _vocab_size(model, logits), has_counting_layers=has_counting_layers)
 
 
-def _try_attention(model: PreTrainedModel) -> ModelFacts:
-    """Raises `NotPageable`, and any error of a model that cannot work with our attention."""
+def _probe_attention(model: PreTrainedModel) -> ModelFacts:
+    """Install our attention in `model` and probe it with one token. Raises `NotPageable`, and any error of a
+    model that cannot work with our attention."""
     config = model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
     if types - PAGEABLE_LAYERS:
         raise NotPageable(f"layers of type {', '.join(sorted(types - PAGEABLE_LAYERS))}")
-    # Without a cache Llama 4 counts from the start of the batch, which a trial is too short to show.
+    # Without a cache Llama 4 counts from the start of the batch, which a probe is too short to show.
     if getattr(config, "attn_temperature_tuning", False):
         raise NotPageable("queries scaled by positions that its layers count in a cache")
     masks = read_windows(model)
@@ -177,13 +180,13 @@ class ForwardPass:
 
     @property
     def mode(self) -> str:
-        """Which way the model is run, and why."""
+        """The way in which the model is run, and why."""
         if self.fused is not None:
             return "fused"
         return f"{'generic' if self._cached is None else 'generic, over a cache'}: {self.reason}"
 
     def prepare(self, measure_error: Callable[[], float]) -> bool:
-        """Fuse the weights with the factors of the default basis and try the result. Returns False if this
+        """Fuse the weights with the factors of the default basis and check the result. Return False if this
         has been done already.
 
         measure_error: the difference between the two ways, as a share of the logits. Stays with the generic
@@ -205,7 +208,7 @@ class ForwardPass:
     def forward(
         self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor | None = None
     ) -> Tensor:
-        """The logits [n, V] of some rows of the flattened batch, int64 [n], or of all rows."""
+        """Return the logits [n, V] of some rows of the flattened batch, int64 [n], or of all rows."""
         if self.fused is not None:
             return self.fused.forward(rows, kv, step, logit_rows)
         return self.forward_generic(rows, kv, step, logit_rows)
@@ -227,7 +230,7 @@ class ForwardPass:
             self.fused.follow(self._bases.tables)
 
     def close(self) -> None:
-        """Give the model's layers their own weights back."""
+        """Restore the layers' own weights."""
         if self.fused is not None:
             self.fused.close()
             self.fused = None
@@ -241,20 +244,21 @@ class ForwardPass:
         except NotFusable as refusal:
             self.reason = str(refusal)
             return
-        self.reason = self._try_out(measure_error)
+        self.reason = self._self_check(measure_error)
         if self.reason:
             logger.error("the fused path of %s is wrong: %s", type(self._model).__name__, self.reason)
             self.close()
 
-    def _try_out(self, measure_error: Callable[[], float]) -> str:
-        """What is wrong with the fused way; "" if nothing is. Raises an accelerator's own errors."""
+    def _self_check(self, measure_error: Callable[[], float]) -> str:
+        """Compare the fused way with the generic one. Return what is wrong, or "". Raises an accelerator's
+        own errors."""
         try:
             error = measure_error()
         except torch.AcceleratorError:
             raise
         except Exception as failure:  # a compiler of kernels may raise anything
-            logger.exception("the trial of the fused path failed")
-            return f"its trial failed: {failure!r}"
+            logger.exception("the self-check of the fused path failed")
+            return f"its self-check failed: {failure!r}"
         if error <= TOLERANCES[self._model.dtype]:
             return ""
         return f"its logits differ from the model's own by {error:.2g} of their size"

@@ -1,6 +1,6 @@
 """Why a model cannot be served, according to its class and configuration, in words for users.
 
-What a configuration does not show, a trial run does (`forward_pass.install_attention`).
+A probe shows what a configuration does not (`forward_pass.install_attention`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tessera.model.pretrained import IS_A_DECODER
 
-#: Errors of a trial run that are not caused by the model.
+#: Errors of a probe or a trial that are not caused by the model.
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 #: Types of layers (`config.layer_types`) with attention that we can compute.
@@ -39,7 +39,7 @@ _REASONS = {
     "compressed_sparse_attention": _COMPRESSED,
     "heavily_compressed_attention": _COMPRESSED,
 }
-#: By `config.model_type`, reasons that neither the layer types nor a trial run show in words for users.
+#: Reasons by `config.model_type`, for models whose layer types and probe give no reason in words for users.
 _TYPE_REASONS = {
     "blt": "it cuts text into patches of bytes by itself; Tessera serves models that read tokens",
     "xlnet": _NO_CACHE,

@@ -50,7 +50,7 @@ class FusedProjection:
     @torch.no_grad()
     def fuse(self, basis_id: str, fused: Tensor) -> None:
         """Make the weights views of `fused`, which has `shape_with` and is zero, with the A of `basis_id`
-        below them; "" stands for no basis."""
+        below them; "" for no basis."""
         factors = self._factors_of(basis_id)
         A = [share.A for share in factors if share is not None]
         rank = A[0].shape[0] if A else 0

@@ -23,28 +23,28 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 #: The scale of the random R: large enough to show an adapter that is left out or confused with another.
 _R_SCALE = 0.5
 _LENGTHS = (6, 4)
-#: Positions that the trial needs, even if the engine serves shorter requests only.
+#: Positions that the self-check needs, even if the engine serves shorter requests only.
 NUM_POSITIONS = max(_LENGTHS)
 
 
-def num_trial_blocks(block_size: int) -> int:
-    """KV blocks that the trial's requests take."""
+def num_blocks(block_size: int) -> int:
+    """Return the number of KV blocks that the requests of the self-check take."""
     return sum(-(-length // block_size) for length in _LENGTHS)
 
 
-def trial_plans(
+def step_plans(
     vocab_size: int, block_size: int, basis_id: str, *, slot: int, max_tokens: int
 ) -> list[StepPlan]:
-    """Steps that cover prefill, continued prefill and decode, in the blocks from 1 on.
+    """Return steps that cover prefill, continued prefill and decode, in the blocks from 1 on.
 
-    basis_id: of the adapter in `slot` for the first request, or "". max_tokens: of one step; if they are too
-    few for mixed steps, each step has one token.
+    basis_id: basis of the adapter in `slot` for the first request, or "". max_tokens: limit of one step; if
+    it is too low for mixed steps, each step has one token.
     """
     generator = torch.Generator().manual_seed(0)
     requests, first = [], 1
     for length, name in zip(_LENGTHS, (basis_id, ""), strict=True):
         token_ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
-        adapter = AdapterRef("", "trial", 1, name) if name else None
+        adapter = AdapterRef("", "self-check", 1, name) if name else None
         request = EngineRequest(GenerationRequest("", "", token_ids, SamplingParams(), adapter), 0, b"")
         request.slot = slot if name else 0
         last = first + -(-length // block_size)
@@ -59,13 +59,13 @@ def trial_plans(
     ]
 
 
-def trial_core(shape: tuple[int, ...]) -> Tensor:
-    """The R of the trial's adapter, [M, r, r]."""
+def random_core(shape: tuple[int, ...]) -> Tensor:
+    """Return a random R for the adapter of the self-check, [M, r, r]."""
     return _R_SCALE * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def disagreement(logits: Tensor, expected: Tensor) -> float:
-    """The relative difference; infinite if one of the two is not finite."""
+    """Return the relative difference; infinite if one of the two is not finite."""
     expected = expected.float()
     error = (logits.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     return float(error) if torch.isfinite(error) else float("inf")

@@ -21,7 +21,7 @@ from tessera.model.rope import depends_on_batch
 
 
 class NotFusable(Exception):
-    """The fused path cannot run the model. The text says why."""
+    """The fused path cannot run the model. The text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ModelSpec:
 
 
 def recognise(model: PreTrainedModel, options: Sequence[AttentionOptions]) -> ModelSpec:
-    """The spec of `model`. options: the kind of attention of each layer, as seen in a trial run.
+    """Return the spec of `model`. options: the kind of attention of each layer, as a probe has shown it.
 
     Raises `NotFusable`.
     """

@@ -61,7 +61,8 @@ def launch_options(arguments: DeltaArguments, warps: int) -> dict[str, Any]:
 
 
 def delta_arguments(delta: GroupDelta | None, y: Tensor, tile: Tile) -> DeltaArguments:
-    """The arguments of a delta whose h follows the outputs in y. Launches `core_kernel` where that pays."""
+    """Return the arguments of a delta whose h follows the outputs in y. Launches `core_kernel` where that
+    pays."""
     if delta is None:
         return no_delta(y)
     factors = delta.factors
@@ -72,7 +73,7 @@ def delta_arguments(delta: GroupDelta | None, y: Tensor, tile: Tile) -> DeltaArg
 
 
 def gathered(factors: GroupFactors, token_slots: Tensor, h: Tensor) -> DeltaArguments:
-    """The arguments of a delta whose consumer applies R itself. h: [T, C * r], rows of any stride."""
+    """Return the arguments of a delta whose consumer applies R itself. h: [T, C * r], rows of any stride."""
     R = factors.R_slots
     assert len(token_slots) < 2 or token_slots.stride(0) == 1
     assert h.stride(1) == 1 or h.shape[1] == 1
@@ -95,7 +96,8 @@ def gathered(factors: GroupFactors, token_slots: Tensor, h: Tensor) -> DeltaArgu
 def apply_core(
     arguments: DeltaArguments, factors: GroupFactors, num_tokens: int, tile: Tile
 ) -> DeltaArguments:
-    """The same delta, with z = R h computed first where the rank and the number of tokens make that pay."""
+    """Return the same delta, with z = R h computed first if that is faster at this rank and number of
+    tokens."""
     num_gathered = tile.tokens * padded(factors.rank) ** 2
     if num_gathered <= tile.warps * tiling.MAX_GATHERED_NUMBERS and num_tokens <= tiling.MAX_GATHERED_TOKENS:
         return arguments
@@ -103,6 +105,7 @@ def apply_core(
 
 
 def with_core(arguments: DeltaArguments, factors: GroupFactors, num_tokens: int) -> DeltaArguments:
+    """Return the same delta, with z = R h computed by `core_kernel`."""
     rank, num_segments = factors.rank, len(factors.widths)
     z = torch.empty(num_tokens, num_segments * rank, dtype=factors.B.dtype, device=factors.B.device)
     tokens = 1 if num_tokens <= tiling.MAX_SINGLE_CORE_TOKENS else 16

@@ -54,9 +54,8 @@ def segment_cores(h: Tensor, factors: GroupFactors, token_slots: Tensor) -> Tens
     h = _wide(h)
     rank = factors.rank
     z = h.new_zeros(len(h), len(factors.widths), rank)
-    rows = token_slots.nonzero()[
-        :, 0
-    ]  # rows of the base model may hold anything in h, and must not pay for R
+    # Rows of the base model may contain anything in h, and are skipped so that they cost nothing.
+    rows = token_slots.nonzero()[:, 0]
     slots = token_slots[rows].long()
     for i, (module, column) in enumerate(zip(factors.modules, factors.columns, strict=True)):
         if module != NO_MODULE:

@@ -47,13 +47,13 @@ class Tile:
     warps: int
 
 
-#: For each op pairs of (largest number of tokens, tile), in rising order; the last tile serves all above.
+#: Pairs for each op of (largest number of tokens, tile), in rising order; the last tile serves all above.
 Table = dict[str, tuple[tuple[int, Tile], ...]]
 
 #: Up to 512 tokens these are the fastest tiles on an H200 at 1, 32 and 256 tokens, rank 16, every token with
 #: an adapter of its own (benchmarks.operators --tune). The one for glu at 256 tokens is too wide for R to fit
 #: the registers, so that `core_kernel` runs first: 11.1 µs per layer, against 15.2 with R gathered by wide
-#: tiles. Above 512 tokens the tiles are reasoned, not tuned.
+#: tiles. Above 512 tokens the tiles follow from arithmetic and have not been tuned.
 LOW_RANK_TILES: Table = {
     "qkv_rope": (  # columns: a head's
         (4, Tile(1, 0, 2)),

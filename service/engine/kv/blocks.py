@@ -2,7 +2,7 @@
 
 A block is
 
-    free        held by nobody, and not worth keeping
+    free        not held, and its content is not kept
     held        referenced by one request or more
     cached      unreferenced, but registered under a key: shared again when its key is matched, else reused,
                 oldest first
@@ -62,7 +62,7 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Number of blocks that `acquire` can hand out."""
+        """Number of blocks that `acquire` can return."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -78,7 +78,8 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks that are registered under the longest known prefix of `keys`. Takes no reference."""
+        """Return the blocks that are registered under the longest known prefix of `keys`. Takes no
+        reference."""
         blocks = []
         for key in keys:
             if (block := self._block_of.get(key)) is None:
@@ -100,7 +101,8 @@ class BlockPool:
         return [*shared, *(self._take() for _ in range(num_new))]
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up one reference to each block. The end of a chain, which is worth least, is evicted first."""
+        """Give up one reference to each block. The end of a chain, which is the least useful, is evicted
+        first."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             assert self._refs[block] >= 0
@@ -122,7 +124,7 @@ class BlockPool:
                 self._blocks_of.setdefault(owner, set()).add(block)
 
     def forget(self, owner: Hashable) -> None:
-        """Stop sharing this owner's blocks. Those that nobody holds become free."""
+        """Stop sharing this owner's blocks. Those that are not held become free."""
         for block in list(self._blocks_of.get(owner, ())):
             self._unregister(block)
             if block in self._cached:

@@ -32,8 +32,8 @@ def num_kv_blocks(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int:
-    """As many blocks as are configured or fit, but no more than can be used. Raises `InvalidInput` if not one
-    fits."""
+    """Return the number of KV blocks: as many as are configured or fit, but no more than can be used. Raises
+    `InvalidInput` if not one fits."""
     if config.num_blocks is not None:
         return config.num_blocks
     block_bytes = config.block_size * sum(shape.bytes_per_token(dtype) for shape in shapes)

@@ -1,1 +1,1 @@
-"""From logits to the next token, and the log-probabilities to report."""
+"""Sampling: the next token from logits, and the log-probabilities to report."""

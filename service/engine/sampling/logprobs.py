@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 64
 
 
 class PendingLogprobs:
-    """For each row the log-probability of its token and of its `num_top` most likely tokens.
+    """Return for each row the log-probability of its token and of its `num_top` most likely tokens.
 
     logits: [N, V], any dtype;  token_ids: int64 [N]. Neither is kept.
     """

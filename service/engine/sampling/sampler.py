@@ -1,9 +1,10 @@
-"""From logits to tokens: each row by the parameters of its own request.
+"""Sample tokens from logits, each row by the parameters of its own request.
 
     token = argmax_v  p[v] / e[v],   e ~ Exp(1)       is a draw from p   (the exponential-noise trick)
 
 The result of a row depends on its logits, its parameters and its generator, never on the other rows of the
-batch. A request with a seed has a random generator of its own; all others share one, which nobody can notice.
+batch. A request with a seed has a random generator of its own; all others share one, which makes no
+observable difference.
 
 Order: rules, temperature, top_k, top_p, min_p. The rules change the model's logits, each in float32 and on
 its own row only, in this order:
@@ -68,7 +69,8 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
 
 
 def apply_rules(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """The logits from which tokens are chosen. logits: float32 [N, V]; returns a copy if a row has rules."""
+    """Return the logits from which tokens are chosen. logits: float32 [N, V]; returns a copy if a row has
+    rules."""
     ruled = [index for index, r in enumerate(requests) if r.may_have_rules and has_active_rules(r)]
     if not ruled:
         return logits
@@ -115,7 +117,7 @@ def _ids(
 
 
 def finite_rows(logits: Tensor) -> Tensor:
-    """Which rows hold only finite numbers, bool [N]. logits: [N, V]."""
+    """Return which rows hold only finite numbers, bool [N]. logits: [N, V]."""
     low, high = torch.aminmax(logits, dim=-1)  # both are NaN if any number is; makes no mask of [N, V]
     return torch.isfinite(low) & torch.isfinite(high)
 

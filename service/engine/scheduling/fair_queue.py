@@ -1,9 +1,9 @@
 """The queue of waiting requests, fair between tenants.
 
-Each tenant has a line of its own, and the tokens that the tenants have been given decide whose line is next.
-So a tenant with ten thousand requests delays another tenant's only request by one of its own. Requests whose
-adapter or basis has not arrived are parked beside the lines: they delay nobody, and join the line of their
-tenant when it has.
+Each tenant has its own line, and the number of tokens that each tenant has been given decides which line is
+next. So a tenant with ten thousand requests delays another tenant's only request by at most the time of one
+request. Requests whose adapter or basis has not arrived are parked beside the lines: they delay no other
+request, and join the line of their tenant when it has arrived.
 
 The order is deficit round robin over tokens, with rounds of one token and debts:
 
@@ -12,8 +12,8 @@ The order is deficit round robin over tokens, with rounds of one token and debts
 A tenant's request may run once the round `starts_at` is reached, and its cost (prompt and longest output) is
 owed afterwards. So the first request of a newcomer runs at once, and a tenant is passed over for as many
 rounds as it has had tokens. The unused part of the cost is paid back when the request ends. Counting in
-rounds of one token instead of a quantum, and skipping rounds in which nobody may run, is the scheme known as
-start-time fair queueing (Goyal, Vin, Cheng 1996): while two tenants wait, the amounts that they were given
+rounds of one token instead of a quantum, and skipping rounds in which no tenant may run, is the scheme known
+as start-time fair queueing (Goyal, Vin, Cheng 1996): while two tenants wait, the amounts that they were given
 differ by at most one request of each.
 """
 
@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from service.engine.scheduling.request import EngineRequest
 from tessera.formats.adapter_ref import AdapterRef
 
-#: How many requests of one tenant's line are looked at in one pass while those at its front wait for a slot.
-#: Bounds the time of a pass (1 µs each); the next step looks at the others.
+#: How many requests of one tenant's line one pass examines while those at its front wait for a slot. Bounds
+#: the time of a pass (1 µs each); the next step examines the others.
 MAX_LOOKAHEAD = 1024
 
 #: The place of a tenant's line in the order: the round in which its next request may run, a running number
@@ -74,8 +74,11 @@ class TenantShares:
             del self._accounts[tenant]
 
     def starts_at(self, tenant: str) -> float:
-        """The round from which on the tenant's next request may run; the lowest is next. Never in the past,
-        so that a tenant that could not run for a while does not keep the others out afterwards."""
+        """Return the round from which on the tenant's next request may run; the lowest is next.
+
+        It never lies in the past; otherwise a tenant that could not run for a while would keep the others out
+        afterwards.
+        """
         return max(self._now, self._accounts[tenant].starts_at)
 
     def charge(self, tenant: str, tokens: int) -> None:
@@ -84,7 +87,7 @@ class TenantShares:
         self._accounts[tenant].starts_at = self._now + max(1, tokens) / self._weights.get(tenant, 1.0)
 
     def check_integrity(self, num_requests: Mapping[str, int]) -> None:
-        """num_requests: by tenant, as others count them."""
+        """Assert that the accounts agree with `num_requests`, the number of requests by tenant."""
         assert {tenant: a.num_requests for tenant, a in self._accounts.items()} == num_requests
 
 

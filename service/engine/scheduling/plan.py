@@ -1,4 +1,4 @@
-"""What one step computes: the scheduler's decision, before any tensor is made of it."""
+"""The plan of one step: what the scheduler has decided to compute, before any tensor is made of it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class StepPlan:
 
     @cached_property
     def basis_ids(self) -> set[str | None]:
-        """The bases of the adapters in the step; None stands for the base model alone."""
+        """The bases of the adapters in the step; None is the base model alone."""
         return {chunk.request.basis_id for chunk in self.chunks}
 
     @cached_property

@@ -19,7 +19,7 @@ from service.engine.wire.messages import GenerationRequest, SamplingParams, Toke
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
 
-#: Stands for the last token while it has been sampled but not yet read from the device.
+#: The last token while it has been sampled but not yet read from the device.
 PENDING = -1
 
 #: The lowest and the highest value of each sampling parameter.

@@ -1,4 +1,4 @@
-"""Which requests run, and which of their tokens the next step computes.
+"""Decides which requests run, and which of their tokens the next step computes.
 
     1. decode     every running request with one token to compute, oldest first; if no block is free for it,
                   the newest running request is preempted: it loses its blocks, and keeps its tokens and
@@ -7,7 +7,7 @@
     3. admission  waiting requests in the order of the fair queue, while there are tokens, blocks and slots
 
 It never deadlocks: the oldest running request could only be preempted when it runs alone and lacks blocks,
-and then the pool suffices, because longer requests are refused at submission. Nobody waits for ever:
+and then the pool suffices, because longer requests are refused at submission. No request waits forever:
 admission stops at the first request that lacks blocks, and a request that has long lacked a slot closes its
 basis to others.
 """

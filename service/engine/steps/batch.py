@@ -1,4 +1,4 @@
-"""From a plan to tensors: everything that the model, the attention and the sampler read of a step.
+"""Turn a plan into tensors: everything that the model, the attention and the sampler read of a step.
 
 All small integers of a step go to the device in one copy. Rows of the batch are tokens, in the order of the
 plan's chunks; chunks of one token come first and attend together. The ids of pending tokens are not known to
@@ -77,7 +77,7 @@ class StepBatch:
     prompt_targets: Tensor
     #: [n]
     fresh_blocks: Tensor
-    #: For each basis with adapter rows the slots of all tokens, [T].
+    #: The slots of all tokens, [T], for each basis that has adapter rows.
     slots: dict[str, Tensor]
 
 

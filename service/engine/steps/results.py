@@ -34,7 +34,7 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class StepLogits:
-    """What the model computed in a step."""
+    """The logits that the model computed in a step."""
 
     #: [n, V]: first the rows that sample, in the order of their chunks, then those that are scored.
     logits: Tensor

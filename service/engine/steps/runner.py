@@ -3,8 +3,8 @@
     launch    upload the integers of the step, run the model, sample; nothing waits for the device
     collect   wait for the device and read the results (`PendingResults`)
 
-Decides nothing about requests: the plan says what is computed, and the parameters of its requests what is
-reported.
+Decides nothing about requests: the plan determines what is computed, and the parameters of its requests
+determine what is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from service.engine.steps.step_attention import StepAttention
 
 
 class StepNotComputed(Exception):
-    """The model failed to compute a step, and nothing of it was sampled. The text says why."""
+    """The model failed to compute a step, and nothing of it was sampled. The text is the reason."""
 
 
 class ModelRunner:
@@ -67,7 +67,7 @@ class ModelRunner:
     def prepare(self) -> None:
         """Decide how the model is run, now that the default basis is known. Otherwise the first step decides
         it."""
-        if self._forward_pass.prepare(self._trial_error):
+        if self._forward_pass.prepare(self._self_check_error):
             self.static_steps = self._make_static_steps()
 
     def warm_up(self) -> None:
@@ -105,14 +105,14 @@ class ModelRunner:
             self._kv.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
     def close(self) -> None:
-        """Give the model's layers back as they were."""
+        """Restore the model's layers as they were."""
         self.static_steps = None
         self._forward_pass.close()
 
     def _compute(
         self, plan: StepPlan, sources: TokenSources | None, *, op_by_op: bool
     ) -> tuple[StepLogits, Tensor]:
-        """The logits of a step, and the targets of the rows that are scored."""
+        """Compute the logits of a step, and the targets of the rows that are scored."""
         steps = self.static_steps
         if steps is not None and not op_by_op and steps.can_run(plan, self._bases.default_id):
             return steps.launch(plan, self._own_slots(), sources), self._no_targets
@@ -152,21 +152,21 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _trial_error(self) -> float:
-        """The difference between the two ways through the model, see `forward/self_check.py`."""
+    def _self_check_error(self) -> float:
+        """Return the difference between the two ways through the model, see `forward/self_check.py`."""
         basis_id = self._bases.default_id
         table = self._bases.tables.get(basis_id)
         if table is None:
-            return self_check.disagreement(*self._trial_logits(basis_id, 0))
-        slot = table.begin_trial(self_check.trial_core(table.R_slots.shape[1:]))
+            return self_check.disagreement(*self._self_check_logits(basis_id, 0))
+        slot = table.begin_self_check(self_check.random_core(table.R_slots.shape[1:]))
         try:
-            return self_check.disagreement(*self._trial_logits(basis_id, slot))
+            return self_check.disagreement(*self._self_check_logits(basis_id, slot))
         finally:
-            table.end_trial()
+            table.end_self_check()
 
-    def _trial_logits(self, basis_id: str, slot: int) -> list[Tensor]:
-        """The logits [rows, V] of all rows of the trial, by the fused and by the generic way."""
-        plans = self_check.trial_plans(
+    def _self_check_logits(self, basis_id: str, slot: int) -> list[Tensor]:
+        """Return the logits [rows, V] of all rows of the self-check, by the fused and by the generic way."""
+        plans = self_check.step_plans(
             self._vocab_size,
             self._kv.block_size,
             basis_id,
@@ -178,7 +178,7 @@ class ModelRunner:
         for forward in (self._forward_pass.fused.forward, self._forward_pass.forward_generic):
             kv = PagedKV(
                 self._kv.shapes,
-                num_blocks=self_check.num_trial_blocks(self._kv.block_size),
+                num_blocks=self_check.num_blocks(self._kv.block_size),
                 block_size=self._kv.block_size,
                 device=self._device,
                 dtype=self._kv.dtype,

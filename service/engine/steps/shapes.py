@@ -40,7 +40,7 @@ MAX_ROWS = 2048
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a computation over static tensors depends on, besides their values."""
+    """The properties on which a computation over static tensors depends, besides their values."""
 
     num_rows: int
     num_singles: int = 0

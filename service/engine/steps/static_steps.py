@@ -123,7 +123,9 @@ class StaticSteps:
         a request needs them. If memory runs out, the remaining shapes are left to their first use. slots: of
         the fused basis."""
         began, free = time.perf_counter(), _free_bytes(self._device)
-        for shape in self._limits.shapes():  # large ones first, whose memory the others then share
+        for (
+            shape
+        ) in self._limits.shapes():  # large ones first, because the others can then share their memory
             rows, *_ = pieces(self._bucket(shape).integers.zero_(), shape)
             if slots is not None:
                 slots.stage(rows[3])

@@ -42,7 +42,7 @@ from tessera.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-#: Rows of the block tables beyond one per running request, for the trial at start.
+#: Rows of the block tables beyond one per running request, for the self-check at start.
 _SPARE_ROWS = 2
 
 

@@ -1,1 +1,1 @@
-"""A trial of every model when it is loaded: does the engine compute the same as the model?"""
+"""The trial of every model when it is loaded: whether the engine computes the same as the model."""

@@ -48,7 +48,7 @@ _NUM_DRAWS = 2
 
 _AS_SERVED = Way(together=True, in_pieces=True)
 _MIXES = "gives a sequence different results when other sequences share its step"
-#: What it means if the base model fails in one of these ways and not in those before it.
+#: The reason to report if the base model fails in one of these ways and not in those before it.
 _MEANINGS = {
     Way(together=False, in_pieces=False): "does not compute the same over the paged KV cache as by itself",
     Way(together=True, in_pieces=False): _MIXES,
@@ -104,6 +104,7 @@ class _Trial:
         self._own: dict[tuple[int, int], Tensor] = {}  # logits of the base model, by draw and sequence
 
     def run(self) -> dict[str, str]:
+        """Return the layers that cannot carry an adapter, with the reasons. Raises `UnsupportedModel`."""
         shapes = self._input_shapes()
         unfit = self._unfit_by_shape(shapes)
         unfit |= self._unfit_without_call([name for name in self._linears if name not in shapes])
@@ -172,8 +173,8 @@ class _Trial:
                 self._linears[name].weight = weight
 
     def _check_base_model(self) -> None:
-        """Raise `UnsupportedModel` if not even the base model is served exactly, with the reason as far as it
-        shows."""
+        """Check that the base model is served exactly. Raises `UnsupportedModel`, with the reason if it can
+        be determined."""
         if self._numbers_positions_differently():
             raise self._unsupported(
                 "does not number the positions of a text from 0, as the engine does (RoBERTa and similar "
@@ -197,7 +198,7 @@ class _Trial:
         return difference(logits, self._own_logits(model, 0, len(LENGTHS) - 1), dtype) > TOLERANCES[dtype]
 
     def _fault(self, names: Sequence[str], way: Way = _AS_SERVED) -> str:
-        """What is wrong with adapters on these layers; "" if one of the draws shows nothing wrong."""
+        """Return what is wrong with adapters on these layers; "" if they are right in one of the draws."""
         fault = ""
         for draw in range(_NUM_DRAWS):
             fault = self._fault_in_draw(names, draw, way)

@@ -43,7 +43,7 @@ class TrialAdapter:
     """An adapter in `slot` of the trial's basis."""
 
     slot: int
-    #: For each layer a hook that adds the adapter's delta to the output.
+    #: One hook per layer, which adds the adapter's delta to the output.
     hooks: Mapping[str, Callable[..., Tensor]]
 
 

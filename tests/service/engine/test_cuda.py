@@ -104,7 +104,8 @@ def test_graphs_captured_at_start(start: Callable[..., Driver]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "olmo2"])
 def test_half_precision_is_fused_too(name: str, dtype: torch.dtype, start: Callable[..., Driver]) -> None:
-    """The trial at the start of the engine compares both paths. Graphs and plain steps must agree then."""
+    """The self-check at the start of the engine compares both paths. Graphs and plain steps must agree
+    then."""
     served = family(name)
     base = BaseModel(name, served.base.model_id, copy.deepcopy(served.pristine).to("cuda", dtype))
     half = Served(base, served.basis, served.other_basis, served.adapters)
@@ -161,13 +162,13 @@ def test_memory_by_kind_adds_up_to_the_device(start: Callable[..., Driver]) -> N
     assert memory["free"] == pytest.approx(free, rel=0.01)
 
 
-def test_a_slot_is_loaded_after_the_trial_has_left_it() -> None:
-    """The trial writes to a slot on the stream of the steps, and loads have a stream of their own."""
+def test_a_slot_is_loaded_after_the_self_check_has_left_it() -> None:
+    """The self-check writes to a slot on the stream of the steps, and loads have a stream of their own."""
     table = SlotTable((2, 4), num_slots=1, max_tokens=1, device=torch.device("cuda"), dtype=torch.float32)
     R = torch.ones(2, 4, 4)
-    slot = table.begin_trial(2 * R)
-    torch.cuda._sleep(200_000_000)  # about 0.1 s, during which the zeroing at the end of the trial waits
-    table.end_trial()
+    slot = table.begin_self_check(2 * R)
+    torch.cuda._sleep(200_000_000)  # about 0.1 s, during which the zeroing at the end of the self-check waits
+    table.end_self_check()
 
     assert table.pin(AdapterRef("t", "a", 1, "b"), PackedAdapter("b", R.pin_memory())) == slot
     table.stage(torch.tensor([slot], device="cuda"))

@@ -234,7 +234,7 @@ def test_a_model_without_a_cache_is_refused() -> None:
 
 def test_a_model_that_transformers_cannot_run_is_refused() -> None:
     served = failing(family("micro"), RuntimeError("shapes do not match"))
-    served.base.model.model.embed_tokens.error_token = 0  # the call of the trial run
+    served.base.model.model.embed_tokens.error_token = 0  # the call of the probe
     with pytest.raises(UnsupportedModel, match="cannot run it on one token: RuntimeError: shapes do not"):
         Engine(served.base, EngineConfig(num_blocks=4))
 

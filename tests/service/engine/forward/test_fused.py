@@ -153,8 +153,8 @@ def test_an_odd_configuration_runs_unfused(llama: Served, start: Start) -> None:
 def test_a_model_that_does_something_else_is_found_out(
     llama: Served, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The modules and the configuration are as expected, but the model's own code does more, which the trial
-    shows."""
+    """The modules and the configuration are as expected, but the model's own code does more, which the
+    self-check shows."""
     base = BaseModel("odd", llama.base.model_id, copy.deepcopy(llama.pristine))
     head = base.model.lm_head
     base.model.model.norm.register_forward_hook(lambda module, args, output: 0.8 * output + 0.1)
@@ -178,7 +178,7 @@ class FlatRefusingEmbedding(nn.Embedding):
         return super().forward(input_ids)
 
 
-def test_a_trial_that_fails_leaves_the_generic_path(llama: Served, start: Start) -> None:
+def test_a_self_check_that_fails_leaves_the_generic_path(llama: Served, start: Start) -> None:
     base = BaseModel("odd", llama.base.model_id, copy.deepcopy(llama.pristine))
     own = base.model.model.embed_tokens
     odd = FlatRefusingEmbedding(own.num_embeddings, own.embedding_dim).requires_grad_(False)
@@ -188,12 +188,12 @@ def test_a_trial_that_fails_leaves_the_generic_path(llama: Served, start: Start)
     all_cases = cases(llama)
     driver = start(served)
 
-    assert driver.engine.info().forward_mode.startswith("generic: its trial failed")
+    assert driver.engine.info().forward_mode.startswith("generic: its self-check failed")
     assert_exact(llama, all_cases, run(driver, all_cases))
 
 
 def test_a_cache_of_two_tokens(llama: Served) -> None:
-    """The cache has fewer tokens than the trial at the start needs."""
+    """The cache has fewer tokens than the self-check at the start needs."""
     engine = Engine(llama.base, EngineConfig(num_blocks=2, block_size=1, decode_graphs="static"))
     engine.add_basis(llama.basis)
     driver = Driver(engine)

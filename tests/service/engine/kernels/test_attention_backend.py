@@ -1,4 +1,4 @@
-"""The choice of attention for a model, and the trial of the fast one before it is used."""
+"""The choice of attention for a model, and the self-check of the fast one before it is used."""
 
 from __future__ import annotations
 
