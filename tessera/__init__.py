@@ -46,7 +46,7 @@ __all__ = [
     "load_base_model",
 ]
 
-#: The module of each name that this package hands on.
+#: The module that defines each name that this package re-exports.
 _MODULES = {
     "Adapter": "tessera.formats.adapter",
     "BaseModel": "tessera.model.base_model",

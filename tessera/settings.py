@@ -25,7 +25,7 @@ from tessera.errors import InvalidInput
 from tessera.processes.log_setup import LogFormat
 
 PREFIX = "TESSERA_"
-#: Sections owned by one process each; the others pass them over.
+#: Sections owned by one process each; the others ignore them.
 SECTIONS = ("TESSERA_SERVICE_", "TESSERA_ENGINE_", "TESSERA_WORKER_")
 
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
@@ -33,7 +33,7 @@ LogFormatSetting = Annotated[LogFormat, BeforeValidator(str.lower)]
 
 
 class CommonSettings(BaseSettings):
-    """What both processes must agree on."""
+    """The settings that both processes must agree on."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
@@ -78,7 +78,7 @@ class CommonSettings(BaseSettings):
         return method
 
     def store_url_with_password(self) -> str | None:
-        """`store_url`, with the password from its file unless it carries one. Raises `InvalidInput`."""
+        """Return `store_url`, with the password from the file if it has none. Raises `InvalidInput`."""
         if self.store_url is None or self.store_password_file is None:
             return self.store_url
         parts = urlsplit(self.store_url)
@@ -98,14 +98,14 @@ class CommonSettings(BaseSettings):
 def refuse_unknown_variables(*known: type[BaseSettings], sections: tuple[str, ...]) -> None:
     """Raise `InvalidInput` for a TESSERA_ variable that no field of `known` reads.
 
-    Variables of sections other than `sections` belong to another process and are passed over.
+    Variables of sections other than `sections` belong to another process and are ignored.
     """
     for variable, hint in unknown_variables(*known, sections=sections):
         raise InvalidInput(f"unknown environment variable {variable}{hint}", param=variable)
 
 
 def unknown_variables(*known: type[BaseSettings], sections: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Each variable that `refuse_unknown_variables` refuses, with "; did you mean X?" where X is near."""
+    """Yield each unknown variable, with the hint "; did you mean X?" if a similar X exists, or ""."""
     names = {variable_of(cls, field) for cls in known for field in cls.model_fields}
     foreign = tuple(section for section in SECTIONS if section not in sections)
     for variable in sorted(os.environ):
@@ -116,12 +116,12 @@ def unknown_variables(*known: type[BaseSettings], sections: tuple[str, ...]) -> 
 
 
 def variable_of(cls: type[BaseSettings], field: str) -> str:
-    """The environment variable that a field is read from."""
+    """Return the environment variable that a field is read from."""
     return f"{cls.model_config.get('env_prefix', '')}{field}".upper()
 
 
 def settings_parser(prog: str, description: str, *known: type[BaseSettings]) -> argparse.ArgumentParser:
-    """A parser of a command line without arguments, whose help lists the variables of `known`."""
+    """Return a parser for a command line without arguments. Its help lists the variables of `known`."""
     lines = ["settings, read from the environment once:"]
     for cls in known:
         for name, field in cls.model_fields.items():

@@ -1,4 +1,4 @@
-"""What a session writes to the queue while its job runs: messages, warnings, metrics, progress, checkpoints.
+"""The writing of messages, warnings, metrics, progress and checkpoints to the queue while a job runs.
 
 While the store does not answer, messages are lost, metrics wait, and training goes on.
 """

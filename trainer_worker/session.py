@@ -37,7 +37,7 @@ FINAL_OUTCOMES = ("succeeded", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class WorkerServices:
-    """What all sessions of a worker share."""
+    """The services that all sessions of a worker share."""
 
     base: BaseModel
     leases: JobLeases
@@ -68,7 +68,7 @@ class JobSession:
         self._services, self._worker_is_free = services, worker_is_free
         self._began = time.monotonic()
         self._news: list[RunUpdate | Exception] = []
-        #: The run while it is resident, or about to be.
+        #: The run, from just before it joins the training thread until it leaves.
         self._run: TrainRun | None = None
         self._reporter = JobReporter(
             lease,
@@ -142,7 +142,7 @@ class JobSession:
         return await self._publish(run)
 
     async def _prepare(self) -> Prepared:
-        """The run, in the state of its last checkpoint if there is one that fits."""
+        """Return the run, in the state of its last checkpoint if there is one that fits."""
         saved = await self._leases.load_checkpoint(self.job_id)
         prepared = await self._preparation.prepare(Attempt(self.lease.job, self._reporter), saved)
         run = prepared.run

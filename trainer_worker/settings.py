@@ -12,7 +12,7 @@ DEFAULT_METRICS_PORT = 9100
 
 
 class WorkerSettings(BaseSettings):
-    """How many jobs are trained together, and how often they are reported and stored."""
+    """The settings of one worker."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
@@ -58,6 +58,9 @@ class WorkerSettings(BaseSettings):
 
 
 def read_settings() -> tuple[CommonSettings, WorkerSettings]:
-    """Both from the environment. Raises `InvalidInput` for a variable that neither knows."""
+    """Read the common and the worker's settings from the environment.
+
+    Raises `InvalidInput` for a variable that neither of them has.
+    """
     refuse_unknown_variables(CommonSettings, WorkerSettings, sections=(PREFIX,))
     return CommonSettings(), WorkerSettings()

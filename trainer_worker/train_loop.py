@@ -34,7 +34,7 @@ class Tick:
     """The outcome of one step of all runs."""
 
     updates: list[RunUpdate] = field(default_factory=list)
-    #: By run, the error that ended the step of its trainer.
+    #: The errors that ended a trainer's step, by the runs of that trainer.
     failures: dict[str, Exception] = field(default_factory=dict)
     tokens: TokenCounts = field(default_factory=TokenCounts)
 

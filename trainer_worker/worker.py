@@ -112,7 +112,10 @@ class Worker:
                 await self._unless_stopping(asyncio.sleep(OUTAGE_DELAY_S))
 
     async def _unless_stopping(self, wait: Coroutine[Any, Any, object]) -> None:
-        """Wait until the worker stops, at most. Not for claims: a job whose reply is lost stays leased."""
+        """Wait for `wait`, but no longer than until the worker stops.
+
+        It must not be used for claims: a job whose reply is lost stays leased.
+        """
         waiting, stopping = asyncio.create_task(wait), asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)

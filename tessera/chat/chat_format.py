@@ -118,8 +118,8 @@ class ChatFormat:
         """Return the training rows of an example of any kind, each at most `max_tokens` (>= 2) long.
 
         There is one row per learned answer, except that a row that begins with another one replaces it
-        (`rows_of`). Of a row that is too long, the end of the prompt and the beginning of the answer are
-        kept. Raises `InvalidInput` if the template refuses the example, or if no token is left to learn.
+        (`rows_of`). A row that is too long keeps the end of its prompt and the beginning of its answer.
+        Raises `InvalidInput` if the template refuses the example, or if no token is left to learn.
         """
         if example.messages is not None:
             answered = list(self._conversation(example.messages))
@@ -139,8 +139,9 @@ class ChatFormat:
     def check(self, example: Example) -> None:
         """Raise `InvalidInput` for an example that `encode_rows` would refuse.
 
-        Of a conversation, the first learned answer after each role and the last one are tried: a template
-        that accepts these accepts the others too. Encoding can fail only for typed control tokens.
+        For a conversation, only the first learned answer after each role and the last one are
+        tried: a template that accepts these accepts the ones between them. Encoding can fail only for typed
+        control tokens.
         """
         if (messages := example.messages) is not None:
             learned = self._learned(messages)

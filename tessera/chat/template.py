@@ -31,15 +31,13 @@ _QUESTION, _ANSWER = "Quince?", "Zucchini!"
 
 @dataclass(frozen=True)
 class TurnShape:
-    """What a template writes around an answer, as observed in small conversations."""
+    """The text that a template writes around an answer, as observed in small conversations."""
 
     tail: str = ""  # after an answer that is the last message
     between: str = ""  # after an answer, up to the next question
     first: str = ""  # before the first question
-    opened: tuple[str, str] = (
-        "",
-        "",
-    )  # the tag at the end of the answer's prompt, and the white space after it
+    #: The tag at the end of the answer's prompt, and the white space after it.
+    opened: tuple[str, str] = ("", "")
     asked: str = ""  # a rendering of questions only
     written: str = ""  # everything that the template may write
 
@@ -120,7 +118,7 @@ class ChatTemplate:
 
     @cached_property
     def shape(self) -> TurnShape:
-        """What this template writes around an answer."""
+        """The text that this template writes around an answer."""
         user, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
         system = {"role": "system", "content": _QUESTION}
         for before in ([user], [system, user]):

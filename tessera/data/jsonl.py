@@ -35,6 +35,7 @@ class Problems:
         self._first_unlisted = 0
 
     def add(self, code: str, message: str) -> None:
+        """Note a problem of the current line. Beyond `max_errors`, problems are only counted."""
         self.total += 1
         if len(self.listed) < self.max_errors:
             self.listed.append(LineError(self.line, code, message))

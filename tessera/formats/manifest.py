@@ -65,7 +65,7 @@ class BasisManifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> BasisManifest:
-        """Raises `CorruptRecord`."""
+        """Parse a stored manifest. Raises `CorruptRecord`."""
         try:
             fields = json.loads(text)
             if fields["format"] != FORMAT:

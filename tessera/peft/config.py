@@ -42,7 +42,7 @@ _BASE_CHANGING_INITS = {
     "pissa": _SUBTRACTS,
     "olora": _SUBTRACTS,
     "corda": _SUBTRACTS,
-    "loftq": "PEFT quantises the base model's weights anew when it loads the files",
+    "loftq": "PEFT quantises the base model's weights again when it loads the files",
     "lora_ga": "what LoRA-GA took off the base model's weights before the training is not in the files",
 }
 _CONVERT_INIT = (

@@ -1,6 +1,6 @@
-"""Telling a process that hangs from one that could not run.
+"""Distinguishing a process that hangs from one that could not run.
 
-The clock goes on while a machine is suspended, a container is paused or a process waits for a processor. No
+The clock continues while a machine is suspended, a container is paused or a process waits for a processor. No
 process works in that time, so it says nothing about their health. Supervisors therefore count their own
 checks (a late check is one check, whatever the clock says) and ask here for how long the other process could
 run.
@@ -12,7 +12,7 @@ import psutil
 
 
 class RunnableTime:
-    """How much of the time between two checks a thread of another process could have used.
+    """Measures how much of the time between two checks a thread of another process could have used.
 
     pid: None if the process is not known; then all of the time counts. thread: kernel id of the thread; None
     means the main thread.
@@ -27,7 +27,7 @@ class RunnableTime:
         """Return `look_s` minus the seconds in which the thread was ready to run but got no processor.
 
         may_be_stopped: return 0 for a process that was stopped (SIGSTOP, a debugger), as it could not run at
-        all. Only correct where nobody waits for it: a process that is stopped while it works must be replaced
+        all. Only correct if no one waits for it: a process that is stopped while it works must be replaced
         like one that hangs.
         """
         before, self._starved_s = self._starved_s, self._read_starved_s()

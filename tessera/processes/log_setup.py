@@ -94,6 +94,7 @@ class JsonFormatter(_UtcFormatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON in ASCII."""
         line: dict[str, Any] = {
             "time": self.formatTime(record),
             "level": record.levelname,

@@ -51,10 +51,10 @@ RETRY_FACTOR = 4
 #: back together.
 RETRY_JITTER = 0.25
 #: Cap on the running jobs of one tenant, unless `JobQueue.set_share` has set another. It is high, because
-#: most installations have one tenant with many users; a lower cap is for those that share workers between
-#: strangers.
+#: most installations have one tenant with many users; a lower cap suits installations in which
+#: unrelated tenants share the workers.
 MAX_RUNNING_JOBS = 64
-#: Longest message of an event. A traceback belongs into the log of the worker.
+#: Longest message of an event. A traceback belongs in the worker's log.
 MAX_MESSAGE_CHARS = 2000
 #: Longest blocking read while waiting for work. It is also at most half of the client's time-out.
 MAX_BLOCK_S = 1.0

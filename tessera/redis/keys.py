@@ -143,7 +143,7 @@ def file_index(tenant: str) -> str:
 
 
 def idempotency(tenant: str, digest: str) -> str:
-    """What a creation request has created, by the digest of its idempotency key or its body."""
+    """Return the key of what a request has created, by the digest of its idempotency key or its body."""
     return f"{PREFIX}:{{{tenant}}}:idempotency:{digest}"
 
 

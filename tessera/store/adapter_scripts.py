@@ -46,7 +46,7 @@ class AdapterVersion:
 
     @classmethod
     def from_json(cls, text: str | builtins.bytes) -> AdapterVersion:
-        """Raises `CorruptRecord`."""
+        """Parse a stored version. Raises `CorruptRecord`."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
@@ -209,7 +209,7 @@ return 1
 
 @dataclass(frozen=True)
 class PublishTarget:
-    """Where a version is published, and what it is checked against."""
+    """The adapter that a version is published to, and the values that the publication is checked against."""
 
     tenant: str
     adapter_id: str

@@ -106,7 +106,7 @@ class AdapterStore:
         return int(latest or last or 0) + 1, int(deletion_count or 0)
 
     async def get(self, tenant: str, adapter_id: str) -> AdapterRecord:
-        """Raises `NotFound`."""
+        """Return an adapter with all its versions. Raises `NotFound`."""
         fields = await self._fields(tenant, adapter_id)
         if not fields:
             raise _not_found(adapter_id)

@@ -227,6 +227,7 @@ class _DiskCache:
         self._folder = folder
 
     def load(self, basis_id: str) -> Basis | None:
+        """Return the basis, or None if it is not cached or cannot be read."""
         path = self._folder / f"{basis_id}.basis"
         try:
             with path.open("rb") as file:

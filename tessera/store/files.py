@@ -96,7 +96,7 @@ class FileStore:
         return bool(await file_scripts.FINISH(self._redis, keys=names, args=args))
 
     async def get(self, tenant: str, file_id: str) -> FileRecord:
-        """Raises `NotFound`, `CorruptRecord`."""
+        """Return the record of a file. Raises `NotFound`, `CorruptRecord`."""
         if not FILE_ID.fullmatch(file_id):
             raise _not_found(file_id)
         with translate_errors():

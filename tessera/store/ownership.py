@@ -220,9 +220,10 @@ class PrivateBases:
 def quota_exceeded(
     num_bytes: int, owned_bytes: int, max_bytes: int, *, param: str | None = None
 ) -> QuotaExceeded:
+    """Return the error for a private basis that exceeds the tenant's quota."""
     return QuotaExceeded(
         f"a basis of {num_bytes} bytes and the {owned_bytes} bytes of your other bases exceed "
-        f"{max_bytes} bytes; delete bases, or adapters that have bases of their own",
+        f"{max_bytes} bytes; delete bases, or adapters that have a private basis",
         param=param,
     )
 

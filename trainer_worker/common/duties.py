@@ -1,7 +1,7 @@
 """The duties of every worker, with or without a job: show that it is alive, and queue lost jobs again.
 
 The worker is healthy while its event loop runs and its training thread is not stuck in one step. The thread
-of the health server (`health.py`) measures both by looking at the heartbeat, so a pause of the whole process
+of the health server (`health.py`) measures both by checking the heartbeat, so a pause of the whole process
 does not count. Health does not depend on the store: a worker that cannot reach it goes on training, and a
 restart would not help.
 """
@@ -36,8 +36,8 @@ BEAT_EVERY_S = 1.0
 MAX_SILENCE_S = 15.0
 #: A step of 8,192 tokens through an 8B model takes 0.6 s on an H100; minutes mean a stuck device.
 MAX_STEP_S = 300.0
-#: At most this much of the time between two looks counts. The server's thread looks every half second; a
-#: later look was delayed by a pause of the whole process or by a machine without a free processor.
+#: At most this much of the time between two checks counts. The server's thread checks every half second; a
+#: later check was delayed by a pause of the whole process or by a machine without a free processor.
 MAX_LOOK_S = 2.0
 
 
@@ -45,7 +45,7 @@ class Heartbeat:
     """Measures how long the event loop has been silent and how long the training thread has been in a step.
 
     All methods may be called from any thread. The reader of the report calls `look` regularly, because only
-    time between two punctual looks counts.
+    the time between two punctual checks counts.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,6 +71,7 @@ class Heartbeat:
             self._is_in_step, self._step_s = False, 0.0
 
     def look(self) -> None:
+        """Add the time since the last check, up to `MAX_LOOK_S`, to the silence and to the step."""
         with self._guard:
             now = self._clock()
             elapsed_s, self._looked_at = min(now - self._looked_at, MAX_LOOK_S), now
@@ -79,7 +80,7 @@ class Heartbeat:
                 self._step_s += elapsed_s
 
     def report(self) -> tuple[bool, dict[str, Any]]:
-        """Whether the worker is healthy, and the figures."""
+        """Return whether the worker is healthy, and the figures that show it."""
         self.look()
         silent_s, step_s = self._silent_s, self._step_s
         is_healthy = silent_s < MAX_SILENCE_S and step_s < MAX_STEP_S

@@ -14,7 +14,7 @@ from trainer_worker.common.duties import Heartbeat
 
 
 class _Server(ThreadingHTTPServer):
-    """Looks at the heartbeat while it waits for requests."""
+    """Checks the heartbeat while it waits for requests."""
 
     heartbeat: Heartbeat
 

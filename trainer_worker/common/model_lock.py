@@ -81,6 +81,10 @@ class ExclusiveTask:
         self._num_done = 0
 
     def run(self) -> Any:
+        """Do the work with the model and return its result.
+
+        Raises `_Interrupted` once the caller has asked it to stop, `TesseraError` (out_of_memory).
+        """
         model = self._base.model
         hook = model.register_forward_pre_hook(lambda module, args: self._raise_if_stopped())
         try:
@@ -114,7 +118,7 @@ class ExclusiveTask:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory, after which other jobs may go on."""
+    """Whether the error means that a device or the host ran out of memory. Other jobs may continue then."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_OUT_OF_MEMORY)

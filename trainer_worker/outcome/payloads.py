@@ -1,4 +1,4 @@
-"""What is written about a job, as sentences and as JSON: events, progress, the result, errors.
+"""The content of what is written about a job: sentences and JSON for events, progress, results and errors.
 
 The names in metrics events are OpenAI's where OpenAI has one.
 """
@@ -14,7 +14,7 @@ from trainer_worker.training.run import RunUpdate, TrainRun
 
 
 def start_message(run: TrainRun) -> str:
-    """What the training consists of, or where it continues."""
+    """Return a sentence about the size of the training, or about where it continues."""
     plan, data = run.plan, run.data
     if run.progress.step:
         return f"Training continues at step {run.progress.step} of {plan.total_steps}"
@@ -26,6 +26,7 @@ def start_message(run: TrainRun) -> str:
 
 
 def metrics_message(update: RunUpdate) -> str:
+    """Return the sentence of a metrics event."""
     losses = [
         f"{name} loss {loss:.4f}"
         for name, loss in (("training", update.train_loss), ("validation", update.valid_loss))
@@ -35,7 +36,7 @@ def metrics_message(update: RunUpdate) -> str:
 
 
 def metrics_data(update: RunUpdate) -> dict[str, Any]:
-    """The data of a metrics event, without what was not measured."""
+    """Return the data of a metrics event, without values that were not measured."""
     values = {
         "step": update.step,
         "total_steps": update.total_steps,
@@ -50,12 +51,12 @@ def metrics_data(update: RunUpdate) -> dict[str, Any]:
 
 
 def building_progress(done: int, total: int) -> dict[str, Any]:
-    """The job's progress while its basis is built or its initialization is computed."""
+    """Return the job's progress while its basis is built or its initialization is computed."""
     return {"phase": "preparing", "modules_done": done, "modules": total}
 
 
 def training_progress(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
-    """The job's progress at the time of an update."""
+    """Return the job's progress at the time of an update."""
     progress, plan = run.progress, run.plan
     steps_per_epoch = max(1, plan.total_steps // plan.num_epochs)
     return {
@@ -75,7 +76,7 @@ def training_progress(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
 
 
 def result_warnings(run: TrainRun) -> list[tuple[str, str]]:
-    """What the owner should know about the result, as (code, sentence)."""
+    """Return warnings about the result for the job's owner, as (code, sentence)."""
     progress = run.progress
     initial, best = progress.initial_valid_loss, progress.best_valid_loss
     if initial is not None and best is not None and best >= initial:

@@ -1,4 +1,4 @@
-"""Publishing the result of a run: as the adapter's next version, after its own basis if it has one."""
+"""Publishing the result of a run: its private basis, if it has one, and the adapter's next version."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trainer_worker.training.run import RunResult
 
 
 def reservation_id(job: Job) -> str:
-    """Id of the quota that is reserved for the result of a job with a basis of its own."""
+    """Return the id of the quota that is reserved for the private basis of a job's result."""
     return hashlib.sha256(f"room of {job.job_id}".encode()).hexdigest()
 
 
 class Publisher:
-    """Publishes what jobs have trained."""
+    """Publishes the results of jobs."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class Publisher:
         dtype: torch.dtype,
         base_model_id: str,
     ) -> None:
-        """dtype: of a stored R in a shared basis. An R in a basis of its own is stored in float32."""
+        """dtype: the dtype of a stored R. An R whose private basis is stored with it is kept in float32."""
         self._adapters, self._bases, self._own, self._holds = adapters, bases, own, holds
         self._dtype, self._base_model_id = dtype, base_model_id
 
     async def publish(self, job: Job, result: RunResult) -> AdapterVersion:
-        """The job's one version. Repeating the call changes nothing.
+        """Publish the result and return the job's only version. Repeating the call changes nothing.
 
         Raises `QuotaExceeded`, `AdapterDeleted`, `BasisDeleted`, `InvalidInput`, `StaleLease`.
         """

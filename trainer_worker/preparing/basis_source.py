@@ -36,10 +36,10 @@ class PreparationListener(Protocol):
     """Follows the preparation of a job. In a worker this is the session's `JobReporter`."""
 
     def note_modules(self, done: int, total: int) -> None:
-        """So many modules of a basis or an initialization are done."""
+        """Note that `done` of `total` modules of a basis or an initialization are finished."""
 
     def note_outage(self, error: Unavailable) -> None:
-        """The store did not answer; the call is repeated."""
+        """Note that the store did not answer and that the call is repeated."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class JobBasis:
 
     @property
     def message(self) -> str:
-        """The basis in a sentence for the job's owner."""
+        """A sentence about the basis for the job's owner."""
         manifest = self.basis.manifest
         origin = {"stored": "as asked for", "found": "built before", "built": "built now"}[self.origin]
         return f"Basis {manifest.basis_id[:12]}: {manifest.method}, rank {manifest.rank}, {origin}"
 
     def to_result(self, *, building_s: float) -> dict[str, Any]:
-        """The result of a job that only builds a basis."""
+        """Return the result of a job that only builds a basis."""
         manifest = self.basis.manifest
         return {
             "basis_id": manifest.basis_id,
@@ -109,7 +109,7 @@ class BasisSource:
         self._cached: OrderedDict[str, Basis] = OrderedDict()
 
     async def of(self, attempt: Attempt, calibration: Calibration | None) -> JobBasis:
-        """The basis of the job's specification. A basis of the tenant's own is held for the job.
+        """Return the basis that the job specifies. A private basis is held for the job.
 
         Raises `InvalidInput`, `UnsupportedModel`, `NotFound`, `QuotaExceeded`, and `BasisDeleted` if a basis
         that the job names was deleted while it was read.
@@ -129,7 +129,7 @@ class BasisSource:
         return found
 
     async def get(self, tenant: str, basis_id: str) -> Basis:
-        """A stored basis that the tenant may use. Raises `NotFound`, `CorruptRecord`."""
+        """Return a stored basis that the tenant may use. Raises `NotFound`, `CorruptRecord`."""
         await self._own.check_access(tenant, basis_id)
         if basis_id not in self._cached:
             self._cache(await self._bases.get(basis_id))
@@ -181,7 +181,7 @@ class BasisSource:
         return await retrying(self, attempt.listener.note_outage).store_private(job, names, built)
 
     async def _read_private(self, held_id: str | None) -> JobBasis | None:
-        """The basis that the job holds; None if it holds none, or if the basis has to be built again."""
+        """Return the basis that the job holds; None if there is none, or if it has to be built again."""
         found = await read_if_sound(self._bases, held_id)
         return None if found is None else JobBasis(found, "found", await self._bases.step(found))
 
@@ -206,7 +206,7 @@ class BasisSource:
     async def _build(
         self, attempt: Attempt, recipe: dict[str, Any], calibration: CalibrationSet | None
     ) -> BuiltBasis:
-        """Raises `InvalidInput` for a recipe that cannot work, before it waits for the model."""
+        """Check the recipe before the job waits for the model. Raises `InvalidInput`."""
         spec = attempt.job.spec
         fill_options(spec.method, find_method(spec.method).options, spec.basis_options)
         modules = [name for name, _ in iter_target_modules(self._base.model, recipe["target_modules"])]
@@ -219,7 +219,7 @@ class BasisSource:
         return await self._model_lock.run(work, modules=modules, on_progress=attempt.listener.note_modules)
 
     async def _check_quota(self, job: Job) -> None:
-        """Raises `QuotaExceeded`."""
+        """Check that the basis of a job fits into the tenant's quota. Raises `QuotaExceeded`."""
         if find_method(job.spec.method).stores_factors(job.spec.basis_options):
             await self._holds.check_quota(job.tenant, self._num_bytes(job.spec))
 

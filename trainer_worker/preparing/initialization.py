@@ -1,6 +1,6 @@
-"""Where a job's training begins: which initialization, with which options, and from which first step.
+"""The choice of a job's initialization, of its options and of the first step that it uses.
 
-Knows no Redis. The initializations themselves are in `tessera/methods/init`.
+This module knows no Redis. The initializations themselves are in `tessera/methods/init`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trainer_worker.training.plan import TrainingPlan
 #: The initialization that begins with the base model: R_0 = 0.
 BASE_MODEL = "zero"
 
-#: By method, the initialization that computes the same step as the method does while it builds its basis, and
-#: the options that must agree for that.
+#: The initialization that computes the same step as a method does while it builds its basis, by method,
+#: with the options that must agree for that.
 _SAME_STEP: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "lora_sb": ("sb_step", ("soft_sign",)),
     "lora_da": ("da_step", ("mode", "form", "damping", "damping_mode", "normalise", "use_fisher")),
@@ -42,18 +42,18 @@ class InitChoice:
 
     @classmethod
     def of(cls, spec: JobSpec) -> InitChoice:
-        """The specified one; otherwise the adapter that the job continues, or the base model."""
+        """Return the specified initialization, or the one that continues an adapter or the base model."""
         if spec.start is not None:
             return cls(str(spec.start.get("method")), dict(spec.start.get("options") or {}))
         return cls(BASE_MODEL if spec.warm_start_from is None else "warm", {})
 
     @property
     def needs_model(self) -> bool:
-        """Whether it runs the user's examples through the base model."""
+        """Whether the initialization runs the user's examples through the base model."""
         return self.method in INIT_METHODS and INIT_METHODS[self.method].needs_calibration != "none"
 
     def fill_options(self, plan: TrainingPlan) -> dict[str, Any]:
-        """All options, of which learning rate and number of steps are the plan's unless they are specified.
+        """Return all options. The learning rate and the number of steps come from the plan unless specified.
 
         Raises `InvalidInput` for an unknown initialization or option.
         """
@@ -69,7 +69,7 @@ class InitChoice:
         )
 
     def step_of(self, found: JobBasis, spec: JobSpec, options: Mapping[str, Any]) -> Tensor | None:
-        """The step that was computed with the basis, if this initialization would compute the same one."""
+        """Return the step computed with the basis, if this initialization would compute the same one."""
         method = found.basis.manifest.method
         same_init, shared_options = _SAME_STEP.get(method, ("", ()))
         if found.step is None or spec.calibration != OWN_DATA or self.method != same_init:

@@ -104,7 +104,7 @@ class LoraPreparation:
 
 
 def form_message(run: LoraRun) -> str:
-    """What is trained, in a sentence for the job's owner."""
+    """Return a sentence for the job's owner on what is trained."""
     preset, shapes = run.factors.preset, run.factors.modules
     trained = "A and B" if preset.trains_A else "B, with A by a local rule" if preset.online else "B"
     return (

@@ -43,11 +43,11 @@ class Prepared:
     """A run that may join its trainer."""
 
     run: TrainRun
-    #: How it was prepared, for the job's owner: a sentence and the data of its event.
+    #: Messages on the preparation for the job's owner: a sentence and the data of its event.
     messages: list[tuple[str, dict[str, Any] | None]]
     #: Whether the initialization took passes through the model, so that its result is worth a checkpoint.
     is_init_costly: bool = False
-    #: For the job's owner, as (code, sentence).
+    #: Warnings for the job's owner, as (code, sentence).
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -72,7 +72,7 @@ class Preparation:
         self._max_tokens = min(max_tokens, base.max_position)
 
     async def prepare(self, attempt: Attempt, saved: bytes | None) -> Prepared:
-        """The run, in the state of the checkpoint `saved` if it fits.
+        """Return the run, in the state of the checkpoint `saved` if it fits.
 
         Raises `InvalidInput`, `InvalidTrainingData`, `NotFound`, `Conflict` for what the job's owner must
         correct, `Unavailable` for what another attempt may solve, `TesseraError` (out_of_memory).
@@ -113,7 +113,7 @@ class Preparation:
         return Prepared(run, messages, init.needs_model, warnings)
 
     async def build(self, attempt: Attempt) -> JobBasis:
-        """The basis of a job that only builds one. Raises the same errors as `prepare`."""
+        """Return the basis of a job that only builds one. Raises the same errors as `prepare`."""
         spec = attempt.job.spec
         self._check_model(spec)
         if spec.calibration == OWN_DATA:
@@ -245,7 +245,7 @@ def read_data(
 
 
 def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
-    """What the owner of the data should know, as (code, sentence)."""
+    """Return warnings about the data for their owner, as (code, sentence)."""
     warnings = []
     if data.num_truncated:
         message = f"{data.num_truncated} example(s) were too long and have been truncated"

@@ -23,7 +23,8 @@ from torch import Tensor
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, for_each
 
-#: With fewer distinct examples all are used for training: a split would cost more than it shows.
+#: With fewer distinct examples, all are used for training, because a validation split would cost more than it
+#: could show.
 MIN_EXAMPLES_TO_SPLIT = 10
 VALIDATION_SHARE = 0.1
 MIN_VALIDATION = 2
@@ -173,6 +174,7 @@ class MicroBatch:
         return self.token_ids.numel() - self.num_tokens
 
     def to(self, device: torch.device) -> MicroBatch:
+        """Return the batch with its tensors on `device`."""
         return MicroBatch(
             self.token_ids.to(device),
             self.rows.to(device),

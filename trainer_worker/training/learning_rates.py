@@ -131,7 +131,7 @@ DEFAULT_LORA_RATE = 1.5e-3
 
 @dataclass(frozen=True)
 class BasisKind:
-    """What the learning rate of the r x r form depends on."""
+    """The facts that the learning rate of the r x r form depends on."""
 
     #: The basis' method; method/vectors for a variant with its own row in the table.
     method: str
@@ -168,7 +168,7 @@ class BasisKind:
 
 @dataclass(frozen=True)
 class LoraKind:
-    """What the learning rate of the LoRA form depends on."""
+    """The facts that the learning rate of the LoRA form depends on."""
 
     #: Name of one of `LORA_PRESETS`.
     form: str

@@ -16,7 +16,7 @@ from tessera.queue.records import HYPERPARAMETERS
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
-#: In tokens; larger than the context of any model.
+#: Tokens; larger than the context of any model.
 MAX_LENGTH = 2**20
 MAX_PATIENCE = 1000
 AUTO_BATCH_SIZE = 8
@@ -55,8 +55,8 @@ def _cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-#: By their names in transformers, functions from the fraction of the steps after the warm-up that are done to
-#: the fraction of the peak learning rate.
+#: Functions, by their names in transformers, from the part of the steps after the warm-up that is done to the
+#: fraction of the peak learning rate.
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     DEFAULT_SCHEDULE: lambda done: FINAL_SHARE + (1 - FINAL_SHARE) * _cosine(done),
     "cosine": _cosine,
@@ -70,7 +70,7 @@ class TrainingPlan:
     """Everything that determines a run except its data."""
 
     num_epochs: int
-    #: In examples.
+    #: Number of examples.
     batch_size: int
     total_steps: int
     #: The peak of the schedule.
@@ -81,7 +81,7 @@ class TrainingPlan:
     evaluate_every: int = 1
     #: Evaluations that may pass without an improvement by more than min_delta; None: never stop early.
     patience: int | None = PATIENCE
-    #: In nats per token.
+    #: Nats per token.
     min_delta: float = 0.0
     max_grad_norm: float = MAX_GRAD_NORM
     weight_decay: float = 0.0

@@ -24,7 +24,7 @@ from trainer_worker.training.plan import TrainingPlan
 
 @dataclass
 class Progress:
-    """How far a run has come. All fields are JSON and part of the run's checkpoint."""
+    """The progress of a run. All fields are JSON and part of the run's checkpoint."""
 
     #: Optimization steps that were made or left out.
     step: int = 0
@@ -56,7 +56,7 @@ class RunUpdate:
     run_id: str
     step: int = 0
     total_steps: int = 0
-    #: Of the step that was made; 0 for an evaluation.
+    #: The learning rate of the step that was made; 0 for an evaluation.
     learning_rate: float = 0.0
     trained_tokens: int = 0
     #: Losses are in nats per token, None where none was measured.
@@ -65,7 +65,7 @@ class RunUpdate:
     valid_loss: float | None = None
     valid_accuracy: float | None = None
     finish_reason: str | None = None
-    #: What the job's owner should know, as (code, sentence).
+    #: Warnings for the job's owner, as (code, sentence).
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -126,7 +126,7 @@ class TrainRun(ABC):
     v: Tensor
     #: R at the lowest validation loss so far; the last R if there is no validation data.
     best_R: Tensor
-    #: How the run came to its first R, as JSON; None: from the base model or an adapter as it was.
+    #: Notes on how the first R was computed, as JSON; None if it is zero or the R of another adapter.
     init_notes: dict[str, Any] | None
 
     def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, *, R: Tensor) -> None:
@@ -140,7 +140,7 @@ class TrainRun(ABC):
     @property
     @abstractmethod
     def basis_id(self) -> str:
-        """Id of the stored basis that the run trains in; "" if it trains a basis of its own."""
+        """The id of the stored basis that the run trains in; "" if it trains a basis itself."""
 
     @property
     @abstractmethod
@@ -150,7 +150,7 @@ class TrainRun(ABC):
     @property
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
-        """How the run's adapter was made, as JSON for the adapter's metadata."""
+        """Return the facts about the training, as JSON for the adapter's metadata."""
 
     @abstractmethod
     def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> RunTrainer:
@@ -161,10 +161,10 @@ class TrainRun(ABC):
 
     @abstractmethod
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """The best state in stored form. metadata: of the adapter."""
+        """Return the best state in stored form. metadata: the metadata of the adapter."""
 
     def more_state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beside R, m, v, best_R and the progress."""
+        """Return the tensors that a checkpoint needs in addition to R, m, v, best_R and the progress."""
         return {}
 
     def restore_more(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - most runs have no more

@@ -71,7 +71,7 @@ class CoreRun(TrainRun):
         return trainer
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """R = P_out R' P_in, float32."""
+        """Return the best state with the preconditioner folded in: R = P_out R' P_in, in float32."""
         R = self.basis.fold(self.best_R.double()).float().contiguous()
         return RunResult(Adapter(self.basis_id, R, metadata))
 

@@ -34,11 +34,11 @@ class LoraFactors:
     rank: int
     seed: int
     modules: tuple[ModuleShape, ...]
-    #: Per module [r, d_in], float32 on the CPU.
+    #: One [r, d_in] per module, in float32 on the CPU.
     A: tuple[Tensor, ...]
-    #: Per module [d_out, r], float32 on the CPU.
+    #: One [d_out, r] per module, in float32 on the CPU.
     B: tuple[Tensor, ...]
-    #: How the factors were made, as JSON.
+    #: The recipe of the factors, as JSON.
     recipe: dict[str, Any]
 
     @property

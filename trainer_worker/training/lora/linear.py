@@ -58,7 +58,7 @@ def row_linear(x: Tensor, X: Tensor, rows: Tensor) -> Tensor:
 class BatchOwners(RowOwners):
     """Row owners for layers that may learn by a local rule."""
 
-    #: For each run the indices of its tokens in the flattened [S · L], without padding; None if no local rule
+    #: The indices of each run's tokens in the flattened [S · L], without padding; None if no local rule
     #: learns from this pass.
     tokens: Sequence[Tensor] | None = None
 
@@ -84,7 +84,10 @@ class LoraDelta:
     rules: list[HebbianRule] = field(default_factory=list)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Raises `UnsupportedModel` if the layer does not receive one sequence per row."""
+        """Add the runs' deltas to the output of the layer.
+
+        Raises `UnsupportedModel` if the layer does not receive one sequence per row.
+        """
         rows = self.owners.rows
         x = by_sequence(inputs[0], len(rows), self.owners.length, self.name)
         change = row_linear(row_linear(x, self.A, rows), self.B, rows)

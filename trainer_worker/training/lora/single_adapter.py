@@ -1,4 +1,4 @@
-"""A trained LoRA form as a single adapter: a basis of its own, stored and served like every other.
+"""A trained LoRA form as a single adapter: a private basis, stored and served like every other.
 
     delta_W = s (B A - B_0 A_0) = s [B, -B_0] [A; A_0]
 

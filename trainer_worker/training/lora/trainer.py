@@ -64,7 +64,7 @@ class LoraRun(TrainRun):
         return LoraTrainer(base, [self], token_budget=token_budget, min_tokens=min_tokens)
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """The best factors as a basis of their own and its adapter. Takes a QR of every module's factors."""
+        """Return the best factors as a private basis and its adapter. Takes a QR of each module's factors."""
         made = to_single_adapter(
             self.factors,
             self.trained(),
@@ -89,6 +89,7 @@ class LoraRun(TrainRun):
         return tensors
 
     def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the initial factors, if they are subtracted, and the state of the local rules."""
         if self.factors.preset.is_subtracted:
             initial = tensors["initial"]
             if initial.shape != self.R.shape:
@@ -331,7 +332,7 @@ class LoraTrainer:
             part += gradient
 
     def _tokens_of(self, in_pass: Sequence[tuple[int, EncodedExample]], longest: int) -> list[Tensor]:
-        """For each run the indices of its tokens in the flattened [S · L] of the pass, padding left out."""
+        """Return the indices of each run's tokens in the flattened [S · L] of the pass, without padding."""
         tokens: list[list[int]] = [[] for _ in self.runs]
         for row, (slot, example) in enumerate(in_pass):
             tokens[slot] += range(row * longest, row * longest + len(example.token_ids))
