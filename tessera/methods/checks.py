@@ -23,7 +23,7 @@ def check_lora_ga(rank: int, options: Options) -> None:
     """Raise `InvalidInput` for the direction that does not train (`bases/lora_ga.py`)."""
     if options["direction"] == "ArB2r":
         raise InvalidInput(
-            "with direction ArB2r the gradient of R is 0, because U[r:2r]ᵀ g V[:r] = 0; use ArBr",
+            "direction ArB2r leaves R without a gradient, U[r:2r]ᵀ g V[:r] = 0; use ArBr",
             param="direction",
         )
 
