@@ -92,7 +92,7 @@ def on_signal(stop: Callable[[], None] | None) -> None:
 def open_health(
     settings: WorkerSettings, metrics: TrainerMetrics, heartbeat: Heartbeat
 ) -> HealthServer | None:
-    """The server of /metrics and /health; None if it is off, or if the default port is already in use."""
+    """Start the server of /metrics and /health; None if it is off, or if the default port is in use."""
     if settings.metrics_port == 0:
         return None
     try:

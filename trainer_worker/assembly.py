@@ -59,7 +59,7 @@ def make_worker(
     metrics: TrainerMetrics | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> Worker:
-    """A worker with all its parts. Call this in the event loop that will run it."""
+    """Build a worker with all its parts. Call this in the event loop that will run it."""
     metrics, heartbeat = metrics or TrainerMetrics(), heartbeat or Heartbeat()
     adapters = AdapterStore(redis)
     pool = TrainerPool(

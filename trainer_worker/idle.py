@@ -54,7 +54,7 @@ class IdleWorker:
         return waiting.done() and not self._stopping.is_set()
 
     async def load(self, settings: CommonSettings) -> tuple[BaseModel, ChatFormat]:
-        """The base model and its chat format. Raises `UnsupportedModel`, `InvalidInput`."""
+        """Load the base model and its chat format. Raises `UnsupportedModel`, `InvalidInput`."""
         self._heartbeat.model = "loading"
         loading = asyncio.create_task(asyncio.to_thread(_load, settings, self._settings))
         await self._duties.beside(loading)

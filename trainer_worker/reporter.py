@@ -116,7 +116,7 @@ class JobReporter:
             self._commands.obey(LeaseState.LOST)
 
     def _select(self, updates: list[RunUpdate]) -> list[RunUpdate]:
-        """The updates that are reported."""
+        """Return the updates that are reported."""
         is_due = time.monotonic() - self._reported_at >= self._report_every_s
         return [
             update

@@ -73,7 +73,7 @@ class TrainerPool:
         return None
 
     def snapshot(self, run_id: str) -> bytes | None:
-        """The checkpoint of a resident run; None if it is not resident."""
+        """Return the checkpoint of a run; None if it is not resident."""
         for trainer in self._trainers:
             for run in trainer.runs:
                 if run.run_id == run_id:
@@ -136,12 +136,12 @@ class TrainLoop:
         self._has_runs.set()
 
     async def leave(self, run_id: str) -> TrainRun | None:
-        """The run with its tensors, after the running step; None if it is not resident."""
+        """Remove and return the run with its tensors, after the running step; None if it is not resident."""
         self._forget(run_id)
         return await self._in_thread(lambda: self._pool.leave(run_id))
 
     async def snapshot(self, run_id: str) -> bytes | None:
-        """The run's checkpoint, after the running step; None if it is not resident."""
+        """Return the run's checkpoint after the running step; None if it is not resident."""
         return await self._in_thread(lambda: self._pool.snapshot(run_id))
 
     async def close(self) -> None:

@@ -42,7 +42,7 @@ CLASSES = {
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer (with its chat template) of a base model. Raises `UnsupportedModel`."""
+    """Load the tokenizer (with its chat template) of a base model. Raises `UnsupportedModel`."""
     folder = model_folder(source, revision=revision)
     try:
         return _class_for(folder).from_pretrained(folder, trust_remote_code=False)

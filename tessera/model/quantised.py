@@ -22,7 +22,7 @@ _DEQUANTISED_AT_LOAD = ("fp8", "mxfp4")
 
 
 def quantisation_of(folder: Path) -> str | None:
-    """The method by which config.json says that the weights in `folder` are quantised, or None."""
+    """Return the method by which config.json says that the weights in `folder` are quantised, or None."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
         parts = [config, config.get("text_config") or {}]

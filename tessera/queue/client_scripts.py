@@ -165,7 +165,7 @@ end
 
 
 def queue_script(*bodies: str) -> Script:
-    """The script of these Lua texts behind the shared functions. Its one declared key is `keys.QUEUE`."""
+    """Return a script of the shared functions and these Lua texts. Its only declared key is `keys.QUEUE`."""
     names = [f"local {name} = '{key}'" for name, key in _NAMES.items()]
     limits = [f"local {name} = {limit}" for name, limit in _LIMITS.items()]
     return Script("\n".join([*names, *limits, _SHARED, *bodies]))

@@ -1,6 +1,6 @@
 """The waits of a session: they end early on a command, or last until the store answers.
 
-Knows no job and no tensor.
+This module knows no job and no tensor.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SessionCommands:
             raise Stopped
 
     async def interruptible(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. On a command, cancels it, waits for its end and raises `Stopped`."""
+        """Return the result of `work`. On a command, cancel it, wait for its end and raise `Stopped`."""
         task, commanded = asyncio.create_task(work), asyncio.create_task(self._commanded.wait())
         try:
             await asyncio.wait({task, commanded}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,7 +90,7 @@ class SessionCommands:
 
 
 def retrying(store: S, note_outage: Callable[[Unavailable], None]) -> S:
-    """The same object, except that each of its coroutine methods is repeated while it raises `Unavailable`.
+    """Return a proxy that repeats each coroutine method of the object while it raises `Unavailable`.
 
     note_outage is called after every attempt that failed. All other exceptions pass.
     """

@@ -89,7 +89,7 @@ def result_warnings(run: TrainRun) -> list[tuple[str, str]]:
 
 
 def adapter_metadata(run: TrainRun, job: Job) -> dict[str, Any]:
-    """The provenance that is stored with the adapter."""
+    """Return the provenance that is stored with the adapter."""
     progress = run.progress
     return {
         "job_id": job.job_id,
@@ -117,7 +117,7 @@ def error_payload(error: Exception) -> dict[str, Any]:
 def training_result(
     run: TrainRun, version: AdapterVersion, job: Job, *, training_s: float, warnings: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """The result of a job that has published a version."""
+    """Return the result of a job that has published a version."""
     progress, plan, data = run.progress, run.plan, run.data
     return {
         "adapter": {"id": job.spec.adapter_id, "version": version.version},

@@ -82,7 +82,7 @@ class InitChoice:
 
 
 def init_message(start: Initialization) -> str:
-    """The initialization in a sentence for the job's owner."""
+    """Return the initialization in a sentence for the job's owner."""
     notes = start.notes
     details = []
     if "eta" in notes:

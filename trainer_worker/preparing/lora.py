@@ -41,7 +41,7 @@ class LoraPreparation:
     async def prepare(
         self, attempt: Attempt, data: TrainingData, saved: bytes | None
     ) -> tuple[LoraRun, list[tuple[str, str]]]:
-        """The run, in the state of the checkpoint `saved` if it fits, and warnings.
+        """Return the run, in the state of the checkpoint `saved` if it fits, and warnings.
 
         Raises `InvalidInput`, `UnsupportedModel`, `QuotaExceeded` (before any work), `TesseraError`
         (out_of_memory).

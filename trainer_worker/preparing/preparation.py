@@ -148,7 +148,7 @@ class Preparation:
             raise NotFound(f"{param}: {error.message}", param=param, code=error.code) from error
 
     async def _calibration(self, job: Job) -> Calibration | None:
-        """The examples that the basis is built from; None if it is built from the weights alone."""
+        """Return the examples that the basis is built from; None if it is built from the weights alone."""
         if job.spec.calibration is None or job.spec.basis_id is not None:
             return None
         content = await self._content(job.tenant, job.spec.calibration, "calibration")
@@ -191,7 +191,7 @@ class Preparation:
     async def _warm_start_adapter(
         self, tenant: str, spec: JobSpec, basis: Basis
     ) -> tuple[Adapter | None, Basis | None]:
-        """The adapter that training continues, named `<id>` or `<id>@<version>`.
+        """Return the adapter that training continues, named `<id>` or `<id>@<version>`.
 
         Returned with its basis, unless that is the job's.
         """
@@ -209,17 +209,17 @@ class Preparation:
 
 
 def chat_of(chat: ChatFormat, job: Job) -> ChatFormat:
-    """The chat format with the date of the job's creation, so that every attempt encodes the same tokens."""
+    """Return the chat format with the date of the job's creation, so that all attempts encode alike."""
     return chat.at(datetime.fromtimestamp(job.created_at, UTC))
 
 
 def own_calibration(data: TrainingData, content: bytes) -> Calibration:
-    """The training examples as calibration data. content: of their file."""
+    """Return the training examples as calibration data. content: the content of their file."""
     return Calibration(CalibrationSet.from_encoded(data.train), hashlib.sha256(content).hexdigest())
 
 
 def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Calibration:
-    """All examples of a file, as a `Population` if they name their users. Raises `InvalidTrainingData`."""
+    """Return the examples of a file, as a `Population` if they name users. Raises `InvalidTrainingData`."""
     examples = parse_examples(content, with_users=True)
     data = encode_data(chat, examples, max_tokens=max_tokens, validation=[])
     calibration = own_calibration(data, content)

@@ -60,5 +60,5 @@ class BatchedAdamW:
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """The factor of `torch.nn.utils.clip_grad_norm_`."""
+    """Return the factor of `torch.nn.utils.clip_grad_norm_`."""
     return min(1.0, max_norm / (norm + 1e-6))

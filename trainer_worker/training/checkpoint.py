@@ -29,7 +29,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def to_bytes(run: TrainRun) -> bytes:
-    """The state of a run between two steps. 8B Llama, r = 16: 0.9 MB."""
+    """Return the state of a run between two steps. 8B Llama, r = 16: 0.9 MB."""
     tensors = {name: getattr(run, name).detach().cpu().contiguous() for name in _TENSORS} | run.more_state()
     state = {
         "format": FORMAT,
@@ -83,7 +83,7 @@ def fingerprint(run: TrainRun) -> str:
 
 
 def _metadata(content: bytes) -> dict[str, Any]:
-    """The JSON in the header of a safetensors file, which `safetensors.torch.load` does not return."""
+    """Return the JSON in the header of a safetensors file, which `safetensors.torch.load` does not return."""
     (length,) = _LENGTH.unpack_from(content)
     header: dict[str, Any] = json.loads(content[_LENGTH.size : _LENGTH.size + length])
     state: dict[str, Any] = json.loads(header["__metadata__"][_KEY])

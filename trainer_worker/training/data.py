@@ -77,7 +77,7 @@ class TrainingData:
         return [tuple(islice(rows, size)) for size in self.train_sizes or (1,) * len(self.train)]
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> list[EncodedExample]:
-        """The rows of the examples in this step. Every epoch has an order of its own, made from the seed."""
+        """Return the rows of the examples in this step. The seed gives each epoch its own order."""
         examples = self.train_examples
         steps_per_epoch = -(-len(examples) // batch_size)
         epoch, index = divmod(step, steps_per_epoch)
@@ -123,7 +123,7 @@ def encode_data(
 def _encode(
     chat: ChatFormat, examples: Sequence[Example], max_tokens: int, *, param: str
 ) -> list[list[EncodedExample]]:
-    """The rows of every example."""
+    """Return the rows of each example."""
     return for_each(examples, lambda example: chat.encode_rows(example, max_tokens=max_tokens), param=param)
 
 

@@ -160,7 +160,7 @@ class BasisKind:
         return step * factor * RATED_RANK / self.rank / self.gain
 
     def rate_for(self, num_examples: int) -> float:
-        """`learning_rate` for this number of training examples; see (d) above."""
+        """Return `learning_rate` for this number of training examples; see (d) above."""
         if self.method not in GRADIENT_BASES:
             return self.learning_rate
         return self.learning_rate * min(1.0, num_examples / EXAMPLES_FOR_WHOLE_STEP)
@@ -190,7 +190,7 @@ class LoraKind:
         )
 
     def rate_for(self, num_examples: int) -> float:
-        """`learning_rate`, whatever the number of examples.
+        """Return `learning_rate`, whatever the number of examples.
 
         In (d), LoRA's best rate with 50 examples is 1e-3, only one step of the sweep below that with 1,600.
         """
@@ -198,7 +198,7 @@ class LoraKind:
 
 
 def variant(method: str, recipe: Mapping[str, Any]) -> str:
-    """method/vectors if the recipe's vectors have their own row in the table, otherwise the method."""
+    """Return method/vectors if the recipe's vectors have their own row in the table, otherwise the method."""
     options = recipe.get("options")
     vectors = options.get("vectors") if isinstance(options, Mapping) else None
     name = f"{method}/{vectors}"

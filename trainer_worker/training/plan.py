@@ -89,7 +89,7 @@ class TrainingPlan:
     schedule: str = DEFAULT_SCHEDULE
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of the 0-based `step`: a linear warm-up, then the schedule."""
+        """Return the rate of the 0-based `step`: a linear warm-up, then the schedule."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -110,7 +110,7 @@ def make_plan(
     kind: HasLearningRate,
     seed: int,
 ) -> TrainingPlan:
-    """The plan for `num_examples` training examples.
+    """Return the plan for `num_examples` training examples.
 
     hyperparameters: those in `HYPERPARAMETERS`, each a value, "auto" or absent. A learning_rate replaces the
     automatic one; max_length concerns the data and is ignored here.
@@ -147,17 +147,17 @@ def make_plan(
 
 
 def max_example_tokens(hyperparameters: Mapping[str, Any], limit: int) -> int:
-    """The maximum length of an example: `max_length`, but at most `limit`. Raises `InvalidInput`."""
+    """Return the maximum length of an example: `max_length`, but at most `limit`. Raises `InvalidInput`."""
     return min(limit, _number(hyperparameters, "max_length") or limit)
 
 
 def auto_batch_size(num_examples: int) -> int:
-    """1 to AUTO_BATCH_SIZE, so that an epoch has at least MIN_AUTO_BATCHES steps where possible."""
+    """Return 1 to AUTO_BATCH_SIZE, so that an epoch has at least MIN_AUTO_BATCHES steps where possible."""
     return max(1, min(AUTO_BATCH_SIZE, num_examples // MIN_AUTO_BATCHES))
 
 
 def auto_epochs(steps_per_epoch: int) -> int:
-    """1 to MAX_AUTO_EPOCHS, so that there are about AUTO_STEPS steps."""
+    """Return 1 to MAX_AUTO_EPOCHS, so that there are about AUTO_STEPS steps."""
     return max(1, min(MAX_AUTO_EPOCHS, round(AUTO_STEPS / steps_per_epoch)))
 
 
@@ -170,7 +170,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], param: st
 
 
 def _number(values: Mapping[str, Any], name: str, param: str = "hyperparameters") -> Any:
-    """The number at `name` in its type, None for "auto". Raises `InvalidInput`."""
+    """Return the number at `name` in its type, None for "auto". Raises `InvalidInput`."""
     number_type, minimum, maximum, description = _NUMBERS[name]
     value = values.get(name, "auto")
     if value == "auto":

@@ -154,7 +154,7 @@ class TrainRun(ABC):
 
     @abstractmethod
     def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> RunTrainer:
-        """A trainer in which this run is resident. max_runs: how many may train together.
+        """Return a new trainer in which this run is resident. max_runs: how many runs may train together.
 
         token_budget: tokens with padding in one pass. Raises `BasisMismatch`, `UnsupportedModel`.
         """
@@ -251,7 +251,7 @@ class TrainRun(ABC):
     def update(
         self, *, learning_rate: float = 0.0, warnings: list[tuple[str, str]] | None = None
     ) -> RunUpdate:
-        """The current state as an update, to which the trainer adds what it has measured."""
+        """Return the current state as an update, to which the trainer adds its measurements."""
         return RunUpdate(
             self.run_id,
             step=self.progress.step,

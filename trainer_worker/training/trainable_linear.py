@@ -105,7 +105,7 @@ class TrainableLinear(nn.Linear):
 
 
 def trainable_modules(model: nn.Module, names: Sequence[str]) -> list[TrainableLinear]:
-    """The layers with these names as `TrainableLinear`, replaced where they are not one yet."""
+    """Return the layers with these names as `TrainableLinear`, after replacing those that are not yet."""
     found = []
     for name in names:
         module = model.get_submodule(name)

@@ -53,6 +53,7 @@ def make_rule(rank: int, config: HebbianConfig, seed: int, name: str, width: int
 
 
 def needs(rank: int, options: Options) -> Needs:
+    """Return the required statistics: the local rule on the inputs, and those of the rule for B."""
     default_lr = LR_AFTER_SVD if options["svd_first"] else LR
     config = HebbianConfig(
         rule=options["rule"],

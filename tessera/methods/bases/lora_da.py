@@ -162,6 +162,7 @@ def _choose(options: Options, name: str, *, repo: float, consistent: float) -> f
 
 
 def needs(rank: int, options: Options) -> Needs:
+    """Return the required statistics: the gradient and, for the Fisher information, the second moments."""
     if not options["use_fisher"]:
         return Needs(gradient=True)
     return Needs(

@@ -48,6 +48,7 @@ class SecondMoment:
         self.num_readers = 0
 
     def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
+        """Add the rows of x [T, d_in] to the sums."""
         if not len(x):
             return
         if self._sum is None:
@@ -102,6 +103,7 @@ class ScaledMoment:
         self.num_examples = 0
 
     def observe(self, x: Tensor, lengths: Sequence[int]) -> None:
+        """Add the examples in x [T, d_in], which have these lengths, each scaled by itself."""
         if self._outer is None:
             dtype = torch.float64 if self._width <= MAX_DOUBLE_WIDTH else torch.float32
             self._outer = torch.zeros(self._width, self._width, dtype=dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""How every basis is built: check everything, pass over the data by groups, factorise, record the recipe.
+"""Building a basis by any method: check, pass over the data by groups, factorise, record the recipe.
 
 This file knows no particular method. Everything that can be refused is refused before the first pass over the
 data, and a basis is returned whole or not at all.
@@ -31,7 +31,7 @@ from tessera.model.base_model import BaseModel
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build, whatever the method."""
+    """The arguments of a build, whatever the method."""
 
     rank: int
     #: Patterns of module names.

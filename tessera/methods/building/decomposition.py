@@ -32,7 +32,7 @@ CARRIED, MAX_ROUNDS, RESIDUAL = 8, 100, 1e-8
 #: noise it does not.
 FIRST_FORECAST = 8
 #: Up to this side all eigenvectors are computed, which costs no more than an exact SVD. Beyond it, LOBPCG
-#: finds the requested ones; where eigenvalues cluster, it finds another space of about the same worth.
+#: finds the requested ones; where eigenvalues cluster, it finds another space that is about as good.
 MAX_EIGH_SIDE = 4096
 #: Up to this side a spectral norm is the largest of all singular values; beyond it comes power iteration.
 MAX_NORM_SIDE = 1024
@@ -47,7 +47,7 @@ Kind = Literal["auto", "exact", "randomised"]
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How singular vectors are computed.
+    """The way in which singular vectors are computed.
 
     "auto" serves only for leading ones. It is exact up to `MAX_DOUBLE_SIDE`; beyond that it iterates
     (`leading_triplets`); if that does not converge, it is exact up to `MAX_EXACT_SIDE` and randomised beyond.

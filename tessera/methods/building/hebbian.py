@@ -31,7 +31,7 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class HebbianConfig:
-    """How A learns from its inputs."""
+    """The rule by which A learns from its inputs."""
 
     #: "hpca", "ae" or "softhebb".
     rule: str = "hpca"

@@ -1,4 +1,4 @@
-"""What a method of building a basis consists of: a description, options, and a function of one module.
+"""The parts of a method of building a basis: a description, options, and a function of one module.
 
 A method sees one module at a time: its weight, and the statistics that the calibration passes collected. It
 returns the paper's factors A' and B', with the paper's own scales; `formats/basis.py` makes the canonical

@@ -1,4 +1,4 @@
-"""How B is chosen by the methods whose papers only determine A.
+"""The choice of B for methods whose papers determine only A.
 
 Statistics of the inputs do not determine B. With A = Vᵀ from any input statistic and *any* fixed orthonormal
 B, the pair can express r / d_out of the part of an unknown target that a free B could (LoLoRA's theorem 4.4

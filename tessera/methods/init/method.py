@@ -1,4 +1,4 @@
-"""What an initialization consists of: a description, options, and a function that computes R_0."""
+"""The parts of an initialization: a description, options, and a function that computes R_0."""
 
 from __future__ import annotations
 

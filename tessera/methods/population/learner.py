@@ -38,7 +38,7 @@ Example = tuple[tuple[int, ...], tuple[bool, ...]]
 
 @dataclass(frozen=True)
 class LearningPlan:
-    """How a population teaches a basis."""
+    """The plan by which a population teaches a basis."""
 
     #: Steps of A and B.
     steps: int

@@ -58,6 +58,7 @@ class Population(CalibrationSet):
 
     @property
     def users(self) -> list[CalibrationSet]:
+        """The examples of each user."""
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         return [
             CalibrationSet(self.examples[end - size : end])

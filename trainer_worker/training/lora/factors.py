@@ -106,7 +106,7 @@ def initial_factors(
 def form_modules(
     base: BaseModel, preset: LoraPreset, *, rank: int, target_modules: Sequence[str]
 ) -> tuple[ModuleShape, ...]:
-    """The modules that the form changes. Raises the same errors as `initial_factors`."""
+    """Return the modules that the form changes. Raises the same errors as `initial_factors`."""
     shapes = tuple(target.shape for target in find_targets(base.model, target_modules, rank))
     side, narrow = min((min(shape.d_in, shape.d_out), shape.name) for shape in shapes)
     if preset.stored_rank(rank) > side:
@@ -146,7 +146,7 @@ class Layout:
         return packed
 
     def views(self, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """A [..., r, d_in] and B [..., d_out, r] of each module in `packed` [..., 2, P]."""
+        """Return A [..., r, d_in] and B [..., d_out, r] of each module in `packed` [..., 2, P]."""
         a = b = 0
         leading, r = packed.shape[:-2], self.rank
         for m in self.modules:

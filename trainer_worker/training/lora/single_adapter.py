@@ -31,7 +31,7 @@ def to_single_adapter(
     metadata: dict[str, Any],
     dtype: str = "float32",
 ) -> SingleAdapter:
-    """The trained factors as a basis and its adapter.
+    """Return the trained factors as a basis and its adapter.
 
     factors: what training began with. trained: A and B of each module afterwards. learning_rate: for the
     recipe of the basis. metadata: of the adapter. dtype: of the stored factors.
@@ -52,7 +52,7 @@ def to_single_adapter(
 
 
 def storage_dtype(base: BaseModel) -> str:
-    """The dtype in which a trained basis is stored.
+    """Return the dtype in which a trained basis is stored.
 
     A model in half precision serves its factors in its own dtype, which is no finer than float16 for
     orthonormal ones.

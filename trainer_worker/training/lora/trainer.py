@@ -57,7 +57,7 @@ class LoraRun(TrainRun):
         return {"method": METHOD, "form": LORA, "preset": self.factors.preset.name}
 
     def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> LoraTrainer:
-        """The run trains alone: its A and B are as large as a basis, so sharing a pass would save little."""
+        """Return a trainer for this run alone. Its factors are as large as a basis; sharing saves little."""
         min_tokens = 0 if base.device.type == "cpu" else GPU_MIN_TOKENS
         if self.factors.preset.online is not None:  # a local rule learns from every pass, so make few of them
             min_tokens = token_budget
@@ -76,7 +76,7 @@ class LoraRun(TrainRun):
         return RunResult(made.adapter, made.basis)
 
     def more_state(self) -> dict[str, Tensor]:
-        """The state of the local rules, and the initial factors if their product is subtracted.
+        """Return the state of the local rules, and the initial factors if their product is subtracted.
 
         The factors are stored because another device or library version would compute different ones.
         """
@@ -104,7 +104,7 @@ class LoraRun(TrainRun):
                 rule.A = A.clone()
 
     def _make_rule(self, index: int) -> HebbianRule | None:
-        """The local rule that trains A of this module, if the form has one."""
+        """Return the local rule that trains A of this module, if the form has one."""
         config = self.factors.preset.online
         if config is None:
             return None
@@ -115,11 +115,11 @@ class LoraRun(TrainRun):
         return rule
 
     def trained(self, packed: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each module, at the best evaluation or from `packed` [2, P]."""
+        """Return A and B of each module, at the best evaluation or from `packed` [2, P]."""
         return list(self.layout.views(self.best_R if packed is None else packed))
 
     def steps(self, slot: int, rate: float, clip: float) -> list[UserStep]:
-        """The optimizer's steps for the run's two rows, 2 slot (A) and 2 slot + 1 (B)."""
+        """Return the optimizer's steps for the run's two rows, 2 slot (A) and 2 slot + 1 (B)."""
         preset, count = self.factors.preset, self.progress.num_updates
         rows = [(2 * slot, rate)] if preset.trains_A else []
         rows.append((2 * slot + 1, rate * preset.b_rate))
@@ -250,7 +250,7 @@ class LoraTrainer:
         return list(self.runs[0].layout.views(packed))
 
     def _rules_of(self, index: int) -> list[HebbianRule]:
-        """The local rules of one module, one per run; empty if no run has any."""
+        """Return the local rules of one module, one per run; empty if no run has any."""
         rules = [rule for run in self.runs if (rule := run.rules[index]) is not None]
         if len(rules) not in (0, len(self.runs)):
             raise InvalidInput("runs with and without a local rule cannot train together", param="init")
