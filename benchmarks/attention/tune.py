@@ -18,7 +18,7 @@ import torch
 from benchmarks.attention.workload import Layers, Workload
 from benchmarks.device_time import time_on_device
 from service.engine.attention.paged import device_limits
-from service.engine.kernels.paged_configs import KernelConfig, Phase, padded
+from service.engine.kernels.paged_configs import KernelConfig, Phase, padded_dim
 
 MakeWorkload = Callable[[int, int, int], Workload]
 
@@ -63,7 +63,7 @@ def tune(make_workload: MakeWorkload) -> list[dict[str, Any]]:
 
 def _fitting(phase: Phase, workload: Workload) -> Iterable[tuple[int, int, int, int]]:
     limit = device_limits(workload.device).shared_bytes or math.inf
-    dim = padded(workload.heads.dim)
+    dim = padded_dim(workload.heads.dim)
     for shape in _SHAPES[phase]:
         if KernelConfig(*shape, 1, shape[1]).shared_bytes(dim, dim, workload.dtype.itemsize) <= limit:
             yield shape
@@ -110,5 +110,5 @@ def _time(layers: Layers, phase: Phase, config: KernelConfig, can_split: bool) -
 
 
 def _print_best(phase: Phase, config: KernelConfig, workload: Workload) -> None:
-    key = f"(Phase.{phase.name}, {padded(workload.heads.dim)}, {workload.dtype.itemsize})"
+    key = f"(Phase.{phase.name}, {padded_dim(workload.heads.dim)}, {workload.dtype.itemsize})"
     print(f"    {key}: KernelConfig{astuple(config)},", flush=True)

@@ -102,7 +102,8 @@ class EngineSettings(EngineConfig, BaseSettings):
 
 
 def to_environment(sections: Sequence[BaseSettings]) -> dict[str, str]:
-    """The environment from which objects equal to `sections` are read again; unset fields are left out."""
+    """Return the environment from which objects equal to `sections` are read again; unset fields are left
+    out."""
     variables = {}
     for section in sections:
         prefix = section.model_config.get("env_prefix", "")

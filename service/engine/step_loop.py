@@ -125,7 +125,7 @@ class InFlight:
                 self.fail(request, "deadline_exceeded", message)
 
     def take_outputs(self) -> list[TokenOutput]:
-        """The outputs since the last call."""
+        """Return the outputs since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
 

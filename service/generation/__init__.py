@@ -1,1 +1,1 @@
-"""From a prompt to text: which model is meant, tokens in, text out, and scoring."""
+"""Generation of text: the model that a request names, tokens in, text out, and scoring."""

@@ -33,7 +33,7 @@ _PER_SEQUENCE, _PER_BYTE = "replace", "tessera_replace_each_byte"
 #: An unfinished UTF-8 character has at most this many bytes.
 _MAX_UNFINISHED_BYTES = 3
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-#: Stands for "some text before", where a token's text depends on whether there is any.
+#: A placeholder for "some text before", where a token's text depends on whether there is any.
 _ANCHOR = "a"
 
 
@@ -68,18 +68,18 @@ class Detokenizer:
         return Decoding(self, token_ids, is_shown=is_shown)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The whole text of a sequence; an unfinished character at its end is U+FFFD."""
+        """Return the whole text of a sequence; an unfinished character at its end is U+FFFD."""
         decoding = self.start()
         text = "".join(map(decoding.push, token_ids))
         return text + decoding.finish() + decoding.unfinished()
 
     def token(self, token_id: int) -> str | None:
-        """A token as the vocabulary spells it. None if it has no text: it is skipped, or outside the
+        """Return a token as the vocabulary spells it. None if it has no text: it is skipped, or outside the
         vocabulary (a model may have more rows than its tokenizer has tokens)."""
         return None if token_id in self._skipped else self._backend.id_to_token(token_id)
 
     def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
-        """The UTF-8 bytes that a token adds to a text; is_first: at the text's very beginning."""
+        """Return the UTF-8 bytes that a token adds to a text; is_first: at the text's very beginning."""
         piece = self.piece(token_id)
         if is_first:
             piece = self.strip(self.first_piece(token_id), self.num_to_strip)
@@ -96,12 +96,13 @@ class Detokenizer:
         return " ".join(tokens) if self._decoder is None else str(self._decoder.decode(tokens))
 
     def decode_bytes(self, raw: bytes, *, is_last: bool = False) -> tuple[str, bytes]:
-        """The text of the complete characters in `raw`, and the bytes of an unfinished one at its end."""
+        """Return the text of the complete characters in `raw`, and the bytes of an unfinished one at its
+        end."""
         text, num_read = codecs.utf_8_decode(raw, self._errors, is_last)
         return text, raw[num_read:]
 
     def _piece(self, token_id: int, *, before: Sequence[str] = (_ANCHOR,)) -> str | bytes:
-        """The text of a token, or its bytes if they are not text by themselves."""
+        """Return the text of a token, or its bytes if they are not text by themselves."""
         token = self.token(token_id)
         if token is None:
             return ""
@@ -142,7 +143,7 @@ class Decoding:
         return self._join(piece) if piece else ""
 
     def finish(self) -> str:
-        """The text that becomes certain when no token follows, without an unfinished character."""
+        """Return the text that becomes certain when no token follows, without an unfinished character."""
         return ""
 
     def unfinished(self) -> str:
@@ -157,7 +158,7 @@ class Decoding:
         return text
 
     def _first_piece(self, token_id: int) -> str | bytes:
-        """The piece of a token while `is_at_start`."""
+        """Return the piece of a token while `is_at_start`."""
         if self._tokens.token(token_id) is None:
             return ""
         piece = self._piece(token_id) if self._has_token else self._tokens.first_piece(token_id)
@@ -187,6 +188,7 @@ class _PairDecoding(Decoding):
         self._held: list[str] = []
 
     def push(self, token_id: int) -> str:
+        """Add a token, and return the text that has become certain."""
         token = self._tokens.token(token_id)
         if token is None:
             return ""
@@ -202,7 +204,7 @@ class _PairDecoding(Decoding):
         return text
 
     def _added(self) -> str:
-        """The text that the held tokens add."""
+        """Return the text that the held tokens add."""
         before = self._tokens.decode_tokens(self._before) if self._before else ""
         text = self._tokens.decode_tokens([*self._before, *self._held])
         same = 0
@@ -212,7 +214,7 @@ class _PairDecoding(Decoding):
 
 
 def _unfinished_end(token_ids: Sequence[int], piece: Any) -> bytes:
-    """The bytes of a character that the last tokens began and did not finish."""
+    """Return the bytes of a character that the last tokens began and did not finish."""
     tail = b""
     for token_id in reversed(token_ids):
         last = piece(token_id)
@@ -230,15 +232,15 @@ def _unfinished_end(token_ids: Sequence[int], piece: Any) -> bytes:
 
 
 def _unrolled(step: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a decoder, with nested sequences flattened."""
+    """Return the steps of a decoder, with nested sequences flattened."""
     if step["type"] != "Sequence":
         return [step]
     return [inner for part in step["decoders"] for inner in _unrolled(part)]
 
 
 def _leading_strip(steps: list[dict[str, Any]]) -> tuple[str, int, list[dict[str, Any]]]:
-    """The character that the last step strips from the front of the whole text, how many of them at most, and
-    the steps before that one."""
+    """Return the character that the last step strips from the front of the whole text, how many of them at
+    most, and the steps before that one."""
     kinds = [step["type"] for step in steps]
     if len(steps) > 1 and kinds[-1] == "Strip" and "Fuse" in kinds and not steps[-1]["stop"]:
         return steps[-1]["content"], steps[-1]["start"], steps[:-1]
@@ -287,7 +289,7 @@ _BYTE_OF = _byte_level_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """The bytes of a byte-level token. One outside the alphabet (an added token) stands for itself."""
+    """Return the bytes of a byte-level token. One outside the alphabet (an added token) stands for itself."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
     except KeyError:

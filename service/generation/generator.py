@@ -1,4 +1,4 @@
-"""From a prompt and options to running sequences: encode, check limits, make the engine's requests.
+"""Turn prompts and options into sequences: encode, check limits, make the engine's requests.
 
 Knows no HTTP. A request that is wrong raises `InvalidInput` with the name of the parameter.
 """
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerationOptions:
     """How a prompt is continued."""
 
     #: Sequences per prompt.
@@ -73,7 +73,7 @@ class Generator:
         self._request_timeout_s = request_timeout_s
 
     async def text_prompts(self, tenant: str, texts: Sequence[str], *, param: str) -> list[list[int]]:
-        """The token ids of raw prompts, encoded as the trainer encodes them. Raises `InvalidInput`."""
+        """Return the token ids of raw prompts, encoded as the trainer encodes them. Raises `InvalidInput`."""
         for text in texts:
             self.refuse_endless(text, param=param)
         size = sum(len(text) + CALL_CHARACTERS for text in texts)
@@ -82,7 +82,7 @@ class Generator:
     async def chat_prompt(
         self, tenant: str, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """The token ids of a conversation up to and with the opening of the assistant's turn.
+        """Return the token ids of a conversation up to and with the opening of the assistant's turn.
 
         variables: further variables of the chat template. Raises `InvalidInput`.
         """
@@ -121,7 +121,7 @@ class Generator:
             )
 
     def prepare(
-        self, target: Target, prompts: Sequence[list[int]], options: Options, *, param: str
+        self, target: Target, prompts: Sequence[list[int]], options: GenerationOptions, *, param: str
     ) -> Generation:
         """Prepare n sequences for every prompt, prompts outermost. They are submitted to the engine when the
         pieces of the returned generation are read.
@@ -163,9 +163,9 @@ class Generator:
         return Generation(sequences, self.engine, self._metrics, options.n, options.skip_special_tokens)
 
     def _sampling(
-        self, token_ids: list[int], options: Options, info: EngineInfo, param: str
+        self, token_ids: list[int], options: GenerationOptions, info: EngineInfo, param: str
     ) -> SamplingParams:
-        """The parameters for one prompt: how many tokens may follow it, and which tokens end them."""
+        """Return the parameters for one prompt: how many tokens may follow it, and which tokens end them."""
         if not token_ids:
             raise InvalidInput("the prompt is empty", param=param, code="empty_prompt")
         if len(token_ids) > info.max_model_len:  # first, so that the checks below never read a million ids
@@ -195,6 +195,6 @@ def too_long(num_prompt: int, num_more: int, max_model_len: int, param: str) -> 
 
 
 def heavy_gate() -> FairGate:
-    """A gate for work on large inputs: two at a time and one per tenant, so that no tenant blocks the
+    """Return a gate for work on large inputs: two at a time and one per tenant, so that no tenant blocks the
     others."""
     return FairGate(capacity=2, share=1)

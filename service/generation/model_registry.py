@@ -99,7 +99,7 @@ class ModelRegistry:
         return adapter_id
 
     async def get(self, tenant: str, name: str) -> AdapterRecord | None:
-        """The adapter that `name` means; None for the base model. Raises `NotFound`."""
+        """Return the adapter that `name` means; None for the base model. Raises `NotFound`."""
         if name == self.base_name:
             return None
         adapter_id, version = self.parse(name)

@@ -1,4 +1,4 @@
-"""The most characters that one token can stand for: a longer text cannot fit and need not be tokenised.
+"""The most characters that one token can cover: a longer text cannot fit and need not be tokenised.
 
 Knows nothing but the tokenizer's description.
 """
@@ -29,16 +29,16 @@ _PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Split"
 
 @dataclass(frozen=True)
 class PromptBound:
-    """The most characters that one token of a tokenizer can stand for."""
+    """The most characters that one token of a tokenizer can cover."""
 
-    #: In a text that is all ASCII.
+    #: The bound in a text that is all ASCII.
     ascii_chars: int
-    #: In any other text, where normalizing may shorten it first.
+    #: The bound in any other text, where normalizing may shorten it first.
     other_chars: int
 
 
 def prompt_bound(backend: Backend) -> PromptBound | None:
-    """The bound of a tokenizer; None if there is none.
+    """Return the bound of a tokenizer; None if there is none.
 
     There is none if the tokenizer drops characters, if one unknown token stands for any run of unknown
     characters, or if a token swallows the white space beside it.

@@ -15,8 +15,8 @@ from service.generation.generator import (
     CALL_CHARACTERS,
     MAX_SEQUENCES,
     MESSAGE_CHARACTERS,
+    GenerationOptions,
     Generator,
-    Options,
 )
 from service.generation.model_registry import Target
 from service.generation.sequences import Finished, Generation
@@ -25,7 +25,7 @@ from tessera.data.examples import Example
 from tessera.errors import InvalidInput, RequestFailed
 
 #: Report the log-probabilities of the prompt, and generate nothing.
-_PROMPT_ONLY = Options(max_tokens=0, sampling=SamplingParams(temperature=0.0, prompt_logprobs=0))
+_PROMPT_ONLY = GenerationOptions(max_tokens=0, sampling=SamplingParams(temperature=0.0, prompt_logprobs=0))
 
 
 @dataclass(frozen=True)

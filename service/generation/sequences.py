@@ -144,14 +144,14 @@ class LiveSequence:
         return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
 
     def _end(self, logprobs: TokenLogprobs | None) -> str:
-        """The rest of the text before a stop token that is not a part of it."""
+        """Return the rest of the text before a stop token that is not a part of it."""
         text = self._text.flush()
         if logprobs is not None:
             self._waiting.append(Token(logprobs, self._text.length, is_end=True))
         return text
 
     def _shown_tokens(self, finish_reason: str | None) -> tuple[Token, ...]:
-        """The waiting tokens whose text has begun to show; at the end, all except those after a stop
+        """Return the waiting tokens whose text has begun to show; at the end, all except those after a stop
         string."""
         is_cut = finish_reason is None or self._text.is_stopped
         shown = []
@@ -172,7 +172,8 @@ class Generation:
     started_at: float = field(default_factory=time.monotonic)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The pieces of all sequences as they arrive. Leaving it cancels the sequences that still run."""
+        """Yield the pieces of all sequences as they arrive. Leaving it cancels the sequences that still
+        run."""
         outcome = "cancelled"
         try:
             sources = [sequence.pieces(self.engine) for sequence in self.sequences]
@@ -208,6 +209,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
+        """The counts of tokens; each prompt counts once, whatever n is."""
         first_of_prompt = self.sequences[:: self.n]
         return Usage(
             prompt_tokens=sum(len(s.request.token_ids) for s in first_of_prompt),
@@ -217,10 +219,9 @@ class Generation:
 
 
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-    """The items of several sources as they arrive; the first error ends all. Closing it closes the
+    """Yield the items of several sources as they arrive; the first error ends all. Closing it closes the
     sources."""
-    # Bounded, so that outputs that a slow reader has not fetched wait where they are counted
-    # (`connection.py`).
+    # Bounded, so that unread outputs wait in `connection.py`, which counts their memory.
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(len(sources))
     tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
     running = len(tasks)
@@ -248,7 +249,7 @@ async def _pump(source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece 
 
 
 def error_of(output: TokenOutput) -> TesseraError:
-    """The exception that the engine's error output stands for, found by its `code`."""
+    """Return the exception for an error output of the engine, chosen by its `code`."""
     if output.error is None:
         return RequestFailed("the request was cancelled", code="cancelled")
     code, message = output.error

@@ -52,13 +52,13 @@ class TextCodec:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence; an unfinished character at its end is U+FFFD."""
+        """Return the text of a whole sequence; an unfinished character at its end is U+FFFD."""
         return self._shown[skip_special_tokens].decode(token_ids)
 
     def echo(
         self, token_ids: Sequence[int], text: str | None = None, *, skip_special_tokens: bool = True
     ) -> Echo:
-        """The text of a prompt that is returned with its answer.
+        """Return the text of a prompt that is returned with its answer.
 
         It is `text` if the prompt was given as text, and otherwise the decoded tokens without an unfinished
         character at the end.
@@ -75,7 +75,7 @@ class TextCodec:
         return Echo(text, self._offsets_in(text, len(token_ids)), num_first)
 
     def _offsets_in(self, text: str, num_tokens: int) -> list[int]:
-        """Where in `text` each of its tokens begins.
+        """Return where in `text` each of its tokens begins.
 
         The parts follow each other without gaps, whatever the tokenizer normalised; a token that the
         tokenizer added has an empty part.
@@ -110,8 +110,8 @@ class TextCodec:
         return TextStream(decoding, StopStrings(stop, include_stop), min_tokens)
 
     def _token_text(self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True) -> str:
-        """One token as text: `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character, and the name of a
-        special token that is skipped."""
+        """Return one token as text: `bytes:\\xe2\\x82` (OpenAI's form) for a part of a character, and the
+        name of a special token that is skipped."""
         raw = self.token_bytes(token_id, is_first=is_first, skip_special_tokens=skip_special_tokens)
         if not raw and self._shown[skip_special_tokens].token(token_id) is None:
             return self._backend.id_to_token(token_id) or ""
@@ -123,15 +123,16 @@ class TextCodec:
     def token_bytes(
         self, token_id: int, *, is_first: bool = False, skip_special_tokens: bool = True
     ) -> bytes:
-        """The bytes that a token adds to a text; is_first: at the text's beginning. The bytes of all tokens
-        make up the text, as far as it is valid UTF-8."""
+        """Return the bytes that a token adds to a text; is_first: at the text's beginning. The bytes of all
+        tokens make up the text, as far as it is valid UTF-8."""
         return self._shown[skip_special_tokens].token_bytes(token_id, is_first=is_first)
 
 
 def load_text_codec(
     source: str | Path, *, revision: str | None = None, allow_control_tokens: bool = False
 ) -> TextCodec:
-    """The codec of a base model, with the end tokens that its files name. Raises `UnsupportedModel`."""
+    """Return the codec of a base model, with the end tokens that its files name. Raises
+    `UnsupportedModel`."""
     return TextCodec(
         load_tokenizer(source, revision=revision),
         eos_token_ids=named_end_tokens(model_folder(source, revision=revision)),
@@ -159,7 +160,7 @@ class StopStrings:
     are_included: bool = False
 
     def find(self, text: str) -> int | None:
-        """The length of `text` up to the stop string that begins first (the shortest of several); None
+        """Return the length of `text` up to the stop string that begins first (the shortest of several); None
         without one."""
         found = [(at, len(stop)) for stop in self.strings if (at := text.find(stop)) >= 0]
         if not found:
@@ -168,7 +169,7 @@ class StopStrings:
         return at + length if self.are_included else at
 
     def safe_length(self, text: str) -> int:
-        """How many characters of `text` cannot be a part of a stop string, whatever follows."""
+        """Return how many characters of `text` cannot be a part of a stop string, whatever follows."""
         safe = len(text)
         for stop in self.strings:
             for length in range(min(len(stop) - 1, len(text)), 0, -1):

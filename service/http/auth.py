@@ -1,6 +1,6 @@
 """API keys: which tenant a request belongs to. Only SHA-256 digests of the keys are stored.
 
-A key has 32 random bytes, so a plain digest is enough: nobody can guess a key, and a slow hash would gain
+A key has 32 random bytes, so a plain digest is enough: a key cannot be guessed, and a slow hash would gain
 nothing.
 """
 
@@ -21,8 +21,8 @@ DEFAULT_TENANT = "default"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-#: Digests are looked up by their first 8 hex digits, so that 100,000 keys cost no more than one. What timing
-#: reveals about the prefix of a SHA-256 does not help to find a key. The whole is compared in constant time.
+#: Digests are looked up by their first 8 hex digits, so that 100,000 keys cost no more than one. The prefix
+#: of a SHA-256, which timing may reveal, does not help to find a key. The whole is compared in constant time.
 _PREFIX = 8
 
 
@@ -40,8 +40,8 @@ class ApiKeys:
         """Read a file of lines `<tenant> <sha256 hex>` (with # comments), or a JSON object {tenant: [sha256
         hex]}.
 
-        Raises `InvalidInput` that names the line, so that a key file that is read only in part lets nobody
-        in.
+        Raises `InvalidInput` that names the line, because a key file must not be read
+        only in part.
         """
         if path is None:
             return cls(None)
@@ -61,7 +61,7 @@ class ApiKeys:
         return cls(digests)
 
     def tenant_of(self, authorization: str | None) -> str:
-        """The tenant of the key in an Authorization header. Raises `Unauthenticated`."""
+        """Return the tenant of the key in an Authorization header. Raises `Unauthenticated`."""
         if self._is_open:
             return DEFAULT_TENANT
         scheme, _, key = (authorization or "").partition(" ")

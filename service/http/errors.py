@@ -1,8 +1,8 @@
-"""From an exception to an HTTP response: the one table of status codes, and the one error body.
+"""Turn an exception into an HTTP response: the one table of status codes, and the one error body.
 
     {"error": {"message", "type", "param", "code"}}
 
-Details that are not the caller's business (which host does not answer, the text of a bug) go to the log only.
+Details that do not concern the caller (which host does not answer, the text of a bug) go to the log only.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ _NAMES = {
     504: "not finished in time",
 }
 
-#: For OpenAPI: the errors that every route may return.
+#: The errors that every route may return, for OpenAPI.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description} for status, description in _NAMES.items()
 }
@@ -138,6 +138,7 @@ def error_body(
     param: str | None = None,
     problems: Iterable[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
+    """Return the one form of an error body. problems: the errors of a file, line by line."""
     detail: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
     if problems is not None:
         detail["errors"] = list(problems)
@@ -149,7 +150,7 @@ def row_of(error: Exception) -> Row:
 
 
 def body_of(error: Exception) -> dict[str, Any]:
-    """The error body of any exception. An event of a stream that has begun carries the same body."""
+    """Return the error body of any exception. An event of a stream that has begun carries the same body."""
     row = row_of(error)
     if not isinstance(error, TesseraError):
         return error_body(row.message or "internal error", row.type, "internal_error")
@@ -160,7 +161,7 @@ def body_of(error: Exception) -> dict[str, Any]:
 
 
 def response_of(error: Exception) -> JSONResponse:
-    """The HTTP response to any exception. Details that the caller does not get are logged."""
+    """Return the HTTP response to any exception. Details that the caller does not get are logged."""
     row = row_of(error)
     if row.status >= 500:
         is_bug = row.status == 500
@@ -222,7 +223,7 @@ def _sentence(problem: Mapping[str, Any]) -> str:
 
 
 def _param(problem: Mapping[str, Any]) -> str | None:
-    """The dotted path to the field. Names that the caller chose are cut short."""
+    """Return the dotted path to the field. Names that the caller chose are cut short."""
     if problem["type"] == "json_invalid":
         return None
     _, *path = problem["loc"]
@@ -231,5 +232,5 @@ def _param(problem: Mapping[str, Any]) -> str | None:
 
 
 def shown_path(parts: Iterable[object]) -> str:
-    """A dotted path in ASCII. Names that the caller chose are cut short."""
+    """Return a dotted path in ASCII. Names that the caller chose are cut short."""
     return ".".join(str(part)[:MAX_NAME_SHOWN].encode("ascii", "backslashreplace").decode() for part in parts)

@@ -1,7 +1,7 @@
 """Server-sent events: a response that grows while the client listens, and ends when the client leaves.
 
-Does not know what the events say. A stream that is cut without its last event looks like success to a client,
-so a failure after the headers is sent as an event of its own.
+Does not know the content of the events. A stream that is cut without its last event looks like success to a
+client, so a failure after the headers is sent as an event of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.errors import ShuttingDown
 from service.http.errors import body_of, response_of
 from tessera.processes.tasks import end_tasks
 
-#: For OpenAPI: the second media type of a route that can stream.
+#: The second media type of a route that can stream, for OpenAPI.
 IN_OPENAPI: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 PING = ": ping\n\n"
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def event(value: Any) -> str:
-    """One event with a JSON value as its data. Raises `ValueError` for NaN."""
+    """Return one event with a JSON value as its data. Raises `ValueError` for NaN."""
     return f"data: {_encode(value)}\n\n"
 
 
@@ -115,13 +115,13 @@ class EventStream(Response):
 
 
 def _error_event(error: Exception) -> str:
-    """The event that reports a failure to the client."""
+    """Return the event that reports a failure to the client."""
     response_of(error)  # logs the details that the client does not get
     return event(body_of(error))
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T | None:
-    """The result of `work`; None if the client leaves before it is done, which cancels it."""
+    """Return the result of `work`; None if the client leaves before it is done, which cancels it."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.create_task(_disconnected(receive))
     try:

@@ -17,7 +17,7 @@ from tessera.errors import InvalidInput
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 
-#: OpenAI's client gives up retrying long before.
+#: OpenAI's client stops retrying long before this.
 RETRY_WINDOW_S = 600
 MAX_KEY_LENGTH = 255
 
@@ -28,7 +28,7 @@ Create = Callable[[str], Awaitable[T]]
 
 @dataclass(frozen=True)
 class Repetition:
-    """What a request says about whether it has been sent before."""
+    """The headers of a request that mark a repetition of an earlier one."""
 
     #: The `Idempotency-Key` header.
     key: str | None
@@ -55,7 +55,7 @@ class Idempotency:
         return await self._by_body(tenant, fingerprint, create, repetition.is_retry)
 
     async def _by_key(self, tenant: str, key: str, body: str, create: Create[T], scope: str) -> T:
-        """A request that fails leaves its key unused."""
+        """Create under the caller's key, once. A request that fails leaves its key unused."""
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             raise InvalidInput(
                 f"an Idempotency-Key has 1 to {MAX_KEY_LENGTH} characters", param="Idempotency-Key"
@@ -73,7 +73,7 @@ class Idempotency:
         return created
 
     async def _by_body(self, tenant: str, body: str, create: Create[T], is_retry: bool) -> T:
-        """Create anew; a retry gets what the newest request with the same body created."""
+        """Create a new object. A retry returns what the newest request with the same body created."""
         name, nonce = keys.idempotency(tenant, _digest("body", body)), secrets.token_hex(16)
         with translate_errors():
             if is_retry:

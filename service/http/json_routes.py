@@ -22,7 +22,7 @@ from service.http.errors import shown_path
 from service.http.event_stream import until_disconnect
 from service.http.schemas.fields import unknown_field
 from service.processes.fair_gate import FairGate
-from service.processes.twin import LIMITS, Twin, Work
+from service.processes.twin import DEFAULT_LIMITS, Twin, Work
 from tessera.errors import InvalidInput
 
 #: Query parameters with names that the caller chooses: `metadata[project]=x`.
@@ -59,7 +59,8 @@ class JsonRequest(Request):
     """A request whose `json()` refuses NaN, lone surrogates, 5,000-digit integers and 200 nested lists."""
 
     async def json(self) -> Any:
-        """The parsed body. Raises `json.JSONDecodeError`, which the framework makes a validation error."""
+        """Return the parsed body. Raises `json.JSONDecodeError`, which the framework makes a validation
+        error."""
         if not hasattr(self, "_json"):
             reader: JsonBodies = self.app.state.services.json_bodies
             try:
@@ -76,6 +77,7 @@ class JsonRoute(APIRoute):
     is_cancellable: ClassVar[bool] = False
 
     def get_route_handler(self) -> Handler:
+        """Return a handler that checks all names of a request before the framework's own handler runs."""
         handle = super().get_route_handler()
         query = {field.alias for part in _parts(self.dependant) for field in part.query_params}
         in_body = [field for part in _parts(self.dependant) for field in part.body_params]
@@ -98,27 +100,28 @@ class JsonRoute(APIRoute):
                 return await handle(request)
             await request.body()  # whatever arrives after the body can only be the disconnect
             response = await until_disconnect(request.receive, handle(request))
-            request._body, request._json = b"", None  # a stream keeps its request for as long as it runs
+            request._body, request._json = b"", None  # free it: a stream keeps its request while it runs
             return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
         return handle_strictly
 
 
 class CancellableRoute(JsonRoute):
-    """A route whose handler is cancelled when its client disconnects, because nobody waits for the result."""
+    """A route whose handler is cancelled when its client disconnects, because the result is no longer
+    needed."""
 
     is_cancellable = True
 
 
 def _parts(dependant: Dependant) -> Iterator[Dependant]:
-    """A route's own parameters, and those of all its dependencies."""
+    """Yield a route's own parameters, and those of all its dependencies."""
     yield dependant
     for part in dependant.dependencies:
         yield from _parts(part)
 
 
 def _check_names(items: Iterable[tuple[str, object]], known: Set[str]) -> None:
-    """Raise `InvalidInput` for a name that is unknown or given twice."""
+    """Check that every name is known and given once. Raises `InvalidInput`."""
     seen = set()
     for name, _ in items:
         group = name.partition("[")[0] if name.endswith("]") else name
@@ -133,12 +136,12 @@ def _check_names(items: Iterable[tuple[str, object]], known: Set[str]) -> None:
 
 
 def _dotted(name: str) -> str:
-    """The name `a[b]` of a form or a query as `a.b`."""
+    """Return the name `a[b]` of a form or a query as `a.b`."""
     return shown_path(part.removesuffix("]") for part in name.split("["))
 
 
 async def _refuse_body(request: JsonRequest) -> None:
-    """Raise `InvalidInput` if a request that should have no body has one."""
+    """Check that a request that should have no body has none. Raises `InvalidInput`."""
     if (await request.body()).strip() in (b"", b"{}", b"null"):
         return
     try:
@@ -164,7 +167,7 @@ class JsonBodies:
         self._twin = twin
 
     async def read(self, tenant: str, body: bytes) -> Any:
-        """The value of a body. Raises `ValueError` for invalid JSON, NaN, lone surrogates, 5,000-digit
+        """Return the value of a body. Raises `ValueError` for invalid JSON, NaN, lone surrogates, 5,000-digit
         integers, 200 nested lists, and too many values."""
         if len(body) <= _FEW_FIELDS_BYTES:
             return from_json(body, allow_inf_nan=False)
@@ -179,11 +182,11 @@ class JsonBodies:
             value = marshal.loads(reply[1:])  # safe: it was written by a fork of this very process
             await asyncio.sleep(0)  # before it is validated
             return value
-        raise ValueError(bytes(reply[1:]).decode() or f"it could not be read within {LIMITS}")
+        raise ValueError(bytes(reply[1:]).decode() or f"it could not be read within {DEFAULT_LIMITS}")
 
 
 def json_works() -> dict[bytes, Work]:
-    """The work of reading a body, for `fork_twin`."""
+    """Return the work of reading a body, for `fork_twin`."""
 
     def work(body: bytes) -> bytes:
         try:
@@ -195,7 +198,7 @@ def json_works() -> dict[bytes, Work]:
 
 
 def read_large(body: bytes) -> Any:
-    """The value of a body that is checked first. Raises `ValueError`."""
+    """Return the value of a body that is checked first. Raises `ValueError`."""
     check_structure(body)
     value = from_json(body, allow_inf_nan=False)
     check_objects(value)
@@ -231,7 +234,7 @@ def check_structure(body: bytes) -> None:
 
 
 def _piece_end(body: bytes, start: int) -> int:
-    """The end of the piece that begins at `start`, which does not fall within an escape."""
+    """Return the end of the piece that begins at `start`, which does not fall within an escape."""
     end = min(start + _PIECE_BYTES, len(body))
     piece = body[start:end]
     num_backslashes = len(piece) - len(piece.rstrip(b"\\"))
@@ -239,7 +242,7 @@ def _piece_end(body: bytes, start: int) -> int:
 
 
 def check_objects(value: Any) -> None:
-    """Raise `ValueError` for an object with too many fields, at any depth."""
+    """Check that no object has too many fields, at any depth. Raises `ValueError`."""
     open_values = [value] if isinstance(value, dict | list) else []
     while open_values:
         value = open_values.pop()

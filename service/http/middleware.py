@@ -1,4 +1,4 @@
-"""What every request passes on its way to a route: id, log line and limit of requests, API key, body.
+"""The middleware in front of all routes: id, log line and limit of requests, API key, body.
 
 Plain ASGI, so that streams and disconnects pass untouched. In this order, outermost first:
 
@@ -30,7 +30,7 @@ from tessera.processes.log_setup import log_fields
 
 logger = logging.getLogger(__name__)
 
-#: Everything under this path belongs to a tenant; health, metrics and documentation belong to nobody.
+#: Everything under this path belongs to a tenant; health, metrics and documentation do not.
 TENANT_PREFIX = "/v1"
 UPLOAD_PATH = "/v1/files"
 IMPORT_PATH = re.compile(r"/v1/adapters/[^/]+/peft")
@@ -55,7 +55,7 @@ _QUIET = {"/health/live", "/health/ready", "/metrics"}
 
 
 class RequestContext:
-    """Gives each request an id, counts, times and logs it; answers 500 for an error that nobody caught.
+    """Gives each request an id, counts, times and logs it; answers 500 for an error that was not caught.
 
     max_requests: how many requests may be answered at once. Health checks and metrics are not counted.
     """
@@ -97,7 +97,7 @@ class RequestContext:
             else:
                 await self._app(scope, receive, send_named)
         except asyncio.CancelledError:
-            # Uvicorn cancels requests that outlast its patience at a stop; nobody above us needs to know.
+            # At a stop, uvicorn cancels requests that exceed its time limit. The exception is not passed on.
             if not status:
                 stopping = ShuttingDown("the service is being stopped")
                 await response_of(stopping)(scope, receive, send_named)
@@ -143,13 +143,13 @@ class Authentication:
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """How large a request's body may be, and how long it may take to arrive."""
+    """The limits of a request's body: its size, and the time in which it must arrive."""
 
-    #: For every body but uploads and imports.
+    #: Limit of every body but uploads and imports.
     max_bytes: int
     max_upload_bytes: int
     max_import_bytes: int
-    #: For all bodies together except imports, copies included; half of it for one tenant.
+    #: Limit of all bodies together except imports, copies included; half of it for one tenant.
     max_memory_bytes: int
     timeout_s: float
 
@@ -157,8 +157,8 @@ class BodyLimits:
 class BodyLimit:
     """Passes a request on once its whole body has arrived in time and within its limit.
 
-    A body that is not small waits for room in memory before it is read, and keeps it until the response
-    begins.
+    A body that is not small waits until there is memory for it before it is read, and keeps that memory until
+    the response begins.
     """
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits) -> None:
@@ -244,7 +244,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, headers: Headers, receive: Receive, limit: int, timeout_s: float) -> deque[Message]:
-        """The messages that make up the body. Raises `BodyTooLarge`, `BodyTimeout`."""
+        """Return the messages that make up the body. Raises `BodyTooLarge`, `BodyTimeout`."""
         declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit + MAX_DISCARDED_BYTES):
             raise _too_large(limit)
@@ -270,7 +270,7 @@ class BodyLimit:
 
 
 def _announced_bytes(scope: Scope, limit: int) -> int:
-    """The size of the body according to the headers, at most `limit`; `limit` if they do not say."""
+    """Return the size of the body according to the headers, at most `limit`; `limit` if they do not say."""
     headers = Headers(scope=scope)
     declared = headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 18:

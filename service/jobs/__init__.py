@@ -1,1 +1,1 @@
-"""From a request to a job in the queue, and adapters and files on their way in and out. Knows no HTTP."""
+"""Submission of jobs, uploads of files, and imports and exports of adapters. Knows no HTTP."""

@@ -44,6 +44,7 @@ class BasisChoice:
 
     @property
     def spec_fields(self) -> dict[str, Any]:
+        """The fields of a `JobSpec` that describe the basis."""
         return {
             "method": self.method,
             "rank": self.rank,

@@ -2,7 +2,7 @@
 index.
 
 Only the last part of a name counts, so a folder inside the zip is fine. A path that leads out of it is
-harmless, because nothing is ever written to disk. Does not know what the files say.
+harmless, because nothing is ever written to disk. Does not interpret the files.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _last_part(info: zipfile.ZipInfo) -> str:
 
 
 def _instead(names: set[str]) -> str:
-    """Say what a folder without the two files probably is, and what to do with it."""
+    """Return what a folder without the two files probably is, and what to do with it."""
     if "adapters.safetensors" in names:
         return f"it is an adapter of mlx-lm; {MLX_ADVICE}"
     if any(_SHARD.fullmatch(name) for name in names):

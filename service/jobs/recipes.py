@@ -1,4 +1,4 @@
-"""Check what a request says about a basis and its initialization against the methods that exist.
+"""Check the basis and the initialization of a request against the methods that exist.
 
 Knows neither the store nor HTTP. Both are named by a method, or by a preset (one of the papers'
 combinations), which may determine the other half as well:

@@ -37,7 +37,7 @@ _MAX_SLUG = 55
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A request to train an adapter. None stands for the default."""
+    """A request to train an adapter. None means the default."""
 
     #: The base model, or an adapter whose training continues.
     model: str

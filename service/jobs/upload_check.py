@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from service.processes.fair_gate import FairGate
-from service.processes.twin import LIMITS, Twin, Work
+from service.processes.twin import DEFAULT_LIMITS, Twin, Work
 from tessera.chat.chat_format import ChatFormat
 from tessera.data.examples import for_each, parse_examples
 from tessera.errors import InvalidInput, InvalidTrainingData, LineError
@@ -44,7 +44,7 @@ class UploadCheck:
         reply = await self._twin.work(_WITH_USERS if with_users else _PLAIN, content)
         if not reply:
             raise InvalidInput(
-                f"the file could not be checked within {LIMITS}; split it, or simplify its lines",
+                f"the file could not be checked within {DEFAULT_LIMITS}; split it, or simplify its lines",
                 param="file",
                 code="file_too_complex",
             )

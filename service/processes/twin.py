@@ -40,7 +40,7 @@ class Limits:
 
 #: The limits of work for which `fork_twin` is given no others. The slowest upload that we know, of 32 MB,
 #: takes 15 s and 0.5 GB.
-LIMITS = Limits(max_cpu_s=60, max_memory_bytes=2 * 1024**3)
+DEFAULT_LIMITS = Limits(max_cpu_s=60, max_memory_bytes=2 * 1024**3)
 #: A task that wakes up gets the processor at once from processes of this niceness, as if they were not there
 #: (with two of them on one processor: a median of 0.0 ms, and of 3.2 ms at niceness 0). SCHED_IDLE is no
 #: better, and such a process would get no time at all while the engine computes.
@@ -94,8 +94,8 @@ def fork_twin(
 ) -> Twin:
     """Make the twin. Call it before this process has any threads.
 
-    works: name of one byte -> work. limits: limits of the works that need others than LIMITS. close_fds: file
-    descriptors that the twin must not keep open.
+    works: name of one byte -> work. limits: limits of the works that need others than DEFAULT_LIMITS.
+    close_fds: file descriptors that the twin must not keep open.
     """
     own, others = socket.socketpair()
     process_id = os.fork()
@@ -141,7 +141,7 @@ def _serve(requests: socket.socket, works: Mapping[bytes, Work], limits: Mapping
                 try:
                     end_with_parent()
                     requests.close()
-                    _answer(connection, works[name], limits.get(name, LIMITS))
+                    _answer(connection, works[name], limits.get(name, DEFAULT_LIMITS))
                 finally:
                     os._exit(0)
 

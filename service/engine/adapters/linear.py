@@ -80,8 +80,8 @@ class AdapterLinear(nn.Linear):
 
 
 def rows_per_token(leading: Sequence[int], num_tokens: int) -> int | None:
-    """How many rows each token has in a tensor with these dimensions before the last, if it holds the rows of
-    all tokens one after another: [1, T, d], [T, d], [1, T, heads, d]. None if it does not."""
+    """Return how many rows each token has in a tensor with these dimensions before the last, if it holds the
+    rows of all tokens one after another: [1, T, d], [T, d], [1, T, heads, d]. None if it does not."""
     so_far = 1
     for index, size in enumerate(leading):
         so_far *= size

@@ -176,7 +176,7 @@ class Residency:
                 table.load()
 
     def take_missing(self) -> list[AdapterRef]:
-        """The adapters to fetch. Each is returned once until it is provided."""
+        """Return the adapters to fetch. Each is returned once until it is provided."""
         missing = list(self._missing)
         self._missing.clear()
         return missing

@@ -104,7 +104,7 @@ class ResidentBases:
         return self._resident.get(basis_id)
 
     def use(self, basis_id: str) -> SlotTable:
-        """The slots of a resident basis, which becomes the most recently used."""
+        """Return the slots of a resident basis, which becomes the most recently used."""
         self._resident.move_to_end(basis_id)
         return self._resident[basis_id].slots
 
@@ -158,7 +158,8 @@ class ResidentBases:
         return bool(self._missing) and (self._has_place() or self._evictable() is not None)
 
     def take_missing(self) -> list[str]:
-        """The missing bases that have a place now. Each is returned once; idle bases are evicted for them."""
+        """Return the missing bases that have a place now. Each is returned once; idle bases are evicted for
+        them."""
         missing = []
         while self._missing and self._make_place():
             basis_id, _ = self._missing.popitem(last=False)

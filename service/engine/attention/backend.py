@@ -74,7 +74,7 @@ def choose_attention(
 
 
 def _obstacle(kv: PagedKV, device: torch.device, *, is_forced: bool) -> str:
-    """Why Triton cannot be used at all; "" if it may be."""
+    """Return why Triton cannot be used at all; "" if it may be."""
     dtype = kv.pages_of(0)[0].dtype
     widest = max(max(shape.key_dim, shape.value_dim) for shape in kv.shapes)
     if importlib.util.find_spec("triton") is None:
@@ -158,7 +158,7 @@ def _kernel_inputs(
 
 
 def _reference_output(kv: PagedKV, q: Tensor, tables: Tensor, options: AttentionOptions) -> Tensor:
-    """The output of `PagedAttention`, with zeros for padded rows."""
+    """Return the output of `PagedAttention`, with zeros for padded rows."""
     device = tables.device
     num_single = len(_SINGLE_LENGTHS)
     singles = torch.tensor([[max(0, length - 1)] for length in _SINGLE_LENGTHS], device=device)

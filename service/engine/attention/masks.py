@@ -49,7 +49,8 @@ class _Mask(Tensor):
 
 @torch.inference_mode()
 def read_windows(model: PreTrainedModel) -> dict[int, int | None]:
-    """For each layer the number of tokens it attends to, the query's own included; None for all earlier ones.
+    """Return for each layer the number of tokens it attends to, the query's own included; None for all
+    earlier ones.
 
     Leaves out layers with a mask that was not seen, and all layers of a model that cannot be run this way.
 
@@ -95,13 +96,14 @@ def _note(
 
 
 def _window(allows: Callable[..., Tensor], device: torch.device) -> int | None:
-    """The window of two queries if they have the same pattern, otherwise `_ODD`."""
+    """Return the window of two queries if they have the same pattern, otherwise `_ODD`."""
     first, second = (_window_of(allows, query, device) for query in _QUERIES)
     return first if first == second else _ODD
 
 
 def _window_of(allows: Callable[..., Tensor], query: int, device: torch.device) -> int | None:
-    """The window of one query, found by bisection and checked around its ends and at many places between."""
+    """Return the window of one query, found by bisection and checked around its ends and at many places
+    between."""
 
     def sees(keys: Tensor) -> Tensor:
         seen = allows(0, 0, torch.tensor(query, device=device), keys)

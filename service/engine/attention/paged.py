@@ -19,7 +19,7 @@ from torch import Tensor
 
 from service.engine.attention.query_tiles import few_programs, query_tiles, split_target
 from service.engine.attention.reference import AttentionOptions, AttentionStep, MakeStep, TokenRows
-from service.engine.kernels.paged_configs import MIN_BLOCK_M, KernelConfig, Phase, find_config, padded
+from service.engine.kernels.paged_configs import MIN_BLOCK_M, KernelConfig, Phase, find_config, padded_dim
 from service.engine.kv.block_tables import BlockTables
 from service.engine.kv.cache import KVShape, PagedKV
 from service.engine.kv.memory import Ints
@@ -87,25 +87,26 @@ def device_limits(device: torch.device) -> DeviceLimits:
 
 @cache
 def launch_config(phase: Phase, shape: KVShape, dtype: torch.dtype, device: torch.device) -> KernelConfig:
-    """The launch shape for heads of `shape` on `device`."""
+    """Return the launch shape for heads of `shape` on `device`."""
     shared_bytes = device_limits(device).shared_bytes
     return find_config(phase, shape.key_dim, shape.value_dim, dtype.itemsize, shared_bytes=shared_bytes)
 
 
 def queries_per_tile(kv: PagedKV, num_heads: int) -> int:
-    """Number of queries that a prefill program takes, for a model with `num_heads` query heads."""
+    """Return the number of queries that a prefill program takes, for a model with `num_heads` query heads."""
     K, _ = kv.pages_of(0)
     config = launch_config(Phase.PREFILL, kv.shapes[0], K.dtype, K.device)
     return max(1, config.block_m // (num_heads // kv.shapes[0].num_kv_heads))
 
 
 def decode_split_target(kv: PagedKV) -> int:
-    """Number of items that fill the device in decode, the `target` of `query_tiles.wants_split`."""
+    """Return the number of items that fill the device in decode, the `target` of
+    `query_tiles.wants_split`."""
     return _split_limits(kv, Phase.DECODE)[0]
 
 
 def prefill_split_limits(kv: PagedKV) -> tuple[int, int]:
-    """The same for prefill, and the smallest part in tokens."""
+    """Return the same for prefill, and the smallest part in tokens."""
     return _split_limits(kv, Phase.PREFILL)
 
 
@@ -169,7 +170,7 @@ class TritonPagedAttention:
         _kernels().keep_kv[(k.shape[1],)](
             K, V, k, v, self._blocks, self._offsets, k.stride(1), k.stride(0), v.stride(1), v.stride(0),
             shape.num_kv_heads, shape.key_dim, shape.value_dim, self._kv.block_size,
-            _power_of_two(shape.num_kv_heads), padded(shape.key_dim), padded(shape.value_dim),
+            _power_of_two(shape.num_kv_heads), padded_dim(shape.key_dim), padded_dim(shape.value_dim),
         )  # fmt: skip
         return self.attend_cached(layer, q.transpose(0, 1), options)
 
@@ -201,7 +202,7 @@ class TritonPagedAttention:
             q.stride(0), q.stride(1), table.stride(0),
             shape.num_kv_heads, group, shape.key_dim, shape.value_dim,
             self._kv.block_size, rows, max(MIN_BLOCK_M, _power_of_two(rows)), config.block_n,
-            padded(shape.key_dim), padded(shape.value_dim),
+            padded_dim(shape.key_dim), padded_dim(shape.value_dim),
             phase == Phase.DECODE, options.sliding_window is not None, options.softcap is not None,
             work.can_split, options.sinks is not None,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -209,11 +210,11 @@ class TritonPagedAttention:
         if work.can_split:
             _kernels().add_parts[(shape.num_kv_heads * rows, len(work.parts))](
                 out, part_out, part_stats, work.parts, sinks, shape.num_kv_heads, group, shape.value_dim,
-                rows, _BLOCK_P, padded(shape.value_dim), options.sinks is not None, num_warps=1,
+                rows, _BLOCK_P, padded_dim(shape.value_dim), options.sinks is not None, num_warps=1,
             )  # fmt: skip
 
     def _cut(self, phase: Phase, config: KernelConfig, num_kv_heads: int, window: int | None) -> _Work:
-        """The items of all layers with this window, cut when the first of them attends."""
+        """Return the items of all layers with this window, cut when the first of them attends."""
         device = self._inputs.tables.device
         target = split_target(num_kv_heads, device_limits(device).num_multiprocessors, config.programs_per_sm)
         key = (phase, window or _NO_WINDOW, target, config.part_tokens)

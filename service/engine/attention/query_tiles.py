@@ -23,7 +23,7 @@ _SHORTEST_PART_TOKENS = 64
 
 
 def split_target(num_kv_heads: int, num_multiprocessors: int, programs_per_sm: int) -> int:
-    """Number of items that fill the device. One program runs an item for one KV head."""
+    """Return the number of items that fill the device. One program runs an item for one KV head."""
     return max(1, programs_per_sm * num_multiprocessors // num_kv_heads)
 
 
@@ -57,7 +57,7 @@ def query_tiles(
     first_sequence: int,
     queries_per_tile: int,
 ) -> Ints:
-    """The tiles of the chunks that hold more than one token, those with the most keys first.
+    """Return the tiles of the chunks that hold more than one token, those with the most keys first.
 
     first_rows: the row of each chunk's first token in the batch. starts: the position of that token. lengths:
     the number of tokens of each chunk. first_sequence: the row of the first chunk in the block table; the

@@ -90,7 +90,7 @@ class AttentionLayout(Protocol):
     """Prepares what one implementation of attention reads of a step."""
 
     def lay_out(self, chunks: Sequence[Chunk], block_size: int) -> tuple[list[Ints], MakeStep]:
-        """The integers to upload, and a function that makes the attention from them."""
+        """Return the integers to upload, and a function that makes the attention from them."""
         ...
 
 
@@ -139,8 +139,8 @@ AttentionInterface.register(NAME, paged_attention)
 
 
 def implementation_of(model: PreTrainedModel) -> str:
-    """The attention implementation of the layers that process text. A model of several parts may have another
-    name at its top, because not all of its parts can change theirs (the vision tower of GOT-OCR2)."""
+    """Return the attention implementation of the layers that process text. A model of several parts may have
+    another name at its top, because not all of its parts can change theirs (the vision tower of GOT-OCR2)."""
     return model.config.get_text_config()._attn_implementation or "eager"
 
 
@@ -233,7 +233,7 @@ class TiledLayout:
         return [array for _, table, positions in tiles for array in (table, positions)], make
 
     def _tiles(self, chunks: Sequence[Chunk], block_size: int) -> Iterator[tuple[int, Ints, Ints]]:
-        """The first row, the block table and the positions of each tile."""
+        """Yield the first row, the block table and the positions of each tile."""
         starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
         num_single = sum(chunk.length == 1 for chunk in chunks)
         tables = [chunk.request.blocks[: -(-chunk.end // block_size)] for chunk in chunks]

@@ -158,7 +158,8 @@ class EngineConnection:
         return self.info
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
-        """The outputs of one request; the last has a finish_reason. Closing the iterator cancels the request.
+        """Yield the outputs of one request; the last has a finish_reason. Closing the iterator cancels the
+        request.
 
         A slow reader gets several outputs as one. Raises `EngineUnavailable` if there is no engine or it
         dies, and the errors by which the engine refuses a request: `InvalidInput`, `EngineOverloaded`,

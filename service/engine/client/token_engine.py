@@ -29,7 +29,8 @@ class TokenEngine(Protocol):
     def restarts_total(self) -> int: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
-        """The outputs of one request; the last has a finish_reason. Closing the iterator cancels the request.
+        """Yield the outputs of one request; the last has a finish_reason. Closing the iterator cancels the
+        request.
 
         Raises `EngineUnavailable` if there is no engine, or it dies meanwhile.
         """

@@ -80,4 +80,4 @@ ARCHITECTURES = {
 }
 
 #: Names of activations in configurations, and their names in the fused op.
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATION_NAMES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -53,8 +53,8 @@ class _ProbeCache(DynamicCache):  # type: ignore[misc]
 
 
 def probe(model: PreTrainedModel) -> tuple[tuple[KVShape, ...], bool, Tensor]:
-    """What each layer stores per token, whether layers count the tokens of the cache, and the logits [1, V]
-    of one token. Raises `NotCacheable`."""
+    """Return what each layer stores per token, whether layers count the tokens of the cache, and the logits
+    [1, V] of one token. Raises `NotCacheable`."""
     cache = _ProbeCache()
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     logits = _run(model, zero, zero, torch.ones_like(zero), cache)
@@ -84,8 +84,8 @@ class CachedModel:
         logit_rows: Tensor | None,
         tables: Sequence[SlotTable],
     ) -> Tensor:
-        """The logits [n, V] of some rows of the batch, int64 [n], or of all rows. tables: the slots of every
-        resident basis."""
+        """Return the logits [n, V] of some rows of the batch, int64 [n], or of all rows. tables: the slots of
+        every resident basis."""
         if logit_rows is None:
             logit_rows = torch.arange(len(rows.input_ids), device=rows.input_ids.device)
         staged = [(table, table.active) for table in tables if table.active is not None]
@@ -110,8 +110,8 @@ class CachedModel:
     def _tile_logits(
         self, tile: AttentionTile, rows: TokenRows, own: slice, kv: PagedKV, tile_rows: Tensor
     ) -> Tensor:
-        """The logits [n, V] of some rows of a tile. own: the rows of the tile in the batch; tile_rows: int64
-        [n]."""
+        """Return the logits [n, V] of some rows of a tile. own: the rows of the tile in the batch; tile_rows:
+        int64 [n]."""
         num_sequences, num_queries = tile.positions.shape
         tile_kv = _TileKV(kv, tile, rows.blocks[own], rows.offsets[own])
         layers: list[Any] = [_PagedLayer(tile_kv, index) for index in range(len(kv.shapes))]
@@ -123,8 +123,8 @@ class CachedModel:
 
 
 def _of_one_length(tiles: Sequence[AttentionTile]) -> Iterator[AttentionTile]:
-    """The same rows in tiles of sequences that have the same length. A tile of several sequences has one row
-    of each, the longest first."""
+    """Yield the same rows in tiles of sequences that have the same length. A tile of several sequences has
+    one row of each, the longest first."""
     for tile in tiles:
         assert tile.lengths is not None, "steps from plans know the lengths"
         first = 0
@@ -193,7 +193,7 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._tile.update(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The length and the offset of what `update` returns."""
+        """Return the length and the offset of what `update` returns."""
         return self._tile.length, 0
 
     def get_seq_length(self) -> int:
@@ -211,8 +211,8 @@ def _run(
     cache: Cache,
     logit_rows: Tensor | None = None,
 ) -> Tensor:
-    """The logits [n, Q, V]. logit_rows: for a single sequence, the rows to compute. input_ids, positions:
-    int64 [n, Q]; mask: int64 [n, L]."""
+    """Return the logits [n, Q, V]. logit_rows: for a single sequence, the rows to compute. input_ids,
+    positions: int64 [n, Q]; mask: int64 [n, L]."""
     known = inspect.signature(model.forward).parameters
     if "past_key_values" not in known:
         raise NotCacheable("keeps no KV cache: it computes the whole text again for every token")

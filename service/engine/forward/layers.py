@@ -118,7 +118,8 @@ class FusedModel:
         logit_rows: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The logits [n, V] of some rows, int64 [n], or of all rows; written to `out` if it is given."""
+        """Return the logits [n, V] of some rows, int64 [n], or of all rows; written to `out` if it is
+        given."""
         spec = self._spec
         angles = {
             name: (cos.index_select(0, rows.positions), sin.index_select(0, rows.positions))
@@ -165,7 +166,7 @@ class FusedModel:
         return self._ops.add_rms_norm(y, residual, norm, projection.delta, how), None
 
     def _query(self, layer: FusedLayer, y: Tensor, places: StepRows, squares: RowSquares | None) -> Tensor:
-        """The rotated q [T, Hq, D] of the layer. K and V are written to their pages."""
+        """Return the rotated q [T, Hq, D] of the layer. K and V are written to their pages."""
         delta, spec = layer.qkv.delta, layer.spec
         if self._spec.has_wide_qk_norms:  # norms over all heads need the whole output first
             assert squares is None

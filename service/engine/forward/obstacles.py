@@ -48,7 +48,7 @@ _TYPE_REASONS = {
 
 
 def find_obstacle(model: PreTrainedModel) -> str:
-    """Why `model` cannot be served, or "" if nothing is known against it."""
+    """Return why `model` cannot be served, or "" if nothing is known against it."""
     config = model.config.get_text_config()
     if model.config.model_type in _TYPE_REASONS:
         return _TYPE_REASONS[model.config.model_type]

@@ -42,7 +42,7 @@ class FusedProjection:
         self.bias = _cat_biases(linears)
 
     def shape_with(self, basis_id: str) -> tuple[int, int]:
-        """The numbers of rows and columns of the tensor that `fuse` takes."""
+        """Return the numbers of rows and columns of the tensor that `fuse` takes."""
         A = [share.A for share in self._factors_of(basis_id) if share is not None]
         num_rows = self.width + sum(map(len, A))
         return -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, self._linears[0].in_features
@@ -119,7 +119,8 @@ class FusedProjection:
     def _share(
         self, basis_id: str, factors: Sequence[Factors | None], A_views: Sequence[Tensor | None]
     ) -> tuple[GroupFactors, SlotTable]:
-        """The factors of a basis in the layout of the ops. The factors in the layers become views of it."""
+        """Return the factors of a basis in the layout of the ops. The factors in the layers become views of
+        it."""
         table = next(share.slots for share in factors if share is not None)
         modules = [NO_MODULE if share is None else share.index for share in factors]
         linears = self._linears

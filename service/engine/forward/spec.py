@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from service.engine.attention.reference import AttentionOptions
-from service.engine.forward.architectures import ACTIVATIONS, ARCHITECTURES, Architecture
+from service.engine.forward.architectures import ACTIVATION_NAMES, ARCHITECTURES, Architecture
 from service.engine.kernels import Norm
 from tessera.model.rope import depends_on_batch
 
@@ -105,7 +105,7 @@ class _Reader:
         _require(isinstance(decoder.embed_tokens, nn.Embedding), "its embedding is not torch's")
         head = self._model.get_submodule("lm_head")
         _require(type(head) is nn.Linear and head.bias is None, "its head is not a plain linear layer")
-        activation = ACTIVATIONS.get(str(getattr(config, self._architecture.activation)))
+        activation = ACTIVATION_NAMES.get(str(getattr(config, self._architecture.activation)))
         _require(activation is not None, "its activation is unknown")
         assert activation is not None
         architecture = self._architecture
@@ -150,7 +150,8 @@ class _Reader:
         )
 
     def _rotary(self, index: int) -> str | None:
-        """The rotation of a layer: its layer type if rotations differ by it (Gemma-3), otherwise ""."""
+        """Return the rotation of a layer: its layer type if rotations differ by it (Gemma-3), otherwise
+        ""."""
         field = self._architecture.rope_layers
         if field is not None and not getattr(self._config, field)[index]:
             return None

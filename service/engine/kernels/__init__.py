@@ -51,7 +51,7 @@ __all__ = [
 
 
 def ops_for(device: torch.device) -> ModuleType:
-    """The fused ops for tensors on `device`: Triton kernels on CUDA, otherwise the reference
+    """Return the fused ops for tensors on `device`: Triton kernels on CUDA, otherwise the reference
     implementation."""
     if device.type != "cuda":
         return reference

@@ -49,13 +49,13 @@ def _can_launch_early(device: torch.device) -> bool:
 
 
 def no_delta(like: Tensor) -> DeltaArguments:
-    """The arguments for the base model alone. `like` stands in for pointers that are not read."""
+    """Return the arguments for the base model alone. `like` stands in for pointers that are not read."""
     values = (like, 0, like, like, 0, 0, 0, 0, 0, like, 0, like)
     return DeltaArguments(values, (device_functions.NONE.value, *[0] * 5, is_early(like)))
 
 
 def launch_options(arguments: DeltaArguments, warps: int) -> dict[str, Any]:
-    """The launch options of a kernel that takes this delta."""
+    """Return the launch options of a kernel that takes this delta."""
     options: dict[str, Any] = {"num_warps": warps}
     return {**options, "launch_pdl": True} if arguments.spec[-1] else options
 
@@ -127,12 +127,12 @@ def squares_arguments(squares: RowSquares | None, like: Tensor) -> tuple[Tensor,
 
 
 def num_sums(squares: RowSquares | None) -> int:
-    """The number of sums per row as a constant of the kernels: padded, 0 if no norm was deferred."""
+    """Return the number of sums per row as a constant of the kernels: padded, 0 if no norm was deferred."""
     return 0 if squares is None else padded(squares.sums.shape[1])
 
 
 def padded(count: int) -> int:
-    """The power of two that holds `count` columns; at least 16, as tensor cores require."""
+    """Return the power of two that holds `count` columns; at least 16, as tensor cores require."""
     return max(16, 1 << (count - 1).bit_length())
 
 

@@ -210,8 +210,8 @@ def _add(
     *,
     is_scaled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The tile form: adds to the residual, or to y itself if there is none. x and sums are filled in only if
-    is_scaled."""
+    """Add to the residual, or to y itself if there is none, tile by tile. Return x and sums, which are filled
+    in only if is_scaled."""
     assert y.stride(1) == 1
     T = len(y)
     if residual is None:

@@ -78,7 +78,8 @@ def stack_factors(
     R_slots: Tensor,
     scales: Tensor | None = None,
 ) -> GroupFactors:
-    """The `GroupFactors` of segments that are separate linear layers, with the h blocks in their order.
+    """Return the `GroupFactors` of segments that are separate linear layers, with the h blocks in their
+    order.
 
     B: for each segment [widths[i], r], or None where modules[i] is NO_MODULE. The number of a segment's h
     block is the number of target modules before it, so y has r columns per target module and none for other

@@ -38,9 +38,9 @@ class KernelConfig:
         assert self.part_tokens % self.block_n == 0, self
 
     def shared_bytes(self, key_pad: int, value_pad: int, itemsize: int) -> int:
-        """An upper bound of the shared memory of one program: its queries, and the keys and values that are
-        being loaded. A key waits for its block number, so half of the pipeline's stages hold keys (the layout
-        of Triton 3.6 to 3.9 for sm_90)."""
+        """Return an upper bound of the shared memory of one program: its queries, and the keys and values
+        that are being loaded. A key waits for its block number, so half of the pipeline's stages hold keys
+        (the layout of Triton 3.6 to 3.9 for sm_90)."""
         keys = (self.num_stages + 1) // 2 * self.block_n * (key_pad + value_pad)
         return (self.block_m * key_pad + keys) * itemsize
 
@@ -79,17 +79,17 @@ CONFIGS: dict[tuple[Phase, int, int], KernelConfig] = {
 MAX_HEAD_DIM = 256
 
 
-def padded(head_dim: int) -> int:
-    """The power of two, at least 16, that holds `head_dim`."""
+def padded_dim(head_dim: int) -> int:
+    """Return the power of two, at least 16, that holds `head_dim`."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def find_config(
     phase: Phase, key_dim: int, value_dim: int, itemsize: int, *, shared_bytes: int | None = None
 ) -> KernelConfig:
-    """The launch shape for heads of these dimensions. It has fewer stages or keys than the table says if a
-    program would need more than `shared_bytes` (None: no limit)."""
-    key_pad, value_pad = padded(key_dim), padded(value_dim)
+    """Return the launch shape for heads of these dimensions. It has fewer stages or keys than the table says
+    if a program would need more than `shared_bytes` (None: no limit)."""
+    key_pad, value_pad = padded_dim(key_dim), padded_dim(value_dim)
     config = CONFIGS[phase, max(key_pad, value_pad), itemsize]
     while shared_bytes is not None and config.shared_bytes(key_pad, value_pad, itemsize) > shared_bytes:
         if config.num_stages > 1:

@@ -200,7 +200,8 @@ def qkv_rope(
 def _outputs(
     y: Tensor, width: int, delta: GroupDelta | None, bias: Tensor | None, squares: RowSquares | None
 ) -> Tensor:
-    """The outputs of the group's layers: the delta is added before the deferred norm, the bias after it."""
+    """Return the outputs of the group's layers: the delta is added before the deferred norm, the bias after
+    it."""
     wide = _wide(y[:, :width])
     if delta is not None:
         wide = wide + group_delta(y[:, width:], delta.factors, delta.token_slots)

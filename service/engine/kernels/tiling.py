@@ -107,7 +107,7 @@ def tiles_for(rank: int) -> Table:
 
 
 def tile_of(op: str, num_tokens: int, *, rank: int = 0, itemsize: int = 2) -> Tile:
-    """The tile of an op. itemsize: bytes per number of B.
+    """Return the tile of an op. itemsize: bytes per number of B.
 
     Tensor cores cannot round as float32 does, so float32 products hold their operands in registers and take
     smaller tiles. With few tokens, high ranks take fewer columns.

@@ -45,8 +45,8 @@ class BlockTables:
         return self.tables.nbytes
 
     def plan(self, lists: Sequence[list[int]]) -> tuple[list[int], Ints]:
-        """The row of each of these lists, and the entries [2, n] that `write` must set before a step reads
-        them: places in the flat tables, and blocks. Rows of other lists may be given up."""
+        """Return the row of each of these lists, and the entries [2, n] that `write` must set before a step
+        reads them: places in the flat tables, and blocks. Rows of other lists may be given up."""
         rows = self._rows_of(lists)
         places: list[int] = []
         values: list[int] = []
@@ -64,7 +64,7 @@ class BlockTables:
             self.tables.view(-1).index_copy_(0, entries[0], entries[1].to(torch.int32))
 
     def _rows_of(self, lists: Sequence[list[int]]) -> list[_Row]:
-        """The rows of these lists, new rows for those that have none."""
+        """Return the rows of these lists, new rows for those that have none."""
         known = list(map(self._rows.get, map(id, lists)))
         if None in known:
             if known.count(None) > len(self._free):

@@ -35,14 +35,15 @@ NULL_BLOCK = 0
 
 
 def root_key(model_id: str, tenant: str, adapter: AdapterRef | None) -> bytes:
-    """The root of the prefix keys of one tenant's requests for one adapter version, or for the base model."""
+    """Return the root of the prefix keys of one tenant's requests for one adapter version, or for the base
+    model."""
     owner = "base" if adapter is None else astuple(adapter)
     # JSON, because plain concatenation would confuse ("ab", "c") with ("a", "bc").
     return hashlib.sha256(json.dumps([model_id, tenant, owner]).encode()).digest()
 
 
 def chain_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a block with these tokens behind the block with the key `parent`."""
+    """Return the key of a block with these tokens behind the block with the key `parent`."""
     return hashlib.sha256(parent + np.asarray(token_ids, np.int64).tobytes()).digest()
 
 
@@ -74,7 +75,7 @@ class BlockPool:
         return self.num_blocks - self.num_available
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Number of blocks that hold this many tokens."""
+        """Return the number of blocks that hold this many tokens."""
         return -(-num_tokens // self.block_size)
 
     def match(self, keys: Iterable[bytes]) -> list[int]:

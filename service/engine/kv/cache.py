@@ -88,7 +88,7 @@ class PagedKV:
         return K, V
 
     def pages_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All blocks of one layer: K [num_blocks + 1, Hkv, block_size, D_k] and V [..., D_v]."""
+        """Return all blocks of one layer: K [num_blocks + 1, Hkv, block_size, D_k] and V [..., D_v]."""
         return self._K[layer], self._V[layer]
 
     def rows(self, num_kv_heads: int, blocks: Tensor, offsets: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ class PagedKV:
 
 
 def _zeros(size: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros. On a CPU its pages take no memory before they are written: `torch.zeros` would write
-    them all, 268 MB for an engine that has not answered anything."""
+    """Return a tensor of zeros. On a CPU its pages take no memory before they are written: `torch.zeros`
+    would write them all, 268 MB for an engine that has not answered anything."""
     num_bytes = math.prod(size) * dtype.itemsize
     if device.type != "cpu" or num_bytes == 0:
         return torch.zeros(*size, device=device, dtype=dtype)

@@ -80,7 +80,7 @@ def upload(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
 
 
 def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The values as a tensor [n] on the device."""
+    """Return the values as a tensor [n] on the device."""
     return _to_device(torch.tensor(values, dtype=dtype), device)
 
 

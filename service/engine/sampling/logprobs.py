@@ -34,7 +34,7 @@ class PendingLogprobs:
             self._parts.append((chosen_ids, chosen, top_ids, top_values))
 
     def reports(self) -> list[TokenLogprobs]:
-        """One report per row. Waits for the device."""
+        """Return one report per row. Waits for the device."""
         rows = [
             row for part in self._parts for row in zip(*(column.tolist() for column in part), strict=True)
         ]
@@ -45,5 +45,5 @@ class PendingLogprobs:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """The reports of `PendingLogprobs`, at once."""
+    """Return the reports of `PendingLogprobs`, at once."""
     return PendingLogprobs(logits, token_ids, num_top).reports()

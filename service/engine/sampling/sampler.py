@@ -34,7 +34,7 @@ MIN_TEMPERATURE = 1e-5
 
 
 def make_generator(sampling: SamplingParams, device: torch.device) -> torch.Generator | None:
-    """The random generator of one request; None if it draws nothing."""
+    """Return the random generator of one request; None if it draws nothing."""
     if is_greedy(sampling):
         return None
     if sampling.seed is None:
@@ -44,7 +44,7 @@ def make_generator(sampling: SamplingParams, device: torch.device) -> torch.Gene
 
 @functools.cache
 def _unseeded_generator(device: torch.device) -> torch.Generator:
-    """The generator of all requests without a seed: one call draws for all of them."""
+    """Return the generator of all requests without a seed: one call draws for all of them."""
     return torch.Generator(device).manual_seed(secrets.randbits(63))
 
 
@@ -58,7 +58,7 @@ def is_plain_greedy(request: EngineRequest) -> bool:
 
 
 def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """The next token of each request, int64 [N]. logits: float32 [N, V], not changed."""
+    """Return the next token of each request, int64 [N]. logits: float32 [N, V], not changed."""
     logits = apply_rules(logits, requests)
     tokens = logits.argmax(-1)
     drawn = [index for index, request in enumerate(requests) if request.generator is not None]

@@ -113,7 +113,7 @@ class FairQueue:
             yield from group.values()
 
     def num_waiting(self, tenant: str) -> int:
-        """Number of one tenant's waiting requests, parked ones included."""
+        """Return the number of one tenant's waiting requests, parked ones included."""
         return self._num_waiting[tenant]
 
     def enter(self, request: EngineRequest, *, parked_for: AdapterRef | None = None) -> None:
@@ -131,8 +131,9 @@ class FairQueue:
         self._lines[request.tenant].move_to_end(request.request_id, last=False)
 
     def candidates(self) -> Iterator[EngineRequest]:
-        """The requests in line, in the order of their tenants' places. Starting or parking one in between
-        takes effect at once. Passing one over costs its tenant nothing; the next of its line follows."""
+        """Yield the requests in line, in the order of their tenants' places. Starting or parking one in
+        between takes effect at once. Passing one over costs its tenant nothing; the next of its line
+        follows."""
         cursors: dict[str, Iterator[EngineRequest]] = {}
         index = 0
         while index < len(self._places):
@@ -172,7 +173,7 @@ class FairQueue:
         return list(self._parked.get(ref, {}).values())
 
     def parked_refs(self, basis_id: str) -> list[AdapterRef]:
-        """The adapters of one basis that parked requests wait for."""
+        """Return the adapters of one basis that parked requests wait for."""
         return [ref for ref in self._parked if ref.basis_id == basis_id]
 
     def remove(self, request: EngineRequest) -> None:

@@ -194,7 +194,7 @@ class EngineRequest:
             self.output_counts[token_id] += 1
 
     def block_key(self, index: int, block_size: int) -> bytes:
-        """The prefix key of block `index`, which must hold known tokens only."""
+        """Return the prefix key of block `index`, which must hold known tokens only."""
         while len(self._block_keys) <= index:
             start = len(self._block_keys) * block_size
             assert start + block_size <= self.num_tokens - self.is_pending

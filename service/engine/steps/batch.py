@@ -42,12 +42,13 @@ class TokenSources:
     tokens: Tensor
 
     def fill_in(self, input_ids: Tensor, rows: Tensor) -> Tensor:
-        """The complete ids. input_ids: int64 [T], PENDING where unknown; rows: `self.rows` on the device."""
+        """Return the complete ids. input_ids: int64 [T], PENDING where unknown; rows: `self.rows` on the
+        device."""
         return torch.where(input_ids == PENDING, self.tokens.index_select(0, rows), input_ids)
 
 
 def find_sources(chunks: Sequence[Chunk], sampled: SampledTokens | None) -> TokenSources | None:
-    """The sources of the pending tokens of a step; None if it has none."""
+    """Return the sources of the pending tokens of a step; None if it has none."""
     pending = [chunk.is_pending for chunk in chunks]
     if True not in pending:
         return None
@@ -88,7 +89,7 @@ def build_batch(
     device: torch.device,
     sources: TokenSources | None = None,
 ) -> StepBatch:
-    """The batch of a step. sources: of its pending tokens, if it has any."""
+    """Return the batch of a step. sources: of its pending tokens, if it has any."""
     chunks, block_size = plan.chunks, kv.block_size
     starts = list(itertools.accumulate((chunk.length for chunk in chunks), initial=0))
     token_ids = list(itertools.chain.from_iterable(c.request.token_ids[c.start : c.end] for c in chunks))
@@ -143,7 +144,7 @@ def _places(chunks: Sequence[Chunk], block_size: int) -> tuple[Ints, Ints]:
 
 
 def _slots(chunks: Sequence[Chunk]) -> dict[str, Ints]:
-    """For each basis that the step needs the slot of every row: 0 for rows of other bases and the base
+    """Return for each basis that the step needs the slot of every row: 0 for rows of other bases and the base
     model."""
     basis_ids = [chunk.request.basis_id for chunk in chunks]
     lengths = [chunk.length for chunk in chunks]

@@ -122,7 +122,7 @@ class ModelRunner:
         return StepLogits(logits), batch.prompt_targets
 
     def _own_slots(self) -> SlotTable | None:
-        """The slots of the fused basis. A step over static tensors has no rows of another basis."""
+        """Return the slots of the fused basis. A step over static tensors has no rows of another basis."""
         for basis_id, table in self._bases.tables.items():
             if basis_id != self._bases.default_id and table.active is not None:
                 table.stage(None)

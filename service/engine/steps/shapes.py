@@ -75,12 +75,12 @@ class ShapeLimits:
         return min(self.max_tokens, MAX_ROWS)
 
     def decode_shape(self, num_sequences: int, *, can_split: bool) -> StepShape:
-        """The smallest shape for steps of `num_sequences` tokens that all sample."""
+        """Return the smallest shape for steps of `num_sequences` tokens that all sample."""
         rows = _padded(num_sequences, _DECODE_STEPS, self.max_sequences)
         return StepShape(rows, 0 if self.queries_per_tile is None else rows, can_split=can_split)
 
     def mixed_shape(self, num_tokens: int, *, can_split: bool) -> StepShape:
-        """The smallest shape for any step of `num_tokens` tokens, up to `max_mixed`.
+        """Return the smallest shape for any step of `num_tokens` tokens, up to `max_mixed`.
 
         There are always enough tiles: a tile that is not full is the last of its chunk, and a chunk that is
         not a single has two tokens or more.
@@ -94,7 +94,7 @@ class ShapeLimits:
         return StepShape(rows, sequences, tiles, sequences, can_split)
 
     def shapes(self) -> Iterator[StepShape]:
-        """All shapes, large ones first."""
+        """Yield all shapes, large ones first."""
         for count in sorted(_sizes(_MIXED_STEPS, self.max_mixed), reverse=True):
             yield from (self.mixed_shape(count, can_split=can_split) for can_split in (True, False))
         for count in sorted(_sizes(_DECODE_STEPS, self.max_sequences), reverse=True):
@@ -117,8 +117,8 @@ def pieces(integers: _Integers, shape: StepShape) -> tuple[_Integers, _Integers,
 def lay_out(
     plan: StepPlan, table_rows: Sequence[int], shape: StepShape, queries_per_tile: int | None
 ) -> Ints:
-    """The integers of a step, int64 [shape.num_integers]. table_rows: the row of each chunk in the block
-    tables."""
+    """Return the integers of a step, int64 [shape.num_integers]. table_rows: the row of each chunk in the
+    block tables."""
     values = np.zeros(shape.num_integers, np.int64)
     rows, singles, tiles, logit_rows = pieces(values, shape)
     chunks = plan.chunks

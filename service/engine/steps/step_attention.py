@@ -84,8 +84,8 @@ class StepAttention:
     def make_by_tiles(
         self, rows: TokenRows, singles: Tensor, tiles: Tensor, *, can_split: bool
     ) -> AttentionStep:
-        """The attention of a step over static tensors, as tiles on the rows of `block_tables`: singles [S, 4]
-        of one query each, tiles [P, 4] of up to `queries_per_tile`. can_split: see `can_split`."""
+        """Return the attention of a step over static tensors, as tiles on the rows of `block_tables`: singles
+        [S, 4] of one query each, tiles [P, 4] of up to `queries_per_tile`. can_split: see `can_split`."""
         assert self.queries_per_tile is not None
         tables = self.block_tables.tables
         no_lengths = singles[:0, 2]
@@ -93,8 +93,8 @@ class StepAttention:
         return TritonPagedAttention(self._kv, inputs, rows.blocks, rows.offsets)
 
     def make_by_rows(self, rows: TokenRows, table_rows: Tensor) -> AttentionStep:
-        """The same for the reference implementation, each token by itself. table_rows: int64 [T], rows of
-        `block_tables`."""
+        """Return the same for the reference implementation, each token by itself. table_rows: int64 [T], rows
+        of `block_tables`."""
         tables = self.block_tables.tables.index_select(0, table_rows)
         # Past its own blocks a row's table still holds blocks of others, and a NaN in these would pass any
         # mask. The null block holds zeros.

@@ -120,7 +120,7 @@ class _Trial:
         return unfit
 
     def _input_shapes(self) -> dict[str, list[torch.Size]]:
-        """The shapes of the inputs of all layers in a pass of the last sequence, in the order of the
+        """Return the shapes of the inputs of all layers in a pass of the last sequence, in the order of the
         model."""
         shapes: defaultdict[str, list[torch.Size]] = defaultdict(list)
         with ExitStack() as hooks:
@@ -246,8 +246,8 @@ class _Trial:
 
 
 def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """The difference between two sets of logits [n, V] as a share of their spread: that of the worst row in
-    float32, and of the worst of the closest three quarters in half precision. Infinite if one is not
+    """Return the difference between two sets of logits [n, V] as a share of their spread: that of the worst
+    row in float32, and of the worst of the closest three quarters in half precision. Infinite if one is not
     finite."""
     logits, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, expected))
     rows = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)

@@ -89,8 +89,8 @@ class AdaptedModel:
     def own_logits(
         self, token_ids: list[int], adapter: TrialAdapter | None = None, **inputs: Tensor
     ) -> Tensor:
-        """The logits [n, V] of one sequence by the model itself, with its eager attention. inputs: further
-        inputs of the model."""
+        """Return the logits [n, V] of one sequence by the model itself, with its eager attention. inputs:
+        further inputs of the model."""
         model, before = self._base.model, implementation_of(self._base.model)
         model.set_attn_implementation("eager")
         try:
@@ -106,7 +106,7 @@ class AdaptedModel:
     def served_logits(
         self, sequences: Sequence[tuple[list[int], TrialAdapter | None]], way: Way
     ) -> list[Tensor]:
-        """The logits [n, V] of every sequence, by steps of the engine."""
+        """Return the logits [n, V] of every sequence, by steps of the engine."""
         model = self._base.model
         requests, first = [], 1
         for index, (token_ids, adapter) in enumerate(sequences):
@@ -149,8 +149,8 @@ class AdaptedModel:
 
 
 def _random_basis(model_id: str, linears: Mapping[str, nn.Linear], generator: torch.Generator) -> Basis:
-    """A holds random directions, and B = W Aᵀ the layer's response to them, scaled so that a random R of size
-    1 gives a delta of `_DELTA` times W x."""
+    """Return a basis in which A holds random directions, and B = W Aᵀ the layer's response to them, scaled so
+    that a random R of size 1 gives a delta of `_DELTA` times W x."""
     A, B, shapes = [], [], []
     for name, linear in linears.items():
         d_in = linear.in_features

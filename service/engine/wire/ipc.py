@@ -82,7 +82,8 @@ class FrameError(ValueError):
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """One frame. Raises `FrameError` for values that msgpack does not know, and above MAX_FRAME_BYTES."""
+    """Return one frame. Raises `FrameError` for values that msgpack does not know, and above
+    MAX_FRAME_BYTES."""
     try:
         body: bytes = msgpack.packb({"type": kind, **fields}, unicode_errors="backslashreplace")
     except (TypeError, ValueError, OverflowError) as error:
@@ -93,7 +94,7 @@ def encode(kind: str, **fields: Any) -> bytes:
 
 
 async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message, or None if the stream ends between two frames. Raises `FrameError`."""
+    """Return the next message, or None if the stream ends between two frames. Raises `FrameError`."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
         if length > MAX_FRAME_BYTES:
@@ -107,7 +108,7 @@ async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any] | None:
 
 
 def decode(body: bytes) -> dict[str, Any]:
-    """The message in a frame's body. Raises `FrameError` unless it is a map with a string "type"."""
+    """Return the message in a frame's body. Raises `FrameError` unless it is a map with a string "type"."""
     try:
         message = msgpack.unpackb(body, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -130,7 +131,7 @@ def request_map(request: GenerationRequest) -> dict[str, Any]:
 
 
 def request_from_map(values: dict[str, Any]) -> GenerationRequest:
-    """The inverse of `request_map`. Raises TypeError or KeyError for unknown or missing fields."""
+    """Invert `request_map`. Raises TypeError or KeyError for unknown or missing fields."""
     sampling, adapter = values["sampling"], values["adapter"]
     known = {
         "sampling": SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])}),
@@ -142,7 +143,7 @@ def request_from_map(values: dict[str, Any]) -> GenerationRequest:
 
 
 def output_row(output: TokenOutput, *, request_id: str) -> tuple[Any, ...]:
-    """An output without field names. request_id: the id by which the receiver knows the request."""
+    """Return an output without field names. request_id: the id by which the receiver knows the request."""
     prompt = output.prompt_logprobs
     return (
         request_id,
@@ -157,7 +158,7 @@ def output_row(output: TokenOutput, *, request_id: str) -> tuple[Any, ...]:
 
 
 def output_from_row(row: Sequence[Any]) -> TokenOutput:
-    """The inverse of `output_row`. Raises `FrameError`."""
+    """Invert `output_row`. Raises `FrameError`."""
     try:
         request_id, token_ids, logprobs, prompt, finish_reason, error, num_cached, num_distinct = row
         return TokenOutput(
@@ -184,7 +185,7 @@ def _logprobs_from_row(row: Sequence[Any]) -> TokenLogprobs:
 
 
 def error_map(error: TesseraError) -> dict[str, Any]:
-    """An error for the wire: the nearest class that the reader knows, code, message and parameter."""
+    """Return an error for the wire: the nearest class that the reader knows, code, message and parameter."""
     known = (cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _ERRORS)
     return {
         "class": next(known, RequestFailed.__name__),
@@ -195,7 +196,7 @@ def error_map(error: TesseraError) -> dict[str, Any]:
 
 
 def error_from_map(values: dict[str, Any]) -> TesseraError:
-    """The inverse of `error_map`. Raises `FrameError`."""
+    """Invert `error_map`. Raises `FrameError`."""
     try:
         cls = _ERRORS.get(values["class"], RequestFailed)
         return cls(str(values["message"]), param=values["param"], code=str(values["code"]))

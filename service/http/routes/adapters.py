@@ -85,7 +85,7 @@ def _named_in_the_path() -> Iterator[None]:
 
 
 def adapter_object(record: AdapterRecord) -> AdapterObject:
-    """An adapter as callers see it."""
+    """Return an adapter as callers see it."""
     return AdapterObject(
         id=record.adapter_id,
         created_at=int(record.created_at),

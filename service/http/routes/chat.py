@@ -107,7 +107,7 @@ class ChatReply(Reply):
         return TokenLogprob(**own.model_dump(), top_logprobs=top)
 
     def _top_logprob(self, token_id: int, logprob: float, at: Token) -> TopLogprob:
-        """The log-probability of a token in the place of the token `at`."""
+        """Return the log-probability of a token in the place of the token `at`."""
         raw = self.codec.token_bytes(
             token_id, is_first=at.is_first, skip_special_tokens=self.generation.skip_special_tokens
         )

@@ -132,8 +132,8 @@ class CompletionReply(Reply):
     def _logprobs(
         self, index: int, tokens: Sequence[Token], prompt: Sequence[TokenLogprobs], is_first: bool
     ) -> CompletionLogprobs | None:
-        """The log-probabilities of the generated tokens; in the first chunk of an echo, the prompt's come
-        first."""
+        """Return the log-probabilities of the generated tokens; in the first chunk of an echo, the prompt's
+        come first."""
         if self.body.logprobs is None:
             return None
         report = _LogprobsReport(self, with_top=self.body.logprobs > 0)

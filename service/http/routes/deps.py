@@ -1,4 +1,4 @@
-"""The dependencies of routes, as types: a route's signature says what it uses.
+"""The dependencies of routes, as types: a route's signature lists what it uses.
 
 Everything comes from the `Services` that `create_app` assembles; nothing is global. All are coroutine
 functions, because FastAPI would run plain functions in a thread.
@@ -73,7 +73,7 @@ async def _get_services(request: Request) -> Services:
 
 ServicesDep = Annotated[Services, Depends(_get_services)]
 
-#: For the documentation only: `middleware.Authentication` has checked the key before the body was read.
+#: Only documents the scheme: `middleware.Authentication` has checked the key before the body was read.
 _bearer = Security(
     HTTPBearer(auto_error=False, description="API key. Not needed if the service has no keys.")
 )
@@ -128,7 +128,7 @@ async def _repetition(
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[str, Header()] = "0",
 ) -> Repetition:
-    """What the headers of a request say about whether it has been sent before."""
+    """Read the headers that mark a repetition of an earlier request."""
     return Repetition(key=idempotency_key, is_retry=x_stainless_retry_count not in ("", "0"))
 
 
@@ -144,7 +144,7 @@ async def _metadata_filter(
         ),
     ] = None,
 ) -> Callable[[Job], bool] | None:
-    """The filter of a list of jobs: those that have all the metadata pairs of the query."""
+    """Return the filter of a list of jobs: those that have all the metadata pairs of the query."""
     prefix = "metadata["
     pairs = {
         name.removeprefix(prefix)[:-1]: value

@@ -11,7 +11,7 @@ from service.http.schemas.common import Page, page_of
 from service.http.schemas.training import JobEventObject
 from tessera.queue.client import JobEvent, JobQueue
 
-#: Seconds between two looks for new events.
+#: Seconds between two reads of new events.
 FOLLOW_INTERVAL_S = 0.5
 #: Events are read in pages of this many.
 _PAGE_SIZE = 100
@@ -20,13 +20,13 @@ _PAGE_SIZE = 100
 async def events_page(
     queue: JobQueue, tenant: str, job_id: str, after: str | None, limit: int
 ) -> Page[JobEventObject]:
-    """One page of a job's events, newest first. Raises `NotFound`."""
+    """Return one page of a job's events, newest first. Raises `NotFound`."""
     events, has_more = await queue.events(tenant, job_id, after, limit)
     return page_of([event_object(found) for found in events], has_more)
 
 
 async def events_stream(queue: JobQueue, tenant: str, job_id: str, *, ping_interval_s: float) -> EventStream:
-    """A job's events, oldest first, until the job has ended. Raises `NotFound`."""
+    """Stream a job's events, oldest first, until the job has ended. Raises `NotFound`."""
     return await EventStream(_follow(queue, tenant, job_id), ping_interval_s=ping_interval_s).begin()
 
 
@@ -44,7 +44,7 @@ async def _follow(queue: JobQueue, tenant: str, job_id: str) -> AsyncGenerator[s
 
 
 async def _events_since(queue: JobQueue, tenant: str, job_id: str, newest: str | None) -> list[JobEvent]:
-    """The events after `newest`, oldest first."""
+    """Return the events after `newest`, oldest first."""
     found: list[JobEvent] = []
     has_more, after = True, None
     while has_more:

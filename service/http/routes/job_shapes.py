@@ -29,6 +29,7 @@ _TYPES = get_args(JobEventObject.model_fields["type"].annotation)
 
 
 def job_request(body: FineTuningJobRequest) -> JobRequest:
+    """Turn the body of a request to train into the request that `TrainingJobs.submit` takes."""
     return JobRequest(
         model=body.model,
         training_file=body.training_file,
@@ -60,6 +61,7 @@ def init_request(init: str | StartRecipe | None) -> InitRequest | None:
 
 
 def job_object(job: Job) -> FineTuningJob:
+    """Return a job in OpenAI's shape, with our further fields."""
     spec, result = job.spec, job.result or {}
     has_succeeded = job.status == JobStatus.SUCCEEDED
     given = {name: spec.hyperparameters.get(name, "auto") for name in HYPERPARAMETERS}
@@ -93,7 +95,8 @@ def job_object(job: Job) -> FineTuningJob:
 
 
 def event_object(event: JobEvent) -> JobEventObject:
-    """An event in OpenAI's shape. A level or type of a newer release becomes the plainest one."""
+    """Return an event in OpenAI's shape. A level or type that only a newer release knows
+    is reported as "info" or "message"."""
     return JobEventObject.model_validate(
         {
             "id": event.event_id,
@@ -107,7 +110,7 @@ def event_object(event: JobEvent) -> JobEventObject:
 
 
 def checkpoints_of(job: Job) -> list[Checkpoint]:
-    """The published state of a job that has succeeded, named by its adapter's id and version."""
+    """Return the published state of a job that has succeeded, named by its adapter's id and version."""
     result = job.result or {}
     if job.status != JobStatus.SUCCEEDED or "version" not in result:
         return []
@@ -124,8 +127,8 @@ def checkpoints_of(job: Job) -> list[Checkpoint]:
 
 
 def _estimated_finish(job: Job) -> int | None:
-    """The estimated end of a running job, from the steps done so far, once it has reported how many there
-    are."""
+    """Return the estimated end of a running job, from the steps done so far, once it has reported how many
+    there are."""
     done, total = job.progress.get("step"), job.progress.get("total_steps")
     if job.status != JobStatus.RUNNING or job.started_at is None or not done or not total:
         return None
@@ -148,7 +151,7 @@ def _adapter(job: Job, result: dict[str, Any]) -> TrainedAdapter:
 
 
 def _init_name(spec: JobSpec) -> str:
-    """The name of the job's init."""
+    """Return the name of the job's init."""
     if spec.form != "core":
         return spec.method
     if spec.start is not None:
@@ -157,6 +160,7 @@ def _init_name(spec: JobSpec) -> str:
 
 
 def job_error(error: dict[str, Any] | None) -> JobError | None:
+    """Return the error of a failed job in OpenAI's shape; None for any other job."""
     if error is None:
         return None
     code, message = str(error.get("code", "internal_error")), str(error.get("message", ""))

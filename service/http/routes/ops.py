@@ -28,7 +28,7 @@ async def live() -> Health:
 @router.get("/health/ready", operation_id="get_readiness", responses={503: {"model": Health}})
 async def ready(services: ServicesDep, response: Response) -> Health:
     """Whether requests can be answered: the engine has loaded its model, and the store answers."""
-    down = {}  # part -> what is wrong, in words that tell a stranger nothing; the log has the reason
+    down = {}  # part -> what is wrong, in words that reveal nothing to outsiders; the log has the reason
     if not services.engine.is_ready:
         down["engine"] = "starting or restarting"
     if not await _store_answers(services.stores.redis):

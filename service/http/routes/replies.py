@@ -1,4 +1,5 @@
-"""What the responses of both generation endpoints share: numbers, usage, and the order of a stream's events.
+"""The common part of the responses of both generation endpoints: numbers, usage, and the order of a stream's
+events.
 
 A stream: chunks of choices …, a chunk with finish_reason per choice, [a chunk with usage and no choices],
 [DONE]
@@ -15,7 +16,7 @@ from contextlib import aclosing
 from typing import Any, ClassVar, TypeVar
 
 from service.engine.wire.messages import SamplingParams
-from service.generation.generator import Options
+from service.generation.generator import GenerationOptions
 from service.generation.model_registry import Target
 from service.generation.sequences import Generation, Piece, Usage
 from service.generation.text import TextCodec
@@ -40,8 +41,8 @@ def options_of(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
-) -> Options:
-    """The generation options of a request, where null means the default."""
+) -> GenerationOptions:
+    """Return the generation options of a request, where null means the default."""
     given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     sampling = SamplingParams(
         **given,
@@ -51,7 +52,7 @@ def options_of(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return Options(
+    return GenerationOptions(
         n=body.n or 1,
         max_tokens=max_tokens,
         stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
@@ -75,6 +76,7 @@ def final_fields(target: Target, generation: Generation) -> dict[str, Any]:
 
 
 def usage_report(usage: Usage) -> UsageReport:
+    """Return the counts of tokens in OpenAI's shape."""
     return UsageReport(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -110,7 +112,7 @@ class Reply(ABC):
 
     @abstractmethod
     def choices(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        """A piece as one or more choices, for a chunk each; the last one carries its finish_reason.
+        """Return a piece as one or more choices, for a chunk each; the last one carries its finish_reason.
 
         is_first: whether the piece is the first of its choice.
         """
@@ -120,24 +122,24 @@ class Reply(ABC):
         return {}
 
     def token_text(self, token_id: int, *, is_first: bool = False) -> str:
-        """What a token is called in this response's log-probabilities; is_first: with no text before it."""
+        """Return a token's name in this response's log-probabilities. is_first: no text comes before it."""
         if self.body.return_tokens_as_token_ids:
             return f"token_id:{token_id}"
         skip = self.generation.skip_special_tokens
         return self.codec.token_text(token_id, is_first=is_first, skip_special_tokens=skip)
 
     def token_ids(self, ids: Sequence[int]) -> dict[str, list[int]]:
-        """The field of a choice that lists its tokens, if the client wants token ids."""
+        """Return the field of a choice that lists its tokens, if the client wants token ids."""
         return {"token_ids": list(ids)} if self.body.return_token_ids else {}
 
     def prompt_token_ids(self, index: int) -> dict[str, list[int]]:
-        """The field that lists the tokens of a choice's prompt, if the client wants token ids."""
+        """Return the field that lists the tokens of a choice's prompt, if the client wants token ids."""
         if not self.body.return_token_ids:
             return {}
         return {"prompt_token_ids": self.generation.sequences[index].request.token_ids}
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """The response as server-sent events."""
+        """Yield the response as server-sent events."""
         num_running = len(self.generation.sequences)
         started: set[int] = set()
         async with aclosing(self.generation.pieces()) as pieces:

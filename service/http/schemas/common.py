@@ -1,4 +1,4 @@
-"""What all requests and responses have in common: strictness, the error body, pages of lists.
+"""The common part of all requests and responses: strictness, the error body, pages of lists.
 
 Types are strict: "7" and true are not integers, and NaN is not a number. A request refuses every unknown
 field, except those that `fields.py` lets pass.
@@ -120,7 +120,7 @@ class Request(Strict):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The schema of the fields, and of the other names that may be sent."""
+        """Return the schema of the fields, and of the other names that may be sent."""
         reference = handler(core_schema)
         schema = handler.resolve_ref_schema(reference)
         for name, neutral in cls.neutral.items():
@@ -153,7 +153,7 @@ class _Fields(NamedTuple):
     """The names of a schema's fields."""
 
     all: frozenset[str]
-    #: Fields for which null is a value or an error; for the others null stands for the default.
+    #: Fields for which null is a value or an error; for all others null means the default.
     taking_null: frozenset[str]
 
 
@@ -171,7 +171,7 @@ def _details(error: ValidationError) -> Iterator[InitErrorDetails]:
 
 
 def wrong_field(request: BaseModel, field: str, message: str) -> ValidationError:
-    """The error of an "after" validator about one field of its object."""
+    """Return the error of an "after" validator about one field of its object."""
     detail = InitErrorDetails(
         type=PydanticCustomError("invalid_value", "{why}", {"why": message}), loc=(field,), input=None
     )
@@ -248,7 +248,7 @@ class UsageReport(Answer):
 
 
 def page_of(items: list[Item], has_more: bool) -> Page[Item]:
-    """A page of items, which have an `id`."""
+    """Return a page of items, which have an `id`."""
     ids = [getattr(item, "id", None) for item in items]
     first, last = (ids[0], ids[-1]) if ids else (None, None)
     return Page(data=items, has_more=has_more, first_id=first, last_id=last)

@@ -4,7 +4,7 @@ These three tables alone decide what happens to a name that is not a field of it
 
     ignored   harmless with any value: no token and no number of an answer depends on it
     neutral   harmless with the values listed, which request what happens anyway; refused with any other
-    advice    never accepted; the error says what to use instead
+    advice    never accepted; the error names what to use instead
 
 `null` means "not given" for every name. Any other name is an unknown field and is refused.
 `docs/compatibility.md` shows `IGNORED` and `NEUTRAL`, and a test compares the two.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tessera.queue.records import HYPERPARAMETERS
 
-#: The values that say that a feature is not used.
+#: The values by which a request does not use a feature.
 UNUSED: tuple[Any, ...] = ([], {}, "", False)
 
 
@@ -27,7 +27,7 @@ MAX_NAME_SHOWN = 64
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
-    """The error message for a name that is not a field."""
+    """Return the error message for a name that is not a field."""
     similar = difflib.get_close_matches(name[:MAX_NAME_SHOWN], known, n=1)
     return "unknown field" + (f"; did you mean {similar[0]}?" if similar else "")
 

@@ -191,7 +191,7 @@ class ChatMessage(Request):
     neutral = fields.MESSAGE_NEUTRAL
 
     def to_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it. "developer" is OpenAI's newer word for "system"."""
+        """Return the message as chat templates expect it. "developer" is OpenAI's newer word for "system"."""
         parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
         named = {} if self.name is None else {"name": self.name}
         return {"role": TEMPLATE_ROLES.get(self.role, self.role), "content": parts, **named}
@@ -219,7 +219,7 @@ class ChatCompletionRequest(GenerationFields):
         return bool(self.logprobs)
 
     def template_variables(self, known: Set[str]) -> dict[str, Any]:
-        """The variables of the chat template. known: the names that it reads.
+        """Return the variables of the chat template. known: the names that it reads.
 
         Raises `InvalidInput` for any other name, because the answer would not depend on it.
         """

@@ -64,7 +64,7 @@ def _kind_of_item(value: Any) -> str:
     return "~conversation" if "messages" in keys else "~plain" if "text" in keys else "~pair"
 
 
-Item = Annotated[
+ScoreItem = Annotated[
     Annotated[Conversation, Tag("~conversation")]
     | Annotated[PromptAndCompletion, Tag("~pair")]
     | Annotated[PlainText, Tag("~plain")],
@@ -75,7 +75,7 @@ Item = Annotated[
 class ScoreRequest(ModelRequest):
     """Texts to score, in the three forms of a training file."""
 
-    input: list[Item] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+    input: list[ScoreItem] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
     return_tokens: bool = Field(False, description="Also return every token with its log-probability.")
 
     def examples(self) -> list[Example]:

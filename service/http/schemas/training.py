@@ -171,7 +171,7 @@ class FineTuningJobRequest(Request):
         return self
 
     def chosen_hyperparameters(self) -> dict[str, Any]:
-        """The hyperparameters of both places. Raises `InvalidInput` if they contradict each other."""
+        """Return the hyperparameters of both places. Raises `InvalidInput` if they contradict each other."""
         supervised = None if self.method is None else self.method.supervised
         newer = None if supervised is None else supervised.hyperparameters
         chosen = {} if newer is None else newer.given
