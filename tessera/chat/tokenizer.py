@@ -53,7 +53,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
 
 
 def _class_for(folder: Path) -> Any:
-    """What has the right `from_pretrained`: the tokenizer's class, or `AutoTokenizer`, which finds it."""
+    """Return the class whose `from_pretrained` fits: the tokenizer's, or `AutoTokenizer`, which finds it."""
     config, tokenizer_config = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
     path = CLASSES.get((str(config.get("model_type")), str(tokenizer_config.get("tokenizer_class"))))
     if path is None or "auto_map" in tokenizer_config:
@@ -65,7 +65,7 @@ def _class_for(folder: Path) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, about which transformers has something to say."""
+    """Return a JSON object, empty if the file has none. Transformers reports the error in that case."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

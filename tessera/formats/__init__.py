@@ -1,1 +1,1 @@
-"""What is stored and exchanged: a basis, an adapter, and a plain LoRA in the form of both."""
+"""The objects that are stored and exchanged: a basis, an adapter, and a plain LoRA in the form of both."""

@@ -1,1 +1,1 @@
-"""How A, B and the first R are made: the published methods, what they share, and the initializations."""
+"""The methods by which A, B and the first R are made, their shared parts, and the initializations."""

@@ -32,7 +32,7 @@ LORA_ONE_GAMMA, LORA_DA_GAMMA = 128.0, 1024.0
 
 @dataclass(frozen=True)
 class Given:
-    """What a method of `tessera.methods.bases` computed for one module."""
+    """The factors that a method of `tessera.methods.bases` computed for one module."""
 
     #: A' [r, d_in], with the paper's own scale.
     A: Tensor

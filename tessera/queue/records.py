@@ -50,7 +50,7 @@ class JobStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What to train or to build. It is written once at submission and never changes."""
+    """The specification of what to train or to build. It is written once at submission and never changes."""
 
     #: "adapter" trains an adapter; "basis" builds a basis, with empty adapter_id and training_file.
     kind: str = "adapter"

@@ -1,4 +1,4 @@
-"""What the worker, its sessions and its training thread share, so that they need not import one another.
+"""The parts that the worker, its sessions and its training thread share without importing one another.
 
 Commands and waits of a session, the duties of every worker, the lock on the base model, metrics and health.
 """

@@ -104,7 +104,7 @@ class RunTrainer(Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether further runs can join after all have left."""
+        """Whether further runs can join after all runs have left."""
 
     def try_join(self, run: TrainRun) -> bool:
         """Make the run resident if it can train with the others; returns whether it did."""

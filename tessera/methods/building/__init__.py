@@ -1,1 +1,1 @@
-"""What the methods share: targets, calibration, gradients, decompositions and a bound on memory."""
+"""The parts that several methods share: targets, calibration, gradients, decompositions, a memory bound."""
