@@ -48,7 +48,7 @@ class ServiceSettings(BaseSettings):
 
 
 def refuse_open_door(settings: ServiceSettings) -> None:
-    """Raise `InvalidInput` if other machines could reach a service that checks no API keys."""
+    """Check that other machines cannot reach a service that checks no API keys. Raises `InvalidInput`."""
     if settings.api_keys_file is not None or settings.allow_anonymous or _is_loopback(settings.host):
         return
     raise InvalidInput(

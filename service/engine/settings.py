@@ -19,14 +19,14 @@ PREFIX = "TESSERA_ENGINE_"
 
 
 class EngineConfig(BaseModel):
-    """How the engine uses the model and the device. What is unset is derived from both.
+    """How the engine uses the model and the device. Unset values are derived from both.
 
     Raises pydantic's `ValidationError` for an unknown field, a number out of range or an unknown word.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # Slot 0, which stands for the base model alone, comes on top.
+    # Slot 0, the base model alone, is additional.
     num_slots: int = Field(default=256, ge=1, description="adapters resident at once, per basis")
     max_batch_tokens: int = Field(
         default=512, ge=1, description="tokens of one step, prefill chunks included"

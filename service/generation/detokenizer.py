@@ -289,7 +289,7 @@ _BYTE_OF = _byte_level_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """Return the bytes of a byte-level token. One outside the alphabet (an added token) stands for itself."""
+    """Return the bytes of a byte-level token. One outside the alphabet (an added token) is its own text."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
     except KeyError:

@@ -40,7 +40,7 @@ class PromptBound:
 def prompt_bound(backend: Backend) -> PromptBound | None:
     """Return the bound of a tokenizer; None if there is none.
 
-    There is none if the tokenizer drops characters, if one unknown token stands for any run of unknown
+    There is none if the tokenizer drops characters, if one unknown token covers any run of unknown
     characters, or if a token swallows the white space beside it.
     """
     description = json.loads(backend.to_str())

@@ -36,7 +36,7 @@ class ScoredText:
     rows: tuple[list[int], ...]
     #: Log-probabilities in nats of the tokens after the first one of each row.
     logprobs: tuple[TokenLogprobs, ...]
-    #: Which of these tokens count.
+    #: Whether each of these tokens counts.
     is_counted: tuple[bool, ...]
 
     @property

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 TENANT_PREFIX = "/v1"
 UPLOAD_PATH = "/v1/files"
 IMPORT_PATH = re.compile(r"/v1/adapters/[^/]+/peft")
-#: Imports whose bodies are read at the same time. Each is kept in memory whole, and may be very large.
+#: The number of imports whose bodies are read at the same time. Each is kept in memory whole, and may be very
+#: large.
 MAX_IMPORTS = 2
 #: How long the body of an import may take to arrive, in time-outs of an ordinary body.
 IMPORT_TIMEOUTS = 10
@@ -50,7 +51,7 @@ BODY_COPIES = 3
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
-#: Paths that machines ask for every few seconds; they are neither limited nor logged.
+#: Paths that machines request every few seconds; they are neither limited nor logged.
 _QUIET = {"/health/live", "/health/ready", "/metrics"}
 
 
@@ -270,7 +271,7 @@ class BodyLimit:
 
 
 def _announced_bytes(scope: Scope, limit: int) -> int:
-    """Return the size of the body according to the headers, at most `limit`; `limit` if they do not say."""
+    """Return the size of the body according to the headers, at most `limit`; `limit` if they give none."""
     headers = Headers(scope=scope)
     declared = headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 18:

@@ -1,6 +1,6 @@
 """Import an adapter: an ordinary LoRA becomes a version in a private basis of the tenant.
 
-One of our own exports becomes a version in the basis that it came from. Knows no HTTP.
+A LoRA that this service exported becomes a version in the basis that it came from. Knows no HTTP.
 """
 
 from __future__ import annotations

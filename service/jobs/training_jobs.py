@@ -153,8 +153,7 @@ class TrainingJobs:
     async def _from_adapter(
         self, tenant: str, request: JobRequest, adapter: AdapterRef, training: FileRecord
     ) -> _Origin:
-        """Train in the adapter's own basis, or in another one if init "warm" says that the adapter may be
-        moved."""
+        """Train in the adapter's own basis, or move it to another basis first, with init "warm"."""
         named = f"{adapter.adapter_id}@{adapter.version}"
         init = None if request.init is None else checked_init(request.init)
         if init is not None and init["method"] != "warm":

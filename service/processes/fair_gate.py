@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 class FairGate:
     """A limited capacity, of which each tenant may take a share; waiting tenants are admitted in turn.
 
-    capacity: for all tenants together. share: the most that one tenant may take, so that there is always room
+    capacity: for all tenants together. share: the most that one tenant may take, so that some is always left
     for the others. Lives in one event loop.
     """
 

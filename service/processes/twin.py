@@ -29,7 +29,7 @@ from tessera.processes.child_process import end_with_parent
 
 @dataclass(frozen=True)
 class Limits:
-    """What a forked process may use before the kernel ends it."""
+    """The time and memory that a forked process may use before the kernel ends it."""
 
     max_cpu_s: int
     max_memory_bytes: int
@@ -129,7 +129,7 @@ async def _receive(connection: socket.socket) -> memoryview:
 
 def _serve(requests: socket.socket, works: Mapping[bytes, Work], limits: Mapping[bytes, Limits]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the service, which lets its requests finish
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks are not waited for
     os.nice(NICENESS)
     gc.disable()  # a fork may make millions of small lists, and frees them all by ending
     while True:

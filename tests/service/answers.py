@@ -1,4 +1,4 @@
-"""What the tests of bad requests share: valid requests to spoil, and the one shape of an error."""
+"""Helpers of the tests of bad requests: valid requests to spoil, and the one shape of an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of files and jobs share: an upload, a job, and the worker's side of it."""
+"""Helpers of the tests of files and jobs: an upload, a job, and the worker's side of it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Architecture:
     residual_scale: str | None = None
     logit_divisor: str | None = None
     logit_softcap: str | None = None
-    #: The configuration field that says for each layer whether its positions are rotated.
+    #: The configuration field that lists for each layer whether its positions are rotated.
     rope_layers: str | None = None
 
 
@@ -52,7 +52,7 @@ _GEMMA_2 = Architecture(
     logit_softcap="final_logit_softcapping",
 )
 
-#: By the exact name of transformers' class, because a subclass may behave differently.
+#: Keyed by the exact name of transformers' class, because a subclass may behave differently.
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,

@@ -56,7 +56,7 @@ class ModelFacts:
     #: The windows of layers that pass another window, or none, than their own mask has; `options` has the
     #: mask's.
     windows: Mapping[int, int | None] = field(default_factory=dict)
-    #: For a model that computes attention itself, whether its layers count the tokens of the cache.
+    #: Whether the layers count the tokens of the cache, in a model that computes attention itself.
     has_counting_layers: bool = False
 
     @property

@@ -4,7 +4,7 @@
 R itself; otherwise `core_kernel` applies R once per token, and the consumer reads z. Shapes alone decide.
 
 **Early launch** (programmatic dependent launch, from sm_90 on): a kernel begins while the one before it still
-runs. It reads what no kernel of the step writes (slots, factors, weights), waits (`gdc_wait`) and goes on.
+runs. It reads what no kernel of the step writes (slots, factors, weights), waits (`gdc_wait`) and continues.
 Every program of the kernel must reach the wait: a later kernel of the ordinary kind waits for this one, and
 thereby for all kernels before it.
 """

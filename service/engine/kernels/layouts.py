@@ -35,9 +35,9 @@ class GroupFactors:
     B: Tensor
     #: [S, M, r, r], each [r, r] contiguous; slot 0 holds zeros. float32, float16, bfloat16, or int8.
     R_slots: Tensor
-    #: For every segment its index in M, or NO_MODULE.
+    #: The index of each segment in M, or NO_MODULE.
     modules: tuple[int, ...]
-    #: For every segment the number of its h block in y. Segments share a block where the model has one linear
+    #: The number of the h block of each segment in y. Segments share a block where the model has one linear
     #: layer for both (Phi-3's qkv_proj: modules (m, m, m), columns (0, 0, 0)).
     columns: tuple[int, ...]
     #: [S, M] float32, only if R_slots is int8: value = int8 * scale.
@@ -158,7 +158,7 @@ PLAIN_ADD = ResidualAdd()
 
 @dataclass(frozen=True)
 class QKVShape:
-    """What `qkv_rope` needs of a layer: y holds Hq query heads, Hkv key heads and Hkv value heads of D
+    """The shape of a layer for `qkv_rope`: y holds Hq query heads, Hkv key heads and Hkv value heads of D
     columns each."""
 
     #: Hq
@@ -184,7 +184,7 @@ class QKVShape:
 
 @dataclass(frozen=True)
 class StepRows:
-    """What `qkv_rope` needs of a step: the rotation of its T tokens and the places of their K and V."""
+    """The rows of a step for `qkv_rope`: the rotation of its T tokens and the places of their K and V."""
 
     #: [T, rotary_dim] or wider, rows of any stride, any floating dtype; None if nothing is rotated. As in
     #: transformers both halves of rotary_dim are the same, and only the first is read.

@@ -3,8 +3,8 @@
     main thread    asyncio: socket, store, signals
     engine thread  runs the engine (`engine_thread.py`)
 
-It listens before it can serve, so that the API can say why it is not ready. An error that the engine does not
-survive (a CUDA error, out of memory) ends the process with a non-zero status, and the API's side starts
+It listens before it can serve, so that the API can report why it is not ready. An error that the engine does
+not survive (a CUDA error, out of memory) ends the process with a non-zero status, and the API's side starts
 another.
 """
 

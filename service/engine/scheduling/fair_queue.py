@@ -237,8 +237,8 @@ class FairQueue:
             del self._num_waiting[tenant]
 
     def _update_place(self, tenant: str) -> None:
-        """Put the tenant's line, if it has one, where its account says, behind the others of the same
-        round."""
+        """Put the tenant's line, if it has one, at the place that its account gives, behind the others of the
+        same round."""
         old = self._place_of.pop(tenant, None)
         if old is not None:
             del self._places[bisect.bisect_left(self._places, old)]

@@ -36,7 +36,7 @@ class SampledTokens:
 class TokenSources:
     """Where the pending tokens of a step come from."""
 
-    #: int64 [T], for every token of the step its row in `tokens`; 0 if the host knows the token.
+    #: int64 [T], the row of every token of the step in `tokens`; 0 if the host knows the token.
     rows: Ints
     #: int64 [n], on the device.
     tokens: Tensor

@@ -26,9 +26,9 @@ class StepOutcome:
     token_ids: list[int | None]
     #: Chunks with NaN or infinity in their logits. Their other results mean nothing.
     not_finite: set[int] = field(default_factory=set)
-    #: For chunks that report log-probabilities of their token.
+    #: Set for chunks that report log-probabilities of their token.
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    #: For chunks that report log-probabilities of the prompt.
+    #: Set for chunks that report log-probabilities of the prompt.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""Runs the model for one step: from a plan to a token and log-probabilities for every chunk.
+"""Runs the model for one step: turns a plan into a token and log-probabilities for every chunk.
 
     launch    upload the integers of the step, run the model, sample; nothing waits for the device
     collect   wait for the device and read the results (`PendingResults`)

@@ -1,11 +1,11 @@
-"""The trial of a model before the first request: does the engine compute the same as the model?
+"""The trial of a model before the first request: whether the engine computes the same as the model.
 
 Three sequences of different lengths share steps of the engine, cut into pieces. Two of them have an adapter
 of their own on every linear layer that can carry one. The result of each must be the same as when the model
 runs it by itself: alone, whole, with its own eager attention. So anything that mixes the rows of a batch
 (shared statistics, positions that are counted instead of read, state outside the KV cache, routing by
-sequence) is found before it reaches a user. What fails is refused by name: the model, or the layers that
-cannot carry adapters.
+sequence) is found before it reaches a user. A part that fails is refused by name: the model, or the layers
+that cannot carry adapters.
 
 A successful trial takes eight forward passes of at most 26 tokens and the memory of rank-4 factors of every
 linear layer: 0.5 s and 56 MB for an 8B model in bfloat16 on an H200. Only a failure takes longer, because its

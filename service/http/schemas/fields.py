@@ -37,7 +37,7 @@ class Neutral(NamedTuple):
 
     #: The values that change nothing, beside null.
     values: tuple[Any, ...] = UNUSED
-    #: What to do instead of sending another value.
+    #: The alternative to sending another value, for the error message.
     advice: str = ""
 
     def allows(self, value: Any) -> bool:

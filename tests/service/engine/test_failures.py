@@ -159,7 +159,7 @@ def test_a_step_that_fails_however_it_is_cut_fails_all_its_requests(llama: Serve
 
 
 def test_what_fails_only_when_it_is_large_is_computed_in_parts(llama: Served, start: Start) -> None:
-    """As if the memory was too small for a whole step."""
+    """Simulate a memory that is too small for a whole step."""
     model = copy.deepcopy(llama.pristine)
     base = BaseModel(llama.base.name, llama.base.model_id, model)
     driver = start(Served(base, llama.basis, llama.other_basis, llama.adapters))

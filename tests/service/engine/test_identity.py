@@ -47,7 +47,7 @@ def content_of(number: int) -> Adapter:
     return served.adapters[served.refs[number]]
 
 
-# The same reference, as if no store told what a version holds
+# The same reference, as if no store reported what a version holds
 
 
 def test_after_an_unload_nothing_of_the_adapter_is_found(llama: Served, start: Callable[..., Driver]) -> None:

@@ -1,4 +1,4 @@
-"""What a response can show beside the text: token ids, special tokens, and the stop string that ended it."""
+"""The parts of a response beside the text: token ids, special tokens, and the stop string that ended it."""
 
 from __future__ import annotations
 

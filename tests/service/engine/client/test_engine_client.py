@@ -343,7 +343,7 @@ async def test_a_pause_of_the_watching_process_counts_as_one_check() -> None:
 
 
 @pytest.mark.parametrize("is_idle", [True, False], ids=["idle", "at work"])
-async def test_a_stopped_engine_is_replaced_only_if_somebody_waits_for_it(is_idle: bool) -> None:
+async def test_a_stopped_engine_is_replaced_only_if_a_request_waits_for_it(is_idle: bool) -> None:
     process = start_child(["/bin/sleep", "1000"])
     try:
         process.send_signal(signal.SIGSTOP)

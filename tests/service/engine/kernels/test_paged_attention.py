@@ -122,7 +122,7 @@ def test_any_step(
 
 
 def test_a_step_over_changed_lengths_is_cut_anew() -> None:
-    """As in a CUDA graph: the same object, and other numbers in the same tensors."""
+    """A CUDA graph uses the same object with other numbers in the same tensors."""
     long = make_step(Geometry(), [(60, 1), (20, 1)], can_split=True)
     short = make_step(Geometry(), [(7, 1), (-1, 1)], can_split=True, seed=1)
     attention = TritonPagedAttention(long.kv, long.inputs, configs=SMALL)
@@ -140,7 +140,7 @@ def test_a_step_over_changed_lengths_is_cut_anew() -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("can_split", [False, True], ids=["whole", "split"])
 def test_tiles_among_padding(can_split: bool, options: AttentionOptions) -> None:
-    """As in a CUDA graph of a mixed step: there are tiles for single queries too, and some without a
+    """A CUDA graph of a mixed step does this: there are tiles for single queries too, and some without a
     query."""
     step = make_step(Geometry(), [(200, 1), (9, 1), (90, 11), (0, 6)], options, can_split=can_split)
     inputs, padding = step.inputs, torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)

@@ -139,7 +139,7 @@ async def test_the_engine_outlives_its_store(
     assert lost.error[0] == "store_unavailable"
 
 
-async def test_a_base_model_that_does_not_exist_is_told(
+async def test_a_base_model_that_does_not_exist_is_reported(
     redis_url: str, settings: CommonSettings, tmp_path: Path
 ) -> None:
     wrong = settings.model_copy(update={"base_model": str(tmp_path / "nothing")})

@@ -48,7 +48,7 @@ def slow_rules(logits: list[float], prompt: list[int], output: list[int], s: Sam
 
 
 def slow_probabilities(logits: list[float], s: SamplingParams) -> dict[int, float]:
-    """Which tokens may be drawn, and how often: temperature, then top_k, top_p and min_p, by sorting and
+    """The probabilities with which tokens are drawn: temperature, then top_k, top_p and min_p, by sorting and
     adding up."""
     weights = [math.exp((logit - max(logits)) / s.temperature) for logit in logits]
     ranked = sorted(

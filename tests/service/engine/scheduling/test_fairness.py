@@ -21,7 +21,7 @@ from tests.service.engine.driver import GREEDY, Driver
 from tests.service.engine.models import Served, family
 
 Start = Callable[..., Driver]
-#: What a request costs: tokens of its prompt, longest output.
+#: The cost of a request: tokens of its prompt, longest output.
 Cost = tuple[int, int]
 COSTS = st.tuples(st.integers(1, 300), st.integers(0, 300))
 

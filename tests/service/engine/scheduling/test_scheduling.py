@@ -1,4 +1,5 @@
-"""Which request runs when: fairness, chunking, preemption; and random traffic, which must always end."""
+"""The order in which requests run: fairness, chunking, preemption; and random traffic, which must always
+end."""
 
 from __future__ import annotations
 

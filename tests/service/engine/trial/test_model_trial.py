@@ -87,7 +87,8 @@ def test_all_layers_of_common_models_can_carry_adapters(name: str) -> None:
 
 
 def test_a_model_whose_top_keeps_another_name_of_attention_is_tried_as_it_is_served() -> None:
-    """As in GOT-OCR2: its vision tower cannot change its attention, so only the language model does."""
+    """GOT-OCR2 is such a model: its vision tower cannot change its attention, so only the language model
+    does."""
     model = tiny("got_ocr2")
     facts, unfit = install_and_try(BaseModel("ocr", "ocr", model))
     assert (facts.attends_itself, unfit) == (False, {})
