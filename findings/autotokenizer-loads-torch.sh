@@ -2,15 +2,15 @@
 # With torch installed, transformers 5.23.0 loads it to read a tokenizer through AutoTokenizer, and not through the class.
 #
 # Versions: transformers 5.23.0, tokenizers 0.23.3, torch 2.13.0. `import transformers` is lazy and loads no torch. Importing
-# the name AutoTokenizer loads it already, because the automatic classes stand beside the tables of model configurations;
-# `from_pretrained` then loads more of it. PreTrainedTokenizerFast reads the same folder, gives the same ids and loads no
+# the name AutoTokenizer loads it already, because the automatic classes stand beside the tables of model configurations.
+# PreTrainedTokenizerFast reads the same folder, gives the same ids and loads no
 # torch. Without torch installed AutoTokenizer works, so torch is not what it needs. A process that only tokenizes pays
-# several hundred megabytes for the choice of a name.
+# about 200 MB for the choice of a name; a model folder with a config.json beside the tokenizer makes it more.
 #
 # Output seen (resident memory varies by a few megabytes):
-#   PreTrainedTokenizerFast: torch loaded by import: False, after reading: False; ids [0, 1]; 76 MB
-#   AutoTokenizer: torch loaded by import: True, after reading: True; ids [0, 1]; 509 MB
-#   AutoTokenizer without torch: torch loaded by import: False, after reading: False; ids [0, 1]; 98 MB
+#   PreTrainedTokenizerFast: torch loaded by import: False, after reading: False; ids [0, 1]; 66 MB
+#   AutoTokenizer: torch loaded by import: True, after reading: True; ids [0, 1]; 262 MB
+#   AutoTokenizer without torch: torch loaded by import: False, after reading: False; ids [0, 1]; 68 MB
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -24,8 +24,9 @@ with/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0
 cat >read.py <<'PYTHON'
 import sys
 
+import transformers
+
 name = sys.argv[1]
-transformers = __import__("transformers", fromlist=[name])
 assert "torch" not in sys.modules
 cls = getattr(transformers, name)
 by_import = "torch" in sys.modules
