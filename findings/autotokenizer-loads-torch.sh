@@ -3,9 +3,8 @@
 #
 # Versions: transformers 5.23.0, tokenizers 0.23.3, torch 2.13.0. `import transformers` is lazy and loads no torch. Importing
 # the name AutoTokenizer loads it already, because the automatic classes stand beside the tables of model configurations.
-# PreTrainedTokenizerFast reads the same folder, gives the same ids and loads no
-# torch. Without torch installed AutoTokenizer works, so torch is not what it needs. A process that only tokenizes pays
-# about 200 MB for the choice of a name; a model folder with a config.json beside the tokenizer makes it more.
+# PreTrainedTokenizerFast reads the same folder, gives the same ids and loads no torch. Without torch installed
+# AutoTokenizer works too, so it does not need torch. A process that only tokenizes pays about 200 MB for the name.
 #
 # Output seen (resident memory varies by a few megabytes):
 #   PreTrainedTokenizerFast: torch loaded by import: False, after reading: False; ids [0, 1]; 66 MB

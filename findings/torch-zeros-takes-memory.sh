@@ -4,8 +4,8 @@
 # Versions: torch 2.13.0 (CPU build), numpy 2.4.6, Linux. numpy asks for pages that are zero already (calloc), so 256 MiB of
 # zeros cost nothing until they are written. torch allocates as for torch.empty and then fills, also in new_zeros and
 # zeros_like: 256 MiB are resident at once, although nobody has written a number. torch.from_numpy over numpy.zeros is a
-# tensor of zeros that costs nothing yet. A cache that is reserved for the worst case is where this shows: its memory is
-# taken at start, and not when the first sequences come.
+# tensor of zeros that costs nothing yet. It shows in a cache that is reserved for the worst case: its memory is taken at
+# start, and not when the first entries are written.
 #
 # Output seen:
 #   numpy.zeros: 0 MiB

@@ -41,7 +41,7 @@ class CommonSettings(BaseSettings):
         None, description="redis://, rediss:// or unix:// URL of Redis >= 7 or Valkey >= 7.2; unset: embedded"
     )
     store_password_file: Path | None = Field(
-        None, description="file with the password for store_url, so that no secret stands in the environment"
+        None, description="file with the password for store_url, so that the environment contains no secret"
     )
     store_timeout_s: float = Field(2.0, gt=0, description="connect and read time-out of one store call")
     data_dir: Path = Field(Path(".tessera"), description="embedded store, caches and sockets live here")

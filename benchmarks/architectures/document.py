@@ -22,7 +22,7 @@ _BEFORE = {"exact": 71, "refused": 58, "wrong": 21, "crash": 2, "not_built": 31}
 
 _HEADER = """# Architectures
 
-Does Tessera serve my base model? Find its `model_type`, which stands in its config.json.
+Does Tessera serve my base model? Find its `model_type`, which its config.json contains.
 
 * [Exact](#exact): tokens and log-probabilities are those of the merged model, on the
   [path](architecture.md#two-ways-through-a-model) that the table names. The path *generic, over a cache* is

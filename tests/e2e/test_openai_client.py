@@ -92,13 +92,13 @@ def test_training_again_under_one_name_publishes_the_next_version(
             training_file=file.id,
             seed=expected,
             hyperparameters={"n_epochs": 1},
-            extra_body={"adapter": {"id": "trained2x", "rank": 4}},
+            extra_body={"adapter": {"id": "retrained", "rank": 4}},
         )
         wait_until_sync(lambda job=job: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
-        record = client.get("/adapters/trained2x", cast_to=object)
+        record = client.get("/adapters/retrained", cast_to=object)
         assert record["active_version"] == expected
-    pinned = client.completions.create(model="trained2x@1", prompt="A hacker", max_tokens=3, temperature=0)
-    assert pinned.model == "trained2x@1"
+    pinned = client.completions.create(model="retrained@1", prompt="A hacker", max_tokens=3, temperature=0)
+    assert pinned.model == "retrained@1"
 
 
 def test_events_tell_the_story_of_a_job(client: openai.OpenAI, trained: str) -> None:

@@ -76,7 +76,7 @@ NOISE = InitMethod(
 )
 POPULATION = InitMethod(
     name="population",
-    description="What the users have in common from whom the basis was learned",
+    description="The R that the users of a learned basis have in common",
     paper="Reptile, arXiv 1803.02999",
     make=population,
 )
