@@ -1,0 +1,1 @@
+"""What do the defaults reach on a real model, on everyday tasks of few examples?"""
