@@ -27,6 +27,9 @@ def start_message(run: TrainRun) -> str:
 
 def metrics_message(update: RunUpdate) -> str:
     """Return the sentence of a metrics event."""
+    if update.reference_progress is not None:
+        done, total = update.reference_progress
+        return f"Reference log-probabilities of {done} of {total} pairs"
     losses = [
         f"{name} loss {loss:.4f}"
         for name, loss in (("training", update.train_loss), ("validation", update.valid_loss))
@@ -41,9 +44,8 @@ def metrics_data(update: RunUpdate) -> dict[str, Any]:
         "step": update.step,
         "total_steps": update.total_steps,
         "train_loss": update.train_loss,
-        "train_mean_token_accuracy": update.train_accuracy,
         "valid_loss": update.valid_loss,
-        "valid_mean_token_accuracy": update.valid_accuracy,
+        **update.details,
         "learning_rate": update.learning_rate or None,
         "trained_tokens": update.trained_tokens,
     }

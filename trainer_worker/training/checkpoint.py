@@ -2,6 +2,8 @@
 
     tensors    R, m, v, best_R   [M, r, r], float32 (float64 for a model in float64). For a LoRA form [2, P],
                                  with its initial factors and the state of its local rules.
+               reference         [n, 2], float64, of a run with pairs: the log-probabilities of its first n
+                                 pairs under the reference.
     metadata   tessera_run       {"format": 1, "fingerprint": …, "progress": {…}, "start": {…} or null}
 
 The order of the data follows from the seed and the step, so no random generator is stored. A checkpoint is
@@ -20,6 +22,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from tessera.errors import Conflict, CorruptRecord
+from trainer_worker.training.objectives.preference import Preference
 from trainer_worker.training.run import Progress, TrainRun
 
 FORMAT = 1
@@ -79,6 +82,8 @@ def try_restore(run: TrainRun, content: bytes) -> list[tuple[str, str]]:
 def fingerprint(run: TrainRun) -> str:
     """SHA-256 over everything that two runs must have in common to share a checkpoint."""
     parts: list[Any] = [run.identity, run.data.digest, asdict(run.plan)]
+    if isinstance(run.objective, Preference):
+        parts.append(asdict(run.objective))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -55,6 +55,10 @@ class TrainingData:
     #: The number of rows of each example; empty if every example has one row.
     train_sizes: tuple[int, ...] = ()
     valid_sizes: tuple[int, ...] = ()
+    #: Of pairs of answers: how many rows of each example, the first ones, belong to the preferred answer;
+    #: empty if the examples are not pairs.
+    train_chosen: tuple[int, ...] = ()
+    valid_chosen: tuple[int, ...] = ()
 
     @property
     def num_train_tokens(self) -> int:
@@ -76,14 +80,24 @@ class TrainingData:
         rows = iter(self.train)
         return [tuple(islice(rows, size)) for size in self.train_sizes or (1,) * len(self.train)]
 
-    def batch(self, step: int, *, batch_size: int, seed: int) -> list[EncodedExample]:
-        """Return the rows of the examples in this step. The seed gives each epoch its own order."""
-        examples = self.train_examples
-        steps_per_epoch = -(-len(examples) // batch_size)
+    @cached_property
+    def valid_examples(self) -> list[tuple[EncodedExample, ...]]:
+        """The rows of each validation example."""
+        rows = iter(self.valid)
+        return [tuple(islice(rows, size)) for size in self.valid_sizes or (1,) * len(self.valid)]
+
+    def batch_indices(self, step: int, *, batch_size: int, seed: int) -> list[int]:
+        """Return which training examples are in this step. The seed gives each epoch its own order."""
+        steps_per_epoch = -(-self.num_train // batch_size)
         epoch, index = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        return [row for i in order[index * batch_size : (index + 1) * batch_size] for row in examples[i]]
+        order: list[int] = torch.randperm(self.num_train, generator=generator).tolist()
+        return order[index * batch_size : (index + 1) * batch_size]
+
+    def batch(self, step: int, *, batch_size: int, seed: int) -> list[EncodedExample]:
+        """Return the rows of the training examples in this step."""
+        indices = self.batch_indices(step, batch_size=batch_size, seed=seed)
+        return [row for i in indices for row in self.train_examples[i]]
 
 
 def encode_data(
@@ -166,8 +180,15 @@ class MicroBatch:
     targets: Tensor
     #: int64 [N], their owners.
     owners: Tensor
-    #: Tokens without padding.
-    num_tokens: int
+    #: The tokens of each row without padding, [S].
+    lengths: tuple[int, ...]
+    #: int64 [S], on the CPU: which of the items that were given to `micro_batches` each row is.
+    items: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
 
     @property
     def num_padding(self) -> int:
@@ -181,7 +202,8 @@ class MicroBatch:
             self.positions.to(device),
             self.targets.to(device),
             self.owners.to(device),
-            self.num_tokens,
+            self.lengths,
+            self.items,
         )
 
 
@@ -189,31 +211,38 @@ def micro_batches(
     items: Sequence[tuple[int, EncodedExample]],
     *,
     token_budget: int,
+    sizes: Sequence[int] | None = None,
     min_tokens: int = 0,
     min_fill: float = MIN_FILL,
 ) -> Iterator[MicroBatch]:
-    """Group (owner, example) pairs into micro-batches of similar lengths, by falling length.
+    """Group (owner, example) items into micro-batches of similar lengths, by falling length.
 
     A micro-batch has at most `token_budget` tokens with padding. While it has fewer than `min_tokens`, it
-    also takes rows that are much shorter than its longest. A single row longer than the budget goes alone.
+    also takes rows that are much shorter than its longest. sizes: how many successive items form a set that
+    is never divided, such as the two rows of a pair; None: every item goes by itself. A single set larger
+    than the budget goes alone.
     """
-    group: list[tuple[int, EncodedExample]] = []
+    indices = iter(range(len(items)))
+    sets = [tuple(islice(indices, size)) for size in sizes or (1,) * len(items)]
+    lengths = [max(len(items[index][1].token_ids) for index in members) for members in sets]
+    group: list[int] = []
     longest = 0
-    for owner, example in sorted(items, key=lambda item: -len(item[1].token_ids)):
-        length = len(example.token_ids)
+    for number in sorted(range(len(sets)), key=lambda number: -lengths[number]):
+        members, length = sets[number], lengths[number]
         size = len(group) * longest
         is_misfit = length < min_fill * longest and size >= min_tokens
-        if group and (size + longest > token_budget or is_misfit):
-            yield _pad(group)
+        if group and (size + len(members) * longest > token_budget or is_misfit):
+            yield _pad(items, group)
             group = []
         longest = longest if group else length
-        group.append((owner, example))
+        group += members
     if group:
-        yield _pad(group)
+        yield _pad(items, group)
 
 
-def _pad(group: Sequence[tuple[int, EncodedExample]]) -> MicroBatch:
-    longest = len(group[0][1].token_ids)
+def _pad(items: Sequence[tuple[int, EncodedExample]], indices: Sequence[int]) -> MicroBatch:
+    group = [items[index] for index in indices]
+    longest = max(len(example.token_ids) for _, example in group)
     token_ids = torch.zeros(len(group), longest, dtype=torch.int64)
     positions, targets, owners = [], [], []
     for row, (owner, example) in enumerate(group):
@@ -228,5 +257,6 @@ def _pad(group: Sequence[tuple[int, EncodedExample]]) -> MicroBatch:
         torch.tensor(positions),
         torch.tensor(targets),
         torch.tensor(owners),
-        num_tokens=sum(len(example.token_ids) for _, example in group),
+        lengths=tuple(len(example.token_ids) for _, example in group),
+        items=torch.tensor(indices),
     )

@@ -19,6 +19,8 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
+from trainer_worker.training.objectives.objective import SUPERVISED, Measured, Objective, Sample
+from trainer_worker.training.objectives.references import TOKENS_PER_TRAINED_TOKEN, References
 from trainer_worker.training.plan import TrainingPlan
 
 
@@ -59,11 +61,16 @@ class RunUpdate:
     #: The learning rate of the step that was made; 0 for an evaluation.
     learning_rate: float = 0.0
     trained_tokens: int = 0
-    #: Losses are in nats per token, None where none was measured.
+    #: Losses are in nats per token, of pairs in nats per pair; None where none was measured. Accuracies are
+    #: those of `Measured`.
     train_loss: float | None = None
     train_accuracy: float | None = None
     valid_loss: float | None = None
     valid_accuracy: float | None = None
+    #: What the metrics event of the update shows besides, by name.
+    details: dict[str, float] = field(default_factory=dict)
+    #: While the reference of a run with pairs is computed: the number of finished pairs, and of all.
+    reference_progress: tuple[int, int] | None = None
     finish_reason: str | None = None
     #: Warnings for the job's owner, as (code, sentence).
     warnings: list[tuple[str, str]] = field(default_factory=list)
@@ -129,9 +136,20 @@ class TrainRun(ABC):
     #: Notes on how the first R was computed, as JSON; None if it is zero or the R of another adapter.
     init_notes: dict[str, Any] | None
 
-    def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, *, R: Tensor) -> None:
-        """R: what training begins with, on the CPU."""
-        self.run_id, self.data, self.plan = run_id, data, plan
+    def __init__(
+        self,
+        run_id: str,
+        data: TrainingData,
+        plan: TrainingPlan,
+        *,
+        R: Tensor,
+        objective: Objective = SUPERVISED,
+    ) -> None:
+        """R: what training begins with, on the CPU. A preference objective needs data of pairs."""
+        assert objective.is_preference == bool(data.train_chosen)
+        self.run_id, self.data, self.plan, self.objective = run_id, data, plan, objective
+        #: The log-probabilities that pairs are compared with; None if the objective needs none.
+        self.references = References(data) if objective.needs_reference else None
         self.R, self.m, self.v = R, R.new_zeros(R.shape), R.new_zeros(R.shape)
         self.best_R = R.clone()
         self.progress = Progress()
@@ -165,10 +183,17 @@ class TrainRun(ABC):
 
     def more_state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint needs in addition to R, m, v, best_R and the progress."""
-        return {}
+        return {} if self.references is None else {"reference": self.references.logps}
 
-    def restore_more(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - most runs have no more
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `more_state` returned. Raises `KeyError` or `ValueError`; the run is unusable then."""
+        if self.references is not None:
+            self.references.restore(tensors["reference"])
+
+    @property
+    def awaits_reference(self) -> bool:
+        """Whether log-probabilities of the reference are still missing; until then the run makes no step."""
+        return self.references is not None and not self.references.is_complete
 
     @property
     def is_finished(self) -> bool:
@@ -189,8 +214,32 @@ class TrainRun(ABC):
         is_due = step % self.plan.evaluate_every == 0 or step >= self.plan.total_steps
         return is_due and self.progress.evaluated_at != step
 
-    def next_batch(self) -> list[EncodedExample]:
-        return self.data.batch(self.progress.step, batch_size=self.plan.batch_size, seed=self.plan.seed)
+    def next_batch(self) -> list[Sample]:
+        """Return the samples of the next step."""
+        plan = self.plan
+        indices = self.data.batch_indices(self.progress.step, batch_size=plan.batch_size, seed=plan.seed)
+        return self._samples(self.data.train_examples, self.data.train_chosen, indices, first=0)
+
+    def validation(self) -> list[Sample]:
+        """Return the samples of an evaluation."""
+        indices = list(range(self.data.num_valid))
+        first = self.data.num_train
+        return self._samples(self.data.valid_examples, self.data.valid_chosen, indices, first=first)
+
+    def _samples(
+        self,
+        examples: Sequence[tuple[EncodedExample, ...]],
+        chosen: Sequence[int],
+        indices: Sequence[int],
+        *,
+        first: int,
+    ) -> list[Sample]:
+        """first: the number of the first of these examples among all pairs of the run."""
+        if not chosen:
+            return [Sample(examples[i]) for i in indices]
+        if self.references is None:
+            return [Sample(examples[i], chosen[i]) for i in indices]
+        return [Sample(examples[i], chosen[i], self.references.of(first + i)) for i in indices]
 
     def record_evaluation(self, valid_loss: float | None) -> None:
         """Keep R if it is the best so far, and decide whether the run has ended.
@@ -261,6 +310,32 @@ class TrainRun(ABC):
             finish_reason=self.progress.finish_reason,
             warnings=warnings or [],
         )
+
+    def show_step(self, update: RunUpdate, measured: Measured) -> None:
+        """Add to an update what a training step has measured."""
+        update.train_loss, update.train_accuracy = measured.loss, measured.accuracy
+        update.details |= self.objective.event_values(measured, is_held_out=False)
+
+    def show_evaluation(self, update: RunUpdate, measured: Measured) -> None:
+        """Add to an update what an evaluation has measured."""
+        update.valid_loss, update.valid_accuracy = measured.loss, measured.accuracy
+        update.details |= self.objective.event_values(measured, is_held_out=True)
+
+    def reference_samples(self, *, min_tokens: int = 0) -> list[Sample]:
+        """Return the pairs whose reference a step computes next: as much work as one step of this run.
+
+        min_tokens: on a GPU, what fills one pass.
+        """
+        assert self.references is not None
+        return self.references.next_samples(max(min_tokens, TOKENS_PER_TRAINED_TOKEN * self.tokens_per_step))
+
+    def record_reference(self, logps: Tensor) -> RunUpdate:
+        """Take the log-probabilities of `reference_samples`."""
+        assert self.references is not None
+        self.references.add(logps)
+        update = self.update()
+        update.reference_progress = self.references.progress
+        return update
 
     def _keep(self, valid_loss: float | None = None) -> None:
         self.best_R = self.R.detach().cpu().clone()

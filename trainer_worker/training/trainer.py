@@ -8,7 +8,7 @@ the user's own number of them, and only the product with R distinguishes users.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tessera.chat.chat_format import EncodedExample
 from tessera.errors import BasisMismatch, InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
-from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData, micro_batches
+from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
+from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
+from trainer_worker.training.objectives.tally import Tally
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
@@ -40,8 +41,12 @@ class CoreRun(TrainRun):
         basis: Basis,
         *,
         start: Tensor | None = None,
+        objective: Objective = SUPERVISED,
+        refers_to_base: bool = True,
     ) -> None:
         """start: the stored core to begin with, [M, r, r]; None begins with the base model.
+
+        refers_to_base: whether the reference of pairs is the base model; otherwise it is `start`.
 
         Raises `InvalidInput` if start has another shape.
         """
@@ -50,8 +55,8 @@ class CoreRun(TrainRun):
             message = f"the adapter to start from has R {list(start.shape)}, the basis needs {list(shape)}"
             raise InvalidInput(message, param="warm_start_from")
         R = torch.zeros(shape) if start is None else basis.unfold(start.double()).float()
-        super().__init__(run_id, data, plan, R=R)
-        self.basis = basis
+        super().__init__(run_id, data, plan, R=R, objective=objective)
+        self.basis, self.refers_to_base = basis, refers_to_base
 
     @property
     def basis_id(self) -> str:
@@ -94,7 +99,8 @@ class Trainer:
         dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         M, r = basis.num_modules, basis.rank
         self.tokens = TokenCounts()
-        self._runs: list[TrainRun | None] = [None] * max_runs
+        self._min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
+        self._runs: list[CoreRun | None] = [None] * max_runs
         self._optimizer = BatchedAdamW((max_runs, M, r, r), dtype=dtype, device=device)
         self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
         # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
@@ -120,12 +126,12 @@ class Trainer:
 
     def try_join(self, run: TrainRun) -> bool:
         """Make a run resident if it trains in this basis and there is room; returns whether it did."""
-        if run.basis_id != self.basis.basis_id or not self.has_room:
+        if not isinstance(run, CoreRun) or run.basis_id != self.basis.basis_id or not self.has_room:
             return False
         self.join(run)
         return True
 
-    def join(self, run: TrainRun) -> None:
+    def join(self, run: CoreRun) -> None:
         """Make a run resident. Raises `BasisMismatch`."""
         if run.basis_id != self.basis.basis_id:
             raise BasisMismatch(f"run {run.run_id} trains in basis {run.basis_id}")
@@ -152,76 +158,74 @@ class Trainer:
 
     def step(self) -> list[RunUpdate]:
         """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
+        waiting = [slot for slot, run in self._active() if run.awaits_reference]
         with self._attached():
-            updates = self._evaluate([slot for slot, run in self._active() if run.needs_evaluation])
-            updates += self._train([slot for slot, _ in self._active()])
+            updates = self._refer(waiting) if waiting else []
+            ready = [slot for slot, _ in self._active() if slot not in waiting]
+            updates += self._evaluate([slot for slot in ready if self._at(slot).needs_evaluation])
+            updates += self._train([slot for slot in ready if not self._at(slot).is_finished])
         return updates
 
-    def _evaluate(self, slots: Sequence[int]) -> list[RunUpdate]:
-        items = [(slot, example) for slot in slots for example in self._at(slot).data.valid]
+    def _refer(self, slots: Sequence[int]) -> list[RunUpdate]:
+        """Compute the reference of some of the pairs of each of these runs, which make no step meanwhile."""
+        samples = {slot: self._at(slot).reference_samples(min_tokens=self._min_tokens) for slot in slots}
         with torch.no_grad():
-            losses, accuracies = self._pass(items)
+            logps = self._pass(samples).logps()
+        return [self._at(slot).record_reference(logps[slot]) for slot in slots]
+
+    def _evaluate(self, slots: Sequence[int]) -> list[RunUpdate]:
+        with torch.no_grad():
+            measured = self._pass({slot: self._at(slot).validation() for slot in slots}).measured()
         updates = []
         for slot in slots:
             run = self._at(slot)
             has_data = bool(run.data.valid)
-            run.record_evaluation(losses[slot] if has_data else None)
+            run.record_evaluation(measured[slot].loss if has_data else None)
             update = run.update()
             if has_data:
-                update.valid_loss, update.valid_accuracy = losses[slot], accuracies[slot]
+                run.show_evaluation(update, measured[slot])
             updates.append(update)
         return updates
 
     def _train(self, slots: Sequence[int]) -> list[RunUpdate]:
         batches = {slot: self._at(slot).next_batch() for slot in slots}
-        items = [(slot, example) for slot, batch in batches.items() for example in batch]
-        losses, accuracies = self._pass(items, learn=True)
+        measured = self._pass(batches, learn=True).measured()
         core_grad = self._grad.transpose(0, 1)  # [K, M, r, r]
         grad = self._P_out.mT @ core_grad @ self._P_in.mT
         norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
         users, updates = [], []
         for slot, batch in batches.items():
             run, rate = self._at(slot), self._at(slot).learning_rate
-            if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
+            if not (math.isfinite(measured[slot].loss) and math.isfinite(norms[slot])):
                 warning = run.record_nonfinite()
                 updates.append(run.update(learning_rate=rate, warnings=[warning]))
                 continue
-            run.record_step(losses[slot], sum(len(example.token_ids) for example in batch))
+            run.record_step(measured[slot].loss, num_tokens(batch))
             clip = clip_factor(norms[slot], run.plan.max_grad_norm)
             users.append(UserStep(slot, rate, run.progress.num_updates, clip, run.plan.weight_decay))
             update = run.update(learning_rate=rate)
-            update.train_loss, update.train_accuracy = losses[slot], accuracies[slot]
+            run.show_step(update, measured[slot])
             updates.append(update)
         self._optimizer.step(grad, users)
         return updates
 
-    def _pass(
-        self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
-    ) -> tuple[list[float], list[float]]:
-        """Mean loss and token accuracy per slot, both [K], over (slot, example) pairs.
+    def _pass(self, samples: Mapping[int, Sequence[Sample]], *, learn: bool = False) -> Tally:
+        """Send the samples of the slots through the model and measure them.
 
         With `learn`, `_grad` holds the gradient of each slot's loss with respect to its core afterwards.
         """
-        K, device = len(self._runs), self._device
-        num_tokens = torch.zeros(K)
-        for slot, example in items:
-            num_tokens[slot] += example.num_loss_tokens
-        num_tokens = num_tokens.to(device).clamp_min(1)
-        sums = torch.zeros(2, K, dtype=torch.float64, device=device)
+        objectives = {slot: self._at(slot).objective for slot in samples}
+        tally = Tally(samples, objectives, num_slots=len(self._runs), device=self._device)
         self._grad.zero_()
-        min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
-        for batch in micro_batches(items, token_budget=self.token_budget, min_tokens=min_tokens):
-            batch = batch.to(device)
+        for batch in tally.passes(token_budget=self.token_budget, min_tokens=self._min_tokens):
             self._owners.rows, self._owners.length = batch.rows, batch.token_ids.shape[1]
             trained = batch.num_tokens if learn else 0
             self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
             losses, is_correct = token_losses(self.base.model, batch)
+            weights = tally.add(batch, losses, is_correct)
             if learn:
-                torch.autograd.backward((losses / num_tokens[batch.owners]).sum())
-            measured = torch.stack([losses.detach(), is_correct]).double()
-            sums.index_add_(1, batch.owners, measured)
-        mean_loss, accuracy = (sums / num_tokens).tolist()
-        return mean_loss, accuracy
+                torch.autograd.backward(losses, weights)
+        return tally
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
@@ -229,6 +233,9 @@ class Trainer:
         with torch.no_grad():
             core = self._P_out @ self._optimizer.R @ self._P_in
             self._core.copy_(core.transpose(0, 1))
+            for slot, run in self._active():
+                if run.awaits_reference and run.refers_to_base:
+                    self._core[:, slot].zero_()
         for layer, delta in zip(self._layers, self._deltas, strict=True):
             layer.delta = delta
         try:
@@ -243,10 +250,10 @@ class Trainer:
         leaf.grad = self._grad[module]
         return leaf
 
-    def _active(self) -> list[tuple[int, TrainRun]]:
+    def _active(self) -> list[tuple[int, CoreRun]]:
         return [(slot, run) for slot, run in enumerate(self._runs) if run is not None and not run.is_finished]
 
-    def _at(self, slot: int) -> TrainRun:
+    def _at(self, slot: int) -> CoreRun:
         run = self._runs[slot]
         assert run is not None
         return run

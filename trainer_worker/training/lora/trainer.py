@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.chat.chat_format import EncodedExample
 from tessera.errors import InvalidInput
 from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
-from trainer_worker.training.data import GPU_MIN_TOKENS, TrainingData, micro_batches
+from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.lora.factors import LORA, Layout, LoraFactors
 from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
 from trainer_worker.training.lora.single_adapter import METHOD, storage_dtype, to_single_adapter
+from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
+from trainer_worker.training.objectives.tally import Tally
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainer import token_losses
@@ -35,10 +36,20 @@ from trainer_worker.training.trainer import token_losses
 class LoraRun(TrainRun):
     """A run of a LoRA form. R, m, v, best_R: [2, P], all A's and all B's (`Layout`), instead of cores."""
 
-    def __init__(self, run_id: str, data: TrainingData, plan: TrainingPlan, factors: LoraFactors) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        data: TrainingData,
+        plan: TrainingPlan,
+        factors: LoraFactors,
+        *,
+        objective: Objective = SUPERVISED,
+    ) -> None:
+        """The reference of pairs is the base model."""
         self.factors = factors
         self.layout = Layout(factors.modules, factors.rank)
-        super().__init__(run_id, data, plan, R=self.layout.pack(factors.A, factors.B))
+        R = self.layout.pack(factors.A, factors.B)
+        super().__init__(run_id, data, plan, R=R, objective=objective)
         self.init_notes = {"method": factors.preset.name}
         self.rules = [self._make_rule(index) for index in range(len(factors.modules))]
 
@@ -80,7 +91,7 @@ class LoraRun(TrainRun):
 
         The factors are stored because another device or library version would compute different ones.
         """
-        tensors = {}
+        tensors = super().more_state()
         if self.factors.preset.is_subtracted:
             tensors["initial"] = self.layout.pack(self.factors.A, self.factors.B)
         for index, rule in enumerate(self.rules):
@@ -90,6 +101,7 @@ class LoraRun(TrainRun):
 
     def restore_more(self, tensors: dict[str, Tensor]) -> None:
         """Restore the initial factors, if they are subtracted, and the state of the local rules."""
+        super().restore_more(tensors)
         if self.factors.preset.is_subtracted:
             initial = tensors["initial"]
             if initial.shape != self.R.shape:
@@ -186,9 +198,13 @@ class LoraTrainer:
         """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
         active = self._active()
         updates = {slot: RunUpdate(self.runs[slot].run_id) for slot in active}
+        waiting = [slot for slot in active if self.runs[slot].awaits_reference]
+        if waiting:
+            updates |= self._refer(waiting)
+        ready = [slot for slot in active if slot not in waiting]
         with self.attached():
-            self._evaluate([slot for slot in active if self.runs[slot].needs_evaluation], updates)
-            self._train(self._active(), updates)
+            self._evaluate([slot for slot in ready if self.runs[slot].needs_evaluation], updates)
+            self._train([slot for slot in ready if not self.runs[slot].is_finished], updates)
         for slot, update in updates.items():
             run = self.runs[slot]
             update.step, update.total_steps = run.progress.step, run.plan.total_steps
@@ -263,20 +279,25 @@ class LoraTrainer:
             for slot, rule in enumerate(delta.rules):
                 delta.A[slot].copy_(rule.A)
 
-    def _evaluate(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
-        items = [(slot, example) for slot in slots for example in self.runs[slot].data.valid]
+    def _refer(self, slots: Sequence[int]) -> dict[int, RunUpdate]:
+        """Compute the reference of some of the pairs of each of these runs: the model without factors."""
+        samples = {slot: self.runs[slot].reference_samples(min_tokens=self.min_tokens) for slot in slots}
         with torch.no_grad():
-            losses, accuracies = self._pass(items)
+            logps = self._pass(samples).logps()
+        return {slot: self.runs[slot].record_reference(logps[slot]) for slot in slots}
+
+    def _evaluate(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
+        with torch.no_grad():
+            measured = self._pass({slot: self.runs[slot].validation() for slot in slots}).measured()
         for slot in slots:
             run, update = self.runs[slot], updates[slot]
             if run.data.valid:
-                update.valid_loss, update.valid_accuracy = losses[slot], accuracies[slot]
+                run.show_evaluation(update, measured[slot])
             run.record_evaluation(update.valid_loss)
 
     def _train(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
         batches = {slot: self.runs[slot].next_batch() for slot in slots}
-        items = [(slot, example) for slot, batch in batches.items() for example in batch]
-        losses, accuracies = self._pass(items, learn=True)
+        measured = self._pass(batches, learn=True).measured()
         trains = [[run.factors.preset.trains_A, True] for run in self.runs]
         self._grad *= torch.tensor(trains, device=self._grad.device)[:, :, None]
         norms = torch.linalg.vector_norm(self._grad, dim=(1, 2)).tolist()
@@ -284,58 +305,46 @@ class LoraTrainer:
         for slot, batch in batches.items():
             run, update = self.runs[slot], updates[slot]
             update.learning_rate = run.learning_rate
-            if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
+            if not (math.isfinite(measured[slot].loss) and math.isfinite(norms[slot])):
                 update.warnings.append(run.record_nonfinite())
                 continue
-            update.train_loss, update.train_accuracy = losses[slot], accuracies[slot]
+            run.show_step(update, measured[slot])
             clip = clip_factor(norms[slot], run.plan.max_grad_norm)
-            run.record_step(losses[slot], sum(len(example.token_ids) for example in batch))
+            run.record_step(measured[slot].loss, num_tokens(batch))
             steps += run.steps(slot, update.learning_rate, clip)
         self._optimizer.step(self._grad.view_as(self._optimizer.R), steps)
 
-    def _pass(
-        self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
-    ) -> tuple[list[float], list[float]]:
-        """Mean loss and token accuracy per slot, both [K]. With `learn`, `_grad` holds the gradients."""
-        K, device = len(self.runs), self.base.device
-        num_tokens = torch.zeros(K)
-        for slot, example in items:
-            num_tokens[slot] += example.num_loss_tokens
-        num_tokens = num_tokens.to(device).clamp_min(1)
-        sums = torch.zeros(2, K, dtype=torch.float64, device=device)
+    def _pass(self, samples: Mapping[int, Sequence[Sample]], *, learn: bool = False) -> Tally:
+        """Send the samples of the slots through the model. With `learn`, `_grad` holds the gradients."""
+        objectives = {slot: self.runs[slot].objective for slot in samples}
+        tally = Tally(samples, objectives, num_slots=len(self.runs), device=self.base.device)
         self._grad.zero_()
-        # `micro_batches` yields the rows by falling length, so the rows of each pass are known here.
-        ordered = sorted(items, key=lambda item: -len(item[1].token_ids))
-        first = 0
-        for batch in micro_batches(items, token_budget=self.token_budget, min_tokens=self.min_tokens):
-            num_rows, longest = batch.token_ids.shape
-            in_pass, first = ordered[first : first + num_rows], first + num_rows
-            batch = batch.to(device)
+        for batch in tally.passes(token_budget=self.token_budget, min_tokens=self.min_tokens):
             trained = batch.num_tokens if learn else 0
             self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
-            self._owners.rows, self._owners.length = batch.rows, longest
+            self._owners.rows, self._owners.length = batch.rows, batch.token_ids.shape[1]
             learns_online = learn and bool(self._deltas[0].rules)
-            self._owners.tokens = self._tokens_of(in_pass, longest) if learns_online else None
+            self._owners.tokens = self._tokens_of(batch) if learns_online else None
             losses, is_correct = token_losses(self.base.model, batch)
+            weights = tally.add(batch, losses, is_correct)
             if learn:
-                self._add_gradients((losses / num_tokens[batch.owners]).sum())
-            sums.index_add_(1, batch.owners, torch.stack([losses.detach(), is_correct]).double())
+                self._add_gradients(losses, weights)
             if learns_online:
                 self._copy_learned()
-        mean_loss, accuracy = (sums / num_tokens).tolist()
-        return mean_loss, accuracy
+        return tally
 
-    def _add_gradients(self, loss: Tensor) -> None:
+    def _add_gradients(self, losses: Tensor, weights: Tensor) -> None:
         """Add the gradients to `_grad`. `.grad` must be dense, which parts of one tensor are not."""
-        gradients = torch.autograd.grad(loss, [leaf for leaf, _ in self._leaves])
+        gradients = torch.autograd.grad(losses, [leaf for leaf, _ in self._leaves], weights)
         for (_, part), gradient in zip(self._leaves, gradients, strict=True):
             part += gradient
 
-    def _tokens_of(self, in_pass: Sequence[tuple[int, EncodedExample]], longest: int) -> list[Tensor]:
+    def _tokens_of(self, batch: MicroBatch) -> list[Tensor]:
         """Return the indices of each run's tokens in the flattened [S · L] of the pass, without padding."""
         tokens: list[list[int]] = [[] for _ in self.runs]
-        for row, (slot, example) in enumerate(in_pass):
-            tokens[slot] += range(row * longest, row * longest + len(example.token_ids))
+        longest = batch.token_ids.shape[1]
+        for row, (slot, length) in enumerate(zip(batch.rows.tolist(), batch.lengths, strict=True)):
+            tokens[slot] += range(row * longest, row * longest + length)
         return [torch.tensor(indices, dtype=torch.int64, device=self.base.device) for indices in tokens]
 
     def _active(self) -> list[int]:

@@ -222,7 +222,7 @@ def test_a_passing_hebbian_rule_learns_from_its_own_tokens(small: BaseModel, dat
     hook = small.model.get_submodule(first.name).register_forward_pre_hook(
         lambda _module, inputs: seen.append(inputs[0].detach())
     )
-    batch = run.next_batch()
+    batch = [row for sample in run.next_batch() for row in sample.rows]
     with torch.no_grad():
         for example in batch:
             small.model(torch.tensor([example.token_ids]))
