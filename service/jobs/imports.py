@@ -19,7 +19,8 @@ from tessera.formats.single_adapter import SingleAdapter
 from tessera.model.files import model_name
 from tessera.model.layout import linear_shapes
 from tessera.peft.files import PeftFiles
-from tessera.peft.importing import PeftLora, core_in, read_peft, to_single_adapter
+from tessera.peft.importing import PeftLora, core_in, read_adapter, to_single_adapter
+from tessera.peft.tinylora import TinyLora
 from tessera.redis.client import Client
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore, AdapterVersion, publish_in_basis
@@ -31,8 +32,10 @@ MAX_DELETIONS = 8
 
 
 class Imports:
-    """Imports LoRAs for one base model, one at a time, because each needs several times its size in
-    memory."""
+    """Imports adapters of PEFT for one base model, one at a time.
+
+    Each needs several times its size in memory.
+    """
 
     def __init__(
         self,
@@ -66,7 +69,9 @@ class Imports:
                 self._shapes = await asyncio.to_thread(
                     linear_shapes, self._base_model, revision=self._revision
                 )
-            lora = await asyncio.to_thread(read_peft, files.adapter_config, files.adapter_model, self._shapes)
+            lora = await asyncio.to_thread(
+                read_adapter, files.adapter_config, files.adapter_model, self._shapes
+            )
             adapter = await self._in_labelled_basis(target, lora)
             if adapter is not None:
                 with contextlib.suppress(BasisDeleted):  # after it was read: fall through to a private basis
@@ -77,10 +82,10 @@ class Imports:
                     return await self._in_private_basis(target, stored, deletion_count)
             return await self._in_private_basis(target, stored, deletion_count)
 
-    async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora) -> Adapter | None:
+    async def _in_labelled_basis(self, target: ImportTarget, lora: PeftLora | TinyLora) -> Adapter | None:
         """Return the LoRA in the basis that its label names, or None if it is not from that basis or the
         tenant must not use it."""
-        if lora.label is None:
+        if isinstance(lora, TinyLora) or lora.label is None:
             return None
         try:
             await self._private_bases.check_access(target.tenant, lora.label)

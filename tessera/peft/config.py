@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import re2
 
 from tessera.errors import InvalidInput
+from tessera.peft.methods import MERGE, refusal_of
 
 CONFIG_NAME = "adapter_config.json"
 MODEL_NAME = "adapter_model.safetensors"
@@ -50,23 +51,6 @@ _CONVERT_INIT = (
     "gives a plain LoRA"
 )
 
-#: PEFT methods that `peft.save_as_lora` can turn into a LoRA, exactly if the rank is large enough. (For DoRA,
-#: aLoRA and lora_bias it writes only B A and drops the rest without an error.)
-_CONVERTIBLE = frozenset((
-    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA",
-    "UNILORA", "VBLORA", "VERA", "WAVEFT",
-))  # fmt: skip
-_CONVERT_TYPE = (
-    "load it in PEFT, write it with peft.save_as_lora(folder, model, rank=1.0), which keeps all that was "
-    "learned (a whole number keeps so many directions), and import that folder"
-)
-#: PEFT methods that PEFT can only merge.
-_MERGEABLE = frozenset((
-    "ADALORA", "BOFT", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3", "LN_TUNING", "OFT", "OSF", "PEANUT",
-    "PVERA", "SHIRA", "SUPERTUNING",
-))  # fmt: skip
-_MERGE = "merge it with PEFT's merge_and_unload and serve the result as another base model"
-
 #: Keys without effect on what a trained LoRA computes. The changed modules are read from the tensors, and
 #: fan_in_fan_out describes the layout of W in memory, not that of A and B. The last lines are keys of other
 #: programs.
@@ -80,15 +64,15 @@ _IGNORED = frozenset((
 ))  # fmt: skip
 #: Keys that ask for more than A, B and a scale can represent, and why.
 _REFUSED = {
-    "use_dora": f"DoRA rescales the columns of W + BA; {_MERGE}",
+    "use_dora": f"DoRA rescales the columns of W + BA; {MERGE}",
     "lora_bias": "a bias of lora_B is no low-rank change; train without it",
-    "modules_to_save": f"whole modules would have to be replaced; train without it, or {_MERGE}",
-    "trainable_token_indices": f"embeddings would have to be replaced; train without it, or {_MERGE}",
+    "modules_to_save": f"whole modules would have to be replaced; train without it, or {MERGE}",
+    "trainable_token_indices": f"embeddings would have to be replaced; train without it, or {MERGE}",
     "layer_replication": "the base model would get other layers",
     "target_parameters": "only linear layers can carry adapters, not parameters such as fused experts",
     "use_qalora": "QALoRA pools the inputs",
-    "use_bdlora": f"BD-LoRA's factors are the blocks of block-diagonal matrices; {_MERGE}",
-    "kasa_config": f"KaSA truncates the base model's weights; {_MERGE}",
+    "use_bdlora": f"BD-LoRA's factors are the blocks of block-diagonal matrices; {MERGE}",
+    "kasa_config": f"KaSA truncates the base model's weights; {MERGE}",
     "alora_invocation_tokens": "aLoRA's change begins in the middle of a prompt, at the invocation tokens",
     "arrow_config": "Arrow routes between several adapters",
 }
@@ -96,7 +80,7 @@ _PARSED = frozenset((
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "task_type",
     "use_rslora",
 ))  # fmt: skip
-_ABSENT: tuple[Any, ...] = (None, False, [], {}, "")
+ABSENT: tuple[Any, ...] = (None, False, [], {}, "")
 
 #: Most patterns of one key.
 _MAX_PATTERNS = 4096
@@ -139,7 +123,7 @@ class PeftConfig:
         for key, patterns in (("rank_pattern", self.rank_patterns), ("alpha_pattern", self.alpha_patterns)):
             effort = num_modules * sum(pattern.programsize for pattern, _ in patterns)
             if effort > _MAX_EFFORT:
-                _malformed(
+                malformed(
                     f"{key} holds {len(patterns)} patterns, too many to match with {num_modules} modules; "
                     "name kinds of modules instead of each one"
                 )
@@ -147,45 +131,53 @@ class PeftConfig:
 
 def parse_config(content: bytes) -> PeftConfig:
     """Parse the config. Raises `InvalidInput`, with the key and its value, for what cannot be represented."""
-    values = _parse_json(content)
+    values = read_config(content)
     _check_type(values)
-    if values.get("task_type") not in (None, "CAUSAL_LM"):
-        _refuse("task_type", values["task_type"], "only adapters of causal language models can be imported")
-    if values.get("bias", "none") != "none":
-        _refuse("bias", values["bias"], f"biases of the base model stay frozen; {_MERGE}")
+    check_common(values)
     _check_init(values.get("init_lora_weights", True))
     for key, reason in _REFUSED.items():
-        if values.get(key) not in _ABSENT:
-            _refuse(key, values[key], reason)
+        if values.get(key) not in ABSENT:
+            refuse(key, values[key], reason)
     for key, value in values.items():
-        if key not in _PARSED | _IGNORED | _REFUSED.keys() and value not in _ABSENT:
-            _refuse(key, value, "this key is unknown here; remove it if it has no effect")
-    base_model = values.get("base_model_name_or_path")
+        if key not in _PARSED | _IGNORED | _REFUSED.keys() and value not in ABSENT:
+            refuse(key, value, "this key is unknown here; remove it if it has no effect")
     return PeftConfig(
-        rank=_rank("r", values.get("r", 8)),
+        rank=whole_number("r", values.get("r", 8)),
         alpha=_alpha("lora_alpha", values.get("lora_alpha", 8)),
-        is_rank_stabilised=_boolean("use_rslora", values.get("use_rslora")),
-        rank_patterns=[(p, _rank("rank_pattern", v)) for p, v in _patterns("rank_pattern", values)],
+        is_rank_stabilised=boolean("use_rslora", values.get("use_rslora")),
+        rank_patterns=[(p, whole_number("rank_pattern", v)) for p, v in _patterns("rank_pattern", values)],
         alpha_patterns=[(p, _alpha("alpha_pattern", v)) for p, v in _patterns("alpha_pattern", values)],
-        base_model=printable(base_model) if isinstance(base_model, str) else None,
+        base_model=base_model_of(values),
     )
 
 
-def _check_type(values: Mapping[str, Any]) -> None:
+def check_common(values: Mapping[str, Any]) -> None:
+    """Check the keys that all methods have. Raises `InvalidInput`."""
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        refuse("task_type", values["task_type"], "only adapters of causal language models can be imported")
+    if values.get("bias", "none") != "none":
+        refuse("bias", values["bias"], f"biases of the base model stay frozen; {MERGE}")
+
+
+def base_model_of(values: Mapping[str, Any]) -> str | None:
+    """Return the base model that the adapter was trained on, according to the file."""
+    base_model = values.get("base_model_name_or_path")
+    return printable(base_model) if isinstance(base_model, str) else None
+
+
+def peft_type_of(values: Mapping[str, Any]) -> str:
+    """Return the method in capital letters; "" if there is none."""
     peft_type = values.get("peft_type")
-    name = peft_type.upper() if isinstance(peft_type, str) else ""
+    return peft_type.upper() if isinstance(peft_type, str) else ""
+
+
+def _check_type(values: Mapping[str, Any]) -> None:
+    peft_type, name = values.get("peft_type"), peft_type_of(values)
     if name == "LORA":
         return
     if peft_type is None and ("lora_parameters" in values or "fine_tune_type" in values):
-        _malformed(f"this is the config of an mlx-lm adapter, not of PEFT; {MLX_ADVICE}")
-    reason = "only LORA can be imported"
-    if name in _CONVERTIBLE:
-        reason += f"; {_CONVERT_TYPE}"
-    elif name in _MERGEABLE:
-        reason += f", and PEFT cannot turn this method into a LoRA; {_MERGE}"
-    elif name:
-        reason += ", and PEFT can turn this method neither into a LoRA nor into weights; train a LORA instead"
-    _refuse("peft_type", peft_type, reason)
+        malformed(f"this is the config of an mlx-lm adapter, not of PEFT; {MLX_ADVICE}")
+    refuse("peft_type", peft_type, refusal_of(name))
 
 
 def _check_init(init: Any) -> None:
@@ -198,22 +190,23 @@ def _check_init(init: Any) -> None:
             return
         for start, reason in _BASE_CHANGING_INITS.items():
             if name.startswith(start):
-                _refuse("init_lora_weights", init, f"{reason}; {_CONVERT_INIT}")
+                refuse("init_lora_weights", init, f"{reason}; {_CONVERT_INIT}")
     known = ", ".join(["true", "false", *_PLAIN_INITS])
-    _refuse(
+    refuse(
         "init_lora_weights", init, f"PEFT does not know this initialisation; these can be imported: {known}"
     )
 
 
-def _parse_json(content: bytes) -> dict[str, Any]:
+def read_config(content: bytes) -> dict[str, Any]:
+    """Read the JSON object of the file. Raises `InvalidInput`."""
     if len(content) > MAX_CONFIG_BYTES:
-        _malformed(f"it has {len(content)} bytes; the limit is {MAX_CONFIG_BYTES}")
+        malformed(f"it has {len(content)} bytes; the limit is {MAX_CONFIG_BYTES}")
     try:
         values = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        _malformed(f"it is not JSON: {error}")
+        malformed(f"it is not JSON: {error}")
     if not isinstance(values, dict):
-        _malformed("it is not a JSON object")
+        malformed("it is not a JSON object")
     return values
 
 
@@ -221,61 +214,62 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
 
 
-def _rank(key: str, value: Any) -> int:
+def whole_number(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        _refuse(key, value, "a rank must be a whole number of at least 1")
+        refuse(key, value, "it must be a whole number of at least 1")
     return value
 
 
 def _alpha(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
-        _refuse(key, value, f"it must be a number of at most {MAX_ALPHA:g}")
+        refuse(key, value, f"it must be a number of at most {MAX_ALPHA:g}")
     return float(value)
 
 
-def _boolean(key: str, value: Any) -> bool:
+def boolean(key: str, value: Any) -> bool:
     if value not in (None, True, False):
-        _refuse(key, value, "it must be true or false")
+        refuse(key, value, "it must be true or false")
     return bool(value)
 
 
 def _patterns(key: str, values: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     given = values.get(key) or {}
     if not isinstance(given, dict) or len(given) > _MAX_PATTERNS:
-        _refuse(key, given, f"it must be an object with at most {_MAX_PATTERNS} patterns")
-    options = re2.Options()
-    options.log_errors, options.max_mem = False, _MAX_PATTERN_BYTES
-    return [(_compile(key, pattern, options), value) for pattern, value in given.items()]
+        refuse(key, given, f"it must be an object with at most {_MAX_PATTERNS} patterns")
+    return [
+        (compile_pattern(key, pattern, rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items()
+    ]
 
 
-def _compile(key: str, pattern: str, options: Any) -> Any:
-    """Compile a pattern as PEFT matches it, in a form that takes time linear in the length of a name."""
+def compile_pattern(key: str, pattern: str, whole: str) -> Any:
+    """Compile `whole`, which is `pattern` as PEFT matches it, in a form that takes linear time."""
     if len(pattern) > _MAX_PATTERN_CHARACTERS:
-        _refuse(key, pattern, f"a pattern may have at most {_MAX_PATTERN_CHARACTERS} characters")
+        refuse(key, pattern, f"a pattern may have at most {_MAX_PATTERN_CHARACTERS} characters")
     for part in _AMBIGUOUS:
         if part in pattern:
-            _refuse(
+            refuse(
                 key,
                 pattern,
                 f"{part!r} has different meanings in different libraries; write the pattern without it",
             )
-    whole = rf"(.*\.)?({pattern})$"
+    options = re2.Options()
+    options.log_errors, options.max_mem = False, _MAX_PATTERN_BYTES
     try:
         re.compile(whole)
     except (re.error, RecursionError, OverflowError) as error:
-        _refuse(key, pattern, f"it is not a regular expression: {error}")
+        refuse(key, pattern, f"it is not a regular expression: {error}")
     try:
         return re2.compile(whole, options)
     except (re2.error, UnicodeEncodeError) as error:
         detail = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
-        _refuse(
+        refuse(
             key, pattern,
             f"it cannot be matched in linear time ({printable(detail)}): look-around, back-references and "
             "repetitions above 1,000 are not supported; name the modules instead",
         )  # fmt: skip
 
 
-def _refuse(key: str, value: Any, reason: str) -> NoReturn:
+def refuse(key: str, value: Any, reason: str) -> NoReturn:
     key = printable(key)
     shown = json.dumps(value)[:100]
     raise InvalidInput(f"{CONFIG_NAME}: {key} is {shown}: {reason}", param=f"adapter_config.{key}", code=CODE)
@@ -286,5 +280,5 @@ def printable(text: str) -> str:
     return text[:200].encode("ascii", "backslashreplace").decode()
 
 
-def _malformed(reason: str) -> NoReturn:
+def malformed(reason: str) -> NoReturn:
     raise InvalidInput(f"{CONFIG_NAME}: {reason}", param="adapter_config", code=CODE)

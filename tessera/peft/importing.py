@@ -10,38 +10,35 @@ for bit, the import gives back the small adapter instead of a copy of the basis.
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis
 from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter, stored_rank
-from tessera.peft.config import CODE, CONFIG_NAME, MLX_ADVICE, MODEL_NAME, PeftConfig, parse_config, printable
+from tessera.peft.config import (
+    CONFIG_NAME,
+    MLX_ADVICE,
+    PeftConfig,
+    parse_config,
+    peft_type_of,
+    printable,
+    read_config,
+)
+from tessera.peft.tensor_file import check_entry, load_tensors, module_of, read_header, refuse_tensors
+from tessera.peft.tinylora import METHOD, TinyLora, read_tinylora
+from tessera.peft.tinylora import PEFT_TYPE as TINYLORA
 
-#: The method in the manifest of an imported basis.
-METHOD = "peft"
-#: The header for 1,500 modules has 400 KB.
-MAX_HEADER_BYTES = 8 * 1024**2
-_LENGTH = struct.Struct("<Q")
 #: PEFT writes `base_model.model.<module>.lora_A.weight`. A state dict of the model itself also contains the
 #: name of the adapter, and those of wrappers.
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_PREFIX = "base_model.model."
-#: Parts of a name that torch.compile, FSDP and checkpointing insert. These wrappers have no weights.
-_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 #: Tensors left over from training, without effect on what a trained LoRA computes.
 _TRAINING_ONLY = (".lora_velora_", ".lora_monteclora_sampler.")
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WHOLE = (
     "whole embeddings and output heads cannot be replaced; if they are the base model's own, write the files "
     "with PEFT's save_pretrained(..., save_embedding_layers=False)"
@@ -62,6 +59,7 @@ _OTHER_TENSORS = {
     "embed": _WHOLE,
     "lm_head": _WHOLE,
 }
+_SOURCE = f"{CONFIG_NAME} and the model"
 #: A core in the labelled basis is accepted if it reproduces B within the rounding of its dtype.
 _SPAN_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -93,25 +91,27 @@ class PeftLora:
         return "float16"
 
 
-def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora:
-    """Parse and check both files. modules: the linear layers of the base model by name (`linear_shapes`).
+def read_adapter(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora | TinyLora:
+    """Parse and check the two files of any method that can be imported.
 
-    Raises `InvalidInput`, with the key, tensor or module and its value, before any work is done.
+    modules: the linear layers of the base model by name (`linear_shapes`). Raises `InvalidInput`, with the
+    key, tensor or module and its value, before any work is done.
     """
+    values = read_config(config)
+    if peft_type_of(values) == TINYLORA:
+        return read_tinylora(values, model, modules)
+    return read_peft(config, model, modules)
+
+
+def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -> PeftLora:
+    """Parse and check the files of a LoRA as `read_adapter` does."""
     settings = parse_config(config)
-    header = _read_header(model)
+    header = read_header(model)
     label = header.pop("__metadata__", {}).get("tessera_basis")
     names = _find_factors(header, modules)
     settings.check_effort(len(names))
     _check_tensors(header, names, settings, modules)
-    try:
-        tensors = safetensors.torch.load(model)
-    except (SafetensorError, ValueError, KeyError) as error:
-        _refuse(f"cannot be read: {error}")
-    for sides in names.values():
-        for name in sides.values():
-            if not bool(torch.isfinite(tensors[name]).all()):
-                _refuse(f"{printable(name)} holds a value that is not finite")
+    tensors = load_tensors(model, (name for sides in names.values() for name in sides.values()))
     changes = {}
     for shape in modules.values():
         if shape.name in names:
@@ -121,8 +121,10 @@ def read_peft(config: bytes, model: bytes, modules: Mapping[str, ModuleShape]) -
     return PeftLora(changes, settings.base_model, label if isinstance(label, str) else None)
 
 
-def to_single_adapter(lora: PeftLora, *, model_id: str) -> SingleAdapter:
-    """Turn the LoRA into a private basis with its adapter. Raises `InvalidInput`."""
+def to_single_adapter(lora: PeftLora | TinyLora, *, model_id: str) -> SingleAdapter:
+    """Turn what was read into a private basis with its adapter. Raises `InvalidInput`."""
+    if isinstance(lora, TinyLora):
+        return lora.to_single_adapter(model_id=model_id)
     provenance: dict[str, Any] = {"source": "peft", "base_model": lora.base_model, "rank": lora.rank}
     return make_single_adapter(
         lora.changes, model_id=model_id, method=METHOD, recipe=provenance, metadata=provenance,
@@ -152,28 +154,6 @@ def core_in(lora: PeftLora, basis: Basis) -> Tensor | None:
     return torch.stack(cores).float().contiguous()
 
 
-def _read_header(model: bytes) -> dict[str, Any]:
-    """Read the header, name → {dtype, shape, data_offsets}, before anything is allocated."""
-    if len(model) < _LENGTH.size:
-        _refuse(f"has {len(model)} bytes, too few for a safetensors file")
-    (length,) = _LENGTH.unpack_from(model)
-    if length > min(len(model) - _LENGTH.size, MAX_HEADER_BYTES):
-        _refuse("is truncated, or not a safetensors file")
-    try:
-        header = json.loads(model[_LENGTH.size : _LENGTH.size + length])
-    except (ValueError, RecursionError) as error:
-        _refuse(f"has an unreadable header: {error}")
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    entries = header.items() if isinstance(header, dict) else ()
-    is_sound = isinstance(metadata, dict) and all(
-        name == "__metadata__" or (isinstance(entry, dict) and isinstance(entry.get("shape"), list))
-        for name, entry in entries
-    )
-    if not is_sound:
-        _refuse("does not have the header of a safetensors file")
-    return dict(header)
-
-
 def _find_factors(header: Mapping[str, Any], modules: Mapping[str, ModuleShape]) -> dict[str, dict[str, str]]:
     """Return module → {"lora_A": name, "lora_B": name}.
 
@@ -189,35 +169,21 @@ def _find_factors(header: Mapping[str, Any], modules: Mapping[str, ModuleShape])
         if match is None:
             reasons = (why for part, why in _OTHER_TENSORS.items() if part in name)
             reason = next(reasons, "only lora_A and lora_B weights can be imported")
-            _refuse(f"holds {printable(name)}: {reason}")
-        module, side = _module_of(match["module"], modules), match["side"]
+            refuse_tensors(f"holds {printable(name)}: {reason}")
+        module, side = module_of(match["module"], modules), match["side"]
         adapters.setdefault(match["adapter"] or "", name)
         other = found.setdefault(module, {}).setdefault(side, name)
         if other != name:
-            _refuse(
+            refuse_tensors(
                 f"holds {printable(other)} and {printable(name)}, which are both {side} of {module}; keep "
                 "those of one adapter"
             )
     if not found:
-        _refuse("holds no LoRA")
+        refuse_tensors("holds no LoRA")
     if len(adapters) > 1:
         names = " and ".join(printable(name) for name in list(adapters.values())[:2])
-        _refuse(f"holds factors of several adapters ({names}); keep those of one")
+        refuse_tensors(f"holds factors of several adapters ({names}); keep those of one")
     return found
-
-
-def _module_of(written: str, modules: Mapping[str, ModuleShape]) -> str:
-    """Find the module of a name in the file, which may lack the prefixes of PEFT and of the model."""
-    parts = [part for part in written.split(".") if part not in _WRAPPERS]
-    name = ".".join(parts).removeprefix("module.").removeprefix(_PREFIX)
-    if name in modules:
-        return name
-    candidates = [module for module in modules if module.endswith(f".{name}")]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        _refuse(f"changes {printable(written)}, which may mean {candidates[0]} or {candidates[1]}")
-    _refuse(f"changes {printable(written)}, which is not a linear layer that can carry an adapter")
 
 
 def _check_tensors(
@@ -230,16 +196,9 @@ def _check_tensors(
     for module, sides in names.items():
         for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
             if side not in sides:
-                _refuse(f"holds {other} of {module} without its {side}")
+                refuse_tensors(f"holds {other} of {module} without its {side}")
         rank, shape = settings.rank_of(module), modules[module]
         for side, expected in (("lora_A", [rank, shape.d_in]), ("lora_B", [shape.d_out, rank])):
-            entry, name = header[sides[side]], printable(sides[side])
-            if str(entry.get("dtype")) not in _FLOATS:
-                _refuse(f"holds {name} as {str(entry.get('dtype'))[:20]}, not as {', '.join(_FLOATS)}")
-            if entry["shape"] != expected:
-                shown = str(entry["shape"])[:40]
-                _refuse(f"has {side} of {module} as {shown}; {CONFIG_NAME} and the model require {expected}")
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise InvalidInput(f"{MODEL_NAME}: it {reason}", param="adapter_model", code=CODE)
+            check_entry(
+                header[sides[side]], expected, name=sides[side], what=f"{side} of {module}", source=_SOURCE
+            )

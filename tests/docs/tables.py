@@ -26,6 +26,7 @@ from service.engine.settings import EngineSettings
 from service.http.schemas import fields
 from service.settings import ServiceSettings
 from tessera.defaults import BUNDLED_MODEL, LLAMA_LINEARS
+from tessera.peft.methods import WAYS, Way
 from tessera.settings import CommonSettings
 from tests.deploy.exposed_metrics import service_registry, worker_registry
 from trainer_worker.settings import WorkerSettings
@@ -118,6 +119,14 @@ def _grouped(header: tuple[str, ...], rows: Iterable[tuple[str, tuple[str, ...]]
     return table(header, [(cells[0], ", ".join(names), *cells[1:]) for cells, names in grouped.items()])
 
 
+def peft_table() -> str:
+    rows = []
+    for way in Way:
+        names = [f"`{name}`" for name, known in WAYS.items() if known is way]
+        rows.append((way.value, ", ".join(names)))
+    return table(("what works", "`peft_type`"), rows)
+
+
 def _values(allowed: tuple[Any, ...]) -> str:
     if allowed == fields.UNUSED:
         return "empty, false"
@@ -131,6 +140,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "metrics-worker": lambda: metrics_table(worker_registry()),
     "fields-ignored": ignored_table,
     "fields-refused": neutral_table,
+    "peft-methods": peft_table,
 }
 
 

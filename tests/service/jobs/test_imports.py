@@ -94,6 +94,45 @@ async def exported(client: httpx.AsyncClient, url: str = URL) -> PeftFiles:
     return PeftFiles(*(archive.read(f"adapter_{name}") for name in ("config.json", "model.safetensors")))
 
 
+def tinylora_files(u: int = 3, seed: int = 0) -> tuple[PeftFiles, dict[str, Tensor]]:
+    """A TinyLoRA of two modules that share one vector, and the changes that it makes."""
+    v = random(u, seed=seed)
+    tensors, changes = {"base_model.tinylora_v.0": v}, {}
+    for shape in SHAPES:
+        A, B, P = random(2, shape.d_in, seed=5), random(shape.d_out, 2, seed=6), random(u, 2, 2, seed=7)
+        for part, value in (("A", A), ("B", B), ("P", P)):
+            tensors[f"base_model.model.{shape.name}.tinylora_{part}"] = value
+        changes[shape.name] = B @ torch.einsum("i,ijk->jk", v, P) @ A
+    config = {"peft_type": "TINYLORA", "r": 2, "u": u, "weight_tying": 1.0, "save_projection": True}
+    return PeftFiles(json.dumps(config).encode(), safetensors.torch.save(tensors)), changes
+
+
+async def test_tinyloras_of_one_model_become_adapters_of_one_private_basis(
+    client: httpx.AsyncClient, redis: Redis
+) -> None:
+    found = {}
+    for name, seed in (("anna", 1), ("ben", 2)):
+        files, changes = tinylora_files(seed=seed)
+        url = f"/v1/adapters/{name}/peft"
+        reply = await send_files(client, files, url)
+        assert reply.status_code == 200, reply.text
+        [found[name]] = reply.json()["versions"]
+        written = await exported(client, url)
+        for module, expected in changes.items():
+            torch.testing.assert_close(delta(written, module), expected, rtol=1e-4, atol=1e-4)
+    assert found["anna"]["basis"] == found["ben"]["basis"]
+    assert len([key async for key in redis.scan_iter(match="*:owners")]) == 1
+
+
+async def test_a_tinylora_without_p_is_refused_by_the_key(client: httpx.AsyncClient) -> None:
+    files, _ = tinylora_files()
+    config = {**json.loads(files.adapter_config), "save_projection": False}
+    reply = await send_files(client, PeftFiles(json.dumps(config).encode(), files.adapter_model))
+    error = check_error(reply, 400)
+    assert (error["code"], error["param"]) == ("invalid_peft_adapter", "adapter_config.save_projection")
+    assert "save_pretrained" in error["message"]
+
+
 async def test_our_own_export_comes_back_as_a_version_in_its_basis(
     client: httpx.AsyncClient, redis: Redis, adapters: AdapterStore
 ) -> None:
