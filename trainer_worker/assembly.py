@@ -22,6 +22,7 @@ from tessera.store.ownership import PrivateBases
 from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
+from trainer_worker.outcome.finish_time import PublishTime
 from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.preparing.basis_source import BasisSource
 from trainer_worker.preparing.lora import LoraPreparation
@@ -100,5 +101,7 @@ def make_worker(
         lease_s=worker_settings.lease_s,
         checkpoint_every_s=worker_settings.checkpoint_every_s,
         report_every_s=worker_settings.report_every_s,
+        log_every_s=worker_settings.log_every_s,
+        publishing=PublishTime(),
     )
     return Worker(services, worker_settings, heartbeat=heartbeat)

@@ -15,6 +15,7 @@ from tessera.queue.leases import JobLeases, Lease, LeaseState
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.waits import SessionCommands, retrying
 from trainer_worker.outcome import payloads
+from trainer_worker.outcome.finish_time import FinishTime
 from trainer_worker.training.run import RunUpdate, TrainRun
 
 logger = logging.getLogger(__name__)
@@ -42,21 +43,33 @@ class JobReporter:
         *,
         metrics: TrainerMetrics,
         report_every_s: float,
+        log_every_s: float,
+        finish: FinishTime,
     ) -> None:
+        """finish: knows how long the run still takes."""
         #: All warnings so far as (code, sentence), for the job's result.
         self.warnings: list[tuple[str, str]] = []
         self._lease, self._leases, self._commands = lease, leases, commands
         self._metrics, self._report_every_s = metrics, report_every_s
         self._waiting: list[RunUpdate] = []
+        self._log_every_s, self._finish = log_every_s, finish
         self._reported_at = -report_every_s
+        self._logged_at = -log_every_s
         self._progress_report: asyncio.Task[None] | None = None
 
     async def send_message(
-        self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None
+        self,
+        message: str,
+        *,
+        level: Literal["info", "warn"] = "info",
+        data: dict[str, Any] | None = None,
+        progress: dict[str, Any] | None = None,
     ) -> None:
         """Send a message to the job's owner. It is lost if the store does not answer."""
         try:
-            state = await self._leases.report(self._lease, message=message, level=level, data=data)
+            state = await self._leases.report(
+                self._lease, message=message, level=level, data=data, progress=progress
+            )
             self._commands.obey(state)
         except Unavailable as error:
             self.note_outage(error)
@@ -70,6 +83,8 @@ class JobReporter:
         for update in updates:
             for code, message in update.warnings:
                 await self.warn(code, message)
+        if updates:
+            self._log(run, updates[-1])
         self._waiting += self._select(updates)
         del self._waiting[:-MAX_WAITING]
         while self._waiting:
@@ -80,7 +95,7 @@ class JobReporter:
                     type="metrics",
                     message=payloads.metrics_message(update),
                     data=payloads.metrics_data(update),
-                    progress=payloads.training_progress(run, update),
+                    progress=payloads.training_progress(run, update, self._finish.remaining_s(run)),
                 )
             except Unavailable as error:
                 self.note_outage(error)
@@ -114,6 +129,16 @@ class JobReporter:
             self.note_outage(error)
         except StaleLease:
             self._commands.obey(LeaseState.LOST)
+
+    def _log(self, run: TrainRun, update: RunUpdate) -> None:
+        """Log where the run stands, every log_every_s."""
+        now = time.monotonic()
+        if now - self._logged_at < self._log_every_s and update.finish_reason is None:
+            return
+        self._logged_at = now
+        remaining_s = self._finish.remaining_s(run)
+        fields = payloads.log_data(run, update, remaining_s)
+        logger.info(payloads.log_message(run, update, remaining_s), extra={"fields": fields})
 
     def _select(self, updates: list[RunUpdate]) -> list[RunUpdate]:
         """Return the updates that are reported."""

@@ -19,6 +19,7 @@ from tessera.store.holds import BasisHolds
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.waits import Command, SessionCommands, Stopped, retrying
 from trainer_worker.outcome import payloads
+from trainer_worker.outcome.finish_time import FinishTime, PublishTime
 from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.preparing.preparation import Preparation, Prepared
@@ -49,6 +50,8 @@ class WorkerServices:
     lease_s: float
     checkpoint_every_s: float
     report_every_s: float
+    log_every_s: float
+    publishing: PublishTime
 
 
 class JobSession:
@@ -70,12 +73,15 @@ class JobSession:
         self._news: list[RunUpdate | Exception] = []
         #: The run, from just before it joins the training thread until it leaves.
         self._run: TrainRun | None = None
+        self._finish = FinishTime(services.publishing)
         self._reporter = JobReporter(
             lease,
             services.leases,
             self.commands,
             metrics=services.metrics,
             report_every_s=services.report_every_s,
+            log_every_s=services.log_every_s,
+            finish=self._finish,
         )
         self._checkpoints = CheckpointWriter(
             lease,
@@ -131,7 +137,9 @@ class JobSession:
         prepared = await self.commands.interruptible(self._prepare())
         run = self._run = prepared.run
         await self.commands.interruptible(self._services.loop.join(run, self._on_news))
-        await self._reporter.send_message(payloads.start_message(run))
+        self._finish.begin()
+        progress = payloads.training_progress(run, run.update(), None)
+        await self._reporter.send_message(payloads.start_message(run), progress=progress)
         for code, message in prepared.warnings:
             await self._reporter.warn(code, message)
         await self._follow(run)
@@ -159,6 +167,7 @@ class JobSession:
         """Report the run's updates and write its checkpoints until it has finished. Raises `Stopped`."""
         due = time.monotonic() + self._checkpoints.interval_s
         while True:
+            run.is_stop_requested = self.commands.is_stop_requested
             await self.commands.sleep_until(due)
             news, self._news = self._news, []
             updates = [item for item in news if isinstance(item, RunUpdate)]
@@ -184,6 +193,7 @@ class JobSession:
         Raises `Stopped` if the lease was lost or the job cancelled, `StaleLease`, `AdapterDeleted`.
         """
         services, job = self._services, self.lease.job
+        began = time.monotonic()
         states = await self._leases.renew([self.lease], lease_s=services.lease_s)
         self.commands.obey(states[job.job_id])
         if self.commands.command in (Command.LOST, Command.CANCEL):
@@ -197,7 +207,8 @@ class JobSession:
         result = payloads.training_result(
             run, version, job, training_s=training_s, warnings=self._reporter.warnings
         )
-        await self._leases.complete(self.lease, result)
+        await self._leases.complete(self.lease, result, progress=payloads.final_progress(run))
+        services.publishing.note(time.monotonic() - began)
         services.metrics.measure_success(run.progress, training_s)
         return "succeeded"
 
@@ -262,6 +273,8 @@ class JobSession:
             logger.warning("job %s keeps its hold on a basis: %s", self.job_id, error)
 
     def _on_news(self, news: RunUpdate | Exception) -> None:
+        if isinstance(news, RunUpdate):
+            self._finish.note(news)
         self._news.append(news)
         self.commands.wake()
 

@@ -36,6 +36,9 @@ class WorkerSettings(BaseSettings):
     report_every_s: float = Field(
         default=1.0, ge=0, description="minimum time between two metrics events of a job"
     )
+    log_every_s: float = Field(
+        default=10.0, ge=0, description="minimum time between two lines of the log about a job's training"
+    )
     reap_every_s: float = Field(
         default=5.0, gt=0, description="time between two searches for jobs of lost workers"
     )

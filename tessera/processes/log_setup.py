@@ -5,9 +5,9 @@ Both go to standard error. Text:
     2026-11-30T12:00:00.123Z INFO engine service.engine.step_loop: message
 
 JSON has the same parts under `time`, `level`, `process`, `logger` and `message`, and also `pid`; a traceback
-under `exception`; and the fields in `log_fields`: `request_id`, `tenant`, `job_id`. An exception that nobody
-catches and a Python warning are written in the same form. This module imports the standard library
-only.
+under `exception`; the fields in `log_fields`: `request_id`, `tenant`, `job_id`; and those that a call passes
+in `extra={"fields": {…}}`. An exception that nobody catches and a Python warning are written in the same
+form. This module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class JsonFormatter(_UtcFormatter):
             "logger": record.name,
             "message": record.getMessage(),
             **log_fields.get(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

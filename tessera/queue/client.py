@@ -26,6 +26,7 @@ from tessera.queue.client_scripts import (
     RESUME,
     SET_SHARE,
     STATS,
+    STOP,
     SUBMIT,
 )
 from tessera.queue.records import Job, JobEvent, JobReply, JobSpec, JobStatus, parse_event, parse_job
@@ -61,6 +62,8 @@ class QueueStats:
 #: Prefix of the ids of each kind of job, so that a job of one kind is not found among those of another.
 ID_PREFIXES = {"adapter": "ftjob-", "basis": "basisjob-"}
 
+
+_ADJECTIVES = {"cancel": "cancellable", "pause": "pausable", "resume": "resumable", "stop": "stoppable"}
 
 #: Jobs read at a time while a filtered page is filled.
 _PAGE_SIZE = 100
@@ -149,6 +152,14 @@ class JobQueue:
         """
         return await self._command(RESUME, tenant, job_id, "resume")
 
+    async def stop(self, tenant: str, job_id: str) -> Job:
+        """Let a job end now as succeeded with the best state that it has reached (`stop_requested`).
+
+        A paused job is queued again for it. Raises `NotFound`, and `Conflict` (job_not_stoppable) if the job
+        has ended, is being cancelled, or has made no step yet.
+        """
+        return await self._command(STOP, tenant, job_id, "stop")
+
     async def set_share(
         self, tenant: str, *, weight: float = 1.0, max_running_jobs: int | None = None
     ) -> None:
@@ -200,7 +211,7 @@ class JobQueue:
         if reply is None:
             raise _not_found(job_id)
         if isinstance(reply, bytes):
-            adjective = {"cancel": "cancellable", "pause": "pausable", "resume": "resumable"}[verb]
+            adjective = _ADJECTIVES[verb]
             raise Conflict(
                 f"cannot {verb} job {job_id}: it is {reply.decode()}",
                 param="job_id",

@@ -153,7 +153,7 @@ end
 -- End the job with a final status, and let its record expire.
 local function finish(id, status, level, message)
   set(id, 'status', status, 'finished_ms', whole(NOW))
-  call('HDEL', JOB .. id, 'cancel_requested', 'pause_requested', 'due_ms')
+  call('HDEL', JOB .. id, 'cancel_requested', 'pause_requested', 'stop_requested', 'due_ms')
   call('DEL', CHECKPOINT .. id)
   log(id, level, message)
   call('EXPIRE', JOB .. id, JOB_TTL_S)
@@ -229,7 +229,7 @@ if get(id, 'tenant') ~= tenant then return false end
 return call('XREVRANGE', EVENTS .. id, after == '' and '+' or '(' .. after, '-', 'COUNT', limit + 1)
 """)
 
-# ARGV of the three commands: tenant, job id, token.
+# ARGV of the four commands: tenant, job id, token.
 # Reply: the job; its status, if that forbids the command; or nil if this tenant has no such job.
 _COMMAND = """
 local tenant, id, token = unpack(ARGV)
@@ -268,6 +268,7 @@ PAUSE = queue_script(
 -- A running job pauses after its next checkpoint, a queued one now; a paused one stays so.
 if status == 'running' then
   if get(id, 'cancel_requested') then return 'being cancelled' end
+  if get(id, 'stop_requested') then return 'being stopped' end
   if call('HSET', JOB .. id, 'pause_requested', 1) == 1 then log(id, 'info', 'Pause requested') end
 elseif status == 'queued' then
   dequeue(id)
@@ -291,6 +292,25 @@ elseif status == 'running' then
   if call('HDEL', JOB .. id, 'pause_requested') == 1 then log(id, 'info', 'Pause withdrawn') end
 elseif status ~= 'queued' then
   return status
+end
+""",
+    _DONE,
+)
+
+STOP = queue_script(
+    _COMMAND,
+    """
+-- A worker publishes the best state so far and ends the job: the one that has it, or the next one.
+if status ~= 'running' and status ~= 'queued' and status ~= 'paused' then return status end
+if get(id, 'cancel_requested') then return 'being cancelled' end
+if tonumber(get(id, 'best_step') or 0) < 1 then
+  return 'before its first step, so there is nothing to keep yet; wait for a step, or cancel the job'
+end
+call('HDEL', JOB .. id, 'pause_requested')
+if call('HSET', JOB .. id, 'stop_requested', 1) == 1 then log(id, 'info', 'Stop requested') end
+if status == 'paused' then
+  call('SREM', PAUSED, id)
+  enqueue(id)
 end
 """,
     _DONE,

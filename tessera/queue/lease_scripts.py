@@ -129,7 +129,8 @@ set(id, 'last_op', token)
 _ASKED = """
 -- What the owner of the job wants of its worker.
 local function asked(id)
-  return get(id, 'cancel_requested') and 'cancel' or get(id, 'pause_requested') and 'pause' or 'held'
+  return get(id, 'cancel_requested') and 'cancel' or get(id, 'stop_requested') and 'stop'
+         or get(id, 'pause_requested') and 'pause' or 'held'
 end
 """
 
@@ -183,7 +184,8 @@ local function bury(id, problem, message)
 end
 """
 
-#: ARGV: lease (ms), then job id and epoch of each lease. Reply: for each 'held', 'lost', 'cancel' or 'pause'.
+#: ARGV: lease (ms), then job id and epoch of each lease. Reply: for each 'held', 'lost', 'cancel',
+#: 'stop' or 'pause'.
 RENEW = queue_script(
     _ASKED,
     """
@@ -203,8 +205,8 @@ return states
 )
 
 #: ARGV: …, level, type ('' for no event), message, data, progress ('' to leave it as it is).
-#: The number `step` in the progress says how far the job has come. Reply: 'held', 'cancel', 'pause' or
-#: 'stale'.
+#: The number `step` in the progress says how far the job has come. Reply: 'held', 'cancel', 'stop',
+#: 'pause' or 'stale'.
 REPORT = queue_script(
     _ASKED,
     _ADVANCE,
@@ -213,7 +215,7 @@ REPORT = queue_script(
 local level, kind, message, data, progress = unpack(ARGV, 4)
 if kind ~= '' then log(id, level, message, kind, data) end
 if progress ~= '' then
-  set(id, 'progress', progress)
+  set(id, 'progress', progress, 'progress_ms', whole(NOW))
   advance(id, tonumber(cjson.decode(progress).step))
 end
 return asked(id)
@@ -231,7 +233,8 @@ return 'done'
 """,
 )
 
-#: ARGV: …, result. A second completion with the same epoch counts as a repetition.
+#: ARGV: …, result, progress ('' to leave it as it is). A second completion with the same epoch counts as a
+#: repetition.
 COMPLETE = queue_script(
     """
 if get(ARGV[1], 'status') == 'succeeded' and get(ARGV[1], 'epoch') == ARGV[2] then return 'repeated' end
@@ -241,6 +244,7 @@ if get(ARGV[1], 'status') == 'succeeded' and get(ARGV[1], 'epoch') == ARGV[2] th
     """
 leave_worker(id, false)
 set(id, 'result', ARGV[4])
+if ARGV[5] ~= '' then set(id, 'progress', ARGV[5], 'progress_ms', whole(NOW)) end
 finish(id, 'succeeded', 'info', 'Job succeeded')
 return 'done'
 """,

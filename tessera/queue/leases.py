@@ -70,6 +70,7 @@ class LeaseState(StrEnum):
     LOST = "lost"  # another worker has the job, or it has ended: drop it, write nothing
     CANCEL = "cancel"  # held, but its owner cancels it: stop, then `acknowledge_cancel`
     PAUSE = "pause"  # held, but its owner pauses it: write a checkpoint, then `release`
+    STOP = "stop"  # held, but its owner ends it: publish the best state so far, then `complete`
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class JobLeases:
     ) -> LeaseState:
         """Append an event (if there is a message or data) and replace the progress (if given), in one step.
 
-        Returns HELD, CANCEL or PAUSE. Unlike a renewal, this does not extend the lease.
+        Returns HELD, CANCEL, STOP or PAUSE. Unlike a renewal, this does not extend the lease.
         """
         text = message[:MAX_MESSAGE_CHARS].encode(errors="replace")
         kind = type if message or data is not None else ""
@@ -197,12 +198,14 @@ class JobLeases:
         assert content is None or isinstance(content, bytes)  # the client does not decode
         return content
 
-    async def complete(self, lease: Lease, result: Mapping[str, Any]) -> None:
+    async def complete(
+        self, lease: Lease, result: Mapping[str, Any], *, progress: Mapping[str, Any] | None = None
+    ) -> None:
         """End the job as succeeded, even if its cancellation was requested.
 
-        May be called again after success.
+        progress: replaces the last reported one. May be called again after success.
         """
-        await self._step(COMPLETE, lease, to_json(result))
+        await self._step(COMPLETE, lease, to_json(result), "" if progress is None else to_json(progress))
 
     async def fail(
         self, lease: Lease, error: Mapping[str, Any], *, retryable: bool, ends_worker: bool = False

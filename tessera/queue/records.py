@@ -120,6 +120,10 @@ class Job:
     not_before: float | None = None
     cancel_requested: bool = False
     pause_requested: bool = False
+    #: The worker shall publish the best state so far and end the job as succeeded.
+    stop_requested: bool = False
+    #: When `progress` was reported; None before, or if an earlier release reported it.
+    progress_at: float | None = None
     #: Attempts that ended with the death of their worker.
     num_lost_workers: int = 0
 
@@ -159,6 +163,8 @@ def parse_job(reply: JobReply) -> Job:
             not_before=_seconds(record.get("due_ms")),
             cancel_requested="cancel_requested" in record,
             pause_requested="pause_requested" in record,
+            stop_requested="stop_requested" in record,
+            progress_at=_seconds(record.get("progress_ms")),
             num_lost_workers=int(record.get("lost_workers", 0)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -46,6 +46,8 @@ class SessionCommands:
     def __init__(self) -> None:
         #: The highest command so far.
         self.command: Command | None = None
+        #: The owner wants the best state so far to be published now. No wait is interrupted for this.
+        self.is_stop_requested = False
         self._commanded = asyncio.Event()
         self._wake = asyncio.Event()
 
@@ -57,7 +59,10 @@ class SessionCommands:
 
     def obey(self, state: LeaseState) -> None:
         """Turn what the store says of the lease, in reply to a renewal or a report, into a command."""
-        if state is not LeaseState.HELD:
+        if state is LeaseState.STOP:
+            self.is_stop_requested = True
+            self._wake.set()
+        elif state is not LeaseState.HELD:
             self.give(Command[state.name])
 
     def wake(self) -> None:

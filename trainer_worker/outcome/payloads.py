@@ -5,12 +5,16 @@ The names in metrics events are OpenAI's where OpenAI has one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tessera.errors import TesseraError
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
 from trainer_worker.training.run import RunUpdate, TrainRun
+
+#: A job that still has to publish its result is not done.
+MAX_UNFINISHED_PERCENT = 99.0
 
 
 def start_message(run: TrainRun) -> str:
@@ -52,21 +56,61 @@ def metrics_data(update: RunUpdate) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def log_message(run: TrainRun, update: RunUpdate, remaining_s: float | None) -> str:
+    """Return the sentence of the worker's log about a run under way."""
+    percent = 100 * update.step / max(1, update.total_steps)
+    left = "" if remaining_s is None else f", about {remaining_s:.0f} s left"
+    return f"job {run.run_id}: {metrics_message(update)} ({percent:.0f} %{left})"
+
+
+def log_data(run: TrainRun, update: RunUpdate, remaining_s: float | None) -> dict[str, Any]:
+    """Return the fields of a JSON line of the worker's log about a run under way."""
+    progress = training_progress(run, update, remaining_s)
+    names = ("step", "total_steps", "percent", "train_loss", "valid_loss", "remaining_s")
+    values = {name: progress[name] for name in names}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def chosen_hyperparameters(run: TrainRun) -> dict[str, Any]:
+    """Return what the run trains with, by the names of the request: numbers in place of "auto"."""
+    plan = run.plan
+    chosen = {
+        "n_epochs": plan.num_epochs,
+        "batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": plan.schedule,
+        "warmup_ratio": round(plan.warmup_steps / plan.total_steps, 6),
+        "weight_decay": plan.weight_decay,
+    }
+    if run.data.max_tokens is not None:
+        chosen["max_length"] = run.data.max_tokens
+    if plan.automatic_rate:
+        chosen["learning_rate_multiplier"] = float(f"{plan.learning_rate / plan.automatic_rate:.6g}")
+    return chosen
+
+
 def building_progress(done: int, total: int) -> dict[str, Any]:
     """Return the job's progress while its basis is built or its initialization is computed."""
     return {"phase": "preparing", "modules_done": done, "modules": total}
 
 
-def training_progress(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
-    """Return the job's progress at the time of an update."""
+def training_progress(run: TrainRun, update: RunUpdate, remaining_s: float | None) -> dict[str, Any]:
+    """Return the job's progress at the time of an update.
+
+    remaining_s: seconds until the job has ended; None if nobody knows. The percentage is that of the planned
+    steps; it is 100 only when the job has ended (`final_progress`).
+    """
     progress, plan = run.progress, run.plan
     steps_per_epoch = max(1, plan.total_steps // plan.num_epochs)
+    percent = min(round(100 * update.step / plan.total_steps, 1), MAX_UNFINISHED_PERCENT)
     return {
+        "phase": "training" if update.finish_reason is None else "publishing",
         "step": update.step,
         "total_steps": plan.total_steps,
         "epoch": min(plan.num_epochs, update.step // steps_per_epoch + 1),
         "num_epochs": plan.num_epochs,
-        "percent": round(100 * update.step / plan.total_steps, 1),
+        "percent": percent,
+        "remaining_s": None if remaining_s is None else round(remaining_s, 2),
         "trained_tokens": update.trained_tokens,
         "learning_rate": run.learning_rate,
         "train_loss": progress.train_loss,
@@ -74,7 +118,14 @@ def training_progress(run: TrainRun, update: RunUpdate) -> dict[str, Any]:
         "initial_valid_loss": progress.initial_valid_loss,
         "best_valid_loss": progress.best_valid_loss,
         "best_step": progress.best_step,
+        "hyperparameters": chosen_hyperparameters(run),
     }
+
+
+def final_progress(run: TrainRun) -> dict[str, Any]:
+    """Return the progress of a job that has published its result, also if it ended before its last step."""
+    progress = training_progress(run, run.update(), 0.0)
+    return {**progress, "phase": "finished", "percent": 100.0}
 
 
 def result_warnings(run: TrainRun) -> list[tuple[str, str]]:

@@ -59,6 +59,8 @@ class TrainingData:
     #: empty if the examples are not pairs.
     train_chosen: tuple[int, ...] = ()
     valid_chosen: tuple[int, ...] = ()
+    #: Longer examples were truncated to this many tokens; None if nobody knows.
+    max_tokens: int | None = None
 
     @property
     def num_train_tokens(self) -> int:
@@ -131,6 +133,7 @@ def encode_data(
         num_overlapping=overlap,
         train_sizes=tuple(map(len, train)),
         valid_sizes=tuple(map(len, valid)),
+        max_tokens=max_tokens,
     )
 
 

@@ -87,6 +87,9 @@ class TrainingPlan:
     weight_decay: float = 0.0
     #: One of `SCHEDULES`.
     schedule: str = DEFAULT_SCHEDULE
+    #: The automatic rate for this method and number of examples, of which learning_rate is a multiple; None
+    #: if nobody knows it.
+    automatic_rate: float | None = None
 
     def learning_rate_at(self, step: int) -> float:
         """Return the rate of the 0-based `step`: a linear warm-up, then the schedule."""
@@ -128,6 +131,7 @@ def make_plan(
         warmup_steps = max(1, round(WARMUP_SHARE * total_steps))
     else:
         warmup_steps = math.ceil(warmup_share * total_steps)
+    automatic_rate = kind.rate_for(num_examples)
     patience = stopping["patience"]
     if patience is not None:
         patience = _number(stopping, "patience", "early_stopping") or PATIENCE
@@ -135,7 +139,7 @@ def make_plan(
         num_epochs=num_epochs,
         batch_size=batch_size,
         total_steps=total_steps,
-        learning_rate=_learning_rate(hyperparameters, kind.rate_for(num_examples)),
+        learning_rate=_learning_rate(hyperparameters, automatic_rate),
         seed=seed,
         warmup_steps=warmup_steps,
         evaluate_every=max(1, math.ceil(total_steps / NUM_EVALUATIONS)),
@@ -143,6 +147,7 @@ def make_plan(
         min_delta=_number(stopping, "min_delta", "early_stopping") or 0.0,
         weight_decay=_number(hyperparameters, "weight_decay") or 0.0,
         schedule=_schedule(hyperparameters),
+        automatic_rate=automatic_rate,
     )
 
 

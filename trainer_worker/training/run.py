@@ -47,7 +47,7 @@ class Progress:
     num_nonfinite: int = 0
     #: Factor on the plan's learning rate, halved when the run goes back to its best state.
     learning_rate_factor: float = 1.0
-    #: "completed", "early_stop" or "diverged"; None while the run goes on.
+    #: "completed", "early_stop", "stopped" or "diverged"; None while the run goes on.
     finish_reason: str | None = None
 
 
@@ -154,6 +154,9 @@ class TrainRun(ABC):
         self.best_R = R.clone()
         self.progress = Progress()
         self.init_notes = None
+        #: The owner wants the run to end: it is evaluated once more, and its best state counts. May be set
+        #: by another thread.
+        self.is_stop_requested = False
 
     @property
     @abstractmethod
@@ -211,8 +214,12 @@ class TrainRun(ABC):
     @property
     def needs_evaluation(self) -> bool:
         step = self.progress.step
-        is_due = step % self.plan.evaluate_every == 0 or step >= self.plan.total_steps
+        is_due = step % self.plan.evaluate_every == 0 or step >= self.plan.total_steps or self._should_stop
         return is_due and self.progress.evaluated_at != step
+
+    @property
+    def _should_stop(self) -> bool:
+        return self.is_stop_requested and self.progress.step > 0
 
     def next_batch(self) -> list[Sample]:
         """Return the samples of the next step."""
@@ -262,6 +269,8 @@ class TrainRun(ABC):
             progress.num_bad_evaluations += 1
         if progress.step >= self.plan.total_steps:
             progress.finish_reason = "completed"
+        elif self._should_stop:
+            progress.finish_reason = "stopped"
         elif self.plan.patience is not None and progress.num_bad_evaluations >= self.plan.patience:
             progress.finish_reason = "early_stop"
 

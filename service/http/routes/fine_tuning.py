@@ -67,6 +67,12 @@ async def cancel_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTun
     return job_object(await queue.cancel(tenant, job_id))
 
 
+@router.post("/jobs/{job_id}/stop", operation_id="stop_fine_tuning_job")
+async def stop_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+    """Let a job end now as succeeded: its worker publishes the best state so far."""
+    return job_object(await queue.stop(tenant, job_id))
+
+
 @router.post("/jobs/{job_id}/pause", operation_id="pause_fine_tuning_job")
 async def pause_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
     """Pause a job. A running one keeps what it has learned."""

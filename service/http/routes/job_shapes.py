@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, get_args
 
@@ -64,8 +65,10 @@ def job_object(job: Job) -> FineTuningJob:
     """Return a job in OpenAI's shape, with our further fields."""
     spec, result = job.spec, job.result or {}
     has_succeeded = job.status == JobStatus.SUCCEEDED
-    given = {name: spec.hyperparameters.get(name, "auto") for name in HYPERPARAMETERS}
-    hyperparameters = JobHyperparameters(**given)
+    progress = dict(job.progress)
+    chosen = progress.pop("hyperparameters", {})  # known once training has begun
+    numbers = {name: spec.hyperparameters.get(name, chosen.get(name, "auto")) for name in HYPERPARAMETERS}
+    hyperparameters = JobHyperparameters(**numbers)
     return FineTuningJob(
         id=job.job_id,
         created_at=int(job.created_at),
@@ -85,7 +88,7 @@ def job_object(job: Job) -> FineTuningJob:
         method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
         user_provided_suffix=spec.suffix,
         adapter=_adapter(job, result),
-        progress=job.progress,
+        progress=progress,
         result=job.result,
         early_stopping=spec.early_stopping,
         started_at=seconds(job.started_at),
@@ -127,13 +130,11 @@ def checkpoints_of(job: Job) -> list[Checkpoint]:
 
 
 def _estimated_finish(job: Job) -> int | None:
-    """Return the estimated end of a running job, from the steps done so far, once it has reported how many
-    there are."""
-    done, total = job.progress.get("step"), job.progress.get("total_steps")
-    if job.status != JobStatus.RUNNING or job.started_at is None or not done or not total:
+    """Return the end of a running job as its worker has estimated it; None while nobody knows."""
+    remaining_s = job.progress.get("remaining_s")
+    if job.status != JobStatus.RUNNING or job.progress_at is None or remaining_s is None:
         return None
-    now = time.time()
-    return int(now + (now - job.started_at) * max(0, total - done) / done)
+    return math.ceil(max(job.progress_at + float(remaining_s), time.time()))
 
 
 def _adapter(job: Job, result: dict[str, Any]) -> TrainedAdapter:

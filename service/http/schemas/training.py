@@ -237,7 +237,7 @@ class FineTuningJob(Answer):
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     finished_at: int | None
-    estimated_finish: int | None
+    estimated_finish: int | None = Field(description="None while nobody knows.")
     fine_tuned_model: str | None = Field(description="The adapter's id, once the job has succeeded.")
     hyperparameters: JobHyperparameters
     model: str

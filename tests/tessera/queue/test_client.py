@@ -44,7 +44,7 @@ async def test_a_submitted_job_is_queued_and_reads_back(redis: Redis) -> None:
 async def test_another_tenants_job_does_not_exist(redis: Redis) -> None:
     queue = JobQueue(redis)
     job = await queue.submit("acme", make_spec(), cost=1)
-    for call in (queue.get, queue.events, queue.cancel, queue.pause, queue.resume):
+    for call in (queue.get, queue.events, queue.cancel, queue.pause, queue.resume, queue.stop):
         for tenant, job_id in (("evil", job.job_id), ("acme", "ftjob-none"), ("acme", "")):
             with pytest.raises(NotFound) as caught:
                 await call(tenant, job_id)

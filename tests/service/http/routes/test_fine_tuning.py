@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ from redis.asyncio import Redis
 
 from service.jobs.training_jobs import slug
 from tessera.queue.client import JobQueue
-from tessera.queue.leases import JobLeases
+from tessera.queue.leases import JobLeases, LeaseState
 from tessera.queue.records import HYPERPARAMETERS
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
@@ -210,6 +211,56 @@ async def test_jobs_are_found_by_their_metadata(client: httpx.AsyncClient, file_
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
 
 
+async def test_a_job_under_way_shows_what_was_chosen_and_when_it_will_end(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    given = {"n_epochs": 2}
+    path = f"{JOBS}/{(await create(client, file_id, hyperparameters=given))['id']}"
+    leases = JobLeases(redis)
+    [lease] = await leases.claim("worker", limit=1, lease_s=60)
+    chosen = {
+        "n_epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "learning_rate_multiplier": 0.3,
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "weight_decay": 0.0, "max_length": 512,
+    }  # fmt: skip
+    progress = {"step": 5, "total_steps": 10, "percent": 50.0, "hyperparameters": chosen}
+
+    await leases.report(lease, progress={**progress, "remaining_s": None})
+    job = (await client.get(path)).json()
+    assert job["estimated_finish"] is None
+    await leases.report(lease, progress={**progress, "remaining_s": 90.0})
+    job = (await client.get(path)).json()
+
+    assert job["hyperparameters"] == chosen
+    assert job["method"]["supervised"]["hyperparameters"] == chosen
+    assert job["progress"] == {"step": 5, "total_steps": 10, "percent": 50.0, "remaining_s": 90.0}
+    assert 85 <= job["estimated_finish"] - time.time() <= 91
+    await leases.complete(lease, {"version": 1}, progress={**progress, "percent": 100.0, "remaining_s": 0})
+    job = (await client.get(path)).json()
+    assert (job["progress"]["percent"], job["estimated_finish"]) == (100.0, None)
+    assert job["hyperparameters"] == chosen
+
+
+async def test_a_job_can_be_stopped_after_its_first_step(
+    client: httpx.AsyncClient, redis: Redis, file_id: str
+) -> None:
+    path = f"{JOBS}/{(await create(client, file_id))['id']}"
+    leases = JobLeases(redis)
+    [lease] = await leases.claim("worker", limit=1, lease_s=60)
+
+    early = await client.post(f"{path}/stop")
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "job_not_stoppable")
+    assert "before its first step" in early.json()["error"]["message"]
+    assert await leases.report(lease, progress={"step": 1, "total_steps": 9}) is LeaseState.HELD
+    stopped = await client.post(f"{path}/stop")
+
+    assert (stopped.status_code, stopped.json()["status"]) == (200, "running")
+    assert (await leases.renew([lease], lease_s=60))[lease.job.job_id] is LeaseState.STOP
+    refused = await client.post(f"{path}/pause")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "job_not_pausable")
+    assert (await client.post(f"{path}/cancel")).status_code == 200  # for an owner who changes their mind
+    assert await leases.report(lease, message="x") is LeaseState.CANCEL
+
+
 async def test_a_job_can_be_paused_resumed_and_cancelled(client: httpx.AsyncClient, file_id: str) -> None:
     job_id = (await create(client, file_id))["id"]
 
@@ -222,7 +273,7 @@ async def test_a_job_that_has_ended_stays_so(client: httpx.AsyncClient, file_id:
     job_id = (await create(client, file_id))["id"]
     await client.post(f"{JOBS}/{job_id}/cancel")
 
-    for verb in ("pause", "resume", "cancel"):
+    for verb in ("pause", "resume", "stop", "cancel"):
         reply = await client.post(f"{JOBS}/{job_id}/{verb}")
         assert reply.status_code == 409
         assert reply.headers["x-should-retry"] == "false"
