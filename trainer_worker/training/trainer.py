@@ -159,7 +159,7 @@ class Trainer:
     def step(self) -> list[RunUpdate]:
         """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
         waiting = [slot for slot, run in self._active() if run.awaits_reference]
-        with self._attached():
+        with self.attached():
             updates = self._refer(waiting) if waiting else []
             ready = [slot for slot, _ in self._active() if slot not in waiting]
             updates += self._evaluate([slot for slot in ready if self._at(slot).needs_evaluation])
@@ -228,8 +228,13 @@ class Trainer:
         return tally
 
     @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """Put this basis and the current cores into the model's layers, and take them out afterwards."""
+    def attached(self, rows: Tensor | None = None) -> Iterator[None]:
+        """Put this basis and the current cores into the model's layers, and take them out afterwards.
+
+        rows: int64 [S], the slots of the rows of the next pass.
+        """
+        if rows is not None:
+            self._owners.rows, self._owners.length = rows, None
         with torch.no_grad():
             core = self._P_out @ self._optimizer.R @ self._P_in
             self._core.copy_(core.transpose(0, 1))

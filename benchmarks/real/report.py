@@ -1,0 +1,172 @@
+"""From records to a Markdown report and its rows: every task against the base model and LoRA's own sweep.
+
+This file knows only the records. A fixed multiple counts with the state that a job would have published.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.real.selection import Point, Record, best_run, published
+
+#: The yardstick: the best of this method's sweep.
+LORA, LORA_RANK = "lora", 16
+#: An automatic choice is good if it reaches this share of the best exact match of LoRA's sweep.
+TARGET_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task with one method at one rank. Points have test_loss and test_exact; None: not measured."""
+
+    method: str
+    rank: int
+    task: str
+    judged: str
+    num_test: int
+    base: Point
+    auto: Point | None
+    #: The automatic rate by the rate of the tables.
+    auto_multiple: float | None
+    #: By the multiple of the tables' rate.
+    fixed: dict[float, Point]
+    #: The best of LoRA's sweep.
+    lora: Point | None
+    num_parameters: int
+
+    @property
+    def is_good(self) -> bool | None:
+        """Whether the automatic choice reaches TARGET_SHARE of LoRA's best; None for tasks judged by loss."""
+        if self.judged != "exact" or self.auto is None or self.lora is None:
+            return None
+        return bool(self.auto["test_exact"] >= TARGET_SHARE * self.lora["test_exact"])
+
+    @property
+    def is_no_worse(self) -> bool | None:
+        """Whether the automatic choice's loss is at most the base model's."""
+        return None if self.auto is None else loss_of(self.auto) <= loss_of(self.base)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method, "rank": self.rank, "task": self.task, "judged": self.judged,
+            "num_test": self.num_test, "num_parameters": self.num_parameters, "base": _short(self.base),
+            "auto": _short(self.auto), "auto_multiple": self.auto_multiple,
+            "fixed": {f"{multiple:g}": _short(point) for multiple, point in sorted(self.fixed.items())},
+            "lora": _short(self.lora), "is_good": self.is_good, "is_no_worse": self.is_no_worse,
+        }  # fmt: skip
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """Return a row per method, rank and task, in the order of the records. Later records count."""
+    base = {
+        record["task"]: {"test_loss": record["loss"], "test_exact": record["exact"]}
+        for record in records
+        if record["kind"] == "base"
+    }
+    runs: dict[tuple[str, int, str], dict[float, Record]] = {}
+    autos: dict[tuple[str, int, str], Record] = {}
+    for record in records:
+        if record["kind"] not in ("run", "auto"):
+            continue
+        key = record["method"], record["rank"], record["task"]
+        of_key = runs.setdefault(key, {})
+        if record["kind"] == "run":
+            of_key[record["multiple"]] = record
+        else:
+            autos[key] = record
+    rows = []
+    for key, of_key in runs.items():
+        method, rank, task = key
+        auto = autos.get(key)
+        some = auto or next(iter(of_key.values()))
+        best = best_run(runs.get((LORA, LORA_RANK, task), {}).values(), some["judged"])
+        rows.append(
+            Row(
+                method, rank, task, some["judged"], some["num_test"], base[task], auto,
+                None if auto is None else auto["multiple"],
+                {multiple: published(run["points"]) for multiple, run in of_key.items()},
+                None if best is None else published(best["points"]),
+                next((run["num_parameters"] for run in of_key.values()), 0),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def report(run: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Return the report. run: what all records share."""
+    lines = [
+        "# Defaults on everyday tasks",
+        "",
+        f"{run['model']} in float32 on {run['hardware']['device']}; seed {run['seed']}; `{run['command']}`.",
+        "",
+        "Each entry is the number of greedy answers on the test that are right, then the loss in nats per "
+        "token. `auto` is what a job with the defaults publishes, with the multiple of the tables' rate that "
+        "it chose; the other columns are fixed multiples. The state of lowest validation loss counts, as a "
+        "job would publish it.",
+        "",
+        *_summary(rows),
+    ]
+    for method, rank in dict.fromkeys((row.method, row.rank) for row in rows):
+        mine = [row for row in rows if (row.method, row.rank) == (method, rank)]
+        lines += ["", f"## {method}" + (f", r = {rank}" if rank else ""), "", *_table(mine)]
+    return "\n".join([*lines, ""])
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        f"| method | r | trained numbers | auto ≥ {TARGET_SHARE:g} of LoRA's best | "
+        "auto no worse than the base | auto chose another rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, rank in dict.fromkeys((row.method, row.rank) for row in rows):
+        mine = [row for row in rows if (row.method, row.rank) == (method, rank)]
+        moved = [
+            not math.isclose(row.auto_multiple, 1.0, rel_tol=1e-6)
+            for row in mine
+            if row.auto_multiple is not None
+        ]
+        lines.append(
+            f"| {method} | {rank or ''} | {mine[0].num_parameters:,} "
+            f"| {_share([row.is_good for row in mine])} "
+            f"| {_share([row.is_no_worse for row in mine])} | {_share(moved)} |"
+        )
+    return lines
+
+
+def _share(flags: Sequence[bool | None]) -> str:
+    known = [flag for flag in flags if flag is not None]
+    return f"{sum(known)} of {len(known)}" if known else ""
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    multiples = sorted({multiple for row in rows for multiple in row.fixed})
+    heads = ["task", "base", "auto", *(f"×{multiple:g}" for multiple in multiples), "LoRA's best"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        chosen = "" if row.auto_multiple is None else f" (×{row.auto_multiple:.2g})"
+        cells = [f"{row.task} ({row.num_test})", cell(row.base, row), cell(row.auto, row) + chosen]
+        cells += [cell(row.fixed.get(multiple), row) for multiple in multiples]
+        lines.append("| " + " | ".join([*cells, cell(row.lora, row)]) + " |")
+    return lines
+
+
+def cell(point: Point | None, row: Row) -> str:
+    """Return an entry of a table: right answers (unless loss alone is judged) and loss."""
+    if point is None:
+        return ""
+    loss = "diverged" if point["test_loss"] is None else f"{point['test_loss']:.3g}"
+    return loss if row.judged == "loss" else f"{round(point['test_exact'] * row.num_test)} / {loss}"
+
+
+def loss_of(point: Point) -> float:
+    """Return the loss on the test; infinite where it was not finite."""
+    return math.inf if point["test_loss"] is None else float(point["test_loss"])
+
+
+def _short(point: Point | None) -> Point | None:
+    if point is None:
+        return None
+    return {name: point[name] for name in ("step", "test_loss", "test_exact") if name in point}
