@@ -23,7 +23,10 @@ from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
 from trainer_worker.outcome.finish_time import PublishTime
+from trainer_worker.outcome.job_reports import JobReports
 from trainer_worker.outcome.publisher import Publisher
+from trainer_worker.outcome.result_files import ResultFiles
+from trainer_worker.outcome.samples import SampleMaker
 from trainer_worker.preparing.basis_source import BasisSource
 from trainer_worker.preparing.lora import LoraPreparation
 from trainer_worker.preparing.preparation import Preparation
@@ -103,5 +106,9 @@ def make_worker(
         report_every_s=worker_settings.report_every_s,
         log_every_s=worker_settings.log_every_s,
         publishing=PublishTime(),
+        reports=JobReports(
+            SampleMaker(base, chat, model_lock, max_samples=worker_settings.report_samples),
+            ResultFiles(FileStore(redis)),
+        ),
     )
     return Worker(services, worker_settings, heartbeat=heartbeat)

@@ -20,6 +20,7 @@ from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.waits import Command, SessionCommands, Stopped, retrying
 from trainer_worker.outcome import payloads
 from trainer_worker.outcome.finish_time import FinishTime, PublishTime
+from trainer_worker.outcome.job_reports import JobReports
 from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.preparing.preparation import Preparation, Prepared
@@ -52,6 +53,7 @@ class WorkerServices:
     report_every_s: float
     log_every_s: float
     publishing: PublishTime
+    reports: JobReports
 
 
 class JobSession:
@@ -194,19 +196,22 @@ class JobSession:
         """
         services, job = self._services, self.lease.job
         began = time.monotonic()
-        states = await self._leases.renew([self.lease], lease_s=services.lease_s)
-        self.commands.obey(states[job.job_id])
-        if self.commands.command in (Command.LOST, Command.CANCEL):
-            raise Stopped
         for code, message in payloads.result_warnings(run):
             await self._reporter.warn(code, message)
         metadata = payloads.adapter_metadata(run, job)
         trained = await asyncio.to_thread(run.to_result, services.base, metadata)
+        training_s = time.monotonic() - self._began
+        samples = await services.reports.make_samples(run, trained, training_s=training_s)
+        states = await self._leases.renew([self.lease], lease_s=services.lease_s)
+        self.commands.obey(states[job.job_id])
+        if self.commands.command in (Command.LOST, Command.CANCEL):
+            raise Stopped
         version = await self._publisher.publish(job, trained)
         training_s = time.monotonic() - self._began
         result = payloads.training_result(
             run, version, job, training_s=training_s, warnings=self._reporter.warnings
         )
+        result["result_files"] = await services.reports.store(job, run, result, samples)
         await self._leases.complete(self.lease, result, progress=payloads.final_progress(run))
         services.publishing.note(time.monotonic() - began)
         services.metrics.measure_success(run.progress, training_s)

@@ -88,7 +88,11 @@ class TrainerPool:
                 continue
             before = trainer.tokens
             try:
-                tick.updates += trainer.step()
+                updates = trainer.step()
+                runs = {run.run_id: run for run in trainer.runs}
+                for update in updates:
+                    runs[update.run_id].history.note(update)
+                tick.updates += updates
             except Exception as error:
                 tick.failures |= {run.run_id: error for run in trainer.runs}
                 self._trainers.remove(trainer)

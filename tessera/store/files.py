@@ -21,6 +21,8 @@ from tessera.redis.client import Argument, Client, translate_errors
 from tessera.store import file_scripts
 
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
+#: Purpose of the files that a training job has made. Users upload files of other purposes.
+RESULTS = "fine-tune-results"
 #: Bytes of content per command. During an upload of 32 MB the longest command blocks other clients for 3 ms.
 #: With pieces of 4 MB it blocks them for 25 ms, and the whole upload takes the store twice as long.
 CHUNK_BYTES = 256 * 1024
@@ -63,11 +65,17 @@ class FileStore:
         content: bytes,
         num_examples: int | None = None,
         lifetime_s: int | None = None,
+        file_id: str | None = None,
     ) -> FileRecord:
-        """Store a file under a new id. lifetime_s: seconds until it expires; None: never."""
+        """Store a file under a new id. lifetime_s: seconds until it expires; None: never.
+
+        file_id: replaces the file that has this id.
+        """
         now = time.time()
+        if file_id is not None:
+            await self.delete(tenant, file_id)
         record = FileRecord(
-            file_id=f"file-{secrets.token_hex(12)}",
+            file_id=file_id or f"file-{secrets.token_hex(12)}",
             tenant=tenant,
             filename=filename,
             purpose=purpose,

@@ -24,6 +24,7 @@ SERVER = "http://127.0.0.1:8000"
 ENDPOINTS = {
     "models.list": ("get", "/v1/models"),
     "files.create": ("post", "/v1/files"),
+    "files.content": ("get", "/v1/files/{file_id}/content"),
     "fine_tuning.jobs.create": ("post", "/v1/fine_tuning/jobs"),
     "fine_tuning.jobs.retrieve": ("get", "/v1/fine_tuning/jobs/{job_id}"),
     "fine_tuning.jobs.list_events": ("get", "/v1/fine_tuning/jobs/{job_id}/events"),

@@ -101,6 +101,20 @@ def test_training_again_under_one_name_publishes_the_next_version(
     assert pinned.model == "retrained@1"
 
 
+def test_result_files_can_be_read(client: openai.OpenAI, trained: str) -> None:
+    job = next(job for job in client.fine_tuning.jobs.list() if job.fine_tuned_model == trained)
+
+    metrics, report = (client.files.content(file_id) for file_id in job.result_files)
+
+    lines = metrics.text.splitlines()
+    assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert len(lines) == job.model_extra["result"]["steps"] + 2
+    assert report.text.startswith("<!doctype html>")
+    assert report.text.count('class="sample"') >= 1
+    assert client.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
+    assert job.hyperparameters.learning_rate_multiplier == 1.0
+
+
 def test_events_tell_the_story_of_a_job(client: openai.OpenAI, trained: str) -> None:
     job = next(job for job in client.fine_tuning.jobs.list() if job.fine_tuned_model == trained)
 

@@ -26,6 +26,7 @@ from trainer_worker.settings import WorkerSettings
 from trainer_worker.worker import EXIT_OK, Worker
 
 TENANT = "acme"
+_SETTINGS = {"lease_s": 60, "checkpoint_every_s": 0.2, "report_every_s": 0, "report_samples": 0}
 
 
 class SilentListener:
@@ -70,7 +71,7 @@ class World:
             self.base,
             self.chat,
             CommonSettings(data_dir=self.folder, **self.common),
-            WorkerSettings(**({"lease_s": 60, "checkpoint_every_s": 0.2, "report_every_s": 0} | settings)),
+            WorkerSettings(**(_SETTINGS | settings)),
             metrics=self.metrics,
         )
 

@@ -6,11 +6,13 @@ The names in metrics events are OpenAI's where OpenAI has one.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from tessera.errors import TesseraError
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
+from trainer_worker.training.data import TrainingData
 from trainer_worker.training.run import RunUpdate, TrainRun
 
 #: A job that still has to publish its result is not done.
@@ -167,6 +169,19 @@ def error_payload(error: Exception) -> dict[str, Any]:
     return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}
 
 
+def data_counts(data: TrainingData) -> dict[str, Any]:
+    """Return the counts over the examples that a report shows."""
+    counts = {} if data.statistics is None else asdict(data.statistics)
+    rows = [*data.train, *data.valid]
+    return {
+        **counts,
+        "num_train": data.num_train,
+        "num_validation": data.num_valid,
+        "train_tokens": data.num_train_tokens,
+        "longest_tokens": max(len(row.token_ids) for row in rows),
+    }
+
+
 def training_result(
     run: TrainRun, version: AdapterVersion, job: Job, *, training_s: float, warnings: list[tuple[str, str]]
 ) -> dict[str, Any]:
@@ -191,6 +206,7 @@ def training_result(
         "num_examples": data.num_train + data.num_valid,
         "num_validation": data.num_valid,
         "truncated": data.num_truncated,
+        "data": data_counts(data),
         "training_s": round(training_s, 2),
         "warnings": [{"code": code, "message": message} for code, message in warnings],
     }

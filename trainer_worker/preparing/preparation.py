@@ -15,6 +15,7 @@ import torch
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import parse_examples
+from tessera.data.statistics import statistics_of
 from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
@@ -36,6 +37,9 @@ from trainer_worker.training.lora.factors import LORA
 from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import CoreRun
+
+#: Share of examples equal or nearly equal to others from which their owner is warned.
+MANY_DUPLICATES = 0.2
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,8 @@ def read_data(
     """
     examples = parse_examples(training)
     held_out = None if validation is None else parse_examples(validation)
-    return encode_data(chat, examples, max_tokens=max_tokens, validation=held_out)
+    data = encode_data(chat, examples, max_tokens=max_tokens, validation=held_out)
+    return replace(data, statistics=statistics_of(examples))
 
 
 def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
@@ -253,6 +258,12 @@ def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
     if data.num_overlapping:
         message = f"{data.num_overlapping} example(s) of the validation file are also in the training file"
         warnings.append(("validation_overlap", message))
+    counts = data.statistics
+    if counts is not None:
+        num_repeated = counts.num_duplicates + counts.num_near_duplicates
+        if num_repeated >= MANY_DUPLICATES * counts.num_examples:
+            message = f"{num_repeated} of {counts.num_examples} examples are equal or nearly equal to others"
+            warnings.append(("many_duplicates", message))
     if not data.valid:
         message = (
             "too few examples to hold some back for validation: the last state is published, not the best"

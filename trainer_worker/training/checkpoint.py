@@ -4,7 +4,8 @@
                                  with its initial factors and the state of its local rules.
                reference         [n, 2], float64, of a run with pairs: the log-probabilities of its first n
                                  pairs under the reference.
-    metadata   tessera_run       {"format": 1, "fingerprint": …, "progress": {…}, "start": {…} or null}
+    metadata   tessera_run       {"format": 1, "fingerprint": …, "progress": {…}, "start": {…} or null,
+                                  "history": [[…], …]}
 
 The order of the data follows from the seed and the step, so no random generator is stored. A checkpoint is
 valid only for the basis, data and plan that the fingerprint covers.
@@ -22,6 +23,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from tessera.errors import Conflict, CorruptRecord
+from trainer_worker.training.history import History
 from trainer_worker.training.objectives.preference import Preference
 from trainer_worker.training.run import Progress, TrainRun
 
@@ -39,6 +41,7 @@ def to_bytes(run: TrainRun) -> bytes:
         "fingerprint": fingerprint(run),
         "progress": asdict(run.progress),
         "start": run.init_notes,
+        "history": run.history.to_json(),
     }
     return safetensors.torch.save(tensors, metadata={_KEY: json.dumps(state)})
 
@@ -68,6 +71,7 @@ def restore(run: TrainRun, content: bytes) -> None:
         setattr(run, name, tensors[name])
     run.progress = progress
     run.init_notes = state.get("start")
+    run.history = History.from_json(state.get("history", []))  # earlier releases wrote none
 
 
 def try_restore(run: TrainRun, content: bytes) -> list[tuple[str, str]]:

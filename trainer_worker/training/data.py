@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, for_each
+from tessera.data.statistics import DataStatistics
 
 #: With fewer distinct examples, all are used for training, because a validation split would cost more than it
 #: could show.
@@ -61,6 +62,8 @@ class TrainingData:
     valid_chosen: tuple[int, ...] = ()
     #: Longer examples were truncated to this many tokens; None if nobody knows.
     max_tokens: int | None = None
+    #: Counts over the training file; None if nobody has counted.
+    statistics: DataStatistics | None = None
 
     @property
     def num_train_tokens(self) -> int:

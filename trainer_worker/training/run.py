@@ -19,6 +19,7 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import TrainingData
+from trainer_worker.training.history import History
 from trainer_worker.training.objectives.objective import SUPERVISED, Measured, Objective, Sample
 from trainer_worker.training.objectives.references import TOKENS_PER_TRAINED_TOKEN, References
 from trainer_worker.training.plan import TrainingPlan
@@ -98,6 +99,8 @@ class RunResult:
     adapter: Adapter
     #: The basis that was trained together with the adapter; None if the adapter uses a stored one.
     own_basis: Basis | None = None
+    #: The stored basis that the adapter uses; None if it has one of its own.
+    stored_basis: Basis | None = None
 
 
 class RunTrainer(Protocol):
@@ -153,6 +156,7 @@ class TrainRun(ABC):
         self.R, self.m, self.v = R, R.new_zeros(R.shape), R.new_zeros(R.shape)
         self.best_R = R.clone()
         self.progress = Progress()
+        self.history = History()
         self.init_notes = None
         #: The owner wants the run to end: it is evaluated once more, and its best state counts. May be set
         #: by another thread.

@@ -78,7 +78,7 @@ class CoreRun(TrainRun):
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
         """Return the best state with the preconditioner folded in: R = P_out R' P_in, in float32."""
         R = self.basis.fold(self.best_R.double()).float().contiguous()
-        return RunResult(Adapter(self.basis_id, R, metadata))
+        return RunResult(Adapter(self.basis_id, R, metadata), stored_basis=self.basis)
 
 
 class Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
@@ -13,10 +14,13 @@ from service.http.schemas.common import Deleted, Page, page_of
 from service.http.schemas.training import FileObject
 from service.jobs.uploads import keep_training_file
 from tessera.errors import InvalidInput
-from tessera.store.files import FileRecord
+from tessera.store.files import RESULTS, FileRecord
 
 router = APIRouter(prefix="/v1", tags=["files"], route_class=JsonRoute)
 
+UPLOADED = "application/jsonl"
+#: What a file is sent as. Only files that a job has made are sent as anything but JSONL.
+MEDIA_TYPES = {".jsonl": UPLOADED, ".csv": "text/csv", ".html": "text/html"}
 #: OpenAI's limits: an hour and thirty days.
 MIN_LIFETIME_S, MAX_LIFETIME_S = 3600, 30 * 24 * 3600
 
@@ -77,15 +81,22 @@ async def get_file(file_id: str, tenant: TenantDep, stores: StoresDep) -> FileOb
     "/files/{file_id}/content",
     operation_id="get_file_content",
     response_class=Response,
-    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {kind: {"schema": {"type": "string"}} for kind in MEDIA_TYPES.values()}}},
 )
 async def get_file_content(file_id: str, tenant: TenantDep, stores: StoresDep) -> Response:
-    """The file as it was uploaded."""
+    """The file as it was uploaded, or as a job has made it."""
     record = await stores.files.get(tenant, file_id)
     pieces = await stores.files.verified_pieces(tenant, file_id)
     disposition = f'attachment; filename="{record.filename.encode("ascii", "replace").decode()}"'
-    headers = {"content-disposition": disposition, "content-length": str(record.bytes)}
-    return StreamingResponse(pieces, media_type="application/jsonl", headers=headers)
+    headers = {
+        "content-disposition": disposition,
+        "content-length": str(record.bytes),
+        "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
+        "x-content-type-options": "nosniff",
+    }
+    is_made = record.purpose == RESULTS
+    kind = MEDIA_TYPES.get(Path(record.filename).suffix, UPLOADED) if is_made else UPLOADED
+    return StreamingResponse(pieces, media_type=kind, headers=headers)
 
 
 @router.delete("/files/{file_id}", operation_id="delete_file")

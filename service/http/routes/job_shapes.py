@@ -90,6 +90,7 @@ def job_object(job: Job) -> FineTuningJob:
         adapter=_adapter(job, result),
         progress=progress,
         result=job.result,
+        result_files=result.get("result_files", []),
         early_stopping=spec.early_stopping,
         started_at=seconds(job.started_at),
         attempt=job.attempt,

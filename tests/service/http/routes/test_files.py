@@ -12,9 +12,10 @@ from redis.asyncio import Redis
 from service.generation.text import TextCodec
 from service.jobs.uploads import plain_name
 from tessera.redis import keys
+from tessera.store.files import RESULTS, FileStore
 from tests.service.answers import check_error
 from tests.service.conftest import MakeApp, client_of
-from tests.service.training import EXAMPLE, GOOD, upload
+from tests.service.training import EXAMPLE, GOOD, JOBS, upload
 from tests.tessera.chat.tokenizer_kinds import tokenizer_of
 
 
@@ -28,6 +29,7 @@ async def test_a_file_is_kept_as_it_came(client: httpx.AsyncClient) -> None:
     assert (await client.get(f"/v1/files/{record['id']}")).json() == record
     content = await client.get(f"/v1/files/{record['id']}/content")
     assert content.content == GOOD
+    assert content.headers["content-type"] == "application/jsonl"
     assert content.headers["content-disposition"] == 'attachment; filename="data.jsonl"'
 
 
@@ -291,3 +293,29 @@ async def test_messages_for_a_model_without_a_template_are_refused_at_the_upload
         taken = await upload(client, b'{"prompt": "a", "completion": "b"}')
     assert [problem["code"] for problem in refused.json()["error"]["errors"]] == ["no_chat_template"]
     assert taken.status_code == 200
+
+
+async def test_files_that_a_job_has_made_come_as_what_they_are(
+    client: httpx.AsyncClient, redis: Redis
+) -> None:
+    """An uploaded page is never shown as one, because its author is not us."""
+    made: dict[str, str] = {}
+    for name in ("anna-metrics.csv", "anna-report.html"):
+        record = await FileStore(redis).put("default", filename=name, purpose=RESULTS, content=b"x")
+        made[name] = record.file_id
+    uploaded = (await upload(client, filename="page.html")).json()["id"]
+
+    replies = [await client.get(f"/v1/files/{file_id}/content") for file_id in [*made.values(), uploaded]]
+
+    kinds = [reply.headers["content-type"].split(";")[0] for reply in replies]
+    assert kinds == ["text/csv", "text/html", "application/jsonl"]
+    for reply in replies:
+        assert reply.headers["content-disposition"].startswith("attachment")
+        assert "sandbox" in reply.headers["content-security-policy"]
+    listed = (await client.get("/v1/files", params={"purpose": RESULTS})).json()["data"]
+    assert {record["id"] for record in listed} == set(made.values())
+    refused = await client.post(JOBS, json={"model": "tiny", "training_file": made["anna-metrics.csv"]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "training_file")
+    for wrong in (RESULTS, "fine-tune-result"):
+        reply = await upload(client, purpose=wrong)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "purpose")
