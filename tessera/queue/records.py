@@ -19,12 +19,6 @@ from tessera.errors import CorruptRecord
 #: Value of `JobSpec.calibration`: the calibration data are the examples that the job trains on.
 OWN_DATA = "own"
 
-#: The keys of `JobSpec.hyperparameters`.
-HYPERPARAMETERS = (
-    "n_epochs", "batch_size", "learning_rate_multiplier", "learning_rate", "lr_scheduler_type",
-    "warmup_ratio", "weight_decay", "max_length",
-)  # fmt: skip
-
 #: Fields of a JobSpec that its stored JSON calls by another name.
 _STORED_NAMES = {"deletion_count": "generation"}
 
@@ -75,7 +69,7 @@ class JobSpec:
     deletion_count: int = 0
     validation_file: str | None = None
     basis_id: str | None = None
-    #: Keys are those of HYPERPARAMETERS. The value "auto" means the same as a missing key.
+    #: Keys are those of `hyperparameters.HYPERPARAMETERS`. The value "auto" means the same as a missing key.
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     suffix: str | None = None

@@ -111,6 +111,22 @@ def neutral_table() -> str:
     return _grouped(("where", "field", "let pass", "instead"), rows)
 
 
+def other_names_table() -> str:
+    rows = [
+        (
+            name,
+            (
+                where,
+                f"`{other.field}`",
+                ", ".join(f"`{json.dumps(k)}` is `{v}`" for k, v in other.values.items()),
+            ),
+        )
+        for where, names in fields.OTHER_NAMES.items()
+        for name, other in names.items()
+    ]
+    return _grouped(("where", "field", "means", "values"), rows)
+
+
 def _grouped(header: tuple[str, ...], rows: Iterable[tuple[str, tuple[str, ...]]]) -> str:
     """(field, other cells) as a table; fields whose other cells are the same share a row."""
     grouped: dict[tuple[str, ...], list[str]] = {}
@@ -141,6 +157,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fields-ignored": ignored_table,
     "fields-refused": neutral_table,
     "peft-methods": peft_table,
+    "fields-other-names": other_names_table,
 }
 
 

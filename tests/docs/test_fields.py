@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.docs.tables import ignored_table, neutral_table
+from tests.docs.tables import ignored_table, neutral_table, other_names_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -14,3 +14,4 @@ def test_the_tables_in_the_documentation_are_those_of_the_code() -> None:
 
     assert ignored_table() in text, ignored_table()
     assert neutral_table() in text, neutral_table()
+    assert other_names_table() in text, other_names_table()

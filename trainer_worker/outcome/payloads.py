@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tessera.errors import TesseraError
+from tessera.queue.hyperparameters import LAST, SGD
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
 from trainer_worker.training.data import TrainingData
@@ -78,12 +79,20 @@ def chosen_hyperparameters(run: TrainRun) -> dict[str, Any]:
     plan = run.plan
     chosen = {
         "n_epochs": plan.num_epochs,
-        "batch_size": plan.batch_size,
+        "batch_size": plan.batch_size // plan.gradient_accumulation_steps,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": plan.schedule,
+        "min_lr_ratio": plan.final_share,
         "warmup_ratio": round(plan.warmup_steps / plan.total_steps, 6),
+        "warmup_steps": plan.warmup_steps,
         "weight_decay": plan.weight_decay,
+        "optimizer": plan.optimizer,
+        "max_grad_norm": plan.max_grad_norm or 0.0,
+        "publish": plan.publish,
     }
+    own = ("momentum",) if plan.optimizer == SGD else ("adam_beta1", "adam_beta2", "adam_epsilon")
+    chosen |= {name: getattr(plan, name) for name in own}
     if run.data.max_tokens is not None:
         chosen["max_length"] = run.data.max_tokens
     if plan.automatic_rate:
@@ -133,11 +142,14 @@ def final_progress(run: TrainRun) -> dict[str, Any]:
 def result_warnings(run: TrainRun) -> list[tuple[str, str]]:
     """Return warnings about the result for the job's owner, as (code, sentence)."""
     progress = run.progress
-    initial, best = progress.initial_valid_loss, progress.best_valid_loss
-    if initial is not None and best is not None and best >= initial:
+    initial, published = progress.initial_valid_loss, run.published_valid_loss
+    if initial is not None and published is not None and published >= initial:
+        what = "behaves like what it started from"
+        if run.plan.publish == LAST:
+            what = f"is the last state, with a validation loss of {published:.4f}"
         message = (
             f"training did not improve on the start (validation loss {initial:.4f}): the published adapter "
-            "behaves like what it started from; try more or other examples, or another learning rate"
+            f"{what}; try more or other examples, or another learning rate"
         )
         return [("no_improvement", message)]
     return []
@@ -155,9 +167,9 @@ def adapter_metadata(run: TrainRun, job: Job) -> dict[str, Any]:
         "training_file": job.spec.training_file,
         "data_digest": run.data.digest,
         "warm_start_from": job.spec.warm_start_from,
-        "step": progress.best_step,
+        "step": run.published_step,
         "initial_valid_loss": progress.initial_valid_loss,
-        "valid_loss": progress.best_valid_loss,
+        "valid_loss": run.published_valid_loss,
         "metadata": job.spec.metadata,
     }
 
@@ -200,6 +212,9 @@ def training_result(
         "initial_valid_loss": progress.initial_valid_loss,
         "best_valid_loss": progress.best_valid_loss,
         "best_step": progress.best_step,
+        "published": plan.publish,
+        "published_step": run.published_step,
+        "published_valid_loss": run.published_valid_loss,
         "final_train_loss": progress.train_loss,
         "learning_rate": plan.learning_rate,
         "batch_size": plan.batch_size,

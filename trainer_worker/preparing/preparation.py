@@ -23,6 +23,7 @@ from tessera.methods.bases import CalibrationSet, Population
 from tessera.methods.init import Initialization, compute_init
 from tessera.methods.init.method import InitInputs
 from tessera.model.base_model import BaseModel
+from tessera.queue.hyperparameters import check_together
 from tessera.queue.records import OWN_DATA, Job, JobSpec
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
@@ -34,7 +35,7 @@ from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData, encode_data
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import LORA
-from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens
+from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens, validation_share
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import CoreRun
 
@@ -137,12 +138,15 @@ class Preparation:
         validation = None
         if job.spec.validation_file is not None:
             validation = await self._content(job.tenant, job.spec.validation_file, "validation_file")
+        given = job.spec.hyperparameters
+        check_together(given, has_validation_file=validation is not None)
         return await asyncio.to_thread(
             read_data,
             chat_of(self._chat, job),
             training,
             validation,
-            max_tokens=max_example_tokens(job.spec.hyperparameters, self._max_tokens),
+            max_tokens=max_example_tokens(given, self._max_tokens),
+            share=validation_share(given),
         )
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:
@@ -237,15 +241,20 @@ def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Ca
 
 
 def read_data(
-    chat: ChatFormat, training: bytes, validation: bytes | None, *, max_tokens: int
+    chat: ChatFormat,
+    training: bytes,
+    validation: bytes | None,
+    *,
+    max_tokens: int,
+    share: float | None = None,
 ) -> TrainingData:
-    """Parse and encode the files. Without a validation file, some examples are held back.
+    """Parse and encode the files. Without a validation file, a `share` of the examples is held back.
 
     Raises `InvalidTrainingData`.
     """
     examples = parse_examples(training)
     held_out = None if validation is None else parse_examples(validation)
-    data = encode_data(chat, examples, max_tokens=max_tokens, validation=held_out)
+    data = encode_data(chat, examples, max_tokens=max_tokens, validation=held_out, share=share)
     return replace(data, statistics=statistics_of(examples))
 
 
@@ -265,8 +274,6 @@ def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
             message = f"{num_repeated} of {counts.num_examples} examples are equal or nearly equal to others"
             warnings.append(("many_duplicates", message))
     if not data.valid:
-        message = (
-            "too few examples to hold some back for validation: the last state is published, not the best"
-        )
+        message = "no examples are held back for validation: the last state is published, not the best"
         warnings.append(("no_validation", message))
     return warnings

@@ -111,8 +111,11 @@ def encode_data(
     *,
     max_tokens: int,
     validation: Sequence[Example] | None = None,
+    share: float | None = None,
 ) -> TrainingData:
     """Encode a training file, and split off validation examples unless there is a validation file.
+
+    share: of the distinct examples, to be split off; 0: none; None: decided by their number.
 
     The split is chosen by the hashes of the examples, so the same file gives the same split, and duplicates
     stay on one side. Raises `InvalidTrainingData` with every line that the chat template refuses or that has
@@ -124,7 +127,7 @@ def encode_data(
         train, valid = encoded, _encode(chat, validation, max_tokens, param="validation_file")
         overlap = len(set(digests) & {_example_digest(example) for example in validation})
     else:
-        chosen = _validation_digests(digests)
+        chosen = _validation_digests(digests, share)
         train = [item for item, digest in zip(encoded, digests, strict=True) if digest not in chosen]
         valid = [item for item, digest in zip(encoded, digests, strict=True) if digest in chosen]
         overlap = 0
@@ -147,12 +150,22 @@ def _encode(
     return for_each(examples, lambda example: chat.encode_rows(example, max_tokens=max_tokens), param=param)
 
 
-def _validation_digests(digests: Sequence[str]) -> set[str]:
+def _validation_digests(digests: Sequence[str], share: float | None) -> set[str]:
     distinct = sorted(set(digests))
-    if len(distinct) < MIN_EXAMPLES_TO_SPLIT:
-        return set()
-    share = round(VALIDATION_SHARE * len(distinct))
-    return set(distinct[: min(max(MIN_VALIDATION, share), MAX_VALIDATION)])
+    return set(distinct[: num_held_back(len(distinct), share)])
+
+
+def num_held_back(num_distinct: int, share: float | None) -> int:
+    """Return how many of the distinct examples are held back for validation.
+
+    share: what the job asks for, of which at least one example is held back and one is left to train on; 0:
+    none; None: decided by their number.
+    """
+    if share is not None:
+        return min(max(1, round(share * num_distinct)), num_distinct - 1) if share else 0
+    if num_distinct < MIN_EXAMPLES_TO_SPLIT:
+        return 0
+    return min(max(MIN_VALIDATION, round(VALIDATION_SHARE * num_distinct)), MAX_VALIDATION)
 
 
 def _example_digest(example: Example) -> str:

@@ -18,6 +18,7 @@ from tessera.chat.chat_format import EncodedExample
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
+from tessera.queue.hyperparameters import LAST
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.history import History
 from trainer_worker.training.objectives.objective import SUPERVISED, Measured, Objective, Sample
@@ -94,7 +95,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The best state of a run in stored form."""
+    """The published state of a run in stored form."""
 
     adapter: Adapter
     #: The basis that was trained together with the adapter; None if the adapter uses a stored one.
@@ -134,7 +135,7 @@ class TrainRun(ABC):
     R: Tensor
     m: Tensor
     v: Tensor
-    #: R at the lowest validation loss so far; the last R if there is no validation data.
+    #: R at the lowest validation loss so far; the last evaluated R if there is no validation data.
     best_R: Tensor
     #: Notes on how the first R was computed, as JSON; None if it is zero or the R of another adapter.
     init_notes: dict[str, Any] | None
@@ -186,7 +187,7 @@ class TrainRun(ABC):
 
     @abstractmethod
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """Return the best state in stored form. metadata: the metadata of the adapter."""
+        """Return `published_R` in stored form. metadata: the metadata of the adapter."""
 
     def more_state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint needs in addition to R, m, v, best_R and the progress."""
@@ -201,6 +202,22 @@ class TrainRun(ABC):
     def awaits_reference(self) -> bool:
         """Whether log-probabilities of the reference are still missing; until then the run makes no step."""
         return self.references is not None and not self.references.is_complete
+
+    @property
+    def published_R(self) -> Tensor:
+        """What the job publishes, of the shape of R, on the CPU: the best state or the last."""
+        return self.R.detach().cpu() if self.plan.publish == LAST else self.best_R
+
+    @property
+    def published_step(self) -> int:
+        """The step of `published_R`."""
+        return self.progress.step if self.plan.publish == LAST else self.progress.best_step
+
+    @property
+    def published_valid_loss(self) -> float | None:
+        """The validation loss of `published_R`, in nats per token; None without validation data."""
+        progress = self.progress
+        return progress.valid_loss if self.plan.publish == LAST else progress.best_valid_loss
 
     @property
     def is_finished(self) -> bool:

@@ -21,10 +21,10 @@ from tessera.errors import BasisMismatch, InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
 from trainer_worker.training.objectives.tally import Tally
+from trainer_worker.training.optimizers import BatchedOptimizer, UserStep, clip_factor
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
@@ -76,8 +76,8 @@ class CoreRun(TrainRun):
         return trainer
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """Return the best state with the preconditioner folded in: R = P_out R' P_in, in float32."""
-        R = self.basis.fold(self.best_R.double()).float().contiguous()
+        """Return the published state with the preconditioner folded in: R = P_out R' P_in, in float32."""
+        R = self.basis.fold(self.published_R.double()).float().contiguous()
         return RunResult(Adapter(self.basis_id, R, metadata), stored_basis=self.basis)
 
 
@@ -101,7 +101,7 @@ class Trainer:
         self.tokens = TokenCounts()
         self._min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
         self._runs: list[CoreRun | None] = [None] * max_runs
-        self._optimizer = BatchedAdamW((max_runs, M, r, r), dtype=dtype, device=device)
+        self._optimizer = BatchedOptimizer((max_runs, M, r, r), dtype=dtype, device=device)
         self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
         # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
         self._core = torch.zeros(M, max_runs, r, r, dtype=dtype, device=device)
@@ -202,7 +202,7 @@ class Trainer:
                 continue
             run.record_step(measured[slot].loss, num_tokens(batch))
             clip = clip_factor(norms[slot], run.plan.max_grad_norm)
-            users.append(UserStep(slot, rate, run.progress.num_updates, clip, run.plan.weight_decay))
+            users.append(UserStep.of(run.plan, slot, rate, run.progress.num_updates, clip))
             update = run.update(learning_rate=rate)
             run.show_step(update, measured[slot])
             updates.append(update)

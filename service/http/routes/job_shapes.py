@@ -23,7 +23,7 @@ from service.http.schemas.training import (
 from service.jobs.recipes import InitRequest, RecipeRequest
 from service.jobs.training_jobs import JobRequest
 from tessera.queue.client import Job, JobEvent, JobSpec, JobStatus
-from tessera.queue.records import HYPERPARAMETERS
+from tessera.queue.hyperparameters import HYPERPARAMETERS
 
 _LEVELS = get_args(JobEventObject.model_fields["level"].annotation)
 _TYPES = get_args(JobEventObject.model_fields["type"].annotation)
@@ -118,7 +118,8 @@ def checkpoints_of(job: Job) -> list[Checkpoint]:
     result = job.result or {}
     if job.status != JobStatus.SUCCEEDED or "version" not in result:
         return []
-    step, loss = result.get("best_step", 0), result.get("best_valid_loss")
+    step = result.get("published_step", result.get("best_step", 0))
+    loss = result.get("published_valid_loss", result.get("best_valid_loss"))
     checkpoint = Checkpoint(
         id=f"ftckpt_{job.job_id.removeprefix('ftjob-')}",
         created_at=int(job.finished_at or job.created_at),

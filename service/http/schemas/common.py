@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
-from service.http.schemas.fields import Neutral
+from service.http.schemas.fields import Neutral, OtherName
 
 Item = TypeVar("Item")
 
@@ -74,6 +74,8 @@ class Request(Strict):
     neutral: ClassVar[Mapping[str, Neutral]] = {}
     #: Name -> what to use instead.
     advice: ClassVar[Mapping[str, str]] = {}
+    #: Another tool's name of a field -> the field, and how a value of the other is read.
+    other_names: ClassVar[Mapping[str, OtherName]] = {}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -88,10 +90,19 @@ class Request(Strict):
             for name in known.all
             if name in body and (body[name] is not None or name in known.taking_null)
         }
+        sent = {name: name for name in given}
+        for name in cls.other_names.keys() & body.keys():
+            if body[name] is not None:
+                field, value = cls.other_names[name].read(body[name])
+                if field in given and given[field] != value:
+                    refused.append(_contradiction(name, sent[field]))
+                given.setdefault(field, value)
+                sent.setdefault(field, name)
         try:
             request = handler(given)
         except ValidationError as error:
-            raise ValidationError.from_exception_data(cls.__name__, [*refused, *_details(error)]) from None
+            details = list(_details(error, sent))
+            raise ValidationError.from_exception_data(cls.__name__, [*refused, *details]) from None
         if refused:
             raise ValidationError.from_exception_data(cls.__name__, refused)
         return request
@@ -99,7 +110,7 @@ class Request(Strict):
     @classmethod
     def _refused(cls, body: Mapping[str, Any], known: Set[str]) -> Iterator[InitErrorDetails]:
         for name, value in body.items():
-            if value is None or name in known or name in cls.ignored:
+            if value is None or name in known or name in cls.ignored or name in cls.other_names:
                 continue
             neutral = cls.neutral.get(name)
             if neutral is None or not neutral.allows(value):
@@ -113,7 +124,7 @@ class Request(Strict):
         if name in cls.advice:
             why = f"not supported; {cls.advice[name]}"
             return PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
-        known = _fields_of(cls).all
+        known = {*_fields_of(cls).all, *cls.other_names}
         return PydanticCustomError("unknown_parameter", "unknown field", {"known": known})
 
     @classmethod
@@ -128,6 +139,8 @@ class Request(Strict):
             schema["properties"].setdefault(name, {"enum": values, "description": "changes nothing"})
         for name, why in cls.ignored.items():
             schema["properties"].setdefault(name, {"description": f"ignored: {why}"})
+        for name, other in cls.other_names.items():
+            schema["properties"].setdefault(name, {"description": f"another name of `{other.field}`"})
         return reference
 
 
@@ -164,10 +177,21 @@ def _fields_of(schema: type[BaseModel]) -> _Fields:
     return _Fields(frozenset(fields), frozenset(taking_null))
 
 
-def _details(error: ValidationError) -> Iterator[InitErrorDetails]:
+def _details(error: ValidationError, sent: Mapping[str, str]) -> Iterator[InitErrorDetails]:
+    """Yield the problems. sent: field -> the name by which the caller has sent it."""
     for problem in error.errors(include_url=False, include_input=False):
         kind = PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx"))
-        yield InitErrorDetails(type=kind, loc=problem["loc"], input=None)
+        loc = problem["loc"]
+        if loc:
+            loc = (sent.get(str(loc[0]), loc[0]), *loc[1:])
+        yield InitErrorDetails(type=kind, loc=loc, input=None)
+
+
+def _contradiction(name: str, other: str) -> InitErrorDetails:
+    why = f"is another name of {other}, with another value; give one of them"
+    return InitErrorDetails(
+        type=PydanticCustomError("invalid_value", "{why}", {"why": why}), loc=(name,), input=None
+    )
 
 
 def wrong_field(request: BaseModel, field: str, message: str) -> ValidationError:

@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from tessera.queue.records import HYPERPARAMETERS
+from tessera.queue.hyperparameters import HYPERPARAMETERS
 
 #: The values by which a request does not use a feature.
 UNUSED: tuple[Any, ...] = ([], {}, "", False)
@@ -42,6 +42,20 @@ class Neutral(NamedTuple):
 
     def allows(self, value: Any) -> bool:
         return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values)
+
+
+class OtherName(NamedTuple):
+    """Another tool's name of a field that means the same."""
+
+    field: str
+    #: Value of the other name -> value of the field; any other value is taken as it is.
+    values: Mapping[Any, Any] = {}
+
+    def read(self, value: Any) -> tuple[str, Any]:
+        """Return the field and its value. A whole number may be written as 3.0."""
+        if isinstance(value, bool | str):
+            return self.field, self.values.get(value, value)
+        return self.field, int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _LABEL = "a label for the caller's own books"
@@ -210,7 +224,33 @@ METHOD_NEUTRAL: Mapping[str, Neutral] = {
 HYPERPARAMETER_NEUTRAL: Mapping[str, Neutral] = {
     "beta": Neutral(("auto",), "it belongs to DPO; the method is supervised"),
     "packing": Neutral(advice="every example has a row of its own"),
-    "gradient_accumulation_steps": Neutral((1,), "use batch_size"),
+}
+
+#: Names of hyperparameters in transformers, TRL, Axolotl, LLaMA-Factory and Together's API.
+HYPERPARAMETER_NAMES: Mapping[str, OtherName] = {
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "epochs"), OtherName("n_epochs")),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "micro_batch_size", "train_batch_size"), OtherName("batch_size")
+    ),
+    "lr": OtherName("learning_rate"),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), OtherName("lr_scheduler_type")),
+    "cosine_min_lr_ratio": OtherName("min_lr_ratio"),
+    "num_warmup_steps": OtherName("warmup_steps"),
+    "optim": OtherName("optimizer"),
+    "sgd_momentum": OtherName("momentum"),
+    "adam_eps": OtherName("adam_epsilon"),
+    **dict.fromkeys(("max_gradient_norm", "gradient_clipping"), OtherName("max_grad_norm")),
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "context_length"),
+        OtherName("max_length"),
+    ),
+    **dict.fromkeys(("validation_ratio", "val_set_size", "val_size"), OtherName("validation_split")),
+    "load_best_model_at_end": OtherName("publish", {True: "best", False: "last"}),
+}
+#: Other tools' words for a value of a hyperparameter.
+HYPERPARAMETER_WORDS: Mapping[str, Mapping[str, str]] = {
+    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
+    "lr_scheduler_type": {"constant_with_warmup": "constant"},
 }
 
 _EXTRA_BODY = "extra_body is an argument of OpenAI's Python client; in JSON its fields stand at the top level"
@@ -254,7 +294,7 @@ GENERATION_ADVICE: Mapping[str, str] = {
 }
 
 FINE_TUNING_ADVICE: Mapping[str, str] = {
-    **dict.fromkeys((*HYPERPARAMETERS, "max_seq_length"), "it belongs into hyperparameters"),
+    **dict.fromkeys((*HYPERPARAMETERS, *HYPERPARAMETER_NAMES), "it belongs into hyperparameters"),
     "extra_body": _EXTRA_BODY,
     "lora_rank": "use adapter.rank",
     "rank": "use adapter.rank",
@@ -265,24 +305,17 @@ FINE_TUNING_ADVICE: Mapping[str, str] = {
 }
 
 HYPERPARAMETER_ADVICE: Mapping[str, str] = {
-    "epochs": "use n_epochs",
-    "num_epochs": "use n_epochs",
-    "num_train_epochs": "use n_epochs",
-    "per_device_train_batch_size": "use batch_size",
-    "lr": "use learning_rate",
-    "warmup": "use warmup_ratio",
-    "warmup_steps": "use warmup_ratio",
-    "lr_scheduler": "use lr_scheduler_type",
-    "scheduler": "use lr_scheduler_type",
-    "context_length": "use max_length",
+    "warmup": "use warmup_ratio or warmup_steps",
     "max_steps": "use n_epochs",
-    "optim": "the optimiser is AdamW",
     "seed": "it stands beside hyperparameters",
-    "lora_r": "use adapter.rank, beside hyperparameters",
-    "lora_rank": "use adapter.rank, beside hyperparameters",
-    "lora_alpha": "the scale follows from the method and the rank",
+    **dict.fromkeys(("lora_r", "lora_rank", "rank", "r"), "use adapter.rank, beside hyperparameters"),
     "lora_dropout": "there is no dropout",
-    "target_modules": "they are those of the basis; see POST /v1/bases",
+    "eval_steps": "a run is evaluated nine times",
+    "eval_strategy": "a run is evaluated nine times",
+    "prompt_loss_weight": "the weight of a message says whether it is learned",
+    "train_on_inputs": "the weight of a message says whether it is learned",
+    "fp16": "the worker's TESSERA_DTYPE decides",
+    "bf16": "the worker's TESSERA_DTYPE decides",
 }
 
 #: The tables that `docs/compatibility.md` shows, by the place of the fields.
@@ -299,4 +332,7 @@ NEUTRAL: Mapping[str, Mapping[str, Neutral]] = {
     "fine-tuning": FINE_TUNING_NEUTRAL,
     "fine-tuning, `method`": METHOD_NEUTRAL,
     "fine-tuning, `hyperparameters`": HYPERPARAMETER_NEUTRAL,
+}
+OTHER_NAMES: Mapping[str, Mapping[str, OtherName]] = {
+    "fine-tuning, `hyperparameters`": HYPERPARAMETER_NAMES,
 }

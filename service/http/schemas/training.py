@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.http.schemas import fields
 from service.http.schemas.common import MODEL_FIELD, Answer, Options, Request
 from tessera.errors import InvalidInput
+from tessera.queue.hyperparameters import check_together, given
 
 MAX_SEED = 2**31 - 1
 
@@ -38,35 +39,66 @@ Auto = Annotated[Literal["auto"], Tag("~auto")]
 
 Number = TypeVar("Number")
 OrAuto = Annotated[Auto | Annotated[Number, Tag("~number")], Discriminator(_kind_of_number)]
-Length = OrAuto[Annotated[int, Field(ge=8, le=2**20)]]
+
+
+def _word(field: str) -> BeforeValidator:
+    """Return what turns other tools' words for a value of the field into ours."""
+    words = fields.HYPERPARAMETER_WORDS[field]
+    return BeforeValidator(lambda value: words.get(value, value) if isinstance(value, str) else value)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Hyperparameters(Request):
-    """How to train. `trainer_worker/training/plan.py` says what each one does."""
+    """How to train. `trainer_worker/training/plan.py` says what each one does.
+
+    `other_names` are accepted as well, where the meaning is the same.
+    """
 
     n_epochs: OrAuto[Annotated[int, Field(ge=1, le=50)]] = "auto"
     batch_size: OrAuto[Annotated[int, Field(ge=1, le=256)]] = "auto"
+    gradient_accumulation_steps: OrAuto[Annotated[int, Field(ge=1, le=256)]] = Field(
+        "auto", description="Batches in a step of the optimizer."
+    )
     learning_rate_multiplier: OrAuto[Annotated[float, Field(gt=0, le=1000)]] = "auto"
     learning_rate: OrAuto[Annotated[float, Field(gt=0, le=100)]] = Field(
         "auto", description="The highest rate of the schedule."
     )
-    lr_scheduler_type: Literal["auto", "cosine_with_min_lr", "cosine", "linear", "constant"] = Field(
-        "auto", description="The schedule after the warm-up."
+    lr_scheduler_type: Annotated[
+        Literal["auto", "cosine_with_min_lr", "cosine", "linear", "constant"], _word("lr_scheduler_type")
+    ] = Field("auto", description="The schedule after the warm-up.")
+    min_lr_ratio: OrAuto[Share] = Field(
+        "auto", description="The end of the schedule, as a share of its peak."
     )
-    warmup_ratio: OrAuto[Annotated[float, Field(ge=0, le=1)]] = Field(
-        "auto", description="Warm-up, as a share of all steps."
+    warmup_ratio: OrAuto[Share] = Field("auto", description="Warm-up, as a share of all steps.")
+    warmup_steps: OrAuto[Annotated[int, Field(ge=0, le=1_000_000)]] = Field(
+        "auto", description="Warm-up, in steps."
     )
-    weight_decay: OrAuto[Annotated[float, Field(ge=0, le=1)]] = "auto"
-    max_length: Length = Field("auto", description="Longest example, in tokens.")
-    max_seq_length: Length = Field("auto", description="The older name of `max_length`.")
+    weight_decay: OrAuto[Share] = "auto"
+    optimizer: Annotated[Literal["auto", "adamw", "sgd"], _word("optimizer")] = "auto"
+    momentum: OrAuto[BelowOne] = Field("auto", description="Of SGD.")
+    adam_beta1: OrAuto[BelowOne] = "auto"
+    adam_beta2: OrAuto[BelowOne] = "auto"
+    adam_epsilon: OrAuto[Annotated[float, Field(gt=0, le=1)]] = "auto"
+    max_grad_norm: OrAuto[Annotated[float, Field(ge=0)]] = Field("auto", description="0: nothing is clipped.")
+    max_length: OrAuto[Annotated[int, Field(ge=8, le=2**20)]] = Field(
+        "auto", description="Longest example, in tokens."
+    )
+    validation_split: OrAuto[Annotated[float, Field(ge=0, le=0.9)]] = Field(
+        "auto", description="Share of the examples that is held back for validation; 0: none."
+    )
+    publish: Literal["auto", "best", "last"] = Field("auto", description="The state that is published.")
 
     @property
     def given(self) -> dict[str, Any]:
         """The hyperparameters that are not "auto", by name."""
-        return {name: value for name, value in self.model_dump().items() if value != "auto"}
+        return given(self.model_dump())
 
     neutral = fields.HYPERPARAMETER_NEUTRAL
     advice = fields.HYPERPARAMETER_ADVICE
+    other_names = fields.HYPERPARAMETER_NAMES
 
 
 class Supervised(Request):
@@ -177,11 +209,13 @@ class FineTuningJobRequest(Request):
         chosen = {} if newer is None else newer.given
         for name, value in ({} if self.hyperparameters is None else self.hyperparameters.given).items():
             _choose(chosen, name, value)
-        if "max_seq_length" in chosen:
-            _choose(chosen, "max_length", chosen.pop("max_seq_length"))
-        if {"learning_rate", "learning_rate_multiplier"} <= chosen.keys():
-            message = "learning_rate and learning_rate_multiplier exclude each other; give one of them"
-            raise InvalidInput(message, param="hyperparameters.learning_rate_multiplier")
+        try:
+            check_together(chosen, has_validation_file=self.validation_file is not None)
+        except InvalidInput as error:
+            name = str(error.param).rpartition(".")[2]
+            if newer is None or name not in newer.given:
+                raise
+            raise InvalidInput(error.message, param=f"method.supervised.{error.param}") from error
         return chosen
 
 
@@ -213,12 +247,23 @@ class TrainedAdapter(Answer):
 class JobHyperparameters(Answer):
     n_epochs: int | Literal["auto"]
     batch_size: int | Literal["auto"]
+    gradient_accumulation_steps: int | Literal["auto"]
     learning_rate_multiplier: float | Literal["auto"]
     learning_rate: float | Literal["auto"]
     lr_scheduler_type: str
+    min_lr_ratio: float | Literal["auto"]
     warmup_ratio: float | Literal["auto"]
+    warmup_steps: int | Literal["auto"]
     weight_decay: float | Literal["auto"]
+    optimizer: str
+    momentum: float | Literal["auto"]
+    adam_beta1: float | Literal["auto"]
+    adam_beta2: float | Literal["auto"]
+    adam_epsilon: float | Literal["auto"]
+    max_grad_norm: float | Literal["auto"]
     max_length: int | Literal["auto"]
+    validation_split: float | Literal["auto"]
+    publish: str
 
 
 class JobSupervised(Answer):

@@ -82,11 +82,15 @@ GENERATION: dict[str, Any] = {
 HYPERPARAMETERS: dict[str, Any] = {
     "n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 2.0, "learning_rate": 1e-3, "warmup": 0.1,
     "warmup_ratio": 0.1, "warmup_steps": 10, "weight_decay": 0.1, "lr_scheduler_type": "linear",
-    "lr_scheduler": "linear", "max_length": 64, "max_seq_length": 64, "beta": 0.1, "optim": "sgd",
+    "lr_scheduler": "linear", "max_length": 64, "max_seq_length": 64, "beta": 0.1, "optim": "adamw",
     "gradient_accumulation_steps": 4, "packing": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1,
     "target_modules": ["q_proj"], "seed": 3, "num_train_epochs": 3, "epochs": 3, "max_steps": 10,
     "per_device_train_batch_size": 4, "context_length": 64, "prompt_loss_weight": 0.1, "max_grad_norm": 1.0,
     "eval_interval": 5, "compute_multiplier": 2, "reasoning_effort": "low", "n_epoch": 3,
+    "num_epochs": 3, "micro_batch_size": 4, "lr": 1e-3, "cosine_min_lr_ratio": 0.2, "min_lr_ratio": 0.2,
+    "optimizer": "adamw", "momentum": 0.9, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6,
+    "validation_split": 0.2, "val_set_size": 0, "load_best_model_at_end": False, "publish": "last",
+    "sequence_len": 64, "cutoff_len": 64, "optim_args": "momentum=0.9", "lr_scheduler_kwargs": {"a": 1},
 }  # fmt: skip
 
 JOB_FIELDS: dict[str, Any] = {

@@ -20,8 +20,8 @@ from tessera.formats.basis import Basis
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun, random_examples
-from trainer_worker.training.adamw import BETAS
 from trainer_worker.training.data import TrainingData, micro_batches
+from trainer_worker.training.plan import ADAM_BETAS
 from trainer_worker.training.run import RunUpdate, TrainRun
 from trainer_worker.training.trainer import CoreRun, Trainer, token_losses
 
@@ -79,7 +79,7 @@ def test_a_run_equals_plain_torch(small: BaseModel, small_basis: Basis, make_run
         setattr(model.get_submodule(parent), child, adapter)
         plain.append(adapter)
     parameters = [adapter.R for adapter in plain]
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, betas=ADAM_BETAS, weight_decay=0.1)
     losses = []
     for step in range(7):
         optimizer.zero_grad()

@@ -21,13 +21,13 @@ from tessera.errors import InvalidInput
 from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.lora.factors import LORA, Layout, LoraFactors
 from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
 from trainer_worker.training.lora.single_adapter import METHOD, storage_dtype, to_single_adapter
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
 from trainer_worker.training.objectives.tally import Tally
+from trainer_worker.training.optimizers import BatchedOptimizer, UserStep, clip_factor
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainer import token_losses
@@ -75,7 +75,7 @@ class LoraRun(TrainRun):
         return LoraTrainer(base, [self], token_budget=token_budget, min_tokens=min_tokens)
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """Return the best factors as a private basis and its adapter. Takes a QR of each module's factors."""
+        """Return the published factors as a private basis and its adapter, by a QR of each module."""
         made = to_single_adapter(
             self.factors,
             self.trained(),
@@ -127,15 +127,15 @@ class LoraRun(TrainRun):
         return rule
 
     def trained(self, packed: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Return A and B of each module, at the best evaluation or from `packed` [2, P]."""
-        return list(self.layout.views(self.best_R if packed is None else packed))
+        """Return A and B of each module, of the state to publish or from `packed` [2, P]."""
+        return list(self.layout.views(self.published_R if packed is None else packed))
 
     def steps(self, slot: int, rate: float, clip: float) -> list[UserStep]:
         """Return the optimizer's steps for the run's two rows, 2 slot (A) and 2 slot + 1 (B)."""
         preset, count = self.factors.preset, self.progress.num_updates
         rows = [(2 * slot, rate)] if preset.trains_A else []
         rows.append((2 * slot + 1, rate * preset.b_rate))
-        return [UserStep(row, size, count, clip, self.plan.weight_decay) for row, size in rows]
+        return [UserStep.of(self.plan, row, size, count, clip) for row, size in rows]
 
 
 class LoraTrainer:
@@ -162,7 +162,7 @@ class LoraTrainer:
         self.tokens = TokenCounts()
         K, layout, device = len(runs), runs[0].layout, base.device
         dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
-        self._optimizer = BatchedAdamW((2 * K, 1, 1, layout.width), dtype=dtype, device=device)
+        self._optimizer = BatchedOptimizer((2 * K, 1, 1, layout.width), dtype=dtype, device=device)
         for name in ("R", "m", "v"):
             memory = getattr(self._optimizer, name).view(K, 2, layout.width)
             for slot, run in enumerate(runs):

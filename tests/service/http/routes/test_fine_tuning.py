@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from service.jobs.training_jobs import slug
 from tessera.queue.client import JobQueue
+from tessera.queue.hyperparameters import HYPERPARAMETERS
 from tessera.queue.leases import JobLeases, LeaseState
-from tessera.queue.records import HYPERPARAMETERS
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 from tests.fakes import FakeEngine
@@ -78,7 +78,7 @@ async def test_hyperparameters_of_both_places_are_put_together(
 
     job = await create(client, file_id, method=method, hyperparameters=older)
 
-    assert job["hyperparameters"] == GIVEN | {"learning_rate_multiplier": "auto"}
+    assert job["hyperparameters"] == dict.fromkeys(HYPERPARAMETERS, "auto") | GIVEN
     assert (await JobQueue(redis).get("default", job["id"])).spec.hyperparameters == GIVEN
 
 
