@@ -80,7 +80,7 @@ class BatchedOptimizer:
         slots, g = self._clipped(grad, users)
         m = self.m[slots].lerp(g, self._column([1 - user.beta1 for user in users]))
         v = self.v[slots].mul_(self._column([user.beta2 for user in users]))
-        v += g * g * self._column([1 - user.beta2 for user in users])
+        v += self._column([1 - user.beta2 for user in users]) * g * g
         size = self._column([user.learning_rate / (1 - user.beta1**user.count) for user in users])
         root = self._column([(1 - user.beta2**user.count) ** 0.5 for user in users])
         decay = self._column([1 - user.learning_rate * user.weight_decay for user in users])

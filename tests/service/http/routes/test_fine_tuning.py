@@ -230,14 +230,15 @@ async def test_a_job_under_way_shows_what_was_chosen_and_when_it_will_end(
     await leases.report(lease, progress={**progress, "remaining_s": 90.0})
     job = (await client.get(path)).json()
 
-    assert job["hyperparameters"] == chosen
-    assert job["method"]["supervised"]["hyperparameters"] == chosen
+    expected = dict.fromkeys(HYPERPARAMETERS, "auto") | chosen
+    assert job["hyperparameters"] == expected
+    assert job["method"]["supervised"]["hyperparameters"] == expected
     assert job["progress"] == {"step": 5, "total_steps": 10, "percent": 50.0, "remaining_s": 90.0}
     assert 85 <= job["estimated_finish"] - time.time() <= 91
     await leases.complete(lease, {"version": 1}, progress={**progress, "percent": 100.0, "remaining_s": 0})
     job = (await client.get(path)).json()
     assert (job["progress"]["percent"], job["estimated_finish"]) == (100.0, None)
-    assert job["hyperparameters"] == chosen
+    assert job["hyperparameters"] == expected
 
 
 async def test_a_job_can_be_stopped_after_its_first_step(
@@ -373,3 +374,78 @@ async def test_a_job_that_has_failed_says_why(client: httpx.AsyncClient, redis: 
 )
 def test_a_suffix_becomes_part_of_an_adapter_id(text: str, expected: str) -> None:
     assert slug(text) == expected
+
+
+RECIPE = {
+    "n_epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 8, "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant", "warmup_steps": 5, "optimizer": "adamw", "max_grad_norm": 0,
+    "max_length": 512, "validation_split": 0.1, "publish": "last", "min_lr_ratio": "auto",
+}  # fmt: skip
+
+
+async def test_other_tools_names_of_hyperparameters_mean_the_same(
+    client: httpx.AsyncClient, file_id: str
+) -> None:
+    as_elsewhere = {
+        "num_train_epochs": 2.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 8,
+        "lr": 2e-4, "lr_scheduler": "constant_with_warmup", "num_warmup_steps": 5, "optim": "adamw_torch",
+        "gradient_clipping": 0.0, "sequence_len": 512, "val_set_size": 0.1, "load_best_model_at_end": False,
+    }  # fmt: skip
+
+    job = await create(client, file_id, hyperparameters=as_elsewhere)
+
+    assert job["hyperparameters"] == dict.fromkeys(HYPERPARAMETERS, "auto") | RECIPE
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "param", "words"),
+    [
+        ({"optimiser": "adamw"}, "optimiser", "did you mean optimizer?"),
+        ({"warmup_step": 3}, "warmup_step", "did you mean warmup_steps?"),
+        ({"optim": "lion"}, "optim", "'adamw' or 'sgd'"),
+        ({"lr": -1}, "lr", "greater than 0"),
+        ({"lr": 1e-3, "learning_rate": 1e-4}, "lr", "another name of learning_rate"),
+        ({"lr": 1e-3, "learning_rate_multiplier": 2}, "learning_rate_multiplier", "exclude each other"),
+        ({"optimizer": "sgd"}, "learning_rate", "the automatic learning rate is AdamW's"),
+        ({"momentum": 0.9}, "momentum", "belongs to the optimizer sgd"),
+        ({"val_set_size": 200}, "val_set_size", "less than or equal to 0.9"),
+        ({"load_best_model_at_end": "yes"}, "load_best_model_at_end", "'best' or 'last'"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_steps", "exclude each other"),
+        ({"lora_r": 8}, "lora_r", "use adapter.rank"),
+    ],
+)
+@pytest.mark.parametrize("place", ["hyperparameters", "method.supervised.hyperparameters"])
+async def test_a_wrong_hyperparameter_is_refused_by_its_dotted_path(
+    client: httpx.AsyncClient,
+    file_id: str,
+    place: str,
+    hyperparameters: dict[str, Any],
+    param: str,
+    words: str,
+) -> None:
+    body: dict[str, Any] = {"model": "tiny", "training_file": file_id}
+    if place == "hyperparameters":
+        body[place] = hyperparameters
+    else:
+        body["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+    reply = await client.post(JOBS, json=body)
+
+    error = reply.json()["error"]
+    is_missing = param not in hyperparameters
+    assert (reply.status_code, error["param"]) == (
+        400,
+        f"{'hyperparameters' if is_missing else place}.{param}",
+    )
+    assert words in error["message"]
+
+
+async def test_a_split_beside_a_validation_file_is_refused(client: httpx.AsyncClient, file_id: str) -> None:
+    body = {"model": "tiny", "training_file": file_id, "validation_file": file_id}
+
+    reply = await client.post(JOBS, json={**body, "hyperparameters": {"validation_split": 0.1}})
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "hyperparameters.validation_split")
+    assert (
+        await client.post(JOBS, json={**body, "hyperparameters": {"validation_split": 0}})
+    ).status_code == 200

@@ -19,12 +19,11 @@ from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun, random_examples
 from trainer_worker.training import checkpoint
-from trainer_worker.training.adamw import BETAS
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.objectives.preference import Preference
-from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.plan import ADAM_BETAS, TrainingPlan
 from trainer_worker.training.run import RunUpdate, TrainRun
 from trainer_worker.training.trainer import CoreRun, Trainer
 
@@ -167,7 +166,7 @@ def test_a_run_equals_plain_torch(
     run = pair_run("x", small_basis, objective, start, weight_decay=0.1, max_grad_norm=0.5, patience=None)
     reference, _ = plain_model(small, small_basis, run.R)
     model, parameters = plain_model(small, small_basis, run.R)
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, betas=ADAM_BETAS, weight_decay=0.1)
     data, losses = run.data, []
     for step in range(6):
         optimizer.zero_grad()
