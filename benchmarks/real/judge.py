@@ -50,22 +50,24 @@ def judge(
 
     Owner and row make a pair; pairs of all sets share the passes through the model.
     """
-    pairs = [(owner, index, row) for index, (owner, rows) in enumerate(sets) for row in rows]
+    pairs = [(owner, row) for owner, rows in sets for row in rows]
     device = model.device
-    owners = torch.tensor([owner for owner, _, _ in pairs], device=device)
+    owners = torch.tensor([owner for owner, _ in pairs], device=device)
     totals = torch.zeros(2, len(pairs), dtype=torch.float64, device=device)  # loss, correct tokens
-    items = [(pair, row) for pair, (_, _, row) in enumerate(pairs)]
+    items = [(pair, row) for pair, (_, row) in enumerate(pairs)]
     min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
     for batch in micro_batches(items, token_budget=token_budget, min_tokens=min_tokens):
         batch = batch.to(device)
         with attach(owners[batch.rows]):
             losses, is_correct = token_losses(model, batch)
         totals.index_add_(1, batch.owners, torch.stack([losses, is_correct]).double())
-    losses_of, correct_of = totals.tolist()
-    scores = []
-    for index, (_, rows) in enumerate(sets):
-        mine = [pair for pair, (_, other, _) in enumerate(pairs) if other == index]
-        num_tokens = sum(pairs[pair][2].num_loss_tokens for pair in mine)
-        num_exact = sum(correct_of[pair] == pairs[pair][2].num_loss_tokens for pair in mine)
-        scores.append(Score(sum(losses_of[pair] for pair in mine) / num_tokens, num_exact, len(rows)))
+    totals = totals.cpu()
+    scores, first = [], 0
+    for _, rows in sets:
+        mine = slice(first, first + len(rows))
+        num_tokens = torch.tensor([row.num_loss_tokens for row in rows], dtype=torch.float64)
+        losses, num_correct = totals[:, mine]
+        num_exact = int((num_correct == num_tokens).sum())
+        scores.append(Score(float(losses.sum() / num_tokens.sum()), num_exact, len(rows)))
+        first += len(rows)
     return scores

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.real.selection import Point, Record, best_run, published
+from benchmarks.real.selection import Point, Record, best_run, order, published
 
 #: The yardstick: the best of this method's sweep.
 LORA, LORA_RANK = "lora", 16
@@ -38,6 +38,13 @@ class Row:
     num_parameters: int
 
     @property
+    def own_best(self) -> float | None:
+        """The multiple that is best on the test: what the automatic choice could have taken."""
+        if not self.fixed:
+            return None
+        return min(self.fixed, key=lambda multiple: order(self.fixed[multiple], self.judged))
+
+    @property
     def is_good(self) -> bool | None:
         """Whether the automatic choice reaches TARGET_SHARE of LoRA's best; None for tasks judged by loss."""
         if self.judged != "exact" or self.auto is None or self.lora is None:
@@ -55,7 +62,8 @@ class Row:
             "num_test": self.num_test, "num_parameters": self.num_parameters, "base": _short(self.base),
             "auto": _short(self.auto), "auto_multiple": self.auto_multiple,
             "fixed": {f"{multiple:g}": _short(point) for multiple, point in sorted(self.fixed.items())},
-            "lora": _short(self.lora), "is_good": self.is_good, "is_no_worse": self.is_no_worse,
+            "lora": _short(self.lora), "own_best": self.own_best,
+            "is_good": self.is_good, "is_no_worse": self.is_no_worse,
         }  # fmt: skip
 
 
@@ -117,9 +125,9 @@ def report(run: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row]) -> list[str]:
     lines = [
-        f"| method | r | trained numbers | auto ≥ {TARGET_SHARE:g} of LoRA's best | "
-        "auto no worse than the base | auto chose another rate |",
-        "|---|---|---|---|---|---|",
+        f"| method | r | trained numbers | right answers: auto | own best | LoRA's best "
+        f"| auto ≥ {TARGET_SHARE:g} of LoRA's best | auto no worse than the base | auto chose another rate |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, rank in dict.fromkeys((row.method, row.rank) for row in rows):
         mine = [row for row in rows if (row.method, row.rank) == (method, rank)]
@@ -130,10 +138,23 @@ def _summary(rows: Sequence[Row]) -> list[str]:
         ]
         lines.append(
             f"| {method} | {rank or ''} | {mine[0].num_parameters:,} "
+            f"| {_right([row.auto for row in mine], mine)} "
+            f"| {_right([row.fixed.get(row.own_best or 0.0) for row in mine], mine)} "
+            f"| {_right([row.lora for row in mine], mine)} "
             f"| {_share([row.is_good for row in mine])} "
             f"| {_share([row.is_no_worse for row in mine])} | {_share(moved)} |"
         )
     return lines
+
+
+def _right(points: Sequence[Point | None], rows: Sequence[Row]) -> str:
+    """Return the share of right answers over all tasks with answers; empty where one was not measured."""
+    pairs = [pair for pair in zip(points, rows, strict=True) if pair[1].judged == "exact"]
+    known = [(point, row) for point, row in pairs if point is not None]
+    if not pairs or len(known) < len(pairs):
+        return ""
+    num_right = sum(point["test_exact"] * row.num_test for point, row in known)
+    return f"{num_right / sum(row.num_test for _, row in known):.1%}"
 
 
 def _share(flags: Sequence[bool | None]) -> str:

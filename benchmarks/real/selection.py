@@ -43,9 +43,10 @@ def best_run(runs: Iterable[Record], judged: str) -> Record | None:
     judged: exact (then by loss) or loss alone.
     """
 
-    def order(run: Record) -> tuple[float, float]:
-        point = published(run["points"])
-        loss = math.inf if point["test_loss"] is None else point["test_loss"]
-        return (-point["test_exact"] if judged == "exact" else 0.0, loss)
+    return min(runs, key=lambda run: order(published(run["points"]), judged), default=None)
 
-    return min(runs, key=order, default=None)
+
+def order(point: Point, judged: str) -> tuple[float, float]:
+    """Return what sorts states from the best on the test to the worst."""
+    loss = math.inf if point["test_loss"] is None else float(point["test_loss"])
+    return (-float(point["test_exact"]) if judged == "exact" else 0.0, loss)

@@ -244,7 +244,7 @@ def test_the_automatic_choice_is_compared_with_the_best_of_loras_sweep() -> None
     assert lora.lora is not None
     assert lora.lora["test_exact"] == 1.0
     assert (lora.is_good, lora.is_no_worse) == (None, None)
-    assert (xs.is_good, xs.is_no_worse, xs.auto_multiple) == (True, True, 10.0)
+    assert (xs.is_good, xs.is_no_worse, xs.auto_multiple, xs.own_best) == (True, True, 10.0, 10.0)
     assert (sb.is_good, sb.is_no_worse) == (False, False)
 
 
