@@ -146,6 +146,16 @@ class BasisChoices:
             raise InvalidInput(error.message, param=recipe.names.rank) from error
         return found
 
+    async def check_targets(self, basis_id: str, patterns: Sequence[str], *, param: str) -> None:
+        """Raise `InvalidInput` with `param` unless the patterns choose the modules of a stored basis."""
+        manifest = await self._bases.manifest(basis_id)
+        stored = {module.name for module in manifest.modules}
+        asked = set(choose_targets(list(await self._layers()), patterns))
+        if asked != stored:
+            message = f"basis {basis_id} has {len(stored)} modules, of which these patterns choose "
+            message += f"{len(asked & stored)}, and {len(asked - stored)} others; leave them out"
+            raise InvalidInput(message, param=param)
+
     async def check_quota(
         self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
     ) -> None:

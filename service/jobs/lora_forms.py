@@ -5,11 +5,14 @@ Knows no HTTP. `tessera/methods/forms.py` defines the forms.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest
 from tessera.errors import InvalidInput, QuotaExceeded
 from tessera.formats.adapter_ref import MAX_RANK
 from tessera.methods.catalogue import FORMS, FormEntry
+from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.queue.records import OWN_DATA
 from tessera.store.files import FileRecord
 
@@ -20,11 +23,18 @@ DEFAULT_INIT = "lora"
 #: precision. The precision is unknown here, so the worker checks the quota again before it begins.
 LEAST_ITEM_BYTES = 2
 
-_NAMES = ParamNames.of_name("adapter.init")
+_NAMES = replace(ParamNames.of_name("adapter.init"), target_modules="adapter.target_modules")
 
 
 async def lora_choice(
-    choices: BasisChoices, tenant: str, init: InitRequest | None, *, rank: int, training: FileRecord
+    choices: BasisChoices,
+    tenant: str,
+    init: InitRequest | None,
+    *,
+    rank: int,
+    training: FileRecord,
+    target_modules: list[str] | None = None,
+    scaling: Scaling = NO_SCALING,
 ) -> BasisChoice:
     """Return the basis part of a LoRA-form job's specification, checked as far as possible without the
     weights.
@@ -33,12 +43,16 @@ async def lora_choice(
     """
     request = init or InitRequest(DEFAULT_INIT)
     preset = _checked(request)
+    if scaling.is_given and "scale" in request.options:
+        message = "adapter.init.options.scale is the same number; give one of them"
+        raise InvalidInput(message, param="adapter.alpha" if scaling.scale is None else "adapter.scale")
     stored_rank = preset.stored_rank(rank)
     if stored_rank > MAX_RANK:
         message = f"{preset.name} stores rank {rank} as rank {stored_rank}, above the limit of {MAX_RANK}"
         raise InvalidInput(message, param="adapter.rank")
     try:
-        shapes = await choices.targets(RecipeRequest(request.method, names=_NAMES), stored_rank)
+        recipe = RecipeRequest(request.method, target_modules=target_modules, names=_NAMES)
+        shapes = await choices.targets(recipe, stored_rank)
     except InvalidInput as error:
         why = "" if stored_rank == rank else f"; {preset.name} stores it as rank {stored_rank}"
         raise InvalidInput(f"{error.message}{why}", param=error.param) from error
@@ -50,6 +64,7 @@ async def lora_choice(
         preset.name,
         rank,
         options=request.options,
+        target_modules=target_modules,
         calibration=OWN_DATA if preset.needs_examples else None,
         calibration_bytes=training.bytes if preset.needs_examples else 0,
     )

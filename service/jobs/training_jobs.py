@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.generation.model_registry import ModelRegistry
@@ -17,6 +17,7 @@ from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.catalogue import INITS
+from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.queue.client import Job, JobQueue, JobSpec
 from tessera.redis.keys import BASIS_ID
 from tessera.settings import CommonSettings
@@ -31,6 +32,8 @@ AUTO_EPOCHS = 3
 #: decomposition of the 24.8 M model took 1.3 to 3.5 s at ranks 4 and 16, and training processes some tens of
 #: thousands of tokens in that time.
 BUILD_COST_TOKENS = 20_000
+#: The field of the request with the target modules, for errors.
+TARGET_MODULES = "adapter.target_modules"
 #: Adapter ids have at most 64 characters; this leaves room for "-" and 8 hex digits.
 _MAX_SLUG = 55
 
@@ -55,6 +58,9 @@ class JobRequest:
     init: InitRequest | None = None
     #: "core", or "lora" to train A and B, where `init` names the LoRA form.
     form: str = "core"
+    #: Patterns of module names, sorted.
+    target_modules: list[str] | None = None
+    scaling: Scaling = NO_SCALING
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     early_stopping: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -111,6 +117,9 @@ class TrainingJobs:
             base_model=self._models.base_name,
             form=request.form,
             **chosen.basis.spec_fields,
+            scale=request.scaling.scale,
+            alpha=request.scaling.alpha,
+            use_rslora=request.scaling.use_rslora,
             start=chosen.init,
             warm_start_from=chosen.warm_start_from,
             hyperparameters=request.hyperparameters,
@@ -147,8 +156,16 @@ class TrainingJobs:
         if not is_base:
             message = "a LoRA form is trained from the base model; name that as `model`"
             raise InvalidInput(message, param="model")
-        rank = request.rank or self._settings.rank
-        return _Origin(await lora_choice(self._choices, tenant, request.init, rank=rank, training=training))
+        choice = await lora_choice(
+            self._choices,
+            tenant,
+            request.init,
+            rank=request.rank or self._settings.rank,
+            training=training,
+            target_modules=request.target_modules,
+            scaling=request.scaling,
+        )
+        return _Origin(choice)
 
     async def _from_adapter(
         self, tenant: str, request: JobRequest, adapter: AdapterRef, training: FileRecord
@@ -180,6 +197,10 @@ class TrainingJobs:
             raise InvalidInput(message, param="adapter.method")
         else:
             recipe = named_recipe(request.basis) if isinstance(request.basis, str) else request.basis
+        _check_scale(recipe, request.scaling)
+        if request.target_modules is not None:
+            names = replace(recipe.names, target_modules=TARGET_MODULES)
+            recipe = replace(recipe, target_modules=request.target_modules, names=names)
         return await self._choices.recipe(tenant, recipe, rank=request.rank, training=training)
 
     async def _stored(self, tenant: str, request: JobRequest, basis_id: str) -> BasisChoice:
@@ -192,10 +213,19 @@ class TrainingJobs:
                 raise InvalidInput(
                     f"{param} is {stored!r} in basis {basis_id}, not {requested!r}", param=param
                 )
+        if request.target_modules is not None:
+            await self._choices.check_targets(basis_id, request.target_modules, param=TARGET_MODULES)
         return choice
 
     def _new_id(self, suffix: str | None) -> str:
         return f"{slug(suffix or '') or slug(self._models.base_name) or 'adapter'}-{secrets.token_hex(4)}"
+
+
+def _check_scale(recipe: RecipeRequest, scaling: Scaling) -> None:
+    """Raise `InvalidInput` if the request gives two scales: one of the job, and an option of the basis."""
+    if scaling.is_given and "scale" in recipe.options:
+        message = f"{recipe.names.options}.scale is the same number; give one of them"
+        raise InvalidInput(message, param="adapter.alpha" if scaling.scale is None else "adapter.scale")
 
 
 def named_recipe(name: str) -> RecipeRequest:

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from tessera.errors import CorruptRecord
+from tessera.methods.scaling import Scaling
 
 #: Value of `JobSpec.calibration`: the calibration data are the examples that the job trains on.
 OWN_DATA = "own"
@@ -61,6 +62,10 @@ class JobSpec:
     basis_options: dict[str, Any] = field(default_factory=dict)
     #: Name patterns; None: those of the worker's settings.
     target_modules: list[str] | None = None
+    #: What the job says about its scale (`Scaling`).
+    scale: float | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
     #: Data that the basis is built from: None, OWN_DATA or the id of a file.
     calibration: str | None = None
     #: How R is initialized: {"method", "options"}. None: zero, or the adapter `warm_start_from`.
@@ -77,6 +82,10 @@ class JobSpec:
     metadata: dict[str, Any] = field(default_factory=dict)
     #: An adapter, with an optional version, to continue from.
     warm_start_from: str | None = None
+
+    @property
+    def scaling(self) -> Scaling:
+        return Scaling(self.scale, self.alpha, self.use_rslora)
 
     def to_json(self) -> str:
         return to_json({_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()})

@@ -49,7 +49,7 @@ _FIGURES = (
     ("finish_reason", "Ended because"),
     ("steps", "Steps"),
     ("epochs", "Epochs"),
-    ("best_step", "Published state, step"),
+    ("published_step", "Published state, step"),
     ("initial_valid_loss", "Validation loss at the start, nats per token"),
     ("best_valid_loss", "Validation loss of the published state"),
     ("final_train_loss", "Training loss of the last step"),

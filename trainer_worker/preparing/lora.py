@@ -9,6 +9,7 @@ import torch
 from tessera.formats.basis import DTYPES
 from tessera.methods.bases import CalibrationSet
 from tessera.methods.forms import find_preset
+from tessera.methods.scaling import Scaling
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import JobSpec
 from tessera.store.holds import BasisHolds
@@ -56,7 +57,7 @@ class LoraPreparation:
             spec.hyperparameters,
             spec.early_stopping,
             num_examples=data.num_train,
-            kind=LoraKind(spec.method, spec.rank),
+            kind=LoraKind(spec.method, spec.rank, blank.scale),
             seed=spec.seed,
         )
         warnings: list[tuple[str, str]] = []
@@ -77,7 +78,7 @@ class LoraPreparation:
         A = tuple(torch.zeros(spec.rank, module.d_in) for module in modules)
         B = tuple(torch.zeros(module.d_out, spec.rank) for module in modules)
         recipe = {"form": LORA, "preset": preset.name, "rank": spec.rank, "seed": spec.seed}
-        return LoraFactors(preset, spec.rank, spec.seed, modules, A, B, recipe)
+        return LoraFactors(preset, spec.rank, spec.seed, modules, A, B, recipe, scaling_of(spec))
 
     def _stored_bytes(self, factors: LoraFactors) -> int:
         item_bytes = DTYPES[storage_dtype(self._base)].itemsize
@@ -94,13 +95,19 @@ class LoraPreparation:
             return initial_factors(
                 self._base, preset, rank=spec.rank, target_modules=targets, seed=spec.seed,
                 calibration=examples if preset.needs_examples else None, progress=progress,
-                **spec.basis_options,
+                scaling=scaling_of(spec), **spec.basis_options,
             )  # fmt: skip
 
         if preset.method is None:
             return await asyncio.to_thread(work, lambda done, total: None)
         names = [module.name for module in modules]
         return await self._model_lock.run(work, modules=names, on_progress=attempt.listener.note_modules)
+
+
+def scaling_of(spec: JobSpec) -> Scaling:
+    """Return what the job says about s: as such, or as an option of the form."""
+    option = spec.basis_options.get("scale")
+    return spec.scaling if spec.scaling.is_given or option is None else Scaling(float(option))
 
 
 def form_message(run: LoraRun) -> str:

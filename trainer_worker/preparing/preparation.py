@@ -37,7 +37,7 @@ from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import LORA
 from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens, validation_share
 from trainer_worker.training.run import TrainRun
-from trainer_worker.training.trainer import CoreRun
+from trainer_worker.training.trainer import CoreRun, core_scale
 
 #: Share of examples equal or nearly equal to others from which their owner is warned.
 MANY_DUPLICATES = 0.2
@@ -101,18 +101,19 @@ class Preparation:
             spec.hyperparameters,
             spec.early_stopping,
             num_examples=data.num_train,
-            kind=BasisKind.of(found.basis, start=init.method),
+            kind=BasisKind.of(found.basis, start=init.method, scale=core_scale(found.basis, spec.scaling)),
             seed=spec.seed,
         )
         warnings, messages = data_warnings(data), [(found.message, None)]
         if saved is not None:
-            run = CoreRun(job.job_id, data, plan, found.basis)
+            run = CoreRun(job.job_id, data, plan, found.basis, scaling=spec.scaling)
             unusable = await asyncio.to_thread(checkpoint.try_restore, run, saved)
             if not unusable:
                 return Prepared(run, messages, warnings=warnings)
             warnings += unusable
         start = await self._initialize(attempt, init, found, data, plan)
-        run = CoreRun(job.job_id, data, plan, found.basis, start=found.basis.fold(start.R0.double()))
+        stored = found.basis.fold(start.R0.double())
+        run = CoreRun(job.job_id, data, plan, found.basis, start=stored, scaling=spec.scaling)
         run.init_notes = start.notes
         messages.append((init_message(start), start.notes))
         return Prepared(run, messages, init.needs_model, warnings)

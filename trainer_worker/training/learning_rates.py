@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera.formats.basis import Basis
 from tessera.methods.forms import find_preset
@@ -143,9 +144,10 @@ class BasisKind:
     start: str = "zero"
 
     @classmethod
-    def of(cls, basis: Basis, *, start: str = "zero") -> BasisKind:
+    def of(cls, basis: Basis, *, start: str = "zero", scale: Tensor | None = None) -> BasisKind:
+        """scale: the run's s of each module, as a factor on that of the basis, [M]."""
         norms = torch.linalg.matrix_norm(basis.P_out) * torch.linalg.matrix_norm(basis.P_in)
-        gain = float(norms.mean()) / basis.rank
+        gain = float((norms if scale is None else norms * scale).mean()) / basis.rank
         return cls(variant(basis.manifest.method, basis.manifest.recipe), basis.rank, gain, start)
 
     @property
@@ -173,6 +175,8 @@ class LoraKind:
     #: Name of one of `LORA_PRESETS`.
     form: str
     rank: int
+    #: s; None: the form's.
+    scale: float | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -184,7 +188,7 @@ class LoraKind:
         that means √(16 / r). Raises `InvalidInput` for an unknown form.
         """
         scale = find_preset(self.form).scale
-        relative = scale(RATED_RANK) / scale(self.rank)
+        relative = scale(RATED_RANK) / (self.scale or scale(self.rank))
         return (
             LORA_RATES.get(self.form, DEFAULT_LORA_RATE) * relative * float((RATED_RANK / self.rank) ** 0.5)
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tessera.errors import BasisMismatch, InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
+from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
@@ -41,10 +42,14 @@ class CoreRun(TrainRun):
         basis: Basis,
         *,
         start: Tensor | None = None,
+        scaling: Scaling = NO_SCALING,
         objective: Objective = SUPERVISED,
         refers_to_base: bool = True,
     ) -> None:
         """start: the stored core to begin with, [M, r, r]; None begins with the base model.
+
+        scaling: s in delta_W = s B' R' A', if it is another than that of the basis. What training begins with
+        does not depend on it.
 
         refers_to_base: whether the reference of pairs is the base model; otherwise it is `start`.
 
@@ -54,7 +59,10 @@ class CoreRun(TrainRun):
         if start is not None and tuple(start.shape) != shape:
             message = f"the adapter to start from has R {list(start.shape)}, the basis needs {list(shape)}"
             raise InvalidInput(message, param="warm_start_from")
-        R = torch.zeros(shape) if start is None else basis.unfold(start.double()).float()
+        self.scale = core_scale(basis, scaling)
+        R = torch.zeros(shape)
+        if start is not None:
+            R = (basis.unfold(start.double()) / self.scale.double()[:, None, None]).float()
         super().__init__(run_id, data, plan, R=R, objective=objective)
         self.basis, self.refers_to_base = basis, refers_to_base
 
@@ -64,7 +72,7 @@ class CoreRun(TrainRun):
 
     @property
     def identity(self) -> str:
-        return self.basis_id
+        return self.basis_id if bool((self.scale == 1).all()) else f"{self.basis_id} {self.scale.tolist()}"
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -77,8 +85,17 @@ class CoreRun(TrainRun):
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
         """Return the published state with the preconditioner folded in: R = P_out R' P_in, in float32."""
-        R = self.basis.fold(self.published_R.double()).float().contiguous()
+        scaled = self.published_R.double() * self.scale.double()[:, None, None]
+        R = self.basis.fold(scaled).float().contiguous()
         return RunResult(Adapter(self.basis_id, R, metadata), stored_basis=self.basis)
+
+
+def core_scale(basis: Basis, scaling: Scaling) -> Tensor:
+    """Return the factor on the s that the basis was built with, for each module, [M] float32."""
+    options = basis.manifest.recipe.get("options")
+    own = float(options.get("scale", 1.0)) if isinstance(options, dict) else 1.0
+    wanted = scaling.of(basis.rank)
+    return torch.full((basis.num_modules,), 1.0 if wanted is None else wanted / own)
 
 
 class Trainer:
@@ -103,6 +120,8 @@ class Trainer:
         self._runs: list[CoreRun | None] = [None] * max_runs
         self._optimizer = BatchedOptimizer((max_runs, M, r, r), dtype=dtype, device=device)
         self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
+        #: s of each user's modules, as a factor on that of the basis.
+        self._scale = torch.ones(max_runs, M, 1, 1, dtype=dtype, device=device)
         # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
         self._core = torch.zeros(M, max_runs, r, r, dtype=dtype, device=device)
         self._grad = torch.zeros_like(self._core)
@@ -138,6 +157,7 @@ class Trainer:
         assert self.has_room, "more runs than max_runs"
         slot = self._runs.index(None)
         self._runs[slot] = run
+        self._scale[slot] = run.scale[:, None, None]
         for name in ("R", "m", "v"):
             memory = getattr(self._optimizer, name)[slot]
             memory.copy_(getattr(run, name))
@@ -191,7 +211,7 @@ class Trainer:
         batches = {slot: self._at(slot).next_batch() for slot in slots}
         measured = self._pass(batches, learn=True).measured()
         core_grad = self._grad.transpose(0, 1)  # [K, M, r, r]
-        grad = self._P_out.mT @ core_grad @ self._P_in.mT
+        grad = self._P_out.mT @ core_grad @ self._P_in.mT * self._scale
         norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
         users, updates = [], []
         for slot, batch in batches.items():
@@ -236,7 +256,7 @@ class Trainer:
         if rows is not None:
             self._owners.rows, self._owners.length = rows, None
         with torch.no_grad():
-            core = self._P_out @ self._optimizer.R @ self._P_in
+            core = self._P_out @ self._optimizer.R @ self._P_in * self._scale
             self._core.copy_(core.transpose(0, 1))
             for slot, run in self._active():
                 if run.awaits_reference and run.refers_to_base:

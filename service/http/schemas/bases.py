@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from service.http.schemas.common import Answer, Options, Request
-from service.http.schemas.training import JobError, Metadata
+from service.http.schemas.training import JobError, Metadata, ModuleNames
 
 
 class BasisObject(Answer):
@@ -41,12 +41,7 @@ class BasisJobRequest(Request):
         min_length=1, max_length=64, description="Name of a method, or of a preset for its basis."
     )
     rank: int | None = Field(None, ge=1, le=512)
-    target_modules: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=64)
-        ]
-        | None
-    ) = Field(None, description="Patterns of module names.")
+    target_modules: ModuleNames | None = Field(None, description="Patterns of module names.")
     options: Options = Field(default_factory=dict)
     calibration_file: str | None = Field(None, max_length=128, description="Id of a file of examples.")
     metadata: Metadata | None = None

@@ -253,6 +253,23 @@ HYPERPARAMETER_WORDS: Mapping[str, Mapping[str, str]] = {
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
 }
 
+#: Names of options of an adapter in PEFT, Axolotl, LLaMA-Factory and Together's API.
+ADAPTER_NAMES: Mapping[str, OtherName] = {
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), OtherName("rank")),
+    "lora_alpha": OtherName("alpha"),
+    **dict.fromkeys(("peft_use_rslora", "lora_use_rslora"), OtherName("use_rslora")),
+    **dict.fromkeys(
+        ("lora_target_modules", "lora_target", "lora_trainable_modules"), OtherName("target_modules")
+    ),
+}
+ADAPTER_ADVICE: Mapping[str, str] = {
+    **dict.fromkeys(("lora_dropout", "dropout"), "there is no dropout"),
+    "init_lora_weights": "use init",
+    "modules_to_save": "only linear layers are adapted",
+    "bias": "biases of the base model stay frozen",
+    "use_dora": "a row of W cannot be scaled in a shared basis",
+}
+
 _EXTRA_BODY = "extra_body is an argument of OpenAI's Python client; in JSON its fields stand at the top level"
 
 GENERATION_ADVICE: Mapping[str, str] = {
@@ -296,8 +313,8 @@ GENERATION_ADVICE: Mapping[str, str] = {
 FINE_TUNING_ADVICE: Mapping[str, str] = {
     **dict.fromkeys((*HYPERPARAMETERS, *HYPERPARAMETER_NAMES), "it belongs into hyperparameters"),
     "extra_body": _EXTRA_BODY,
-    "lora_rank": "use adapter.rank",
-    "rank": "use adapter.rank",
+    **{name: f"use adapter.{other.field}" for name, other in ADAPTER_NAMES.items()},
+    **{name: f"use adapter.{name}" for name in ("rank", "alpha", "scale", "use_rslora", "target_modules")},
     "adapter_id": "use adapter.id",
     "basis": "use adapter.basis",
     "dry_run": "nothing can be tried without being done; files are checked at their upload",
@@ -308,7 +325,13 @@ HYPERPARAMETER_ADVICE: Mapping[str, str] = {
     "warmup": "use warmup_ratio or warmup_steps",
     "max_steps": "use n_epochs",
     "seed": "it stands beside hyperparameters",
-    **dict.fromkeys(("lora_r", "lora_rank", "rank", "r"), "use adapter.rank, beside hyperparameters"),
+    **{
+        name: f"use adapter.{field}, beside hyperparameters"
+        for name, field in (
+            *((name, other.field) for name, other in ADAPTER_NAMES.items()),
+            *((name, name) for name in ("rank", "alpha", "scale", "use_rslora", "target_modules")),
+        )
+    },
     "lora_dropout": "there is no dropout",
     "eval_steps": "a run is evaluated nine times",
     "eval_strategy": "a run is evaluated nine times",
@@ -335,4 +358,5 @@ NEUTRAL: Mapping[str, Mapping[str, Neutral]] = {
 }
 OTHER_NAMES: Mapping[str, Mapping[str, OtherName]] = {
     "fine-tuning, `hyperparameters`": HYPERPARAMETER_NAMES,
+    "fine-tuning, `adapter`": ADAPTER_NAMES,
 }

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from service.http.schemas import fields
 from service.http.schemas.common import MODEL_FIELD, Answer, Options, Request
 from tessera.errors import InvalidInput
+from tessera.methods.scaling import Scaling
 from tessera.queue.hyperparameters import check_together, given
 
 MAX_SEED = 2**31 - 1
@@ -145,6 +146,14 @@ class StartRecipe(Request):
     options: Options = Field(default_factory=dict)
 
 
+def _kind_of_names(value: Any) -> str:
+    return "~list" if isinstance(value, list) else "~name"
+
+
+ModuleName = Annotated[str, Field(min_length=1, max_length=256)]
+ModuleNames = Annotated[list[ModuleName], Field(min_length=1, max_length=64)]
+
+
 class AdapterOptions(Request):
     """Tessera's own options (`extra_body` in OpenAI's clients)."""
 
@@ -157,6 +166,16 @@ class AdapterOptions(Request):
         default="core", description="lora: train A and B as `init` says, which makes a private basis."
     )
     rank: int | None = Field(default=None, ge=1, le=512)
+    alpha: float | None = Field(default=None, gt=0, le=1e6, description="s = alpha / r in delta_W = s B R A.")
+    use_rslora: bool | None = Field(default=None, description="s = alpha / √r, where alpha is r by default.")
+    scale: float | None = Field(default=None, gt=0, le=1e6, description="s itself.")
+    target_modules: (
+        Annotated[
+            Annotated[ModuleName, Tag("~name")] | Annotated[ModuleNames, Tag("~list")],
+            Discriminator(_kind_of_names),
+        ]
+        | None
+    ) = Field(default=None, description="Patterns of module names, or `all-linear`.")
     method: str | None = Field(
         default=None, max_length=64, description="The method of a basis that is built without data."
     )
@@ -166,6 +185,21 @@ class AdapterOptions(Request):
     init: Annotated[Name | Annotated[StartRecipe, Tag("~recipe")], Discriminator(_kind_of_choice)] | None = (
         Field(default=None, description="Name of an init or preset, or a recipe.")
     )
+
+    other_names = fields.ADAPTER_NAMES
+    advice = fields.ADAPTER_ADVICE
+
+    @property
+    def scaling(self) -> Scaling:
+        return Scaling(self.scale, self.alpha, bool(self.use_rslora))
+
+    @property
+    def module_patterns(self) -> list[str] | None:
+        """The target modules in alphabetical order, each once; None: the default ones."""
+        given = self.target_modules
+        if given is None:
+            return None
+        return sorted({name.strip() for name in (given.split(",") if isinstance(given, str) else given)})
 
 
 class EarlyStopping(Request):
@@ -195,6 +229,10 @@ class FineTuningJobRequest(Request):
     @model_validator(mode="after")
     def _check_choices(self) -> FineTuningJobRequest:
         self.chosen_hyperparameters()
+        try:
+            self.adapter.scaling.check()
+        except InvalidInput as error:
+            raise InvalidInput(error.message, param=f"adapter.{error.param}") from error
         if self.suffix is not None and self.adapter.id is not None:
             raise InvalidInput(
                 "suffix makes a new adapter id, but adapter.id gives one; leave one of them out",
@@ -239,6 +277,10 @@ class TrainedAdapter(Answer):
     form: str
     method: str
     rank: int
+    target_modules: list[str] | None = Field(description="None: those of the basis, or the default ones.")
+    alpha: float | None
+    use_rslora: bool
+    scale: float | None
     basis: str | None
     calibration: str | None
     init: str = Field(description="Name of the init, or of the LoRA form.")

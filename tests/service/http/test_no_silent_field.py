@@ -121,6 +121,13 @@ ADAPTER_FIELDS = {
     "base": "tiny",
     "version": 3,
     "target_modules": ["q_proj"],
+    "scale": 2.0,
+    "use_rslora": True,
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_target_modules": "all-linear",
+    "lora_dropout": 0.1,
+    "modules_to_save": ["lm_head"],
 }
 
 ANNA = "anna"

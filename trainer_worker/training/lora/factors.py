@@ -20,6 +20,7 @@ from tessera.methods.bases import CalibrationSet, build_basis_and_step
 from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.targets import find_targets
 from tessera.methods.forms import Given, LoraPreset, find_preset
+from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
 
 #: The form of such a job in its specification.
@@ -40,10 +41,13 @@ class LoraFactors:
     B: tuple[Tensor, ...]
     #: The recipe of the factors, as JSON.
     recipe: dict[str, Any]
+    #: What the job says about s.
+    scaling: Scaling = NO_SCALING
 
     @property
     def scale(self) -> float:
-        return self.preset.scale(self.rank)
+        """s in delta_W = s (B A - B_0 A_0)."""
+        return self.scaling.of(self.rank) or self.preset.scale(self.rank)
 
     @property
     def num_trained(self) -> int:
@@ -61,23 +65,29 @@ def initial_factors(
     calibration: CalibrationSet | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    scaling: Scaling = NO_SCALING,
     **options: Any,
 ) -> LoraFactors:
     """A_0 and B_0 of one LoRA form.
 
     options: of its method; the preset's own take precedence. progress(done, total) is called after each
-    module that the method decomposes. Raises `InvalidInput` and `UnsupportedModel` like `build_basis`, and
-    `InvalidInput` for a rank at which the result could not be stored: a subtracted product needs 2 r
-    directions.
+    module that the method decomposes. scaling: s, if it is another than the form's, which the option `scale`
+    may say as well; s B_0 A_0 stays what it is.
+
+    Raises `InvalidInput` and `UnsupportedModel` like `build_basis`, and `InvalidInput` for a rank at which
+    the result could not be stored: a subtracted product needs 2 r directions.
     """
     chosen = find_preset(preset) if isinstance(preset, str) else preset
     shapes = form_modules(base, chosen, rank=rank, target_modules=target_modules)
+    option = options.pop("scale", None)
+    scaling = scaling if scaling.is_given or option is None else Scaling(option)
+    scale = scaling.of(rank) or chosen.scale(rank)
     recipe: dict[str, Any] = {
         "form": "lora",
         "preset": chosen.name,
         "rank": rank,
         "seed": seed,
-        "scale": chosen.scale(rank),
+        "scale": scale,
     }
     if chosen.method is None:
         parts: Iterator[tuple[Tensor, Tensor, Tensor | None]] = (
@@ -98,9 +108,12 @@ def initial_factors(
     pairs = []
     for shape, (A, B, step) in zip(shapes, parts, strict=True):
         generator = torch.Generator().manual_seed(module_seed(seed, chosen.name, shape.name, rank))
-        pairs.append(chosen.initial(Given(A, B, step, generator)))
+        A, B = chosen.initial(Given(A, B, step, generator))
+        if bool(B.any()):
+            A, B = (X * (chosen.scale(rank) / scale) ** 0.5 for X in (A, B))
+        pairs.append((A, B))
     A0, B0 = (tuple(pair[side].float().contiguous() for pair in pairs) for side in (0, 1))
-    return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe)
+    return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe, scaling)
 
 
 def form_modules(

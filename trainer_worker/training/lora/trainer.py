@@ -61,7 +61,8 @@ class LoraRun(TrainRun):
     def identity(self) -> str:
         factors = self.factors
         names = [shape.name for shape in factors.modules]
-        return json.dumps(["lora", factors.preset.name, factors.rank, factors.seed, names])
+        parts = ["lora", factors.preset.name, factors.rank, factors.seed, names]
+        return json.dumps([*parts, factors.scale] if factors.scaling.is_given else parts)
 
     @property
     def provenance(self) -> dict[str, Any]:

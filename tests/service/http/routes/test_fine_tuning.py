@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from redis.asyncio import Redis
 
 from service.jobs.training_jobs import slug
+from tessera.formats.basis import make_basis
+from tessera.formats.manifest import ModuleShape
 from tessera.queue.client import JobQueue
 from tessera.queue.hyperparameters import HYPERPARAMETERS
 from tessera.queue.leases import JobLeases, LeaseState
@@ -449,3 +452,87 @@ async def test_a_split_beside_a_validation_file_is_refused(client: httpx.AsyncCl
     assert (
         await client.post(JOBS, json={**body, "hyperparameters": {"validation_split": 0}})
     ).status_code == 200
+
+
+@pytest.mark.parametrize("form", ["core", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "fields"),
+    [
+        ({"alpha": 32}, {"alpha": 32.0}),
+        ({"lora_alpha": 32, "use_rslora": True, "r": 4}, {"alpha": 32.0, "use_rslora": True, "rank": 4}),
+        ({"scale": 2.0}, {"scale": 2.0}),
+        ({"target_modules": ["v_proj", "q_proj", "v_proj"]}, {"target_modules": ["q_proj", "v_proj"]}),
+        ({"lora_target_modules": "v_proj, q_proj"}, {"target_modules": ["q_proj", "v_proj"]}),
+        ({"target_modules": "all-linear"}, {"target_modules": ["all-linear"]}),
+        ({"target_modules": ["*.mlp.*"], "rank": 2}, {"target_modules": ["*.mlp.*"], "rank": 2}),
+    ],
+)
+async def test_scale_and_modules_of_a_job_reach_the_worker(
+    client: httpx.AsyncClient,
+    file_id: str,
+    redis: Redis,
+    form: str,
+    adapter: dict[str, Any],
+    fields: dict[str, Any],
+) -> None:
+    job = await create(client, file_id, adapter={"form": form, **adapter})
+
+    spec = (await JobQueue(redis).get("default", job["id"])).spec
+    for name, value in fields.items():
+        assert (getattr(spec, name), job["adapter"][name]) == (value, value), name
+
+
+@pytest.mark.parametrize(
+    ("adapter", "param", "words"),
+    [
+        ({"alpha": 8, "scale": 1.0}, "adapter.alpha", "scale is s itself"),
+        ({"use_rslora": True, "scale": 1.0}, "adapter.use_rslora", "scale is s itself"),
+        ({"alpha": 0}, "adapter.alpha", "greater than 0"),
+        ({"lora_alpha": "x"}, "adapter.lora_alpha", "valid number"),
+        ({"alfa": 8}, "adapter.alfa", "did you mean alpha?"),
+        ({"target_modules": ["q_prj"]}, "adapter.target_modules", "no linear layer matches ['q_prj']"),
+        ({"target_modules": []}, "adapter.target_modules", "at least 1"),
+        ({"target_modules": [3]}, "adapter.target_modules.0", "valid string"),
+        ({"form": "lora", "target_modules": "q_prj"}, "adapter.target_modules", "no linear layer matches"),
+        ({"target_modules": ["down_proj"], "rank": 300}, "adapter.rank", "the smaller side"),
+        (
+            {"scale": 2.0, "basis": {"method": "lora_xs", "options": {"scale": 3.0}}},
+            "adapter.scale",
+            "adapter.basis.options.scale is the same number",
+        ),
+        (
+            {"form": "lora", "alpha": 2, "init": {"method": "pissa", "options": {"scale": 3.0}}},
+            "adapter.alpha",
+            "adapter.init.options.scale is the same number",
+        ),
+        ({"lora_dropout": 0.1}, "adapter.lora_dropout", "there is no dropout"),
+    ],
+)
+async def test_a_wrong_option_of_an_adapter_is_refused_by_its_dotted_path(
+    client: httpx.AsyncClient, file_id: str, adapter: dict[str, Any], param: str, words: str
+) -> None:
+    body = {"model": "tiny", "training_file": file_id, "adapter": adapter}
+
+    reply = await client.post(JOBS, json=body)
+
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+async def test_modules_beside_a_stored_basis_must_be_its_own(
+    client: httpx.AsyncClient, file_id: str, redis: Redis
+) -> None:
+    own = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    eye = torch.eye(4)
+    factors = {ModuleShape(name, 4, 4): (eye, eye) for name in own}
+    basis = make_basis(model_id="m", method="lora_xs", factors=factors, recipe={})
+    basis_id = await BasisStore(redis).put(basis)
+
+    for names, status in ((own, 200), (["model.layers.[01].*.q_proj"], 200), (["q_proj"], 400)):
+        adapter = {"basis": basis_id, "target_modules": names, "alpha": 8}
+        body = {"model": "tiny", "training_file": file_id, "adapter": adapter}
+        reply = await client.post(JOBS, json=body)
+        assert reply.status_code == status, reply.text
+        if status == 400:
+            assert reply.json()["error"]["param"] == "adapter.target_modules"

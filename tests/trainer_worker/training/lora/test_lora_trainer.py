@@ -19,6 +19,7 @@ from tessera.methods.bases import CalibrationSet
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.methods.building.losses import attached
 from tessera.methods.forms import LORA_PRESETS
+from tessera.methods.scaling import Scaling
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus
 from tests.service.engine.driver import Driver
@@ -141,6 +142,25 @@ def test_trains_as_the_paper_does(
     expected = reference_losses(small, data, plan(), factors)
     got = run_to_end(small, [LoraRun(name, data, plan(), factors)])[name]
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_plus", "pissa", "lora_one"])
+def test_a_scale_of_the_job_is_that_of_the_whole_change(
+    small: BaseModel, data: TrainingData, calibration: CalibrationSet, name: str
+) -> None:
+    """delta_W = s (B A - B_0 A_0) for every form; s B_0 A_0 stays what it is."""
+    plain = initial_factors(small, name, rank=RANK, calibration=calibration)
+    factors = initial_factors(small, name, rank=RANK, calibration=calibration, scaling=Scaling(scale=3.0))
+    by_option = initial_factors(small, name, rank=RANK, calibration=calibration, scale=3.0)
+
+    assert (factors.scale, by_option.scale, factors.recipe["scale"]) == (3.0, 3.0, 3.0)
+    for A, B, A0, B0, A1 in zip(factors.A, factors.B, plain.A, plain.B, by_option.A, strict=True):
+        torch.testing.assert_close(3.0 * B @ A, plain.scale * B0 @ A0)
+        assert torch.equal(A, A1)
+    expected = reference_losses(small, data, plan(), factors)
+    got = run_to_end(small, [LoraRun(name, data, plan(), factors)])[name]
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert got != pytest.approx(reference_losses(small, data, plan(), plain), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", LORA_PRESETS)
