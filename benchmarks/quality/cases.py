@@ -23,6 +23,8 @@ SCALED_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PLACES = {"attention": LLAMA_LINEARS[:4], "ffn": LLAMA_LINEARS[4:]}
 #: How many examples LoRA-SB's basis is built from (LoRA-SB, table 5).
 SB_COUNTS = (1, 5, 25, 100, 400)
+#: Standard deviations of the noise on ΔW, in steps η (LoRA-SB, table 4).
+SB_NOISE = (0.3, 1.0, 3.0, 10.0)
 #: How the built basis is changed: none; half of each direction replaced by noise; η S into B and R_0 = I.
 Change = Literal["none", "noise", "absorb"]
 
@@ -63,7 +65,8 @@ def _sb(name: str, *, init: str = "sb_step", change: Change = "none", **options:
 
 
 def _da(name: str, **options: Any) -> Case:
-    shared = {"mode", "form", "use_fisher", "damping", "damping_mode", "normalise"} & set(options)
+    shared = {"mode", "form", "output_factor", "use_fisher", "damping", "damping_mode", "normalise"}
+    shared &= set(options)
     return Case(name, "lora_da", options, "da_step", {key: options[key] for key in shared})
 
 
@@ -93,6 +96,7 @@ _CASES = (
     Case("lora_sb_paper", "lora_sb", init="sb_step", lr_init=True),
     _sb("sb_noise", init="zero", change="noise"),
     _sb("sb_usv", change="absorb"),
+    *(_sb(f"sb_noise_{level:g}", noise=level) for level in SB_NOISE),
     *(_sb(f"lora_sb_n{count}", init="zero", num_examples=count) for count in SB_COUNTS),
     _da("lora_da"),
     Case("lora_da_zero", "lora_da"),
@@ -104,6 +108,13 @@ _CASES = (
     # another method of it, and a normalised step is another initialization.
     _da("lora_da_repo_units", mode="repo", damping=1e-3, damping_mode="relative", normalise=False),
     _da("lora_da_two_sided", form="two_sided"),
+    # What K-FAC's output factor keeps: theorem 4.2's diagonal of the inverse, or the whole factor.
+    *(
+        _da(f"lora_da_{factor}{name}", output_factor=factor, **options)
+        for factor in ("block", "full")
+        for name, options in (("", {}), ("_damped", {"damping": 1e-1}))
+    ),
+    _da("lora_da_damped", damping=1e-1),
     *(_da(f"lora_da_n{count}", num_examples=count) for count in (16, 64, 1024)),
     *(
         Case(f"lora_da_{place}", "lora_da", init="da_step", target_modules=names)

@@ -42,7 +42,7 @@ async def lora_choice(
     Raises `InvalidInput` that names the parameter, and `QuotaExceeded`.
     """
     request = init or InitRequest(DEFAULT_INIT)
-    preset = _checked(request)
+    preset = _checked(request, rank)
     if scaling.is_given and "scale" in request.options:
         message = "adapter.init.options.scale is the same number; give one of them"
         raise InvalidInput(message, param="adapter.alpha" if scaling.scale is None else "adapter.scale")
@@ -60,23 +60,25 @@ async def lora_choice(
         await choices.check_quota(tenant, stored_rank, shapes, item_bytes=LEAST_ITEM_BYTES)
     except QuotaExceeded as error:
         raise QuotaExceeded(error.message, param="adapter.form", code=error.code) from error
+    needs_examples = preset.needs_examples(request.options)
     return BasisChoice(
         preset.name,
         rank,
         options=request.options,
         target_modules=target_modules,
-        calibration=OWN_DATA if preset.needs_examples else None,
-        calibration_bytes=training.bytes if preset.needs_examples else 0,
+        calibration=OWN_DATA if needs_examples else None,
+        calibration_bytes=training.bytes if needs_examples else 0,
     )
 
 
-def _checked(request: InitRequest) -> FormEntry:
+def _checked(request: InitRequest, rank: int) -> FormEntry:
     if request.method not in FORMS:
         known = ", ".join(FORMS)
         raise InvalidInput(f"unknown LoRA form {request.method!r}; known: {known}", param="adapter.init")
     preset = FORMS[request.method]
     try:
-        preset.check_options(request.options)
+        preset.check_options(request.options, rank)
     except InvalidInput as error:
-        raise InvalidInput(error.message, param=f"adapter.init.options.{error.param}") from error
+        param = "adapter.rank" if error.param == "rank" else f"adapter.init.options.{error.param}"
+        raise InvalidInput(error.message, param=param) from error
     return preset

@@ -83,7 +83,8 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
     except InvalidInput as error:
         raise InvalidInput(error.message, param=_param_of(error, request.names)) from error
     calibration = request.calibration
-    if method.needs_data and calibration is None:
+    needs_data = method.needs_data(filled)
+    if needs_data and calibration is None:
         if not request.is_name:
             has_field = request.names.calibration != request.names.method
             raise InvalidInput(
@@ -93,7 +94,7 @@ def checked_recipe(request: RecipeRequest, rank: int) -> RecipeRequest:
                 code="missing_required_parameter" if has_field else None,
             )
         calibration = OWN_DATA
-    if not method.needs_data and calibration is not None:
+    if not needs_data and calibration is not None:
         raise InvalidInput(
             f"method {method.name!r} reads no calibration data with these options; leave it out",
             param=request.names.calibration,

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tessera.methods.checks import check_lora_da, check_lora_ga, check_loram, stores_loram
+from tessera.methods.checks import (
+    check_lora_da,
+    check_lora_ga,
+    check_loram,
+    loram_needs_data,
+    stores_loram,
+)
 from tessera.methods.options import Option, Options, fill_options
 
 PATH = Path(__file__).with_name("catalogue.json")
@@ -24,6 +30,8 @@ _CHECKS: dict[str, Callable[[int, Options], None]] = {
     "loram": check_loram,
 }
 _STORES: dict[str, Callable[[Options], bool]] = {"loram": stores_loram}
+#: Methods that read calibration data with some of their options only.
+_NEEDS_DATA: dict[str, Callable[[Options], bool]] = {"loram": loram_needs_data}
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,16 @@ class MethodEntry:
 
     name: str
     #: Whether it reads calibration data, whatever its options.
-    needs_data: bool
+    always_needs_data: bool
     options: Mapping[str, Option]
 
     @classmethod
     def read(cls, name: str, entry: Mapping[str, Any]) -> Self:
         return cls(name, entry["needs_calibration"] != "none", _options(entry))
+
+    def needs_data(self, options: Options) -> bool:
+        """Return whether it reads calibration data. options: all of them, with defaults filled in."""
+        return self.always_needs_data or (self.name in _NEEDS_DATA and _NEEDS_DATA[self.name](options))
 
     def check(self, rank: int, options: Options) -> None:
         """Raise `InvalidInput` for a rank or a combination of options that cannot work."""
@@ -68,18 +80,34 @@ class FormEntry:
 
     name: str
     options: Mapping[str, Option]
-    #: Whether it is initialized from data.
-    needs_examples: bool
+    #: Name of the method that computes its factors; None: they need neither weights nor data.
+    method: str | None
+    #: The options of the method that the form sets.
+    fixed_options: Mapping[str, Any]
     #: The rank of the stored basis, as a multiple of the trained rank.
     rank_factor: int
 
     @classmethod
     def read(cls, name: str, entry: Mapping[str, Any]) -> Self:
-        return cls(name, _options(entry), entry["needs_examples"], entry["stored_rank"])
+        fixed = entry.get("fixed_options", {})
+        return cls(name, _options(entry), entry["method"], fixed, entry["stored_rank"])
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise `InvalidInput` for options that its method does not have."""
+    def needs_examples(self, options: Mapping[str, Any]) -> bool:
+        """Return whether it is initialized from data. options: those of a request, already checked."""
+        return self.method is not None and METHODS[self.method].needs_data(self._filled(options))
+
+    def check_options(self, options: Mapping[str, Any], rank: int) -> None:
+        """Raise `InvalidInput` for options that the form or its method does not have, or that cannot work."""
         fill_options(f"LoRA form {self.name}", self.options, options)
+        if self.method is not None:
+            METHODS[self.method].check(rank, self._filled(options))
+
+    def _filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all options of the form's method."""
+        assert self.method is not None
+        known = METHODS[self.method].options
+        given = {**options, **self.fixed_options}
+        return fill_options(self.method, known, {name: given[name] for name in given if name in known})
 
     def stored_rank(self, rank: int) -> int:
         """Return the rank of the basis in which the trained factors are stored."""

@@ -17,6 +17,17 @@ def check_lora_da(rank: int, options: Options) -> None:
         )
     if options["form"] == "two_sided" and not options["use_bias"]:
         raise InvalidInput("the two-sided form needs the bias term", param="use_bias")
+    if options["output_factor"] == "diagonal":
+        return
+    if not options["use_fisher"]:
+        raise InvalidInput(
+            "output_factor is a part of the Fisher information, but use_fisher is off", param="output_factor"
+        )
+    if options["form"] == "two_sided":
+        raise InvalidInput(
+            "the two-sided form always uses the full output factor; leave output_factor out",
+            param="output_factor",
+        )
 
 
 def check_lora_ga(rank: int, options: Options) -> None:
@@ -33,8 +44,20 @@ def stores_loram(options: Options) -> bool:
     return bool(options.get("store_factors"))
 
 
+def loram_needs_data(options: Options) -> bool:
+    """Return whether LoRAM tracks a method whose magnitude depends on data. options: with all defaults."""
+    tracks = options["rule"] != "none" and options["magnitude"] == "tracking"
+    return bool(tracks and options["reference"] == "corda")
+
+
 def check_loram(rank: int, options: Options) -> None:
-    """Raise `InvalidInput` for a rank at which Q is 0, so that nothing would train."""
+    """Raise `InvalidInput` for a rank at which Q is 0, so that nothing would train, or for options that
+    contradict each other."""
+    if options["tracking"] == "factor" and options["magnitude"] != "tracking":
+        raise InvalidInput(
+            "tracking says how another method's magnitude is followed, so it needs magnitude=tracking",
+            param="tracking",
+        )
     if options["rule"] == "none" or options["magnitude"] == "tracking":
         return
     if LOG_FACTORS[options["magnitude"]] * rank <= 1:

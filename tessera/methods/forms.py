@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from tessera.methods.options import Option, fill_options
 
 #: γ of LoRA-One and of LoRA-DA; the largest singular value of s B_0 A_0 is s / γ.
 LORA_ONE_GAMMA, LORA_DA_GAMMA = 128.0, 1024.0
+#: The option of forms in which a local rule trains A.
+A_LEARNING_RATE = "a_learning_rate"
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,44 @@ class LoraPreset:
     rank_factor: int = 1
 
     @property
-    def free_options(self) -> dict[str, Option]:
-        """The options of the method that a caller may set."""
-        if self.method is None:
+    def own_options(self) -> dict[str, Option]:
+        """The options of the form itself, beside those of its method."""
+        if self.online is None:
             return {}
-        options = METHODS[self.method].options
-        return {name: option for name, option in options.items() if name not in self.options}
+        return {
+            A_LEARNING_RATE: Option(
+                self.online.lr,
+                "Adam's learning rate for A, which the local rule trains; the job's learning rate is B's",
+                minimum=1e-12,
+            )
+        }
 
     @property
-    def needs_examples(self) -> bool:
-        """Whether it is initialized from data: the training examples, unless others are given."""
-        return self.method is not None and METHODS[self.method].needs_calibration != "none"
+    def free_options(self) -> dict[str, Option]:
+        """The options that a caller may set: the form's own, and those of its method."""
+        known = {} if self.method is None else METHODS[self.method].options
+        return self.own_options | {name: known[name] for name in known if name not in self.options}
+
+    def needs_examples(self, options: Mapping[str, Any]) -> bool:
+        """Return whether it is initialized from data: the training examples, unless others are given."""
+        if self.method is None:
+            return False
+        method = METHODS[self.method]
+        filled = fill_options(method.name, method.options, self.method_options(options))
+        return method.needs(1, filled).any
+
+    def method_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options for the method: the given ones without the form's own, and those it sets."""
+        given = {name: value for name, value in options.items() if name not in self.own_options}
+        return {**given, **self.options}
+
+    def local_rule(self, options: Mapping[str, Any]) -> HebbianConfig | None:
+        """Return the rule by which A learns from the layer's inputs, at the rate of the options, if any."""
+        if self.online is None:
+            return None
+        option = self.own_options[A_LEARNING_RATE]
+        rate = option.check(A_LEARNING_RATE, options.get(A_LEARNING_RATE, option.default))
+        return replace(self.online, lr=rate)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise `InvalidInput` for options that the form does not have."""
@@ -155,9 +184,10 @@ class LoraPreset:
             "paper": self.paper,
             "method": self.method,
             "options": {name: option.describe() for name, option in self.free_options.items()},
+            "fixed_options": dict(self.options),
             "trains": ["A", "B"] if self.trains_A else ["B"],
             "local_rule": None if self.online is None else self.online.rule,
-            "needs_examples": self.needs_examples,
+            "needs_examples": self.needs_examples({}),
             "stored_rank": self.stored_rank(1),
         }
 
@@ -177,6 +207,12 @@ def _split(name: str, paper: str, **options: Any) -> LoraPreset:
     """Return the form of a method that trains both factors on the residual."""
     method = options.pop("method", name)
     return LoraPreset(name, paper, both_factors, method, options, is_subtracted=True)
+
+
+def _tracking(name: str, reference: str) -> LoraPreset:
+    """Return LoRAM at the magnitude of another method."""
+    paper = f"{_LORAM}, section 4.3, tracking {name}"
+    return _split(f"loram_{reference}", paper, method="loram", magnitude="tracking", reference=reference)
 
 
 def _online(name: str, **rule: Any) -> LoraPreset:
@@ -208,6 +244,10 @@ _PRESETS = (
         is_subtracted=True, rank_factor=2,
     ),
     LoraPreset(
+        "lora_ga_rslora", "LoRA-GA with rsLoRA's s = √r (LoRAM, table 4)", disjoint_halves, "lora_ga",
+        is_subtracted=True, rank_factor=2, scale=math.sqrt,
+    ),
+    LoraPreset(
         "lora_one", "LoRA-One, arXiv 2502.01235, algorithm 1, γ = 128", gradient_step, "lora_one",
         scale=math.sqrt,
     ),
@@ -231,9 +271,10 @@ _PRESETS = (
         )
     ),
     _split("loram", f"{_LORAM}, algorithm 1"),
-    _split("loram_pissa", f"{_LORAM}, tracking PiSSA", method="loram", magnitude="tracking"),
-    _split("loram_milora", f"{_LORAM}, tracking MiLoRA", method="loram", magnitude="tracking",
-           reference="milora"),
+    LoraPreset("loram_rslora", f"{_LORAM}, sections 4.3 and table 4, with rsLoRA's s = √r", both_factors,
+               "loram", is_subtracted=True, scale=math.sqrt),
+    *(_tracking(paper, name) for name, paper in (
+        ("pissa", "PiSSA"), ("milora", "MiLoRA"), ("corda", "CorDA"), ("lora_ga", "LoRA-GA"))),
     *(
         LoraPreset(f"loram_{kind}", f"{_LORAM}, table 4: {kind} instead of sines", random_directions(kind),
                    "loram", is_subtracted=True)
@@ -241,8 +282,11 @@ _PRESETS = (
     ),
     _online("lolora"),
     _online("lolora_svd", svd_first=True, lr=1e-4),
+    LoraPreset("lolora_eva", "LoLoRA, table 4: A initialized by EVA, then learned by SNL", input_factor,
+               "eva", trains_A=False, online=HebbianConfig()),
     _online("lolora_ae", rule="ae"),
     _online("lolora_softhebb", rule="softhebb"),
+    _online("lolora_softhebb_plain", rule="softhebb_plain"),
     _online("lolora_uncentred", is_centred=False),
 )  # fmt: skip
 LORA_PRESETS: dict[str, LoraPreset] = {preset.name: preset for preset in _PRESETS}

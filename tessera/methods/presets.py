@@ -69,6 +69,13 @@ PRESETS: dict[str, Preset] = {
         init_options={"mode": "repo", "eta_init": "value", "eta": 16 / 8**0.5 / 1024},
         own_basis=True,
     ),
+    "lora_da_block": Preset(
+        "lora_da",
+        "da_step",
+        "LoRA-DA, theorem 4.2 as written: the diagonal blocks of K-FAC's inverse, step by line search",
+        basis_options={"output_factor": "block"},
+        init_options={"output_factor": "block"},
+    ),
     "loram": Preset("loram", "zero", "LoRAM, algorithm 1, frozen factors: a control"),
     "lolora": Preset("lolora", "zero", "LoLoRA, algorithm 1, as a basis-building job"),
     "pissa": Preset("pissa", "zero", "PiSSA with frozen factors"),

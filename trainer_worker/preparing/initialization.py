@@ -24,8 +24,11 @@ BASE_MODEL = "zero"
 #: The initialization that computes the same step as a method does while it builds its basis, by method,
 #: with the options that must agree for that.
 _SAME_STEP: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "lora_sb": ("sb_step", ("soft_sign",)),
-    "lora_da": ("da_step", ("mode", "form", "damping", "damping_mode", "normalise", "use_fisher")),
+    "lora_sb": ("sb_step", ("soft_sign", "noise")),
+    "lora_da": (
+        "da_step",
+        ("mode", "form", "output_factor", "damping", "damping_mode", "normalise", "use_fisher"),
+    ),
     "lora_one": ("gradient", ()),
     "gradient_svd": ("gradient", ()),
 }
@@ -75,7 +78,11 @@ class InitChoice:
         if found.step is None or spec.calibration != OWN_DATA or self.method != same_init:
             return None
         built_with = found.basis.manifest.recipe.get("options", {})
-        if any(built_with.get(name) != options.get(name) for name in shared_options):
+        known = INIT_METHODS[same_init].options
+        for name in shared_options:  # a basis that is older than an option was built with its default
+            if built_with.get(name, known[name].default) != options.get(name):
+                return None
+        if options.get("noise") and built_with.get("seed") != options.get("seed"):
             return None
         normalise = options.get("normalise", "none")
         return found.step if normalise == _NORMALISE.get(method, normalise) else None

@@ -78,7 +78,8 @@ class LoraPreparation:
         A = tuple(torch.zeros(spec.rank, module.d_in) for module in modules)
         B = tuple(torch.zeros(module.d_out, spec.rank) for module in modules)
         recipe = {"form": LORA, "preset": preset.name, "rank": spec.rank, "seed": spec.seed}
-        return LoraFactors(preset, spec.rank, spec.seed, modules, A, B, recipe, scaling_of(spec))
+        online = preset.local_rule(spec.basis_options)
+        return LoraFactors(preset, spec.rank, spec.seed, modules, A, B, recipe, scaling_of(spec), online)
 
     def _stored_bytes(self, factors: LoraFactors) -> int:
         item_bytes = DTYPES[storage_dtype(self._base)].itemsize
@@ -94,8 +95,9 @@ class LoraPreparation:
         def work(progress: Progress) -> LoraFactors:
             return initial_factors(
                 self._base, preset, rank=spec.rank, target_modules=targets, seed=spec.seed,
-                calibration=examples if preset.needs_examples else None, progress=progress,
-                scaling=scaling_of(spec), **spec.basis_options,
+                calibration=examples if preset.needs_examples(spec.basis_options) else None,
+                progress=progress, scaling=scaling_of(spec),
+                **spec.basis_options,
             )  # fmt: skip
 
         if preset.method is None:
@@ -113,7 +115,9 @@ def scaling_of(spec: JobSpec) -> Scaling:
 def form_message(run: LoraRun) -> str:
     """Return a sentence for the job's owner on what is trained."""
     preset, shapes = run.factors.preset, run.factors.modules
-    trained = "A and B" if preset.trains_A else "B, with A by a local rule" if preset.online else "B"
+    trained = "A and B" if preset.trains_A else "B"
+    if run.factors.online is not None:
+        trained = f"B, and A by a local rule at {run.factors.online.lr:g},"
     return (
         f"LoRA form {preset.name}, rank {run.factors.rank}: trains {trained} of {len(shapes)} modules, "
         f"{run.factors.num_trained} numbers"

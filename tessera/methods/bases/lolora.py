@@ -26,7 +26,7 @@ import torch
 from tessera.methods.building.activations import InputRule
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.decomposition import check_numerical_rank, module_seed, orthonormal_columns
-from tessera.methods.building.hebbian import HebbianConfig, HebbianRule
+from tessera.methods.building.hebbian import RULES, HebbianConfig, HebbianRule
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.building.output_space import OUTPUT_RULE_OPTION, needs_for, output_space
 from tessera.methods.options import Option, Options
@@ -74,7 +74,7 @@ METHOD = Method(
     needs_calibration="text",
     options={
         **DATA_OPTIONS,
-        "rule": Option("hpca", "the local learning rule", choices=("hpca", "ae", "softhebb")),
+        "rule": Option("hpca", "the local learning rule", choices=RULES),
         "svd_first": Option(True, "initialize A with the principal components of the first batch"),
         "lr": Option(
             None, "Adam's learning rate for A; default 1e-4 with svd_first, else 1.5e-3", float, minimum=1e-12

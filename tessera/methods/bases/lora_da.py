@@ -10,6 +10,14 @@ Fisher information as K-FAC factors, transposed to W [d_out, d_in]:
 
 Z: second moment of the module's inputs;  Y: of the gradients at its outputs;  N: size of the training set.
 
+Theorem 4.2 has the diagonal of an inverse, [Y_λ^-1]_jj, where appendix D and the authors' code keep only the
+diagonal of Y and invert that, as above. The two differ wherever outputs are correlated, and `output_factor`
+chooses:
+
+    diagonal  D = diag(1 / (Y_jj + λ_y))        appendix D, the authors' code
+    block     D = diag([(Y + λ_y I)^-1]_jj)     theorem 4.2 with K-FAC: the diagonal blocks of J^-1
+    full      Δ = -(Y + λ_y I)^-1 g Z_λ^-1      the whole natural gradient, of which eq. 21 keeps the blocks
+
 Needs labelled examples. `mode="consistent"` (default) measures Y, g and N per token to learn and damps
 relative to the moments; `mode="repo"` is the authors' code, with its additions. With both factors frozen,
 `form` says what becomes of B_0 = U S Vᵀ:
@@ -118,13 +126,14 @@ def module_step(data: ModuleData, options: Options) -> tuple[Fisher, Tensor]:
     rule = data.statistics.inputs
     assert isinstance(rule, SecondMoment)
     is_repo = options["mode"] == "repo"
-    fisher = invert_fisher(
+    found = invert_fisher(
         rule.take_moment().to(precise),
         data.statistics.Y().to(precise),
         damping=_choose(options, "damping", repo=1e-6, consistent=1e-3),
         is_relative=(options["damping_mode"] or ("absolute" if is_repo else "relative")) == "relative",
         name=data.shape.name,
     )
+    fisher = found.diagonal_blocks() if options["output_factor"] == "block" else found
     g = data.statistics.take_gradient().to(precise).div_(data.statistics.counts.num_examples)
     return fisher, fisher.natural_step(g, overwrite=True)
 
@@ -168,9 +177,14 @@ def needs(rank: int, options: Options) -> Needs:
     return Needs(
         gradient=True,
         inputs=make_rule,
-        outputs="full" if options["form"] == "two_sided" else "diagonal",
+        outputs="full" if uses_full_outputs(options) else "diagonal",
         output_units="loss" if options["mode"] == "repo" else "token",
     )
+
+
+def uses_full_outputs(options: Options) -> bool:
+    """Return whether the whole second moment of the output gradients is needed."""
+    return bool(options["form"] == "two_sided" or options["output_factor"] != "diagonal")
 
 
 def make_rule(name: str, width: int) -> InputRule:
@@ -202,6 +216,12 @@ METHOD = Method(
         ),
         "form": Option(
             "core", "what is made of the frozen factors", choices=("core", "frozen_a", "two_sided")
+        ),
+        "output_factor": Option(
+            "diagonal",
+            "what is kept of the outputs' Fisher information: its diagonal (appendix D), the diagonal of its "
+            "inverse (block, theorem 4.2), or all of it",
+            choices=("diagonal", "block", "full"),
         ),
         "population": Option(
             None,

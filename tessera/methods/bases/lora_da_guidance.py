@@ -39,6 +39,10 @@ class Fisher:
         """tr D, the trace of the output side's inverse."""
         return float(self.Y_inv.sum() if self.Y_inv.dim() == 1 else self.Y_inv.trace())
 
+    def diagonal_blocks(self) -> Fisher:
+        """Return the factors of J^-1's diagonal blocks, [Y^-1]_jj Z^-1, for the full Y^-1 (theorem 4.2)."""
+        return Fisher(self.Z_inv, self.Y_inv.diagonal().clone(), self.unseen_in, self.unseen_out)
+
     def natural_step(self, g: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return Δ = -Y^-1 g Z^-1 [d_out, d_in], with 0 in the directions that the data does not have.
 

@@ -8,6 +8,10 @@ Needs labelled examples. B carries the minus sign, so S is not negative. `step` 
 initialization is η times that. With s = 1 and orthonormal factors, the gradient of R is the optimal one of
 theorem 3, g_R/s² (BᵀB)^-1 (AAᵀ)^-1.
 
+Table 4 repeats the SVD with noise on ΔW, "varying levels" of it, to show that the subspace matters and not
+only its orthonormality: option `noise`, in units of η. (Its other row, the SVD of a random matrix, is
+`lora_xs` with vectors="svd_of_random".)
+
 How long the step is decides the paper's "lower initial loss". The paper calls η the learning rate, while the
 authors' code sets it to the rate of the first *warm-up* step (3e-7 for MetaMath); see `init/step_size.py`.
 
@@ -24,12 +28,22 @@ import torch
 from torch import Tensor
 
 from tessera.methods.building.calibration import CalibrationSet
+from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.gradient_space import gradient_needs, gradient_triplets
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.options import Option, Options
 
 #: About as many tokens to learn as 50 examples of MetaMath have.
 MIN_LABEL_TOKENS = 10_000
+#: The options of ΔW.
+UPDATE_OPTIONS = {
+    "soft_sign": Option(0.0, "ε of g / (|g| + ε); 0 gives the paper's sign", minimum=0.0),
+    "noise": Option(
+        0.0,
+        "standard deviation of Gaussian noise on every entry of ΔW, as a multiple of η (an entry is ± η)",
+        minimum=0.0,
+    ),
+}
 
 
 def factorise(data: ModuleData, options: Options) -> ModuleFactors:
@@ -37,7 +51,8 @@ def factorise(data: ModuleData, options: Options) -> ModuleFactors:
 
     B (η step) A approximates -η sign(G).
     """
-    direction = update_direction(data.statistics.take_gradient(), soft_sign=options["soft_sign"])
+    update = update_direction(data.statistics.take_gradient(), soft_sign=options["soft_sign"])
+    direction = add_noise(update, data.shape.name, options)
     U, S, Vh, gap = gradient_triplets(direction, data)
     return ModuleFactors(Vh, U, torch.diag(S), {"relative_gap": gap})
 
@@ -50,6 +65,19 @@ def update_direction(G: Tensor, *, soft_sign: float = 0.0) -> Tensor:
     if soft_sign:
         return -G / (G.abs() + soft_sign)
     return torch.sign(G).neg_()
+
+
+def add_noise(update: Tensor, name: str, options: Options) -> Tensor:
+    """Return the update [d_out, d_in] of module `name` plus Gaussian noise, which may overwrite it.
+
+    The noise depends on the seed, the module and nothing else, so that the basis and a step that is projected
+    onto it later have the same.
+    """
+    if not options["noise"]:
+        return update
+    generator = torch.Generator().manual_seed(module_seed(options["seed"], "lora_sb/noise", name, 0))
+    noise = torch.randn(update.shape, generator=generator)
+    return update.add_(noise.to(update), alpha=options["noise"])
 
 
 def select(calibration: CalibrationSet, options: Options) -> CalibrationSet:
@@ -74,7 +102,7 @@ METHOD = Method(
             "use more examples than share until they have this many tokens to learn",
             minimum=0,
         ),
-        "soft_sign": Option(0.0, "ε of g / (|g| + ε); 0 gives the paper's sign", minimum=0.0),
+        **UPDATE_OPTIONS,
     },
     needs=gradient_needs,
     select=select,

@@ -7,10 +7,15 @@ u = z Aᵀ [T, r] and e = z - u A, a *minimising* Adam gets
     hpca      g = -(1/T) uᵀ e                              Oja's subspace rule (SNL)
     ae        g = -(1/T) (uᵀ e + (e Aᵀ)ᵀ z)                 the gradient of ½ E‖z - AᵀA z‖²
     softhebb  g = -ΔA / max|ΔA|,  ΔA = yᵀ z - diag(Σ_t y∘u) A,  y = softmax(u), negated for all but the winner
+    softhebb_plain  g = -(1/T) ΔA with the same ΔA, but y = softmax(u) as it is
 
 The paper's theory uses the *uncentred* second moment (theorem 4.4) while its algorithm centres. For inputs
-with a mean, the uncentred rule spends one direction on that mean. The paper does not give SoftHebb's
-temperature; we use 1.
+with a mean, the uncentred rule spends one direction on that mean.
+
+LoLoRA cites SoftHebb from Moraitis et al. 2022, whose rule is Δa_k = η y_k (z - u_k a_k) with y = softmax(u):
+`softhebb_plain`. The sign of the losers and the division by the maximum come from the later code of that
+group, for "Hebbian Deep Learning Without Feedback" (2023): `softhebb`. LoLoRA gives neither the variant nor
+the temperature; we use 1.
 """
 
 from __future__ import annotations
@@ -27,13 +32,15 @@ from tessera.errors import InvalidInput
 #: Adam on A.
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+#: The local rules by name.
+RULES = ("hpca", "ae", "softhebb", "softhebb_plain")
 
 
 @dataclass(frozen=True)
 class HebbianConfig:
     """The rule by which A learns from its inputs."""
 
-    #: "hpca", "ae" or "softhebb".
+    #: One of `RULES`.
     rule: str = "hpca"
     #: Adam's learning rate.
     lr: float = 1.5e-3
@@ -125,12 +132,13 @@ class HebbianRule:
 def local_gradient(rule: str, A: Tensor, z: Tensor) -> Tensor:
     """Return the rule's gradient g [r, d_in] (see above) for A [r, d_in] and z [T, d_in]."""
     u = z @ A.mT
-    if rule == "softhebb":
+    if rule in ("softhebb", "softhebb_plain"):
         y = F.softmax(u, dim=1)
-        winner = F.one_hot(y.argmax(1), len(A)).to(y)
-        y = y * (2 * winner - 1)
+        if rule == "softhebb":
+            y = y * (2 * F.one_hot(y.argmax(1), len(A)).to(y) - 1)
         change = y.mT @ z - (y * u).sum(0)[:, None] * A
-        return -change / change.abs().max().clamp_min(EPSILON)
+        size = change.abs().max().clamp_min(EPSILON) if rule == "softhebb" else len(z)
+        return -change / size
     e = z - u @ A
     g = u.mT @ e
     if rule == "ae":

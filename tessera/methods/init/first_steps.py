@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tessera.errors import BasisMismatch, InvalidInput
 from tessera.formats.basis import Basis
 from tessera.methods.bases import lora_da
-from tessera.methods.bases.lora_sb import MIN_LABEL_TOKENS, update_direction
+from tessera.methods.bases.lora_sb import MIN_LABEL_TOKENS, UPDATE_OPTIONS, add_noise, update_direction
 from tessera.methods.building.build import Reading, check_size, passes, usable_calibration
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Needs
@@ -42,8 +42,9 @@ Direction = Callable[[ModuleData, Options], Tensor]
 
 
 def sb_direction(data: ModuleData, options: Options) -> Tensor:
-    """Return -sign(G), or its smooth form."""
-    return update_direction(data.statistics.g(), soft_sign=options["soft_sign"])
+    """Return -sign(G), or its smooth form, with the noise of the options."""
+    update = update_direction(data.statistics.g(), soft_sign=options["soft_sign"])
+    return add_noise(update, data.shape.name, options)
 
 
 def da_direction(data: ModuleData, options: Options) -> Tensor:
@@ -153,7 +154,7 @@ _STEP_OPTIONS = {
 }
 _DA_OPTIONS = {
     name: lora_da.METHOD.options[name]
-    for name in ("mode", "form", "damping", "damping_mode", "normalise", "use_fisher")
+    for name in ("mode", "form", "output_factor", "damping", "damping_mode", "normalise", "use_fisher")
 }
 
 SB_STEP = InitMethod(
@@ -164,7 +165,7 @@ SB_STEP = InitMethod(
     needs_calibration="labelled",
     options={
         **_STEP_OPTIONS,
-        "soft_sign": Option(0.0, "ε of g / (|g| + ε); 0 gives the paper's sign", minimum=0.0),
+        **UPDATE_OPTIONS,
     },
 )
 DA_STEP = InitMethod(

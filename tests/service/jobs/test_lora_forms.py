@@ -46,6 +46,27 @@ async def test_defaults_options_and_data_of_a_form(client: httpx.AsyncClient, fi
     assert core["adapter"]["form"] == "core"
 
 
+@pytest.mark.parametrize(
+    ("init", "calibration"),
+    [
+        ({"method": "lolora", "options": {"a_learning_rate": 1e-4}}, None),
+        ({"method": "lolora_eva", "options": {"a_learning_rate": 1e-4, "num_examples": 9}}, "own"),
+        ({"method": "loram_rslora"}, None),
+        ({"method": "loram_corda", "options": {"tracking": "factor"}}, "own"),
+        ({"method": "loram_lora_ga"}, None),
+        ({"method": "loram", "options": {"magnitude": "tracking", "reference": "corda"}}, "own"),
+        ({"method": "lora_da", "options": {"output_factor": "full"}}, "own"),
+    ],
+)
+async def test_the_papers_variants_of_forms(
+    client: httpx.AsyncClient, file_id: str, redis: Redis, init: dict[str, Any], calibration: str | None
+) -> None:
+    job = await create(client, file_id, adapter={"form": "lora", "init": init, "rank": 4})
+    spec = (await JobQueue(redis).get("default", job["id"])).spec
+    assert (spec.method, spec.basis_options) == (init["method"], init.get("options", {}))
+    assert spec.calibration == calibration
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown form": ({"form": "dora"}, "adapter.form"),
     "unknown init": ({"init": "dora"}, "adapter.init"),
@@ -55,6 +76,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "adapter.init.options.colour",
     ),
     "option of none": ({"init": {"method": "lora", "options": {"seed": 1}}}, "adapter.init.options.seed"),
+    "rate of a rule it has not": (
+        {"init": {"method": "lora_fa", "options": {"a_learning_rate": 1e-4}}},
+        "adapter.init.options.a_learning_rate",
+    ),
+    "no rate": (
+        {"init": {"method": "lolora", "options": {"a_learning_rate": 0}}},
+        "adapter.init.options.a_learning_rate",
+    ),
+    "factors of nothing": (
+        {"init": {"method": "loram", "options": {"tracking": "factor"}}},
+        "adapter.init.options.tracking",
+    ),
+    "rank of no magnitude": ({"init": "loram", "rank": 1}, "adapter.rank"),
     "basis": ({"basis": "lora_xs"}, "adapter.basis"),
     "method": ({"method": "lora_xs"}, "adapter.method"),
     "rank": ({"rank": 129}, "adapter.rank"),

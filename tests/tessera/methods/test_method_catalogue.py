@@ -45,10 +45,12 @@ def test_initializations(name: str) -> None:
 @pytest.mark.parametrize("name", forms.LORA_PRESETS)
 def test_lora_forms(name: str) -> None:
     real, entry = forms.LORA_PRESETS[name], FORMS[name]
-    assert entry.needs_examples == real.needs_examples
+    assert entry.fixed_options == real.options
+    for options in form_options(real):
+        assert entry.needs_examples(options) == real.needs_examples(options), options
     assert [entry.stored_rank(rank) for rank in (1, 4, 16)] == [real.stored_rank(r) for r in (1, 4, 16)]
     for options in ({}, {"seed": 3}, {"seed": "x"}, {"nonsense": 1}, real.options):
-        assert refusal(entry.check_options, options) == refusal(real.check_options, options)
+        assert refusal(entry.check_options, options, 8) == refusal(real.check_options, options)
 
 
 @pytest.mark.parametrize("name", bases.METHODS)
@@ -57,7 +59,7 @@ def test_methods_check_and_need_the_same_whatever_their_options(name: str) -> No
     for options in variations(name):
         for rank in (1, 2, 3, 8):
             assert refusal(entry.check, rank, options) == refusal(real.check, rank, options)
-            assert entry.needs_data == real.needs(rank, options).any
+            assert entry.needs_data(options) == real.needs(rank, options).any
         assert entry.stores_factors(options) == real.stores_factors(options)
     assert entry.stores_factors({}) == real.stores_factors({})
 
@@ -71,6 +73,24 @@ def variations(name: str) -> Iterator[dict[str, Any]]:
             yield fill_options(name, options, {key: value})
             if "use_variance" in options:
                 yield fill_options(name, options, {"use_variance": False, key: value})
+
+    if name == "loram":
+        for reference in options["reference"].choices:
+            yield fill_options(name, options, {"magnitude": "tracking", "reference": reference})
+
+
+def form_options(form: forms.LoraPreset) -> Iterator[dict[str, Any]]:
+    """No options, and everything that may make a form of LoRAM need data."""
+    yield {}
+    if "reference" in form.free_options:
+        yield {"reference": "corda"}
+        yield {"reference": "corda", "magnitude": "tracking"}
+
+
+def test_tracking_corda_needs_text_and_tracking_the_others_does_not() -> None:
+    needs = {name: FORMS[f"loram_{name}"].needs_examples({}) for name in ("pissa", "lora_ga", "corda")}
+    assert needs == {"pissa": False, "lora_ga": False, "corda": True}
+    assert FORMS["loram"].needs_examples({"magnitude": "tracking", "reference": "corda"})
 
 
 def refusal(check: Any, *given: Any) -> tuple[str, str | None] | None:

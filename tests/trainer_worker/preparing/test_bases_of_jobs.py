@@ -206,6 +206,32 @@ async def test_methods_without_labels_and_without_data(world: World, bases: Base
     assert (lolora["start"]["method"], loram["start"]["method"]) == ("zero", "zero")
 
 
+async def test_the_papers_variants_from_a_job_to_its_adapter(world: World, bases: Bases) -> None:
+    """LoRA-SB with noise, LoRA-DA as in theorem 4.2, LoRAM at the magnitude of CorDA: from the job's data."""
+    own = {"calibration": "own", "target_modules": TARGETS, "rank": 4, "epochs": 1}
+    noise = {"noise": 2.0}
+    factor = {"output_factor": "block"}
+    corda = {"magnitude": "tracking", "reference": "corda", "tracking": "factor"}
+    jobs = [
+        await world.submit(
+            adapter_id="noisy", method="lora_sb", basis_options=noise,
+            start={"method": "sb_step", "options": noise}, **own,
+        ),
+        await world.submit(
+            adapter_id="block", method="lora_da", basis_options=factor,
+            start={"method": "da_step", "options": factor}, **own,
+        ),
+        await world.submit(adapter_id="corda", method="loram", basis_options=corda, **own),
+    ]  # fmt: skip
+    async with world.worker(max_resident_jobs=1):
+        results = [result_of(await world.ended(job)) for job in jobs]
+    recipes = [(await bases.store.get(result["basis_id"])).manifest.recipe for result in results]
+    assert [recipe["options"]["seed"] for recipe in recipes] == [0, 0, 0]
+    assert recipes[0]["options"]["noise"] == 2.0
+    assert recipes[1]["options"]["output_factor"] == "block"
+    assert len(recipes[2]["notes"]["ratio"]) == 2, "the manifest alone makes it again"
+
+
 async def test_a_job_cancelled_while_its_basis_is_built_leaves_nothing(world: World, bases: Bases) -> None:
     before = weights_of(world.base)
     slow = {**SB, "target_modules": None, "rank": 8, "epochs": 50}

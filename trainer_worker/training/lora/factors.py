@@ -18,8 +18,9 @@ from tessera.formats.adapter_ref import MAX_RANK
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.bases import CalibrationSet, build_basis_and_step
 from tessera.methods.building.decomposition import module_seed
+from tessera.methods.building.hebbian import HebbianConfig
 from tessera.methods.building.targets import find_targets
-from tessera.methods.forms import Given, LoraPreset, find_preset
+from tessera.methods.forms import A_LEARNING_RATE, Given, LoraPreset, find_preset
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
 
@@ -43,6 +44,8 @@ class LoraFactors:
     recipe: dict[str, Any]
     #: What the job says about s.
     scaling: Scaling = NO_SCALING
+    #: The local rule that trains A from the layer's inputs, if the form has one.
+    online: HebbianConfig | None = None
 
     @property
     def scale(self) -> float:
@@ -70,9 +73,9 @@ def initial_factors(
 ) -> LoraFactors:
     """A_0 and B_0 of one LoRA form.
 
-    options: of its method; the preset's own take precedence. progress(done, total) is called after each
-    module that the method decomposes. scaling: s, if it is another than the form's, which the option `scale`
-    may say as well; s B_0 A_0 stays what it is.
+    options: the form's own and its method's; what the preset sets takes precedence. progress(done, total) is
+    called after each module that the method decomposes. scaling: s, if it is another than the form's, which
+    the option `scale` may say as well; s B_0 A_0 stays what it is.
 
     Raises `InvalidInput` and `UnsupportedModel` like `build_basis`, and `InvalidInput` for a rank at which
     the result could not be stored: a subtracted product needs 2 r directions.
@@ -89,6 +92,9 @@ def initial_factors(
         "seed": seed,
         "scale": scale,
     }
+    online = chosen.local_rule(options)
+    if online is not None:
+        recipe[A_LEARNING_RATE] = online.lr
     if chosen.method is None:
         parts: Iterator[tuple[Tensor, Tensor, Tensor | None]] = (
             (torch.zeros(rank, shape.d_in), torch.zeros(shape.d_out, rank), None) for shape in shapes
@@ -96,7 +102,7 @@ def initial_factors(
     else:
         built = build_basis_and_step(
             base, method=chosen.method, rank=chosen.rank_factor * rank, target_modules=target_modules,
-            calibration=calibration, progress=progress, **{"seed": seed, **options, **chosen.options},
+            calibration=calibration, progress=progress, **{"seed": seed, **chosen.method_options(options)},
         )  # fmt: skip
         recipe["basis"] = built.basis.manifest.recipe
         P_in, P_out, steps = built.basis.P_in, built.basis.P_out, built.step
@@ -113,7 +119,7 @@ def initial_factors(
             A, B = (X * (chosen.scale(rank) / scale) ** 0.5 for X in (A, B))
         pairs.append((A, B))
     A0, B0 = (tuple(pair[side].float().contiguous() for pair in pairs) for side in (0, 1))
-    return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe, scaling)
+    return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe, scaling, online)
 
 
 def form_modules(

@@ -71,7 +71,7 @@ class LoraRun(TrainRun):
     def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> LoraTrainer:
         """Return a trainer for this run alone. Its factors are as large as a basis; sharing saves little."""
         min_tokens = 0 if base.device.type == "cpu" else GPU_MIN_TOKENS
-        if self.factors.preset.online is not None:  # a local rule learns from every pass, so make few of them
+        if self.factors.online is not None:  # a local rule learns from every pass, so make few of them
             min_tokens = token_budget
         return LoraTrainer(base, [self], token_budget=token_budget, min_tokens=min_tokens)
 
@@ -118,7 +118,7 @@ class LoraRun(TrainRun):
 
     def _make_rule(self, index: int) -> HebbianRule | None:
         """Return the local rule that trains A of this module, if the form has one."""
-        config = self.factors.preset.online
+        config = self.factors.online
         if config is None:
             return None
         shape, rank = self.factors.modules[index], self.factors.rank

@@ -126,6 +126,21 @@ async def test_a_preset_gives_its_basis_half(client: httpx.AsyncClient, redis: R
         ({"method": "lora_xs", "rank": 129}, 400, "invalid_value", "rank"),
         ({"method": "lora_xs", "rank": 0}, 400, "invalid_value", "rank"),
         ({"method": "loram", "rank": 1}, 400, "invalid_value", "rank"),
+        (
+            {"method": "loram", "options": {"magnitude": "tracking", "reference": "corda"}},
+            400,
+            "missing_required_parameter",
+            "calibration_file",
+        ),
+        ({"method": "loram", "options": {"tracking": "factor"}}, 400, "invalid_value", "options.tracking"),
+        ({"method": "loram", "calibration_file": NO_FILE}, 400, "invalid_value", "calibration_file"),
+        ({"method": "lora_sb", "options": {"noise": -1.0}}, 400, "invalid_value", "options.noise"),
+        (
+            {"method": "lora_da", "options": {"output_factor": "block", "form": "two_sided"}},
+            400,
+            "invalid_value",
+            "options.output_factor",
+        ),
         ({"method": "lora_xs", "target_modules": ["nothing"]}, 400, "unsupported_model", "target_modules"),
         (
             {"method": "lora_xs", "target_modules": ["q_proj", "v_porj"]},
@@ -236,6 +251,29 @@ async def test_everything_has_a_description(client: httpx.AsyncClient) -> None:
         (
             {"basis": {"method": "lora_da", "calibration": "own"}, "init": {"method": "da_step"}},
             ("lora_da", {}, "own", ("da_step", {})),
+        ),
+        (
+            {"basis": "lora_da_block"},
+            (
+                "lora_da",
+                {"output_factor": "block"},
+                "own",
+                ("da_step", {"output_factor": "block"}),
+            ),
+        ),
+        (
+            {"basis": {"method": "lora_sb", "options": {"noise": 3.0}, "calibration": "own"}, "init": "zero"},
+            ("lora_sb", {"noise": 3.0}, "own", ("zero", {})),
+        ),
+        (
+            {
+                "basis": {
+                    "method": "loram",
+                    "options": {"magnitude": "tracking", "reference": "corda"},
+                    "calibration": "own",
+                }
+            },
+            ("loram", {"magnitude": "tracking", "reference": "corda"}, "own", None),
         ),
         (
             {"init": {"method": "lora_one", "options": {"eta": 0.5}}},

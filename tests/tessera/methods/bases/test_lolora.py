@@ -117,6 +117,23 @@ def test_l3_the_autoencoder_rule_is_its_gradient() -> None:
     torch.testing.assert_close(local_gradient("hpca", A.detach(), z), snl, rtol=1e-12, atol=1e-12)
 
 
+def test_l3_softhebb_as_cited_and_as_in_the_later_code() -> None:
+    """Moraitis et al. 2022: Δa_k = y_k (z - u_k a_k), y = softmax(u). Later code: losers have -y_k."""
+    z, A = random_matrix(50, 10), random_matrix(3, 10, seed=1)
+    cited, later = torch.zeros(3, 10).double(), torch.zeros(3, 10).double()
+    for token in z:
+        u = A @ token
+        y = u.exp() / u.exp().sum()
+        for k in range(3):
+            change = y[k] * (token - u[k] * A[k])
+            cited[k] += change
+            later[k] += change if k == int(y.argmax()) else -change
+
+    torch.testing.assert_close(local_gradient("softhebb_plain", A, z), -cited / 50, rtol=1e-12, atol=1e-12)
+    found = local_gradient("softhebb", A, z)
+    torch.testing.assert_close(found, -later / later.abs().max(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("rule", "svd_first"), [("hpca", False), ("ae", False), ("hpca", True)])
 def test_l4_rules_find_the_principal_space(rule: str, svd_first: bool) -> None:
     config = HebbianConfig(rule=rule, lr=1e-4 if svd_first else 1.5e-3, svd_first=svd_first)
@@ -139,8 +156,9 @@ def test_l4_the_first_batch_is_a_good_start() -> None:
         )
 
 
-def test_l4_softhebb_does_not() -> None:
-    learned, stream = learn(HebbianConfig(rule="softhebb"), num_steps=1000)
+@pytest.mark.parametrize("rule", ["softhebb", "softhebb_plain"])
+def test_l4_softhebb_does_not(rule: str) -> None:
+    learned, stream = learn(HebbianConfig(rule=rule), num_steps=1000)
 
     assert chordal(learned.A, stream.top) > 0.8
 

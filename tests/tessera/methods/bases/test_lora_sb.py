@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaModel
 
 from tessera.methods.bases import CalibrationSet, build_basis, build_basis_and_step
-from tessera.methods.bases.lora_sb import select, update_direction
+from tessera.methods.bases.lora_sb import add_noise, select, update_direction
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.gradients import collect
 from tessera.methods.building.losses import attached, mean_loss
@@ -19,6 +21,7 @@ from tessera.methods.init import make_init
 from tessera.methods.options import fill_options
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import (
+    chordal,
     factorise,
     module_data,
     orthonormal,
@@ -48,6 +51,42 @@ def test_sb1_sign_of_zero_is_zero_and_soft_sign_is_adams() -> None:
 
     assert update_direction(G).tolist() == [[-1.0, 1.0, 0.0]]
     torch.testing.assert_close(update_direction(G, soft_sign=1e-8), torch.tensor([[-1.0, 0.75, 0.0]]))
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_sb1_noise_is_added_to_the_update(noise: float) -> None:
+    """Table 4: the SVD of ΔW + N(0, (noise η)²); the same noise for the same seed and module."""
+    G = random_matrix(20, 30)
+    data = module_data(torch.zeros(20, 30), 6, gradient=G)
+    found, again, other = (factorise("lora_sb", data, noise=noise, seed=seed) for seed in (3, 3, 4))
+    E = (found.B @ found.step @ found.A) if found.step is not None else torch.zeros(0)
+
+    update = -G.sign()
+    noisy = add_noise(update.clone(), "layer", {"noise": noise, "seed": 3})
+    torch.testing.assert_close(E, svd_rank(noisy, 6), rtol=0, atol=1e-10)
+    drawn = (noisy - update) / noise
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.15)
+    assert float(drawn.std()) == pytest.approx(1, abs=0.1)
+    assert torch.equal(found.A, again.A)
+    assert chordal(found.A, other.A) > 0.1
+    elsewhere = add_noise(update.clone(), "other layer", {"noise": noise, "seed": 3})
+    assert not torch.allclose(elsewhere, noisy)
+
+
+def test_sb1_a_projected_step_has_the_noise_of_its_basis(
+    small: BaseModel, calibration: CalibrationSet
+) -> None:
+    options = {"noise": 1.0, "seed": 2}
+    built = build_basis_and_step(small, method="lora_sb", rank=4, calibration=calibration, **options)
+    start = {"eta_init": "value", "eta": 1e-3, **options}
+    own = make_init(built.basis, method="sb_step", step=built.step, **start)
+    projected = make_init(built.basis, method="sb_step", base=small, calibration=calibration, **start)
+
+    torch.testing.assert_close(own, projected, rtol=0, atol=2e-3 * float(own.abs().max()))
+    plain = make_init(
+        built.basis, method="sb_step", base=small, calibration=calibration, eta_init="value", eta=1e-3
+    )
+    assert float((plain - own).abs().max()) > 0.01 * float(own.abs().max())
 
 
 def test_sb2_the_sign_step_lowers_the_loss_as_predicted() -> None:
@@ -112,6 +151,42 @@ def test_sb4_theorem_3_is_sgd_in_the_orthonormal_basis() -> None:
     torch.testing.assert_close(
         preconditioned_training("sgd", 1.0, A=Q_A, B=Q_B), delta, rtol=1e-10, atol=1e-12
     )
+
+
+def test_sb_table_3_counts_the_ffn_output() -> None:
+    """RoBERTa-large, table 3: LoRA r = 8 has 2162.69 K numbers, LoRA-SB 6.14 K and 24.57 K at r = 8 and 16.
+
+    The four modules per layer are those of the authors' code. Query, key, value and attention output, as the
+    text of section 3.3 has it, would give LoRA 1572.86 K.
+    """
+    config = RobertaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
+    with torch.device("meta"):
+        model = RobertaModel(config)
+    shapes = {
+        name: module.weight.shape for name, module in model.encoder.named_modules() if is_linear(module)
+    }
+
+    def chosen(*suffixes: str) -> list[torch.Size]:
+        return [
+            shape
+            for name, shape in shapes.items()
+            if any(name.partition(".")[2].partition(".")[2] == suffix for suffix in suffixes)
+        ]
+
+    code = chosen("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense")
+    text = chosen(
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"
+    )
+    assert len(code) == len(text) == 96
+    assert sum(8 * (d_out + d_in) for d_out, d_in in code) == 2_162_688
+    assert sum(8 * (d_out + d_in) for d_out, d_in in text) == 1_572_864
+    assert [len(code) * r**2 for r in (8, 16, 24)] == [6_144, 24_576, 55_296]
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear)
 
 
 def precondition(g_R: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:

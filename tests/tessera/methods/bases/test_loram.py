@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from tessera.errors import CorruptRecord, InvalidInput
 from tessera.formats.manifest import BasisManifest
 from tessera.methods.bases import build_basis
+from tessera.methods.bases.lora_ga import lora_form
 from tessera.methods.bases.loram import log_share, regenerate
 from tessera.methods.bases.loram_sines import dst_columns
+from tessera.methods.building.activations import ScaledMoment
+from tessera.methods.building.method import ModuleData
+from tessera.methods.checks import check_loram
 from tessera.model.base_model import BaseModel
-from tests.tessera.methods.matrices import decaying_matrix, factorise, module_data, random_matrix
+from tests.tessera.methods.matrices import (
+    decaying_matrix,
+    factorise,
+    module_data,
+    orthonormal,
+    random_matrix,
+)
 
 
 def nu(X: Tensor) -> float:
@@ -64,6 +74,64 @@ def test_m2_variants_of_q_and_tracking() -> None:
         tracked = factorise("loram", data, magnitude="tracking", reference=reference)
         other = factorise(reference, data)
         assert nu(tracked.B @ tracked.A) == pytest.approx(nu(other.B @ other.A), rel=1e-10)
+
+
+@pytest.mark.parametrize("reference", ["pissa", "milora", "olora", "corda", "lora_ga"])
+def test_m2_tracking_by_product_or_by_factor(reference: str) -> None:
+    """By product ν[B A] is the reference's, by factor ν[A] and ν[B] are, and with them eq. 6's k_1."""
+    m, n, r = 40, 64, 8
+    data = module_data(decaying_matrix(m, n), r, inputs=scaled_moment(n))
+    A_ref, B_ref = reference_factors(reference, data)
+    product, factors = (
+        factorise("loram", data, magnitude="tracking", reference=reference, tracking=kind)
+        for kind in ("product", "factor")
+    )
+
+    assert nu(product.B @ product.A) == pytest.approx(nu(B_ref @ A_ref), rel=1e-10)
+    assert nu(factors.A) == pytest.approx(nu(A_ref), rel=1e-10)
+    assert nu(factors.B) == pytest.approx(nu(B_ref), rel=1e-10)
+    for found, phi in ((factors.A.T, dst_columns(n, r)), (factors.B, dst_columns(m, r))):
+        torch.testing.assert_close(found / found.norm() * r**0.5, phi, rtol=1e-10, atol=1e-12)
+    k1 = r * (n * nu(A_ref) ** 2 + m * nu(B_ref) ** 2)
+    core = factorise("loram", data, magnitude="tracking", reference=reference, tracking="factor", rule="core")
+    s = core.notes["s"]
+    assert s**4 * r**2 / (m * n) == pytest.approx(k1, rel=1e-10), "ν[ΔW] of a step of the core"
+    differs = abs(nu(factors.B @ factors.A) / nu(B_ref @ A_ref) - 1) > 1e-6
+    assert differs == (reference not in ("olora", "lora_ga")), "they agree for an orthonormal factor"
+
+
+def test_m2_tracking_lora_ga_needs_no_gradient() -> None:
+    """LoRA-GA's ArB2r pair has c² r as its norms and c⁴ r as its product's, c² = √d_out / γ, for any g."""
+    m, n, r = 40, 64, 8
+    tracked = factorise(
+        "loram", module_data(decaying_matrix(m, n), r), magnitude="tracking", reference="lora_ga"
+    )
+    for seed in range(3):
+        A0, B0 = lora_form(random_matrix(m, n, seed=seed), r)
+        assert nu(tracked.B @ tracked.A) == pytest.approx(nu(B0 @ A0), rel=1e-10)
+    assert nu(tracked.B @ tracked.A) == pytest.approx((m**0.5 / 16) ** 2 * r / (m * n), rel=1e-10)
+
+
+def test_m2_tracking_by_factor_needs_a_method_to_track() -> None:
+    with pytest.raises(InvalidInput, match="needs magnitude=tracking") as caught:
+        check_loram(8, {"rule": "factor", "magnitude": "log", "tracking": "factor"})
+    assert caught.value.param == "tracking"
+
+
+def scaled_moment(width: int) -> ScaledMoment:
+    """CorDA's C of inputs with correlated directions."""
+    rule = ScaledMoment(width)
+    x = random_matrix(300, width, seed=3) * torch.linspace(2, 0.2, width) @ orthonormal(width, width, seed=4)
+    rule.observe(x, [100, 120, 80])
+    return rule
+
+
+def reference_factors(reference: str, data: ModuleData) -> tuple[Tensor, Tensor]:
+    """A_0 and B_0 of the method as its own file computes them."""
+    if reference == "lora_ga":
+        return lora_form(random_matrix(*data.weight.shape, seed=9), data.rank)
+    found = factorise(reference, data)
+    return found.A, found.B
 
 
 def test_m2_rule_for_a_frozen_pair() -> None:

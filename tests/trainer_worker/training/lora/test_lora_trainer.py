@@ -15,7 +15,7 @@ from service.engine.settings import EngineConfig
 from tessera.chat.chat_format import EncodedExample
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
-from tessera.methods.bases import CalibrationSet
+from tessera.methods.bases import CalibrationSet, build_basis
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.methods.building.losses import attached
 from tessera.methods.forms import LORA_PRESETS
@@ -247,7 +247,8 @@ def test_a_passing_hebbian_rule_learns_from_its_own_tokens(small: BaseModel, dat
         for example in batch:
             small.model(torch.tensor([example.token_ids]))
     hook.remove()
-    rule = HebbianRule(first.d_in, RANK, factors.preset.online, generator=torch.Generator())
+    assert factors.online is not None
+    rule = HebbianRule(first.d_in, RANK, factors.online, generator=torch.Generator())
     rule.A = factors.A[0].clone()
     # B is zero in the first step, so the inputs are those of the base model; long rows come first.
     rule.step(torch.cat(sorted((x[0].float() for x in seen), key=len, reverse=True)))
@@ -257,6 +258,39 @@ def test_a_passing_hebbian_rule_learns_from_its_own_tokens(small: BaseModel, dat
     assert float(B.abs().max()) > 0
     moved = other.trained(other.R)[0][0] - other.factors.A[0]
     assert float(moved.abs().max()) > 0
+
+
+def test_the_local_rule_has_a_rate_of_its_own(small: BaseModel, data: TrainingData) -> None:
+    """Adam's first step moves every entry of A by its rate, whatever the rate of B."""
+    ended = {}
+    for rate, b_rate in ((None, 1e-3), (1e-4, 1e-3), (1e-4, 1e-2)):
+        options = {} if rate is None else {"a_learning_rate": rate}
+        factors = initial_factors(small, "lolora", rank=RANK, **options)
+        assert factors.recipe["a_learning_rate"] == (rate or 1.5e-3)
+        run = LoraRun("online", data, plan(total_steps=1, learning_rate=b_rate), factors)
+        run_to_end(small, [run])
+        ended[rate, b_rate] = run.trained(run.R)
+        for (A, _), A0 in zip(ended[rate, b_rate], factors.A, strict=True):
+            moved = (A - A0).abs()
+            assert float(moved.median()) == pytest.approx(rate or 1.5e-3, rel=1e-2)
+    for one, other in zip(ended[None, 1e-3], ended[1e-4, 1e-3], strict=True):
+        assert torch.equal(one[1], other[1]), "B has learned the same: A changes after it was used"
+    for one, other in zip(ended[1e-4, 1e-3], ended[1e-4, 1e-2], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert not torch.equal(one[1], other[1])
+
+
+def test_lolora_may_begin_at_evas_components(small: BaseModel, data: TrainingData) -> None:
+    examples = CalibrationSet.from_encoded(data.train)
+    factors = initial_factors(small, "lolora_eva", rank=RANK, calibration=examples, a_learning_rate=1e-4)
+    eva = build_basis(small, method="eva", rank=RANK, calibration=examples)
+
+    for A0, B0, A in zip(factors.A, factors.B, eva.A, strict=True):
+        torch.testing.assert_close(A0, A.float(), rtol=0, atol=1e-6)
+        assert not B0.any()
+    run = LoraRun("online", data, plan(total_steps=1), factors)
+    run_to_end(small, [run])
+    assert float((run.trained(run.R)[0][0] - factors.A[0]).abs().median()) == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_evaluation_teaches_no_rule(small: BaseModel, data: TrainingData) -> None:
