@@ -3,6 +3,7 @@
     python -m benchmarks.real --model DIR --methods lora,lora_xs,lora_sb,population,full --out DIR
     python -m benchmarks.real --model DIR --tasks all --fast --out DIR       # over 20 data sets
     python -m benchmarks.real --model DIR --rates --fast --out DIR           # the learning-rate tables anew
+    python -m benchmarks.real --model DIR --cost --methods lora_xs --out DIR # a search against one run
     python -m benchmarks.real --report --out DIR                             # the report again
 
 Tasks are made by a seed (`tasks/`); --data adds files of chat examples. Every method trains each task at
@@ -25,7 +26,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,14 @@ from benchmarks.quality.records import RecordFile, read_records
 from benchmarks.real.encoded import EncodedTask, encode_population, encode_task
 from benchmarks.real.methods import FULL, Method
 from benchmarks.real.rates import rate_rows, rates_table
-from benchmarks.real.report import report, rows_of
+from benchmarks.real.report import cost_table, report, rows_of
 from benchmarks.real.runs import Setting
-from benchmarks.real.sweep import base_records, sweep
+from benchmarks.real.sweep import Cell, base_records, perform
 from benchmarks.real.tasks import ALL, MAIN, crowd, make_tasks, read_task
 from benchmarks.report import hardware
-from tessera.chat.chat_format import load_chat_format
+from tessera.chat.chat_format import ChatFormat, load_chat_format
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
-from tessera.methods.bases import Population
 from tessera.model.base_model import load_base_model
 from tessera.model.files import model_name
 
@@ -79,6 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--methods", help=f"names with commas between; {METHODS}")
     add("--ranks", help="with commas between; 16")
     add("--rates", action="store_true", help=f"{RATE_METHODS} at ranks {RATE_RANKS} on all tasks")
+    add("--cost", action="store_true", help="only time a job with the defaults against one run, each alone")
     add("--multiples", default="0.1,0.3,1,3,10,30", help="of the tables' rate")
     add("--seed", type=int, default=0, help="of the tasks and of training")
     add("--users", type=int, default=40, help="from whom the population's basis is learned")
@@ -90,11 +91,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True)
     add("--report", action="store_true", help="only write the report of what is in --out")
     arguments = parser.parse_args(argv)
-    arguments.methods = arguments.methods or (RATE_METHODS if arguments.rates else METHODS)
+    default_methods = RATE_METHODS if arguments.rates or arguments.cost else METHODS
+    arguments.methods = arguments.methods or default_methods
     arguments.ranks = arguments.ranks or (RATE_RANKS if arguments.rates else "16")
     arguments.tasks = arguments.tasks or ("all" if arguments.rates else "main")
     try:
         arguments.methods = [Method.of(name) for name in arguments.methods.split(",")]
+        if arguments.cost and any(method.form == FULL for method in arguments.methods):
+            parser.error("full fine-tuning has no search whose cost could be measured")
         arguments.ranks = [int(rank) for rank in arguments.ranks.split(",")]
         arguments.multiples = tuple(float(multiple) for multiple in arguments.multiples.split(","))
         groups = {"main": MAIN, "all": ALL, "none": ()}
@@ -107,16 +111,61 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, given: Sequence[str]) -> None:
-    """Do what is not done yet, method by method."""
+    """Do what is not done yet, one method at one rank after the other."""
     started = time.perf_counter()
-    torch.set_float32_matmul_precision("highest")
     chat = load_chat_format(arguments.model)
-    tasks = [encode_task(task, chat) for task in make_tasks(arguments.tasks, seed=arguments.seed)]
+    tasks = encode_tasks(arguments, chat)
+    setting = make_setting(arguments)
+    describe(arguments, given)
+    same = [[task.name for task in tasks], list(arguments.multiples), arguments.epochs, arguments.seed]
+    done = {record["cell"] for record in read_records(arguments.out) if record["kind"] == "cell"}
+    records = RecordFile(arguments.out / RECORDS_FILE)
+    for record in base_records(setting, tasks):
+        records.add(record.pop("kind"), record)
+    population = None
+    for method, rank in cells(arguments):
+        key = json.dumps([method.name, rank, *same, arguments.fast, arguments.cost])
+        begun = time.perf_counter()
+        if key in done:
+            continue
+        if begun - started > arguments.budget_s:
+            print(f"{method.name}, rank {rank}: not begun, the time is over", flush=True)
+            continue
+        if method.needs_population and population is None:
+            population = encode_population(crowd(arguments.users, seed=arguments.seed), chat)
+        examples = population if method.needs_population else None
+        cell = Cell(method, rank, examples, arguments.passes, arguments.cost)
+        for record in perform(setting, cell, tasks):
+            records.add(record.pop("kind"), record)
+        records.add("cell", {"cell": key})
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"{method.name}, rank {rank}: {time.perf_counter() - begun:.1f} s", flush=True)
+    records.close()
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[tuple[Method, int]]:
+    """Yield the methods with their ranks; full fine-tuning has none."""
+    for method in arguments.methods:
+        for rank in [0] if method.form == FULL else arguments.ranks:
+            yield method, rank
+
+
+def encode_tasks(arguments: argparse.Namespace, chat: ChatFormat) -> list[EncodedTask]:
+    """Return the chosen tasks and those of the files."""
     sizes = {"num_train": arguments.data_train, "num_test": arguments.data_test}
-    tasks += [encode_task(read_task(path, seed=arguments.seed, **sizes), chat) for path in arguments.data]
+    tasks = make_tasks(arguments.tasks, seed=arguments.seed)
+    tasks += [read_task(path, seed=arguments.seed, **sizes) for path in arguments.data]
+    return [encode_task(task, chat) for task in tasks]
+
+
+def make_setting(arguments: argparse.Namespace) -> Setting:
+    """Load the model, and return what is the same for all methods."""
+    torch.set_float32_matmul_precision("highest")
     base = load_base_model(arguments.model, device=arguments.device, dtype="float32")
     is_gpu = base.device.type != "cpu"
-    setting = Setting(
+    return Setting(
         base,
         GPU_TOKENS if is_gpu else CPU_TOKENS,
         is_fast=arguments.fast,
@@ -125,46 +174,6 @@ def measure(arguments: argparse.Namespace, given: Sequence[str]) -> None:
         seed=arguments.seed,
         max_numbers=GPU_NUMBERS if is_gpu else CPU_NUMBERS,
     )
-    describe(arguments, given)
-    names = [task.name for task in tasks]
-    shared = [list(arguments.multiples), arguments.epochs, arguments.seed, arguments.fast]
-    done = {record["cell"] for record in read_records(arguments.out) if record["kind"] == "cell"}
-    records = RecordFile(arguments.out / RECORDS_FILE)
-    for record in base_records(setting, tasks):
-        records.add(record.pop("kind"), record)
-    population = None
-    for method in arguments.methods:
-        for rank in [0] if method.name == FULL else arguments.ranks:
-            cell = json.dumps([method.name, rank, names, *shared])
-            if cell in done:
-                continue
-            if time.perf_counter() - started > arguments.budget_s:
-                print(f"{method.name}, rank {rank}: not begun, the time is over", flush=True)
-                continue
-            if method.needs_population and population is None:
-                population = encode_population(crowd(arguments.users, seed=arguments.seed), chat)
-            perform(setting, method, rank, tasks, population, arguments.passes, records)
-            records.add("cell", {"cell": cell})
-    records.close()
-
-
-def perform(
-    setting: Setting,
-    method: Method,
-    rank: int,
-    tasks: Sequence[EncodedTask],
-    population: Population | None,
-    passes: float | None,
-    records: RecordFile,
-) -> None:
-    """Measure one method at one rank, and say how long it took."""
-    started = time.perf_counter()
-    for record in sweep(setting, method, rank, tasks, population, passes=passes):
-        records.add(record.pop("kind"), record)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    print(f"{method.name}, rank {rank}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def describe(arguments: argparse.Namespace, given: Sequence[str]) -> None:
@@ -186,9 +195,13 @@ def write_report(out: Path) -> int:
     run: dict[str, Any] = json.loads((out / RUN_FILE).read_text())
     records = list(read_records(out))
     rows, rates = rows_of(records), rate_rows(records)
-    text = report(run, rows) + "\n## The best multiple of the tables' rate\n\n" + rates_table(rates)
+    parts = [report(run, rows), cost_table(records)]
+    if rates:
+        parts.append("## The best multiple of the tables' rate\n\n" + rates_table(rates))
+    text = "\n".join(filter(None, parts))
     (out / MARKDOWN_FILE).write_text(text, encoding="utf-8")
     content = {**run, "rows": [row.to_json() for row in rows], "rates": [rate.to_json() for rate in rates]}
+    content["costs"] = [record for record in records if record["kind"] == "cost"]
     (out / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n")
     print(text)
     return 0

@@ -1,51 +1,65 @@
-"""What a job that leaves the learning rate to the service trains and publishes.
-
-The one place of the benchmark that calls the worker's own choice.
-"""
+"""What a job that leaves the learning rate to the service publishes, and what its search costs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
-
+from benchmarks.quality.settings import synchronize
 from benchmarks.real.encoded import EncodedTask
-from benchmarks.real.runs import Setting, SharedTrainer, Trial, measure, plan_of
+from benchmarks.real.forms import Form
+from benchmarks.real.runs import Setting, Trial, measure, plan_of
 from benchmarks.real.selection import Record
-from trainer_worker.training.plan import HasLearningRate, TrainingPlan
 from trainer_worker.training.run import TrainRun
 
-#: From an id, a task and a plan to a run that trains the task.
-MakeRun = Callable[[str, EncodedTask, TrainingPlan], TrainRun]
-#: From runs to a trainer in which they are resident, in their order.
-Gather = Callable[[Sequence[TrainRun]], SharedTrainer]
+#: Timed repetitions of a cost, after one that warms up; the fastest counts.
+REPEATS = 2
 
 
-def automatic_records(
-    setting: Setting, tasks: Sequence[EncodedTask], kind: HasLearningRate, make: MakeRun, gather: Gather
-) -> Iterator[Record]:
-    """Train each task as a job with the defaults, and judge the state that it publishes.
+def automatic_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
+    """Train each task as a job with the defaults, all together, and judge what is published.
 
-    `multiple` is the chosen rate by the rate of the tables. `seconds_together` is the time of all tasks.
+    `multiple` is the chosen rate by the rate of the tables; `notes` what the run itself says of its choice.
     """
-    trials = []
-    for task in tasks:
-        plan = plan_of(setting, task, kind, None)
-        trials.append(Trial(make(f"{task.name}/auto", task, plan), task, None))
-    started = time.perf_counter()
-    trainer = gather([trial.run for trial in trials])
-    while not all(trial.run.is_finished for trial in trials):
+    runs = [form.automatic(f"{task.name}/auto", task) for task in tasks]
+    trainer = form.gather(runs)
+    while not all(run.is_finished for run in runs):
         trainer.step()
-    seconds = time.perf_counter() - started
-    with torch.no_grad():
-        for trial in trials:
-            trial.run.R.copy_(trial.run.best_R)
-    for trial, point in measure(setting, trainer.attached, list(enumerate(trials))):
-        run, table_rate = trial.run, kind.rate_for(trial.task.data.num_train)
+    published = [form.published(run, task) for run, task in zip(runs, tasks, strict=True)]
+    trials = [Trial(run, task, None) for run, task in zip(published, tasks, strict=True)]
+    judged = form.gather(published)
+    points = measure(setting, judged.attached, list(enumerate(trials)))
+    for run, (trial, point) in zip(runs, points, strict=True):
+        table = form.kind.rate_for(trial.task.data.num_train)
+        rate = run.plan.learning_rate
         yield {
-            "kind": "auto", **trial.task.describe(), "multiple": run.plan.learning_rate / table_rate,
-            "rate": run.plan.learning_rate, "step": run.progress.best_step,
-            "finish": run.progress.finish_reason, "seconds_together": seconds, "num_together": len(trials),
-            **point,
+            "kind": "auto", **trial.task.describe(), "multiple": rate / table, "rate": rate,
+            "step": run.published_step, "finish": run.progress.finish_reason, **point,
         }  # fmt: skip
+
+
+def cost_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
+    """Train each task alone, once at the rate of the tables and once as a job with the defaults."""
+    for task in tasks:
+        seconds = {"one": [], "auto": []}  # type: dict[str, list[float]]
+        for repeat in range(REPEATS + 1):
+            one = form.make(f"{task.name}/one", task, plan_of(setting, task, form.kind, None))
+            for name, run in (("one", one), ("auto", form.automatic(f"{task.name}/auto", task))):
+                spent = _seconds_alone(form, run)
+                if repeat:
+                    seconds[name].append(spent)
+        fastest = {name: min(times) for name, times in seconds.items()}
+        yield {
+            "kind": "cost", **task.describe(), "seconds_one": fastest["one"], "seconds_auto": fastest["auto"],
+            "ratio": fastest["auto"] / fastest["one"],
+        }  # fmt: skip
+
+
+def _seconds_alone(form: Form, run: TrainRun) -> float:
+    trainer = form.gather([run])
+    synchronize()
+    started = time.perf_counter()
+    while not run.is_finished:
+        trainer.step()
+    synchronize()
+    return time.perf_counter() - started

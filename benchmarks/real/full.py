@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ def _train(
             group["lr"] = plan.learning_rate_at(step)
         with matmul_precision(is_fast=setting.is_fast):
             loss = _gradient(setting, task.data.batch(step, batch_size=plan.batch_size, seed=plan.seed))
-        norm = nn.utils.clip_grad_norm_(weights, plan.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(weights, plan.max_grad_norm or math.inf)
         if not (loss.isfinite() and norm.isfinite()):
             return points, "diverged"
         losses.append(float(loss))

@@ -123,6 +123,23 @@ def report(run: dict[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
+def cost_table(records: Sequence[Record]) -> str:
+    """Return the seconds of one run and of a job with the defaults, each alone; empty without any."""
+    costs = [record for record in records if record["kind"] == "cost"]
+    if not costs:
+        return ""
+    lines = [
+        "| method | r | task | examples | one run, s | auto, s | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cost in costs:
+        lines.append(
+            f"| {cost['method']} | {cost['rank']} | {cost['task']} | {cost['num_examples']} "
+            f"| {cost['seconds_one']:.2f} | {cost['seconds_auto']:.2f} | {cost['ratio']:.2f} |"
+        )
+    return "\n".join(["## What the search costs", "", *lines, ""])
+
+
 def _summary(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"| method | r | trained numbers | right answers: auto | own best | LoRA's best "

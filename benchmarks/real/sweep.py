@@ -1,8 +1,8 @@
 """One method at one rank on all tasks: the automatic choice beside fixed multiples of the tables' rate.
 
 All runs of one basis are co-trained, so a sweep costs little more than its tokens. Yields records of kind
-"base", "build", "run" (a fixed rate, with its whole history) and "auto" (what a job with the defaults
-publishes).
+"base", "build", "run" (a fixed rate, with its whole history), "auto" (what a job with the defaults
+publishes) and "cost".
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
-from benchmarks.real.automatic import Gather, MakeRun, automatic_records
+from benchmarks.real.automatic import automatic_records, cost_records
 from benchmarks.real.encoded import EncodedTask
+from benchmarks.real.forms import CoreForm, Form, LoraForm
 from benchmarks.real.full import full_records
 from benchmarks.real.judge import judge
-from benchmarks.real.methods import Built, Method, build
+from benchmarks.real.methods import Method, build
 from benchmarks.real.runs import Setting, Trial, plan_of, train
 from benchmarks.real.selection import Record
 from tessera.methods.bases import Population
-from tessera.methods.forms import LORA_PRESETS
-from trainer_worker.training.learning_rates import LoraKind
-from trainer_worker.training.lora.factors import LoraFactors, initial_factors
-from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
-from trainer_worker.training.plan import HasLearningRate, TrainingPlan
-from trainer_worker.training.run import TrainRun
-from trainer_worker.training.trainer import CoreRun, Trainer
 
 #: Runs that the automatic choice may train for one task, at most.
 MAX_RUNS_PER_CHOICE = 16
@@ -41,112 +36,71 @@ def base_records(setting: Setting, tasks: Sequence[EncodedTask]) -> Iterator[Rec
         }  # fmt: skip
 
 
-def sweep(
-    setting: Setting,
-    method: Method,
-    rank: int,
-    tasks: Sequence[EncodedTask],
-    population: Population | None,
-    *,
-    passes: float | None = None,
-) -> Iterator[Record]:
-    """Train `method` at `rank` on all tasks. population: what a learned basis is built from."""
+@dataclass(frozen=True)
+class Cell:
+    """A piece of work that is done as a whole."""
+
+    method: Method
+    #: 0 for full fine-tuning.
+    rank: int
+    #: What a learned basis is built from; None for the other methods.
+    population: Population | None = None
+    #: Over the population's examples; None takes the method's default.
+    passes: float | None = None
+    #: Only measure what the automatic choice costs.
+    is_cost: bool = False
+
+
+def perform(setting: Setting, cell: Cell, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
+    """Do the work of a cell on all tasks."""
+    method = cell.method
     if method.form == "full":
         records = full_records(setting, tasks)
     elif method.form == "lora":
-        records = _lora(setting, method, rank, tasks)
+        records = _of_form(setting, cell, LoraForm(setting, method, cell.rank), tasks)
     else:
-        records = _core(setting, method, rank, tasks, population, passes)
+        records = _in_bases(setting, cell, tasks)
     for record in records:
-        yield {**record, "method": method.name, "rank": rank}
+        yield {**record, "method": method.name, "rank": cell.rank}
 
 
-def _core(
-    setting: Setting, method: Method, rank: int, tasks: Sequence[EncodedTask],
-    population: Population | None, passes: float | None,
-) -> Iterator[Record]:  # fmt: skip
-    groups = [list(tasks)] if method.is_shared else [[task] for task in tasks]
-    for group in groups:
-        examples = (
-            population if method.needs_population else None if method.is_shared else group[0].calibration
-        )
+def _in_bases(setting: Setting, cell: Cell, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
+    """Build one basis for all tasks, or one for each from its own examples."""
+    is_shared = cell.method.is_shared
+    for group in [list(tasks)] if is_shared else [[task] for task in tasks]:
+        examples = cell.population if is_shared else group[0].calibration
         built = build(
-            setting.base, method, rank, examples, token_budget=setting.token_budget, is_fast=setting.is_fast,
-            passes=passes,
+            setting.base, cell.method, cell.rank, examples, token_budget=setting.token_budget,
+            is_fast=setting.is_fast, passes=cell.passes,
         )  # fmt: skip
-        basis = built.basis
-        yield {
-            "kind": "build", "tasks": [task.name for task in group], "seconds": built.seconds,
-            "gain": built.kind.gain,
-        }  # fmt: skip
-
-        def make(run_id: str, task: EncodedTask, plan: TrainingPlan, built: Built = built) -> CoreRun:
-            return CoreRun(run_id, task.data, plan, built.basis, start=built.start(task, plan))
-
-        def gather(runs: Sequence[TrainRun], built: Built = built) -> Trainer:
-            trainer = Trainer(
-                setting.base, built.basis, max_runs=len(runs), token_budget=setting.token_budget
-            )
-            for run in runs:
-                assert isinstance(run, CoreRun)
-                trainer.join(run)
-            return trainer
-
-        num_parameters = basis.num_modules * basis.rank**2
-        yield from _trials(setting, group, built.kind, make, gather, num_parameters)
+        names = [task.name for task in group]
+        yield {"kind": "build", "tasks": names, "seconds": built.seconds, "gain": built.kind.gain}
+        yield from _of_form(setting, cell, CoreForm(setting, built), group)
 
 
-def _lora(setting: Setting, method: Method, rank: int, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
-    preset = LORA_PRESETS[method.lora_preset]
-    found: dict[str, LoraFactors] = {}
-    kind = LoraKind(preset.name, rank)
-
-    def make(run_id: str, task: EncodedTask, plan: TrainingPlan) -> LoraRun:
-        name = "" if preset.method is None else task.name
-        if name not in found:
-            found[name] = initial_factors(
-                setting.base, preset, rank=rank, calibration=task.calibration if name else None,
-                seed=setting.seed,
-            )  # fmt: skip
-        return LoraRun(run_id, task.data, plan, found[name])
-
-    def gather(runs: Sequence[TrainRun]) -> LoraTrainer:
-        minimum = 0 if setting.base.device.type == "cpu" else setting.token_budget
-        mine = [run for run in runs if isinstance(run, LoraRun)]
-        return LoraTrainer(setting.base, mine, token_budget=setting.token_budget, min_tokens=minimum)
-
-    # One run's factors tell how many numbers are trained.
-    probe = make("", tasks[0], plan_of(setting, tasks[0], kind, None))
-    assert isinstance(probe, LoraRun)
-    yield from _trials(setting, tasks, kind, make, gather, probe.factors.num_trained)
-
-
-def _trials(
-    setting: Setting,
-    tasks: Sequence[EncodedTask],
-    kind: HasLearningRate,
-    make: MakeRun,
-    gather: Gather,
-    num_parameters: int,
-) -> Iterator[Record]:
-    """Train every multiple of every task, and the automatic choice, together as far as memory allows."""
+def _of_form(setting: Setting, cell: Cell, form: Form, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
+    """Train every multiple of every task, then the automatic choices, together as far as memory allows."""
+    if cell.is_cost:
+        yield from cost_records(setting, form, tasks)
+        return
     trials = []
     for task in tasks:
         for multiple in setting.multiples:
-            plan = plan_of(setting, task, kind, multiple)
-            trials.append(Trial(make(f"{task.name}/{multiple:g}", task, plan), task, multiple))
-    size = max(1, setting.max_numbers // num_parameters)
+            plan = plan_of(setting, task, form.kind, multiple)
+            trials.append(Trial(form.make(f"{task.name}/{multiple:g}", task, plan), task, multiple))
+    size = max(1, setting.max_numbers // form.num_parameters)
     for first in range(0, len(trials), size):
         part = trials[first : first + size]
         started = time.perf_counter()
-        trainer = gather([trial.run for trial in part])
-        train(setting, trainer, part)
+        train(setting, form.gather([trial.run for trial in part]), part)
         seconds = time.perf_counter() - started
-        shared = {"num_parameters": num_parameters, "seconds_together": seconds, "num_together": len(part)}
+        shared = {
+            "num_parameters": form.num_parameters, "seconds_together": seconds, "num_together": len(part),
+        }  # fmt: skip
         yield from ({**run_record(trial), **shared} for trial in part)
     size = max(1, size // MAX_RUNS_PER_CHOICE)
     for first in range(0, len(tasks), size):
-        yield from automatic_records(setting, tasks[first : first + size], kind, make, gather)
+        yield from automatic_records(setting, form, tasks[first : first + size])
 
 
 def run_record(trial: Trial) -> Record:
