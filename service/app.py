@@ -28,6 +28,7 @@ from service.http.routes import (
     bases,
     basis_jobs,
     chat,
+    classify,
     completions,
     files,
     fine_tuning,
@@ -61,7 +62,9 @@ from tessera.store.ownership import PrivateBases
 TITLE = "Tessera"
 DESCRIPTION = "One base language model, millions of tiny personal adapters. OpenAI's clients work unchanged."
 
-TENANT_ROUTERS = (models, completions, chat, score, files, fine_tuning, adapters, imports, basis_jobs, bases)
+TENANT_ROUTERS = (
+    models, completions, chat, score, classify, files, fine_tuning, adapters, imports, basis_jobs, bases,
+)  # fmt: skip
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 

@@ -16,3 +16,10 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 #: Methods whose basis follows from the base model alone, so that naming one is enough to have it built. In
 #: the order of `tessera.methods.bases.METHODS`.
 SELF_BUILDING = ("lora_xs", "loram", "pissa", "milora", "olora", "random")
+
+#: Labels of one classification. More classes than that are a retrieval. A head of 256 rows for a hidden state
+#: of 4,096 takes 4 MiB.
+MAX_LABELS = 256
+MAX_LABEL_CHARS = 64
+#: All labels of a classification as JSON: they are a part of the adapter's metadata.
+MAX_LABELS_BYTES = 32 * 1024

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from service.engine.wire.messages import (
+    Classification,
     EngineInfo,
     EngineStats,
     GenerationRequest,
@@ -32,7 +33,8 @@ class FakeEngine:
 
     refusal: raised by `generate` at once. failure: (code, message) reported after `fail_after` tokens. gate:
     a request goes on only while it is set, but for its first `num_ungated` tokens. tops: the most likely
-    tokens beside a chosen one. cancelled: ids of requests whose reader left before the end.
+    tokens beside a chosen one. labels: of every head. cancelled: ids of requests whose reader left before the
+    end.
     """
 
     def __init__(self, *, vocab_size: int = 8192, max_model_len: int = 256) -> None:
@@ -52,6 +54,7 @@ class FakeEngine:
         self.running: dict[str, GenerationRequest] = {}
         self.cancelled: list[str] = []
         self.unloaded: list[tuple[str, str]] = []
+        self.labels = ["no", "yes"]
         self._info = EngineInfo(
             model_name="tiny",
             model_id="0" * 64,
@@ -100,7 +103,7 @@ class FakeEngine:
     def _outputs(self, request: GenerationRequest) -> list[TokenOutput]:
         sampling, wanted = request.sampling, self.script(request)
         outputs: list[TokenOutput] = []
-        if sampling.max_tokens == 0:
+        if sampling.max_tokens == 0 and self.failure is None:
             return _ended([self._output(request, [], is_first=True)], "length")
         for token_id in wanted[: sampling.max_tokens]:
             if self.failure is not None and len(outputs) == self.fail_after:
@@ -129,7 +132,13 @@ class FakeEngine:
             prompt_logprobs=prompt,
             num_cached_tokens=self.num_cached_tokens,
             num_distinct=len({r.adapter for r in self.running.values()}),
+            classification=self._classification(request) if request.classifies else None,
         )
+
+    def _classification(self, request: GenerationRequest) -> Classification:
+        """Scores that differ between texts: the number of tokens, then ones."""
+        scores = [float(len(request.token_ids)), *(1.0 for _ in self.labels[1:])]
+        return Classification(scores, self.labels)
 
     def _logprobs(self, token_id: int, count: int) -> TokenLogprobs:
         logprob = fake_logprob(token_id)

@@ -28,6 +28,7 @@ from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.outcome.result_files import ResultFiles
 from trainer_worker.outcome.samples import SampleMaker
 from trainer_worker.preparing.basis_source import BasisSource
+from trainer_worker.preparing.classification import ClassificationPreparation
 from trainer_worker.preparing.lora import LoraPreparation
 from trainer_worker.preparing.preparation import Preparation
 from trainer_worker.session import WorkerServices
@@ -89,6 +90,7 @@ def make_worker(
         adapters=adapters,
         bases=bases,
         lora=LoraPreparation(base, model_lock, holds=holds, target_modules=settings.target_modules),
+        classification=ClassificationPreparation(base, bases),
         model_lock=model_lock,
         max_tokens=worker_settings.max_tokens,
     )

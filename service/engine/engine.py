@@ -25,17 +25,31 @@ from service.engine.settings import EngineConfig
 from service.engine.step_loop import InFlight, StepLoop
 from service.engine.steps.runner import ModelRunner
 from service.engine.trial.model_trial import install_and_try
-from service.engine.wire.messages import EngineInfo, EngineStats, GenerationRequest, TokenOutput
+from service.engine.wire.messages import (
+    NO_HEAD,
+    NOT_GENERATIVE,
+    EngineInfo,
+    EngineStats,
+    GenerationRequest,
+    TokenOutput,
+)
 from tessera.errors import InvalidInput, TesseraError
 from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
+from tessera.model.hidden import hidden_width
 from tessera.model.rope import pin_rotations
 
 __all__ = ["Engine", "EngineConfig"]
 
 logger = logging.getLogger(__name__)
+
+#: Messages for a request that an adapter was not trained for, by code.
+_OTHER_TASK = {
+    NO_HEAD: "{} has no classification head; train an adapter with method.type classification, and name that",
+    NOT_GENERATIVE: "{} classifies texts and generates none; send its texts to /v1/classify",
+}
 
 #: Bounds the memory of the logits of prompt positions in one step, in the model's dtype.
 MAX_LOGITS_BYTES = 256 * 1024**2
@@ -62,6 +76,7 @@ class Engine:
         )
         max_model_len = min(base.max_position, num_blocks * config.block_size)
         self._limits = RequestLimits(facts.vocab_size, max_model_len)
+        self._hidden_width = hidden_width(base.model)
         self._weight_bytes = module_bytes(base.model)
         self.kv = PagedKV(
             facts.kv_shapes, num_blocks=num_blocks, block_size=config.block_size, device=device, dtype=dtype
@@ -117,6 +132,9 @@ class Engine:
         """Queue a request. Raises `InvalidInput`, `EngineOverloaded` or `TenantOverloaded` if it is
         refused."""
         self._limits.check(request)
+        if request.classifies and request.adapter is None:
+            message = _OTHER_TASK[NO_HEAD].format("the base model")
+            raise InvalidInput(message, param="model", code=NO_HEAD)
         if request.request_id in self._in_flight:
             raise InvalidInput(f"request {request.request_id} is in flight already", param="request_id")
         self.scheduler.check_queue_limit(request.tenant)
@@ -251,11 +269,26 @@ class Engine:
         self._in_flight.check_integrity()
 
     def _wake_or_fail(self, ref: AdapterRef) -> None:
-        """Wake the requests that wait for an adapter if it and its basis have arrived."""
+        """Wake the requests that wait for an adapter if it and its basis have arrived. Those that want of it
+        what it was not trained for fail."""
         try:
+            if self.residency.is_ready(ref):
+                self._fail_other_tasks(ref)
             self.scheduler.wake_if_ready(ref)
         except TesseraError as error:
             self._fail_parked(ref, error)
+
+    def _fail_other_tasks(self, ref: AdapterRef) -> None:
+        """Fail the requests that classify with an adapter without a head, or generate with one that has a
+        head."""
+        head = self.residency.head_of(ref)
+        for request in self.scheduler.waiting.parked(ref):
+            if request.classifies != (head is not None):
+                code = NO_HEAD if request.classifies else NOT_GENERATIVE
+                self._in_flight.fail(request, code, _OTHER_TASK[code].format(ref.adapter_id))
+            elif head is not None and head.width != self._hidden_width:
+                message = f"the head of adapter {ref.adapter_id} reads {head.width} numbers, not "
+                self._in_flight.fail(request, "basis_mismatch", f"{message}{self._hidden_width}")
 
     def _fail_parked(self, ref: AdapterRef, error: TesseraError) -> None:
         for request in self.scheduler.waiting.parked(ref):

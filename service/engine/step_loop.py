@@ -72,8 +72,8 @@ class InFlight:
                 heapq.heapify(self._deadlines)
 
     def deliver(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Make the outputs of a step: a token, the log-probabilities of the prompt, the end. Requests that
-        have ended meanwhile get none."""
+        """Make the outputs of a step: a token, the log-probabilities or the class of the prompt, the end.
+        Requests that have ended meanwhile get none."""
         num_distinct, logprobs = plan.num_distinct, outcome.logprobs
         for index, scored in outcome.prompt_logprobs.items():
             plan.chunks[index].request.prompt_logprobs += scored
@@ -98,6 +98,7 @@ class InFlight:
                 None,
                 request.num_cached_tokens or 0,
                 num_distinct,
+                outcome.classifications.get(index),
             )
             request.needs_prompt_logprobs = False
             self._outputs.append(output)

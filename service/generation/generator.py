@@ -49,6 +49,8 @@ class GenerationOptions:
     #: Whether the client has seen the whole prompt, including an unfinished character at its end
     #: (`TextCodec.stream`).
     is_prompt_shown: bool = True
+    #: Classify the prompt with the adapter's head; needs max_tokens 0.
+    classifies: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
@@ -150,6 +152,7 @@ class Generator:
                     sampling=sampling,
                     adapter=target.adapter,
                     timeout_s=self._request_timeout_s,
+                    classifies=options.classifies,
                 )
                 text = self.codec.stream(
                     token_ids,

@@ -13,11 +13,26 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from service.engine.client.token_engine import TokenEngine
-from service.engine.wire.messages import GenerationRequest, TokenLogprobs, TokenOutput
+from service.engine.wire.messages import (
+    NO_HEAD,
+    NOT_GENERATIVE,
+    Classification,
+    GenerationRequest,
+    TokenLogprobs,
+    TokenOutput,
+)
 from service.errors import DeadlineExceeded
 from service.generation.text import TextStream
 from service.metrics.service_metrics import Metrics
-from tessera.errors import Conflict, CorruptRecord, InvalidTrainingData, NotFound, RequestFailed, TesseraError
+from tessera.errors import (
+    Conflict,
+    CorruptRecord,
+    InvalidInput,
+    InvalidTrainingData,
+    NotFound,
+    RequestFailed,
+    TesseraError,
+)
 from tessera.processes.tasks import end_tasks
 
 
@@ -47,6 +62,7 @@ class Piece:
     token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
+    classification: Classification | None = None
 
 
 @dataclass
@@ -58,6 +74,7 @@ class Finished:
     token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    classification: Classification | None = None
 
 
 @dataclass
@@ -141,7 +158,7 @@ class LiveSequence:
             self._unsent_ids.clear()
         self._num_shown_chars += len(text)
         shown = self._shown_tokens(finish_reason) if self._waiting else ()
-        return Piece(self.index, text, shown, token_ids, prompt, finish_reason)
+        return Piece(self.index, text, shown, token_ids, prompt, finish_reason, output.classification)
 
     def _end(self, logprobs: TokenLogprobs | None) -> str:
         """Return the rest of the text before a stop token that is not a part of it."""
@@ -200,6 +217,7 @@ class Generation:
                 whole.token_ids += piece.token_ids
                 whole.prompt_logprobs += piece.prompt_logprobs or ()
                 whole.finish_reason = piece.finish_reason
+                whole.classification = piece.classification
         return finished
 
     @property
@@ -254,7 +272,7 @@ def error_of(output: TokenOutput) -> TesseraError:
         return RequestFailed("the request was cancelled", code="cancelled")
     code, message = output.error
     cls = _BY_CODE.get(code, NotFound if code.endswith("_not_found") else RequestFailed)
-    is_adapters = issubclass(cls, NotFound | Conflict | CorruptRecord)
+    is_adapters = issubclass(cls, NotFound | Conflict | CorruptRecord) or code in _OTHER_TASKS
     return cls(message, code=code, param="model" if is_adapters else None)
 
 
@@ -270,3 +288,6 @@ _BY_CODE: dict[str, type[TesseraError]] = {
     if not issubclass(cls, InvalidTrainingData)
 }
 _BY_CODE[DeadlineExceeded.code] = DeadlineExceeded
+#: Requests for what the adapter was not trained for.
+_OTHER_TASKS = (NO_HEAD, NOT_GENERATIVE)
+_BY_CODE |= dict.fromkeys(_OTHER_TASKS, InvalidInput)

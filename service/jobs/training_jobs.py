@@ -19,6 +19,7 @@ from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.catalogue import INITS
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.queue.client import Job, JobQueue, JobSpec
+from tessera.queue.records import OWN_DATA
 from tessera.redis.keys import BASIS_ID
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
@@ -64,6 +65,8 @@ class JobRequest:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     early_stopping: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    #: The options of a job that trains a classifier (`JobSpec.classification`).
+    classification: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,15 @@ class TrainingJobs:
             seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
             suffix=request.suffix,
             metadata=request.metadata,
+            classification=request.classification,
         )
         cost = estimate_cost(training, request.hyperparameters) + chosen.cost
         return await self._queue.submit(tenant, spec, cost=cost, dedupe_key=dedupe_key)
 
     async def _choose(self, tenant: str, request: JobRequest, training: FileRecord) -> _Origin:
         target = await self._models.resolve(tenant, request.model)
+        if request.classification is not None:
+            return await self._classifier(tenant, request, training, is_base=target.adapter is None)
         if request.form == LORA_FORM:
             return await self._lora_form(tenant, request, training, is_base=target.adapter is None)
         if target.adapter is not None:
@@ -145,6 +151,29 @@ class TrainingJobs:
         if init is None and basis.basis_id is None and isinstance(request.basis, str):
             init = default_init(named_recipe(request.basis))
         return _Origin(basis, init)
+
+    async def _classifier(
+        self, tenant: str, request: JobRequest, training: FileRecord, *, is_base: bool
+    ) -> _Origin:
+        """Choose the basis of a classifier. Its cores begin at zero: labels say nothing about next tokens,
+        which inits and the calibration of a basis learn from."""
+        if request.form == LORA_FORM:
+            message = "a classifier trains cores and a head; the form lora is not available for it"
+            raise InvalidInput(message, param="adapter.form")
+        if not is_base:
+            message = "a classifier is trained from the base model; name that as `model`"
+            raise InvalidInput(message, param="model")
+        if request.init is not None:
+            message = "a classifier begins with the base model and a head of zeros; leave adapter.init out"
+            raise InvalidInput(message, param="adapter.init")
+        basis = await self._basis(tenant, request, training)
+        if basis.calibration == OWN_DATA:
+            message = (
+                f"method {basis.method!r} builds its basis from texts to continue, which labelled lines are "
+                "not; name a calibration file in adapter.basis.calibration, or a basis that needs no data"
+            )
+            raise InvalidInput(message, param="adapter.basis")
+        return _Origin(basis)
 
     async def _lora_form(
         self, tenant: str, request: JobRequest, training: FileRecord, *, is_base: bool

@@ -10,6 +10,7 @@ from service.processes.fair_gate import FairGate
 from service.processes.twin import DEFAULT_LIMITS, Twin, Work
 from tessera.chat.chat_format import ChatFormat
 from tessera.data.examples import for_each, parse_examples
+from tessera.data.labels import is_labelled, parse_labelled
 from tessera.errors import InvalidInput, InvalidTrainingData, LineError
 
 #: Files up to this size are checked in a thread, which takes 10 ms.
@@ -55,6 +56,8 @@ class UploadCheck:
 def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, Any]:
     """Return the number of examples in a file, or its errors, as JSON values."""
     try:
+        if not with_users and is_labelled(content):
+            return {"num_examples": len(parse_labelled(content))}
         examples = parse_examples(content, with_users=with_users)
         for_each(examples, chat.check)
     except InvalidTrainingData as error:

@@ -108,6 +108,14 @@ class ChatFormat:
         bos = self.tokenizer.bos_token_id
         return ids if ids or bos is None else [bos]
 
+    def labelled_ids(self, text: str, text_pair: str | None = None) -> list[int]:
+        """Return the ids of a text to be classified, or of two texts with a line break between them.
+
+        No end token follows: the classification head reads the state of the last token of the text, as
+        transformers' classes for sequence classification do. Raises `InvalidInput`.
+        """
+        return self.text_ids(text if text_pair is None else f"{text}\n{text_pair}")
+
     def text_spans(self, text: str) -> list[tuple[int, int]]:
         """Return the characters [start, end) of the text for each of its `text_ids`."""
         spans = self.tokenizer(text, verbose=False, add_special_tokens=False, return_offsets_mapping=True)

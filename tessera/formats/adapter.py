@@ -3,13 +3,13 @@
 An adapter is always stored, cached and moved to the GPU as one contiguous tensor `R [M, r, r]`, in the module
 order of the basis manifest. Names and shapes are in the manifest once, not in a million adapters. All scalars
 of the training methods (alpha / r, singular values, …) are folded into R when an adapter is made
-(`basis.py`), so the delta needs no scale.
+(`basis.py`), so the delta needs no scale. An adapter that classifies has a head as well (`head.py`).
 
 The packed form is little-endian and fits one Redis string:
 
     offset  size  field
     0       4     magic  b"TSRA"
-    4       2     format (1)
+    4       2     format: 1, or 2 for an adapter with a classification head
     6       1     dtype code: 0 float32, 1 float16, 2 bfloat16, 3 int8 with one float32 scale per module
     7       1     flags (0)
     8       4     version of the adapter
@@ -19,11 +19,16 @@ The packed form is little-endian and fits one Redis string:
     24      8     payload length in bytes
     32      32    basis digest (SHA-256)
     64      16    XXH3-128 over the header with this field zero, the metadata and the payload
-    80      48    zero
+    80      4     format 2: scores C of the head
+    84      4     format 2: width d of the hidden state that the head reads
+    88      40    zero
     128           metadata: UTF-8 JSON
                   payload: [float32 scales [M],] then R [M, r, r]
+                  format 2: then the head, float32 [C, d + 1], whose last column is the bias
 
-The payload starts at byte 128 + metadata length. Because offsets are fixed, the store's scripts read the
+The payload starts at byte 128 + metadata length, and its length includes the head. An adapter without a head
+is written in format 1, which all releases read; one that does not know format 2 refuses it by its number.
+Because offsets are fixed, the store's scripts read the
 checksum of a version with `GETRANGE`, without a parser. Nothing is ever pickled.
 """
 
@@ -39,13 +44,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tessera.defaults import MAX_LABELS
 from tessera.errors import AdapterReplaced, BasisMismatch, CorruptRecord, InvalidInput, NotFound
 from tessera.formats.adapter_ref import ADAPTER_DTYPES, CHECKSUM, MAX_RANK, AdapterRef
+from tessera.formats.head import MAX_HEAD_WIDTH, METADATA_KEY, ClassificationHead, described_labels
 
 MAGIC = b"TSRA"
-FORMAT = 1
+FORMAT, FORMAT_WITH_HEAD = FORMATS = (1, 2)
 HEADER_BYTES = 128
-_HEADER = struct.Struct("<4sHBBIIIIQ32s16s48x")
+_HEADER = struct.Struct("<4sHBBIIIIQ32s16sII40x")
 _NO_CHECKSUM = bytes(CHECKSUM.stop - CHECKSUM.start)
 _DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 3: torch.int8}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -78,10 +85,15 @@ class Adapter:
     basis_id: str
     #: [M, r, r] float32, contiguous, on the CPU, all values finite.
     R: Tensor
-    #: A JSON object, such as the provenance of the training.
+    #: A JSON object, such as the provenance of the training. Describes the head, if there is one.
     metadata: dict[str, Any] = field(default_factory=dict)
+    #: For an adapter that classifies texts.
+    head: ClassificationHead | None = None
 
     def __post_init__(self) -> None:
+        if self.head is not None:
+            described = {**self.metadata, METADATA_KEY: self.head.describe()}
+            object.__setattr__(self, "metadata", described)
         shape = tuple(self.R.shape)
         if len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
             raise InvalidInput(f"R must be of shape [modules, rank, rank]; got {list(shape)}", param="R")
@@ -101,7 +113,9 @@ class Adapter:
 
     def to_bytes(self, *, version: int, dtype: torch.dtype = torch.float16) -> bytes:
         """Write the packed form. Raises `InvalidInput` if a value overflows `dtype`."""
-        payload = _pack(self.R, dtype)
+        payload, head = _pack(self.R, dtype), self.head
+        if head is not None:
+            payload += _raw(head.weight)
         metadata = json.dumps(self.metadata, separators=(",", ":"), allow_nan=False).encode()
         if len(metadata) > MAX_METADATA_BYTES:
             raise InvalidInput(
@@ -111,7 +125,7 @@ class Adapter:
         header = bytearray(
             _HEADER.pack(
                 MAGIC,
-                FORMAT,
+                FORMAT if head is None else FORMAT_WITH_HEAD,
                 _DTYPE_CODES[dtype],
                 0,
                 version,
@@ -121,6 +135,8 @@ class Adapter:
                 len(payload),
                 bytes.fromhex(self.basis_id),
                 _NO_CHECKSUM,
+                0 if head is None else len(head.weight),
+                0 if head is None else head.width,
             )
         )
         header[CHECKSUM] = _checksum(header, metadata + payload)
@@ -145,10 +161,12 @@ class Adapter:
         zeroed[CHECKSUM] = _NO_CHECKSUM
         if _checksum(zeroed, body) != header.checksum:
             raise CorruptRecord("the adapter record does not match its checksum")
-        R = _unpack(body[header.metadata_bytes :], header)
+        payload = body[header.metadata_bytes :]
+        R = _unpack(payload[: header.payload_bytes - header.head_bytes], header)
         metadata = _read_metadata(bytes(body[: header.metadata_bytes]))
         try:
-            return cls(header.basis_id, R, metadata)
+            head = _unpack_head(payload[header.payload_bytes - header.head_bytes :], header, metadata)
+            return cls(header.basis_id, R, metadata, head)
         except InvalidInput as error:  # the values: the shape comes from the header
             raise CorruptRecord(f"adapter record: {error.message}") from error
 
@@ -187,6 +205,13 @@ class Header:
     payload_bytes: int
     basis_id: str
     checksum: bytes
+    #: The scores and the width of the head; 0 without one.
+    num_scores: int = 0
+    head_width: int = 0
+
+    @property
+    def head_bytes(self) -> int:
+        return 4 * self.num_scores * (self.head_width + 1)
 
 
 def read_header(blob: bytes) -> Header:
@@ -195,21 +220,26 @@ def read_header(blob: bytes) -> Header:
         raise CorruptRecord(
             f"the adapter record has {len(blob)} bytes, fewer than its header of {HEADER_BYTES} bytes"
         )
-    magic, fmt, code, flags, version, modules, rank, metadata_bytes, payload_bytes, basis, checksum = (
-        _HEADER.unpack(blob[:HEADER_BYTES])
-    )
+    (magic, fmt, code, flags, version, modules, rank, metadata_bytes, payload_bytes, basis, checksum,
+     num_scores, head_width) = _HEADER.unpack(blob[:HEADER_BYTES])  # fmt: skip
     if magic != MAGIC:
         raise CorruptRecord("these bytes are not an adapter record: they do not begin with TSRA")
-    if fmt != FORMAT or flags != 0:
+    if fmt not in FORMATS or flags != 0:
         raise CorruptRecord(
-            f"the adapter record has format {fmt} and flags {flags}; this build reads format {FORMAT}"
+            f"the adapter record has format {fmt} and flags {flags}; this build reads formats "
+            f"{' and '.join(map(str, FORMATS))}"
         )
     if code not in _DTYPES or not 0 < rank <= MAX_RANK or not 0 < modules <= MAX_MODULES:
         raise CorruptRecord(f"adapter header out of range: dtype {code}, rank {rank}, modules {modules}")
+    has_head = fmt == FORMAT_WITH_HEAD
+    if has_head and not (0 < num_scores <= MAX_LABELS and 0 < head_width <= MAX_HEAD_WIDTH):
+        raise CorruptRecord(f"adapter header out of range: head of {num_scores} scores, width {head_width}")
     header = Header(
-        version, _DTYPES[code], modules, rank, metadata_bytes, payload_bytes, basis.hex(), checksum
-    )
-    if metadata_bytes > MAX_METADATA_BYTES or payload_bytes != payload_size(modules, rank, header.dtype):
+        version, _DTYPES[code], modules, rank, metadata_bytes, payload_bytes, basis.hex(), checksum,
+        *((num_scores, head_width) if has_head else (0, 0)),
+    )  # fmt: skip
+    expected_bytes = payload_size(modules, rank, header.dtype) + header.head_bytes
+    if metadata_bytes > MAX_METADATA_BYTES or payload_bytes != expected_bytes:
         raise CorruptRecord(
             f"adapter header out of range: metadata {metadata_bytes} B, payload {payload_bytes} B"
         )
@@ -280,3 +310,13 @@ def _unpack(payload: memoryview, header: Header) -> Tensor:
     scales = buffer[: 4 * header.num_modules].view(torch.float32)
     values = buffer[4 * header.num_modules :].view(torch.int8).view(shape)
     return values.float() * scales[:, None, None]
+
+
+def _unpack_head(payload: memoryview, header: Header, metadata: dict[str, Any]) -> ClassificationHead | None:
+    """Read the head [C, d + 1]; None if the record has none. Raises `InvalidInput`."""
+    if header.num_scores == 0:
+        return None
+    weight = torch.frombuffer(bytearray(payload), dtype=torch.float32)
+    return ClassificationHead(
+        weight.view(header.num_scores, header.head_width + 1), described_labels(metadata)
+    )

@@ -82,6 +82,9 @@ class JobSpec:
     metadata: dict[str, Any] = field(default_factory=dict)
     #: An adapter, with an optional version, to continue from.
     warm_start_from: str | None = None
+    #: {"problem_type", "head_learning_rate", "head_only"} of a job that trains a classifier; None: the job
+    #: trains a model that generates.
+    classification: dict[str, Any] | None = None
 
     @property
     def scaling(self) -> Scaling:

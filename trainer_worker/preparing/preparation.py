@@ -15,6 +15,7 @@ import torch
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import parse_examples
+from tessera.data.labels import is_labelled
 from tessera.data.statistics import statistics_of
 from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
 from tessera.formats.adapter import Adapter
@@ -29,6 +30,7 @@ from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
 from trainer_worker.common.model_lock import ModelLock, Progress
 from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration, JobBasis
+from trainer_worker.preparing.classification import ClassificationPreparation, read_job_data
 from trainer_worker.preparing.initialization import BASE_MODEL, InitChoice, init_message
 from trainer_worker.preparing.lora import LoraPreparation, form_message
 from trainer_worker.training import checkpoint
@@ -68,12 +70,13 @@ class Preparation:
         adapters: AdapterStore,
         bases: BasisSource,
         lora: LoraPreparation,
+        classification: ClassificationPreparation,
         model_lock: ModelLock,
         max_tokens: int,
     ) -> None:
         self._base, self._chat = base, chat
         self._files, self._adapters, self._bases, self._model_lock = files, adapters, bases, model_lock
-        self._lora = lora
+        self._lora, self._classification = lora, classification
         self._max_tokens = min(max_tokens, base.max_position)
 
     async def prepare(self, attempt: Attempt, saved: bytes | None) -> Prepared:
@@ -85,6 +88,8 @@ class Preparation:
         job, spec = attempt.job, attempt.job.spec
         self._check_model(spec)
         training = await self._content(job.tenant, spec.training_file, "training_file")
+        if spec.classification is not None:
+            return await self._classifier(attempt, training, saved)
         data = await self._data(job, training)
         if spec.form == LORA:
             lora, warnings = await self._lora.prepare(attempt, data, saved)
@@ -118,6 +123,22 @@ class Preparation:
         messages.append((init_message(start), start.notes))
         return Prepared(run, messages, init.needs_model, warnings)
 
+    async def _classifier(self, attempt: Attempt, training: bytes, saved: bytes | None) -> Prepared:
+        """Return the run of a job that trains a classifier. Raises the same errors as `prepare`."""
+        job, spec = attempt.job, attempt.job.spec
+        labelled = await read_job_data(
+            chat_of(self._chat, job),
+            training,
+            await self._validation(job),
+            spec.classification or {},
+            max_example_tokens(spec.hyperparameters, self._max_tokens),
+        )
+        run, messages, warnings = await self._classification.prepare(
+            attempt, labelled, await self._calibration(job), saved
+        )
+        notes: list[tuple[str, dict[str, Any] | None]] = [(message, None) for message in messages]
+        return Prepared(run, notes, warnings=[*data_warnings(labelled.data), *warnings])
+
     async def build(self, attempt: Attempt) -> JobBasis:
         """Return the basis of a job that only builds one. Raises the same errors as `prepare`."""
         spec = attempt.job.spec
@@ -135,11 +156,13 @@ class Preparation:
                 param="model",
             )
 
+    async def _validation(self, job: Job) -> bytes | None:
+        if job.spec.validation_file is None:
+            return None
+        return await self._content(job.tenant, job.spec.validation_file, "validation_file")
+
     async def _data(self, job: Job, training: bytes) -> TrainingData:
-        validation = None
-        if job.spec.validation_file is not None:
-            validation = await self._content(job.tenant, job.spec.validation_file, "validation_file")
-        given = job.spec.hyperparameters
+        validation, given = await self._validation(job), job.spec.hyperparameters
         check_together(given, has_validation_file=validation is not None)
         return await asyncio.to_thread(
             read_data,
@@ -251,8 +274,11 @@ def read_data(
 ) -> TrainingData:
     """Parse and encode the files. Without a validation file, a `share` of the examples is held back.
 
-    Raises `InvalidTrainingData`.
+    Raises `InvalidTrainingData`, and `InvalidInput` for a file of labelled texts.
     """
+    if is_labelled(training):
+        message = 'the file holds labelled texts; train on it with "method": {"type": "classification"}'
+        raise InvalidInput(message, param="method.type")
     examples = parse_examples(training)
     held_out = None if validation is None else parse_examples(validation)
     data = encode_data(chat, examples, max_tokens=max_tokens, validation=held_out, share=share)

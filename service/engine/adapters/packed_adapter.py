@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tessera.formats.adapter import Adapter
+from tessera.formats.head import ClassificationHead
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class PackedAdapter:
     basis_id: str
     #: [M, r, r], in the dtype of the slots, contiguous.
     R: Tensor
+    #: Stays in host memory. None if the adapter does not classify.
+    head: ClassificationHead | None = None
 
     @property
     def num_modules(self) -> int:
@@ -32,7 +35,7 @@ class PackedAdapter:
 
     @property
     def nbytes(self) -> int:
-        return self.R.nbytes
+        return self.R.nbytes + (0 if self.head is None else self.head.nbytes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class SlotFormat:
     def pack(self, adapter: Adapter) -> PackedAdapter:
         """Pack an adapter. Any thread may call this. Shares the adapter's memory if nothing has to change."""
         if not self.is_pinned:
-            return PackedAdapter(adapter.basis_id, adapter.R.to(self.dtype).contiguous())
+            return PackedAdapter(adapter.basis_id, adapter.R.to(self.dtype).contiguous(), adapter.head)
         # torch reuses pinned memory: page-locking new memory would take longer than the load.
         R = torch.empty(adapter.R.shape, dtype=self.dtype, pin_memory=True)
-        return PackedAdapter(adapter.basis_id, R.copy_(adapter.R))
+        return PackedAdapter(adapter.basis_id, R.copy_(adapter.R), adapter.head)

@@ -15,6 +15,7 @@ from service.engine.adapters.resident_bases import ResidentBases
 from tessera.errors import BasisMismatch, TesseraError
 from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.head import ClassificationHead
 
 
 class AdapterCache:
@@ -159,6 +160,13 @@ class Residency:
                 f"its basis has {expected[0]} of rank {expected[1]}"
             )
         return adapter is not None
+
+    def head_of(self, ref: AdapterRef) -> ClassificationHead | None:
+        """Return the classification head of an adapter that is ready, None if it does not classify."""
+        if self.is_resident(ref):
+            return self.bases.use(ref.basis_id).head_of(ref)
+        adapter = self.cache.get(ref)
+        return None if adapter is None else adapter.head
 
     def pin(self, ref: AdapterRef) -> int | None:
         """Pin an adapter that is ready and return its slot; None while every slot of its basis is pinned."""

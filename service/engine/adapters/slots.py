@@ -4,9 +4,10 @@
 
 A slot is free, pinned (used by a request in flight) or idle (kept until another adapter needs its place; the
 least recently used one goes first). Loading overwrites a whole slot and dropping zeroes it, so a reused slot
-leaves no trace. A new version of an adapter is a new name, hence a new slot. Pinning gives an adapter its
-slot; its bytes follow together with those of all others that the step needs. An adapter that is dropped while
-it is pinned loses its name at once, and its slot when the last request has ended.
+leaves no trace. The head of an adapter that classifies stays on the host, for as long as it has its slot. A
+new version of an adapter is a new name, hence a new slot. Pinning gives an adapter its slot; its bytes follow
+together with those of all others that the step needs. An adapter that is dropped while it is pinned loses its
+name at once, and its slot when the last request has ended.
 
 On CUDA the loads run on a stream of their own, beside the running step, and the next step waits for them on
 the device; the host waits for nothing. Each adapter takes one copy, straight from its pinned memory:
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from service.engine.adapters.packed_adapter import PackedAdapter
 from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.head import ClassificationHead
 
 BASE_SLOT = 0
 
@@ -113,6 +115,7 @@ class SlotTable:
         self._free = list(range(num_slots, 0, -1))
         self._slot_of: dict[AdapterRef, int] = {}
         self._ref_of: dict[int, AdapterRef] = {}
+        self._heads: dict[AdapterRef, ClassificationHead] = {}  # of those adapters that classify
         self._pins: dict[int, int] = {}  # slot → requests in flight that use it
         self._idle: OrderedDict[AdapterRef, None] = OrderedDict()  # least recently used first
 
@@ -142,11 +145,17 @@ class SlotTable:
             self._loads.add(slot, adapter.R)
             self._slot_of[ref] = slot
             self._ref_of[slot] = ref
+            if adapter.head is not None:
+                self._heads[ref] = adapter.head
             self.num_loads += 1
         self._idle.pop(ref, None)
         slot = self._slot_of[ref]
         self._pins[slot] = self._pins.get(slot, 0) + 1
         return slot
+
+    def head_of(self, ref: AdapterRef) -> ClassificationHead | None:
+        """Return the classification head of a resident adapter, if it has one."""
+        return self._heads.get(ref)
 
     def unpin(self, slot: int) -> None:
         """Note that one request fewer uses this slot."""
@@ -163,6 +172,7 @@ class SlotTable:
         if ref in self._slot_of:
             slot = self._slot_of.pop(ref)
             del self._ref_of[slot]
+            self._heads.pop(ref, None)
             if slot not in self._pins:
                 del self._idle[ref]
                 self._clear(slot)
@@ -199,6 +209,7 @@ class SlotTable:
 
     def check_integrity(self) -> None:
         assert {slot: ref for ref, slot in self._slot_of.items()} == self._ref_of
+        assert self._heads.keys() <= self._slot_of.keys()
         idle = {self._slot_of[ref] for ref in self._idle}
         assert sorted([*idle, *self._pins, *self._free]) == list(range(1, self.num_slots + 1))
         assert idle <= self._ref_of.keys() <= idle | self._pins.keys()
@@ -216,6 +227,7 @@ class SlotTable:
         self.num_evictions += 1
         slot = self._slot_of.pop(evicted)
         del self._ref_of[slot]
+        self._heads.pop(evicted, None)
         return slot
 
     def _clear(self, slot: int) -> None:

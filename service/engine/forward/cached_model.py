@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ from service.engine.adapters.slots import SlotTable
 from service.engine.attention.reference import AttentionTile, PagedAttention, TokenRows
 from service.engine.kv.blocks import NULL_BLOCK
 from service.engine.kv.cache import KVShape, PagedKV
+from tessera.model.hidden import HeadInput
+
+#: The argument of models that can compute the logits of some rows alone.
+_KEEPS_LOGITS = "logits_to_keep"
 
 
 class NotCacheable(Exception):
@@ -86,26 +90,62 @@ class CachedModel:
     ) -> Tensor:
         """Return the logits [n, V] of some rows of the batch, int64 [n], or of all rows. tables: the slots of
         every resident basis."""
+        return self._forward(rows, kv, step, logit_rows, tables, None)[0]
+
+    def forward_hidden(
+        self,
+        rows: TokenRows,
+        kv: PagedKV,
+        step: PagedAttention,
+        logit_rows: Tensor,
+        tables: Sequence[SlotTable],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits [n, V] of some rows of the batch, int64 [n], and the hidden states [n, d] that
+        the output head read."""
+        with HeadInput(self._model) as head_input:
+            logits, hidden = self._forward(rows, kv, step, logit_rows, tables, head_input)
+        assert hidden is not None
+        return logits, hidden
+
+    def _forward(
+        self,
+        rows: TokenRows,
+        kv: PagedKV,
+        step: PagedAttention,
+        logit_rows: Tensor | None,
+        tables: Sequence[SlotTable],
+        head_input: HeadInput | None,
+    ) -> tuple[Tensor, Tensor | None]:
         if logit_rows is None:
             logit_rows = torch.arange(len(rows.input_ids), device=rows.input_ids.device)
         staged = [(table, table.active) for table in tables if table.active is not None]
         logits: Tensor | None = None
+        hidden: Tensor | None = None
         try:
             for tile in _of_one_length(step.tiles) if self._has_counting_layers else step.tiles:
                 own = slice(tile.start, tile.start + tile.positions.numel())
                 for table, slots in staged:
                     table.active = slots[own]
-                tile_rows = logit_rows - tile.start
-                tile_logits = self._tile_logits(
-                    tile, rows, own, kv, tile_rows.clamp(0, own.stop - own.start - 1)
-                )
-                is_own = (tile_rows >= 0) & (tile_rows < own.stop - own.start)
+                num_rows = own.stop - own.start
+                is_own = (logit_rows >= own.start) & (logit_rows < own.stop)
+                tile_rows = (logit_rows - tile.start).clamp(0, num_rows - 1)
+                tile_logits = self._tile_logits(tile, rows, own, kv, tile_rows)
                 logits = tile_logits if logits is None else torch.where(is_own[:, None], tile_logits, logits)
+                if head_input is not None:
+                    states = self._tile_hidden(head_input.take(), tile, tile_rows)
+                    hidden = states if hidden is None else torch.where(is_own[:, None], states, hidden)
         finally:
             for table, slots in staged:
                 table.active = slots
         assert logits is not None
-        return logits
+        return logits, hidden
+
+    def _tile_hidden(self, states: Tensor, tile: AttentionTile, tile_rows: Tensor) -> Tensor:
+        """Return the hidden states [n, d] of some rows of a tile. states: what the head has read, of these
+        rows if the model computes only their logits, otherwise of all rows of the tile."""
+        is_selected = tile.positions.shape[0] == 1 and _KEEPS_LOGITS in _parameters(self._model)
+        states = states.flatten(0, -2)
+        return states if is_selected else states.index_select(0, tile_rows)
 
     def _tile_logits(
         self, tile: AttentionTile, rows: TokenRows, own: slice, kv: PagedKV, tile_rows: Tensor
@@ -213,16 +253,20 @@ def _run(
 ) -> Tensor:
     """Return the logits [n, Q, V]. logit_rows: for a single sequence, the rows to compute. input_ids,
     positions: int64 [n, Q]; mask: int64 [n, L]."""
-    known = inspect.signature(model.forward).parameters
+    known = _parameters(model)
     if "past_key_values" not in known:
         raise NotCacheable("keeps no KV cache: it computes the whole text again for every token")
     options: dict[str, Any] = {}
     if "position_ids" in known:
         options["position_ids"] = positions
-    if "logits_to_keep" in known and logit_rows is not None:
-        options["logits_to_keep"] = logit_rows
+    if _KEEPS_LOGITS in known and logit_rows is not None:
+        options[_KEEPS_LOGITS] = logit_rows
     output = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
     logits: Tensor = output.logits
-    if logit_rows is not None and "logits_to_keep" not in known:
+    if logit_rows is not None and _KEEPS_LOGITS not in known:
         logits = logits.index_select(1, logit_rows)
     return logits
+
+
+def _parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters

@@ -38,6 +38,7 @@ from service.engine.forward.self_check import TOLERANCES
 from service.engine.forward.spec import ModelSpec, NotFusable, recognise
 from service.engine.kv.cache import KVShape, PagedKV
 from tessera.errors import UnsupportedModel
+from tessera.model.hidden import HeadInput
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,22 @@ class ForwardPass:
         if self._facts.windows:
             step = WindowedStep(step, self._facts.windows)
         return _run_model(self._model, rows.input_ids, rows.positions, step, logit_rows)
+
+    def forward_hidden(
+        self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits [n, V] of some rows of the flattened batch, int64 [n], and their hidden states
+        [n, d], which the output head reads."""
+        if self.fused is not None:
+            return self.fused.forward_hidden(rows, kv, step, logit_rows)
+        if self._cached is not None:
+            assert isinstance(step, PagedAttention)
+            tables = list(self._bases.tables.values())
+            return self._cached.forward_hidden(rows, kv, step, logit_rows, tables)
+        with HeadInput(self._model) as head_input:
+            logits = self.forward_generic(rows, kv, step, logit_rows)
+        hidden = head_input.take().flatten(0, -2)
+        return logits, hidden if len(hidden) == len(logits) else hidden.index_select(0, logit_rows)
 
     def follow_bases(self) -> None:
         """Follow the bases that were added and evicted."""

@@ -120,6 +120,19 @@ class FusedModel:
     ) -> Tensor:
         """Return the logits [n, V] of some rows, int64 [n], or of all rows; written to `out` if it is
         given."""
+        x = self._states(rows, kv, step)
+        return self._logits(x if logit_rows is None else x.index_select(0, logit_rows), out)
+
+    def forward_hidden(
+        self, rows: TokenRows, kv: PagedKV, step: AttentionStep, logit_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits [n, V] of some rows, int64 [n], and their hidden states [n, d] after the final
+        norm."""
+        hidden = self._states(rows, kv, step).index_select(0, logit_rows)
+        return self._logits(hidden, None), hidden
+
+    def _states(self, rows: TokenRows, kv: PagedKV, step: AttentionStep) -> Tensor:
+        """Return the hidden states [T, d] of all rows after the final norm."""
         spec = self._spec
         angles = {
             name: (cos.index_select(0, rows.positions), sin.index_select(0, rows.positions))
@@ -144,7 +157,7 @@ class FusedModel:
             x, squares = self._add(
                 residual, layer.down, gated, layer.spec.next_norm, layer.add_mlp, is_last=index == last
             )
-        return self._logits(x if logit_rows is None else x.index_select(0, logit_rows), out)
+        return x
 
     def _add(
         self,

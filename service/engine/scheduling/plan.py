@@ -24,6 +24,7 @@ class Chunk:
     # One per request and step. A dataclass with these fields takes twice as long to make, a frozen one five
     # times.
     __slots__ = (
+        "classifies",
         "end",
         "is_last",
         "is_pending",
@@ -48,6 +49,8 @@ class Chunk:
         self.is_last = is_last
         #: Whether the last token of the chunk is sampled but not known yet.
         self.is_pending = is_last and token_ids[-1] == PENDING
+        #: Whether the last hidden state of the chunk is classified.
+        self.classifies = is_last and request.classifies
         #: Whether the last logits of the chunk choose the next token.
         self.samples = samples
         #: Whether they do nothing else, and choose the largest logit.
@@ -84,6 +87,11 @@ class StepPlan:
         return not has_long and (
             self.is_plain or all(c.samples and not c.prompt_positions for c in self.chunks)
         )
+
+    @cached_property
+    def classifying(self) -> list[int]:
+        """The chunks whose last hidden state is classified."""
+        return [] if self.is_plain else [i for i, chunk in enumerate(self.chunks) if chunk.classifies]
 
     @cached_property
     def basis_ids(self) -> set[str | None]:

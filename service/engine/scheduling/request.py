@@ -18,6 +18,7 @@ from service.engine.kv.blocks import chain_key
 from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenLogprobs
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.head import ClassificationHead
 
 #: The last token while it has been sampled but not yet read from the device.
 PENDING = -1
@@ -72,6 +73,8 @@ class RequestLimits:
                 param="prompt" if num_prompt >= self.max_model_len else "max_tokens",
                 code="context_length_exceeded",
             )
+        if request.classifies and sampling.max_tokens > 0:
+            raise InvalidInput("a request that classifies generates no tokens", param="max_tokens")
         if request.timeout_s is not None and not request.timeout_s > 0:
             raise InvalidInput(f"timeout_s must be above 0, got {request.timeout_s}", param="timeout_s")
 
@@ -115,6 +118,8 @@ class EngineRequest:
     num_cached_tokens: int | None = None
     #: The scheduling pass since which it has lacked a slot.
     blocked_since_pass: int | None = None
+    #: The classification head of its adapter, from the time when that has a slot; None if it has none.
+    head: ClassificationHead | None = None
     #: How often each token occurs in its output; kept only if it has rules.
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -146,6 +151,8 @@ class EngineRequest:
         self.may_have_rules: bool = self.has_rules or (
             sampling.min_tokens > 0 and bool(sampling.stop_token_ids)
         )
+        #: Whether its last hidden state is classified.
+        self.classifies: bool = submitted.classifies
         #: Whether log-probabilities of the prompt are requested and not sent yet.
         self.needs_prompt_logprobs: bool = sampling.prompt_logprobs is not None
         #: Whether its next token is always the largest of the model's own logits, and nothing else is

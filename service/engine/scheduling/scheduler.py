@@ -216,6 +216,7 @@ class Scheduler:
             self._note_lack_of_slot(request, ref.basis_id)
             return False
         request.slot, request.is_pinned = slot, True
+        request.head = self._residency.head_of(ref)
         self._starved.pop(ref.basis_id, None)
         return True
 

@@ -72,7 +72,7 @@ class StepBatch:
     rows: TokenRows
     attention: AttentionStep
     #: Rows whose logits are needed: first those that sample their next token, then those that are scored
-    #: against a prompt token.
+    #: against a prompt token, then those whose hidden state is classified.
     logit_rows: Tensor
     #: [P], the prompt tokens that the latter are scored against.
     prompt_targets: Tensor
@@ -166,4 +166,5 @@ def _logit_rows(chunks: Sequence[Chunk], starts: Sequence[int]) -> tuple[list[in
         for position in chunk.prompt_positions:
             rows.append(start + position - chunk.start)
             targets.append(chunk.request.token_ids[position + 1])
+    rows += [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.classifies]
     return rows, targets

@@ -15,7 +15,8 @@ from service.engine.kv.memory import to_device
 from service.engine.sampling.logprobs import PendingLogprobs
 from service.engine.sampling.sampler import finite_rows, is_plain_greedy, sample
 from service.engine.scheduling.plan import StepPlan
-from service.engine.wire.messages import TokenLogprobs
+from service.engine.scheduling.request import EngineRequest
+from service.engine.wire.messages import Classification, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,23 @@ class StepOutcome:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     #: Set for chunks that report log-probabilities of the prompt.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    #: Set for chunks whose hidden state is classified.
+    classifications: dict[int, Classification] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepLogits:
     """The logits that the model computed in a step."""
 
-    #: [n, V]: first the rows that sample, in the order of their chunks, then those that are scored.
+    #: [n, V]: first the rows that sample, in the order of their chunks, then those that are scored, then
+    #: those that are classified.
     logits: Tensor
     #: int64 [n], the index of the largest logit of each row, if it is known already.
     greedy: Tensor | None = None
     #: bool [n], whether each row is finite, if it is known already.
     is_finite: Tensor | None = None
+    #: [c, d], the hidden states that are classified.
+    hidden: Tensor | None = None
 
 
 class PendingResults:
@@ -62,13 +68,16 @@ class PendingResults:
         self.tokens = self._sample(step)
         if self._scoring:
             num_top = [plan.chunks[index].request.sampling.prompt_logprobs or 0 for index in self._scoring]
-            scored = step.logits[len(self._sampling) :]
+            first = len(self._sampling)
+            scored = step.logits[first : first + len(self._scoring)]
             self._prompt_logprobs = PendingLogprobs(scored, prompt_targets, num_top)
+        self._hidden = None if step.hidden is None else _Host(step.hidden.float())
         self._host = _Host(torch.cat([self.tokens, is_finite.to(torch.int64)]))
 
     def collect(self) -> StepOutcome:
         """Wait for the device, and return the results."""
-        values, num_sampled, num_chunks = self._host.read(), len(self._sampling), len(self._plan.chunks)
+        values: list[int] = self._host.read().tolist()
+        num_sampled, num_chunks = len(self._sampling), len(self._plan.chunks)
         is_finite = values[num_sampled:]
         token_ids: list[int | None] = [*values[:num_sampled]]
         if num_sampled < num_chunks:
@@ -76,13 +85,17 @@ class PendingResults:
             token_ids = [by_chunk.get(index) for index in range(num_chunks)]
         outcome = StepOutcome(token_ids)
         if not all(is_finite):
-            rows = zip((*self._sampling, *self._scoring), is_finite, strict=True)
+            owners = (*self._sampling, *self._scoring, *self._plan.classifying)
+            rows = zip(owners, is_finite, strict=True)
             outcome.not_finite.update(index for index, is_row_finite in rows if not is_row_finite)
         if self._logprobs is not None:
             outcome.logprobs.update(zip(self._reported, self._logprobs.reports(), strict=True))
         if self._prompt_logprobs is not None:
             for index, report in zip(self._scoring, self._prompt_logprobs.reports(), strict=True):
                 outcome.prompt_logprobs.setdefault(index, []).append(report)
+        if self._hidden is not None:
+            for index, hidden in zip(self._plan.classifying, self._hidden.read(), strict=True):
+                outcome.classifications[index] = _classify(self._plan.chunks[index].request, hidden)
         return outcome
 
     def _sample(self, step: StepLogits) -> Tensor:
@@ -107,8 +120,19 @@ class PendingResults:
         return tokens
 
 
+def _classify(request: EngineRequest, hidden: Tensor) -> Classification:
+    """Apply the head of the request's adapter to its hidden state, float32 [d].
+
+    On the host: at a width of 4,096 a head of 256 labels takes a million multiplications per text, and heads
+    on the device would need slots of their own for every number of labels.
+    """
+    head = request.head
+    assert head is not None, "the engine refuses requests that classify without a head"
+    return Classification(head.scores(hidden[None])[0].tolist(), list(head.labels))
+
+
 class _Host:
-    """A device tensor that is being copied to the host; nothing waits before `read`. values: int64 [n]."""
+    """A device tensor that is being copied to the host; nothing waits before `read`."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True)
@@ -117,7 +141,7 @@ class _Host:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def read(self) -> list[int]:
+    def read(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return self._values.tolist()  # type: ignore[no-any-return]
+        return self._values

@@ -118,8 +118,11 @@ class ModelRunner:
             return steps.launch(plan, self._own_slots(), sources), self._no_targets
         batch = self._stage(plan, self._kv, sources)
         self._kv.clear(batch.fresh_blocks)
-        logits = self._forward_pass.forward(batch.rows, self._kv, batch.attention, batch.logit_rows)
-        return StepLogits(logits), batch.prompt_targets
+        step = batch.rows, self._kv, batch.attention, batch.logit_rows
+        if not plan.classifying:
+            return StepLogits(self._forward_pass.forward(*step)), batch.prompt_targets
+        logits, hidden = self._forward_pass.forward_hidden(*step)
+        return StepLogits(logits, hidden=hidden[-len(plan.classifying) :]), batch.prompt_targets
 
     def _own_slots(self) -> SlotTable | None:
         """Return the slots of the fused basis. A step over static tensors has no rows of another basis."""

@@ -82,13 +82,15 @@ class StaticSteps:
         return [shape for shape, bucket in self._buckets.items() if bucket.graph is not None]
 
     def can_run(self, plan: StepPlan, basis_id: str) -> bool:
-        """Whether a step can run over static tensors: it scores no prompt, has no adapters but those of the
-        fused basis, and is so small that the host's time matters. basis_id: of the fused basis."""
+        """Whether a step can run over static tensors: it scores and classifies no prompt, has no adapters but
+        those of the fused basis, and is so small that the host's time matters. basis_id: of the fused
+        basis."""
         if not plan.basis_ids <= {None, basis_id}:
             return False
         return plan.is_decode or (
             plan.num_tokens <= self._limits.max_mixed
             and not any(chunk.prompt_positions for chunk in plan.chunks)
+            and not plan.classifying
         )
 
     def launch(self, plan: StepPlan, slots: SlotTable | None, sources: TokenSources | None) -> StepLogits:

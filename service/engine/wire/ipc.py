@@ -29,7 +29,13 @@ from typing import Any
 
 import msgpack
 
-from service.engine.wire.messages import GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
+from service.engine.wire.messages import (
+    Classification,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from tessera.errors import (
     AdapterReplaced,
     BasisMismatch,
@@ -154,13 +160,15 @@ def output_row(output: TokenOutput, *, request_id: str) -> tuple[Any, ...]:
         output.error,
         output.num_cached_tokens,
         output.num_distinct,
+        None if output.classification is None else list(vars(output.classification).values()),
     )
 
 
 def output_from_row(row: Sequence[Any]) -> TokenOutput:
     """Invert `output_row`. Raises `FrameError`."""
     try:
-        request_id, token_ids, logprobs, prompt, finish_reason, error, num_cached, num_distinct = row
+        (request_id, token_ids, logprobs, prompt, finish_reason, error, num_cached, num_distinct,
+         classification) = row  # fmt: skip
         return TokenOutput(
             request_id,
             token_ids,
@@ -170,6 +178,7 @@ def output_from_row(row: Sequence[Any]) -> TokenOutput:
             None if error is None else (error[0], error[1]),
             num_cached,
             num_distinct,
+            None if classification is None else Classification(*classification),
         )
     except (TypeError, ValueError, IndexError) as error:
         raise FrameError(f"unreadable output: {error}") from error

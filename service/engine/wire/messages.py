@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 
 from tessera.formats.adapter_ref import AdapterRef
 
+#: Codes of requests for what an adapter was not trained for: to classify without a head, to generate with
+#: one.
+NO_HEAD, NOT_GENERATIVE = "no_classification_head", "model_not_generative"
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -54,6 +58,18 @@ class GenerationRequest:
     adapter: AdapterRef | None = None
     #: Seconds after submission at which the engine gives up.
     timeout_s: float | None = None
+    #: Apply the adapter's classification head to the last hidden state. Needs max_tokens 0.
+    classifies: bool = False
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The scores that a classification head gave to one text."""
+
+    #: [C], before any softmax.
+    scores: list[float]
+    #: The names of the classes; empty for a regression.
+    labels: list[str]
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,8 @@ class TokenOutput:
     num_cached_tokens: int = 0
     #: Number of different models (adapters, and the base model if present) that shared the step.
     num_distinct: int = 0
+    #: Sent with the end of a request that classifies.
+    classification: Classification | None = None
 
 
 @dataclass(frozen=True)

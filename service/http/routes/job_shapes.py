@@ -10,8 +10,11 @@ from service.http.schemas.training import (
     BasisRecipe,
     Checkpoint,
     CheckpointMetrics,
+    Classification,
     FineTuningJob,
     FineTuningJobRequest,
+    JobClassification,
+    JobClassificationMethod,
     JobError,
     JobEventObject,
     JobHyperparameters,
@@ -48,7 +51,16 @@ def job_request(body: FineTuningJobRequest) -> JobRequest:
         hyperparameters=body.chosen_hyperparameters(),
         early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
         metadata=body.metadata or {},
+        classification=_classification(body),
     )
+
+
+def _classification(body: FineTuningJobRequest) -> dict[str, Any] | None:
+    """Return the options of a job that trains a classifier; None for any other job."""
+    if body.method is None or body.method.type != "classification":
+        return None
+    options = body.method.classification or Classification()
+    return options.model_dump(exclude={"hyperparameters"})
 
 
 def basis_request(basis: str | BasisRecipe | None) -> str | RecipeRequest | None:
@@ -87,7 +99,7 @@ def job_object(job: Job) -> FineTuningJob:
         validation_file=spec.validation_file,
         error=job_error(job.error),
         metadata=spec.metadata,
-        method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
+        method=_method(spec, hyperparameters),
         user_provided_suffix=spec.suffix,
         adapter=_adapter(job, result),
         progress=progress,
@@ -98,6 +110,14 @@ def job_object(job: Job) -> FineTuningJob:
         attempt=job.attempt,
         queue_position=job.queue_position,
     )
+
+
+def _method(spec: JobSpec, hyperparameters: JobHyperparameters) -> JobMethod | JobClassificationMethod:
+    if spec.classification is None:
+        return JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters))
+    options = Classification(**spec.classification).model_dump(exclude={"hyperparameters"})
+    chosen = JobClassification(hyperparameters=hyperparameters, **options)
+    return JobClassificationMethod(classification=chosen)
 
 
 def event_object(event: JobEvent) -> JobEventObject:

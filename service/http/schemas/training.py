@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.http.schemas import fields
-from service.http.schemas.common import MODEL_FIELD, Answer, Options, Request
+from service.http.schemas.common import MODEL_FIELD, Answer, Options, Request, wrong_field
 from tessera.errors import InvalidInput
 from tessera.methods.scaling import Scaling
 from tessera.queue.hyperparameters import check_together, given
@@ -106,11 +106,37 @@ class Supervised(Request):
     hyperparameters: Hyperparameters | None = None
 
 
+class Classification(Request):
+    """Train a classification head beside the cores, on lines with a `label`."""
+
+    hyperparameters: Hyperparameters | None = None
+    problem_type: Literal["single_label_classification", "regression"] = Field(
+        "single_label_classification", description="regression: labels are numbers, and so are the answers."
+    )
+    head_learning_rate: OrAuto[Annotated[float, Field(gt=0, le=100)]] = Field(
+        "auto", description="The head's highest rate; it follows the schedule of the cores."
+    )
+    head_only: bool = Field(False, description="Leave the cores at zero and train the head alone.")
+
+
 class Method(Request):
-    type: Literal["supervised"]
+    type: Literal["supervised", "classification"]
     supervised: Supervised | None = None
+    classification: Classification | None = None
 
     neutral = fields.METHOD_NEUTRAL
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Method:
+        for name in ("supervised", "classification"):
+            if getattr(self, name) is not None and name != self.type:
+                raise wrong_field(self, name, f"the method's type is {self.type}; leave this out")
+        return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters | None:
+        chosen = self.supervised if self.type == "supervised" else self.classification
+        return None if chosen is None else chosen.hyperparameters
 
 
 def _kind_of_choice(value: Any) -> str:
@@ -242,8 +268,7 @@ class FineTuningJobRequest(Request):
 
     def chosen_hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters of both places. Raises `InvalidInput` if they contradict each other."""
-        supervised = None if self.method is None else self.method.supervised
-        newer = None if supervised is None else supervised.hyperparameters
+        newer = None if self.method is None else self.method.hyperparameters
         chosen = {} if newer is None else newer.given
         for name, value in ({} if self.hyperparameters is None else self.hyperparameters.given).items():
             _choose(chosen, name, value)
@@ -312,9 +337,21 @@ class JobSupervised(Answer):
     hyperparameters: JobHyperparameters
 
 
+class JobClassification(Answer):
+    hyperparameters: JobHyperparameters
+    problem_type: str
+    head_learning_rate: float | Literal["auto"]
+    head_only: bool
+
+
 class JobMethod(Answer):
     type: Literal["supervised"] = "supervised"
     supervised: JobSupervised
+
+
+class JobClassificationMethod(Answer):
+    type: Literal["classification"] = "classification"
+    classification: JobClassification
 
 
 class FineTuningJob(Answer):
@@ -338,7 +375,7 @@ class FineTuningJob(Answer):
     error: JobError | None
     integrations: list[str] = Field(default_factory=list)
     metadata: dict[str, Any]
-    method: JobMethod
+    method: JobMethod | JobClassificationMethod
     user_provided_suffix: str | None
     adapter: TrainedAdapter
     progress: dict[str, Any] = Field(description="Epoch, step, losses … of a running job.")

@@ -61,9 +61,12 @@ class Driver:
         *,
         tenant: str = "default",
         timeout_s: float | None = None,
+        classifies: bool = False,
     ) -> Answer:
         request_id = f"r{next(self._ids)}"
-        self.engine.submit(GenerationRequest(request_id, tenant, prompt, sampling, adapter, timeout_s))
+        self.engine.submit(
+            GenerationRequest(request_id, tenant, prompt, sampling, adapter, timeout_s, classifies)
+        )
         self.answers[request_id] = Answer()
         return self.answers[request_id]
 

@@ -220,8 +220,8 @@ def test_an_adapter_of_another_basis_is_refused() -> None:
 
 def test_a_newer_format_says_so() -> None:
     blob = bytearray(make_adapter().to_bytes(version=1))
-    struct.pack_into("<H", blob, 4, 2)
-    with pytest.raises(CorruptRecord, match="format 2"):
+    struct.pack_into("<H", blob, 4, 3)
+    with pytest.raises(CorruptRecord, match="format 3"):
         Adapter.from_bytes(resealed(bytes(blob)))
 
 
