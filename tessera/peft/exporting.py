@@ -13,10 +13,14 @@ import json
 import torch
 from safetensors.torch import save
 
-from tessera.errors import BasisMismatch
+from tessera.errors import BasisMismatch, InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
+from tessera.formats.head import ClassificationHead
 from tessera.peft.files import PeftFiles
+
+#: The name of the head in transformers' causal classes for sequence classification.
+HEAD = "score"
 
 
 def to_peft(
@@ -24,7 +28,9 @@ def to_peft(
 ) -> PeftFiles:
     """Make the files of a PEFT LoRA with the same delta. base_model: value of `base_model_name_or_path`.
 
-    Raises `BasisMismatch` if the adapter belongs to another basis.
+    An adapter with a classification head becomes a LoRA of transformers' class for sequence classification,
+    which must be loaded with as many labels as the head has. Raises `BasisMismatch` if the adapter belongs to
+    another basis, and `InvalidInput` for a head with a bias, which these classes do not have.
     """
     if adapter.basis_id != basis.basis_id:
         raise BasisMismatch(f"the adapter belongs to basis {adapter.basis_id}, not to {basis.basis_id}")
@@ -34,9 +40,11 @@ def to_peft(
         tensors[f"{name}.lora_A.weight"] = basis.A[index].to(dtype).contiguous()
         lora_B = basis.B[index].float() @ adapter.R[index]
         tensors[f"{name}.lora_B.weight"] = lora_B.to(dtype).contiguous()
+    if adapter.head is not None:
+        tensors[f"base_model.model.{HEAD}.weight"] = _head_weight(adapter.head)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if adapter.head is None else "SEQ_CLS",
         "base_model_name_or_path": base_model,
         "r": basis.rank,
         "lora_alpha": basis.rank,
@@ -45,5 +53,17 @@ def to_peft(
         "inference_mode": True,
         "target_modules": [module.name for module in basis.manifest.modules],
     }
+    if adapter.head is not None:
+        config["modules_to_save"] = [HEAD]
     metadata = {"format": "pt", "tessera_basis": basis.basis_id}
     return PeftFiles(json.dumps(config, indent=2).encode(), save(tensors, metadata=metadata))
+
+
+def _head_weight(head: ClassificationHead) -> torch.Tensor:
+    if head.weight[:, -1].any():
+        raise InvalidInput(
+            "the head of this adapter has a bias, and PEFT's models for sequence classification have none; "
+            "a regression cannot be exported",
+            param="adapter_id",
+        )
+    return head.weight[:, :-1].contiguous()

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from service.app import create_app, stores_over
 from service.generation.text import load_text_codec
 from service.http.errors import HTTP_CODES, TABLE
-from service.http.schemas import bases, generation, resources, score, training
+from service.http.schemas import bases, classify, generation, resources, score, training
 from service.settings import ServiceSettings
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import TesseraError
@@ -42,6 +42,9 @@ REQUESTS: Mapping[type[BaseModel], tuple[str, ...]] = {
     score.Conversation: ("`POST /v1/score`",),
     score.PromptAndCompletion: ("`POST /v1/score`",),
     score.PlainText: ("`POST /v1/score`",),
+    classify.ClassifyRequest: ("`POST /v1/classify`",),
+    classify.TextPair: ("`POST /v1/classify`",),
+    training.Classification: ("Classifiers",),
     training.FineTuningJobRequest: ("`POST /v1/fine_tuning/jobs`",),
     training.Hyperparameters: ("`POST /v1/fine_tuning/jobs`",),
     training.AdapterOptions: ("`POST /v1/fine_tuning/jobs`",),
@@ -55,6 +58,7 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": generation.CompletionRequest,
     "/v1/chat/completions": generation.ChatCompletionRequest,
     "/v1/score": score.ScoreRequest,
+    "/v1/classify": classify.ClassifyRequest,
     "/v1/fine_tuning/jobs": training.FineTuningJobRequest,
     "/v1/bases": bases.BasisJobRequest,
     "/v1/adapters/anna-f884da30": resources.AdapterPatchRequest,

@@ -91,6 +91,8 @@ async def test_users_with_different_labels_train_together_beside_others(world: W
     assert said == ["Classification into 3 classes: cores and head, head learning rate 0.001"]
     metrics = [event.data for event in await world.events(jobs["colours"]) if event.type == "metrics"]
     assert metrics[0]["valid_loss"] == pytest.approx(1.0986, abs=1e-3)
+    assert {"valid_accuracy"} <= metrics[0].keys()
+    assert not any("token_accuracy" in name for event in metrics for name in event)
 
 
 async def test_bad_files_fail_with_their_lines(world: World) -> None:

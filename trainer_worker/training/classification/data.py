@@ -94,6 +94,7 @@ def read_labelled(
         digest=_data_digest(train, valid, labels),
         num_truncated=sum(row.truncated for row in (*train, *valid)),
         num_overlapping=overlap,
+        max_tokens=max_tokens,
     )
     return LabelledData(data, labels, mean, scale)
 

@@ -10,6 +10,7 @@ rates. Epsilon apart, this equals two optimizers.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,26 @@ from tessera.formats.head import ClassificationHead
 from tessera.model.base_model import BaseModel
 from trainer_worker.training.classification.data import LabelledData
 from trainer_worker.training.classification.trainer import ClassificationTrainer
+from trainer_worker.training.objectives.objective import JudgedPairs, Measured
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, TrainRun
+
+
+@dataclass(frozen=True)
+class Classified:
+    """The mean loss of the classes, or the mean squared error of standardised scores."""
+
+    is_regression: bool
+    is_preference = False
+    needs_reference = False
+
+    def judge(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> JudgedPairs:
+        raise AssertionError("labelled texts are not pairs")
+
+    def event_values(self, measured: Measured, *, is_held_out: bool) -> dict[str, float]:
+        if self.is_regression:
+            return {}
+        return {"valid_accuracy" if is_held_out else "train_accuracy": measured.accuracy}
 
 
 class ClassificationRun(TrainRun):
@@ -51,7 +70,8 @@ class ClassificationRun(TrainRun):
         self.basis, self.labelled, self.width, self.head_only = basis, labelled, width, head_only
         self.head_scale = head_rate / plan.learning_rate
         size = self.num_core + self.num_scores * (width + 1)
-        super().__init__(run_id, labelled.data, plan, R=torch.zeros(size) if start is None else start)
+        R = torch.zeros(size) if start is None else start
+        super().__init__(run_id, labelled.data, plan, R=R, objective=Classified(not labelled.labels))
 
     @property
     def num_core(self) -> int:

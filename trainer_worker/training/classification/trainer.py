@@ -11,7 +11,7 @@ on who shares its batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from tessera.model.hidden import HeadInput
 from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
 from trainer_worker.training.classification.data import LabelledRow
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, micro_batches
+from trainer_worker.training.objectives.objective import Measured, Sample, num_tokens
 from trainer_worker.training.run import RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
 
@@ -127,39 +128,36 @@ class ClassificationTrainer:
         return updates
 
     def _evaluate(self, slots: Sequence[int]) -> list[RunUpdate]:
-        items = [(slot, row) for slot in slots for row in self._at(slot).data.valid]
+        samples = {slot: self._at(slot).validation() for slot in slots}
         with torch.no_grad():
-            losses, accuracies = self._pass(items)
+            measured = self._pass(samples)
         updates = []
         for slot in slots:
             run = self._at(slot)
             has_data = bool(run.data.valid)
-            run.record_evaluation(losses[slot] if has_data else None)
+            run.record_evaluation(measured[slot].loss if has_data else None)
             update = run.update()
             if has_data:
-                update.valid_loss = losses[slot]
-                update.valid_accuracy = None if run.is_regression else accuracies[slot]
+                run.show_evaluation(update, measured[slot])
             updates.append(update)
         return updates
 
     def _train(self, slots: Sequence[int]) -> list[RunUpdate]:
         batches = {slot: self._at(slot).next_batch() for slot in slots}
-        items = [(slot, row) for slot, batch in batches.items() for row in batch]
-        losses, accuracies = self._pass(items, learn=True)
+        measured = self._pass(batches, learn=True)
         grad = self._gradient()
         norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
         users, updates = [], []
         for slot, batch in batches.items():
             run, rate = self._at(slot), self._at(slot).learning_rate
-            if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
+            if not (math.isfinite(measured[slot].loss) and math.isfinite(norms[slot])):
                 updates.append(run.update(learning_rate=rate, warnings=[run.record_nonfinite()]))
                 continue
-            run.record_step(losses[slot], sum(len(row.token_ids) for row in batch))
+            run.record_step(measured[slot].loss, num_tokens(batch))
             clip = clip_factor(norms[slot], run.plan.max_grad_norm)
             users.append(UserStep(slot, rate, run.progress.num_updates, clip, run.plan.weight_decay))
             update = run.update(learning_rate=rate)
-            update.train_loss = losses[slot]
-            update.train_accuracy = None if run.is_regression else accuracies[slot]
+            run.show_step(update, measured[slot])
             updates.append(update)
         self._optimizer.step(grad, users)
         return updates
@@ -177,18 +175,14 @@ class ClassificationTrainer:
         heads[:, :, -1] *= trains_bias.to(heads)[:, None]
         return torch.cat([cores.flatten(1), heads.flatten(1)], dim=1)[:, None, None]
 
-    def _pass(
-        self, items: Sequence[tuple[int, EncodedExample]], *, learn: bool = False
-    ) -> tuple[list[float], list[float]]:
-        """Mean loss and share of right classes per slot, both [K], over (slot, text) pairs.
+    def _pass(self, samples: Mapping[int, Sequence[Sample]], *, learn: bool = False) -> dict[int, Measured]:
+        """Mean loss and share of right classes over the samples of each slot.
 
         With `learn`, `_core_grad` and `_head.grad` hold the gradients of each slot's loss afterwards.
         """
         K, device = len(self._runs), self._device
-        counts = torch.zeros(K)
-        for slot, _ in items:
-            counts[slot] += 1
-        counts = counts.to(device).clamp_min(1)
+        items = [(slot, row) for slot, taken in samples.items() for sample in taken for row in sample.rows]
+        counts = torch.tensor([len(samples.get(slot, ())) for slot in range(K)], device=device).clamp_min(1)
         sums = torch.zeros(2, K, dtype=torch.float64, device=device)
         self._core_grad.zero_()
         self._head.grad = torch.zeros_like(self._head)
@@ -206,8 +200,8 @@ class ClassificationTrainer:
             if learn:
                 torch.autograd.backward((losses / counts[batch.rows]).sum())
             sums.index_add_(1, batch.rows, torch.stack([losses.detach(), is_correct]).double())
-        mean_loss, accuracy = (sums / counts).tolist()
-        return mean_loss, accuracy
+        loss, accuracy = (sums / counts).tolist()
+        return {slot: Measured(loss[slot], accuracy[slot]) for slot in samples}
 
     def _losses(self, batch: MicroBatch, in_pass: Sequence[LabelledRow]) -> tuple[Tensor, Tensor]:
         """Return the loss of each row, float32 or wider [S], and whether its class was found, [S]."""

@@ -15,7 +15,8 @@ from transformers import LlamaForSequenceClassification
 from tessera.errors import CorruptRecord
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
-from tests.trainer_worker.conftest import VOCABULARY
+from tests.trainer_worker.conftest import VOCABULARY, MakeRun
+from trainer_worker.train_loop import TrainerPool
 from trainer_worker.training import checkpoint
 from trainer_worker.training.adamw import BETAS
 from trainer_worker.training.classification.data import LabelledData, LabelledRow
@@ -248,3 +249,19 @@ def test_a_run_continues_from_its_checkpoint(small: BaseModel, small_basis: Basi
 def test_the_loss_begins_at_the_entropy_of_the_classes(small: BaseModel, small_basis: Basis) -> None:
     run = alone(small, small_basis, make_run("x", small_basis))
     assert run.progress.initial_valid_loss == pytest.approx(math.log(3))
+
+
+def test_runs_that_write_and_runs_that_classify_have_trainers_of_their_own(
+    small: BaseModel, small_basis: Basis, request: pytest.FixtureRequest
+) -> None:
+    make_writer: MakeRun = request.getfixturevalue("make_run")
+    writer, classifier = make_writer("a"), make_run("b", small_basis)
+    pool = TrainerPool(small, max_runs=4, token_budget=64)
+    pool.join(writer)
+    pool.join(classifier)
+    pool.join(make_writer("c"))
+    pool.join(make_run("d", small_basis))
+    tick = pool.tick()
+    assert not tick.failures
+    assert {update.run_id for update in tick.updates} == {"a", "b", "c", "d"}
+    assert len(pool._trainers) == 2

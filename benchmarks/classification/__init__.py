@@ -1,0 +1,1 @@
+"""How well are texts classified: a head alone on the base model, against cores and a head."""
