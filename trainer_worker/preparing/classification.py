@@ -11,15 +11,18 @@ from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.formats.head import CLASSIFICATION, PROBLEM_TYPES
 from tessera.model.base_model import BaseModel
 from tessera.model.hidden import hidden_width
+from tessera.queue.hyperparameters import check_together
+from tessera.queue.records import JobSpec
 from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration
 from trainer_worker.training import checkpoint
 from trainer_worker.training.classification.data import LabelledData, read_labelled
 from trainer_worker.training.classification.run import ClassificationRun
 from trainer_worker.training.learning_rates import BasisKind
-from trainer_worker.training.plan import make_plan
+from trainer_worker.training.plan import make_plan, max_example_tokens, validation_share
 
-#: The peak learning rate of a head.
-AUTO_HEAD_RATE = 1e-3
+#: The peak learning rate of a head, the best or next to it in both models of the record
+#: benchmarks/results/classification.json, see the decision "A head beside the cores".
+AUTO_HEAD_RATE = 3e-3
 
 
 class ClassificationPreparation:
@@ -73,15 +76,26 @@ class ClassificationPreparation:
 
 
 async def read_job_data(
-    chat: ChatFormat, training: bytes, validation: bytes | None, options: Mapping[str, Any], max_tokens: int
+    chat: ChatFormat, spec: JobSpec, training: bytes, validation: bytes | None, *, max_tokens: int
 ) -> LabelledData:
-    """Read the files of a job in a thread. Raises `InvalidTrainingData`, `InvalidInput`."""
-    problem_type = options.get("problem_type") or CLASSIFICATION
+    """Read the files of a job in a thread. Raises `InvalidTrainingData`, `InvalidInput`.
+
+    max_tokens: the worker's limit for an example.
+    """
+    given = spec.hyperparameters
+    check_together(given, has_validation_file=validation is not None)
+    problem_type = (spec.classification or {}).get("problem_type") or CLASSIFICATION
     if problem_type not in PROBLEM_TYPES:
         message = f"unknown problem_type {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}"
         raise InvalidInput(message, param="method.classification.problem_type")
     return await asyncio.to_thread(
-        read_labelled, chat, training, validation, problem_type=problem_type, max_tokens=max_tokens
+        read_labelled,
+        chat,
+        training,
+        validation,
+        problem_type=problem_type,
+        max_tokens=max_example_tokens(given, max_tokens),
+        share=validation_share(given),
     )
 
 
@@ -100,7 +114,7 @@ def head_rate(options: Mapping[str, Any]) -> float:
 def classes_message(run: ClassificationRun) -> str:
     """Return a sentence for the job's owner on what is trained."""
     what = "the head alone" if run.head_only else "cores and head"
-    rate = f"head learning rate {run.head_scale * run.plan.learning_rate:g}"
+    rate = f"head learning rate {run.head_rate:g}"
     if run.is_regression:
         return f"Regression: {what}, {rate}"
     return f"Classification into {run.num_scores} classes: {what}, {rate}"

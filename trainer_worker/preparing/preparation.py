@@ -128,10 +128,10 @@ class Preparation:
         job, spec = attempt.job, attempt.job.spec
         labelled = await read_job_data(
             chat_of(self._chat, job),
+            spec,
             training,
             await self._validation(job),
-            spec.classification or {},
-            max_example_tokens(spec.hyperparameters, self._max_tokens),
+            max_tokens=self._max_tokens,
         )
         run, messages, warnings = await self._classification.prepare(
             attempt, labelled, await self._calibration(job), saved

@@ -88,7 +88,7 @@ async def test_users_with_different_labels_train_together_beside_others(world: W
     assert version.bytes > plain.bytes + colours.nbytes - 1000, "the head counts in the bytes of a version"
     assert version.metadata["classification"]["labels"] == ["blue", "green", "red"]
     said = messages(await world.events(jobs["colours"]), "Classification into 3 classes")
-    assert said == ["Classification into 3 classes: cores and head, head learning rate 0.001"]
+    assert said == ["Classification into 3 classes: cores and head, head learning rate 0.003"]
     metrics = [event.data for event in await world.events(jobs["colours"]) if event.type == "metrics"]
     assert metrics[0]["valid_loss"] == pytest.approx(1.0986, abs=1e-3)
     assert {"valid_accuracy"} <= metrics[0].keys()

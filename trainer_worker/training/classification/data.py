@@ -13,18 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.labels import LabelledText, class_indices, class_names, parse_labelled, scores
+from tessera.data.statistics import count
 from tessera.errors import InvalidTrainingData, LineError
 from tessera.formats.head import REGRESSION
-from trainer_worker.training.data import (
-    MAX_VALIDATION,
-    MIN_EXAMPLES_TO_SPLIT,
-    MIN_VALIDATION,
-    VALIDATION_SHARE,
-    TrainingData,
-)
+from trainer_worker.training.data import TrainingData, num_held_back
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,19 @@ class LabelledData:
 
 
 def read_labelled(
-    chat: ChatFormat, training: bytes, validation: bytes | None, *, problem_type: str, max_tokens: int
+    chat: ChatFormat,
+    training: bytes,
+    validation: bytes | None,
+    *,
+    problem_type: str,
+    max_tokens: int,
+    share: float | None = None,
 ) -> LabelledData:
-    """Parse and encode the files. Without a validation file, some examples are held back.
+    """Parse and encode the files. Without a validation file, a `share` of the examples is held back.
 
-    Texts longer than `max_tokens` lose their end. Raises `InvalidTrainingData` with the lines of everything
-    that is wrong: a single class, a label of the validation file that the training file lacks, scores that
-    are all equal.
+    share: of the distinct texts; 0: none; None: decided by their number. Texts longer than `max_tokens` lose
+    their end. Raises `InvalidTrainingData` with the lines of everything that is wrong: a single class, a
+    label of the validation file that the training file lacks, scores that are all equal.
     """
     is_regression = problem_type == REGRESSION
     with _about("training_file"):
@@ -74,7 +76,7 @@ def read_labelled(
             held_out = list(zip(parsed, _values(parsed, labels), strict=True))
     digests = [_digest(example) for example in examples]
     if held_out is None:
-        chosen = _validation_digests(digests, None if is_regression else values)
+        chosen = _validation_digests(digests, None if is_regression else values, share)
         overlap = 0
     else:
         chosen = set()
@@ -95,6 +97,10 @@ def read_labelled(
         num_truncated=sum(row.truncated for row in (*train, *valid)),
         num_overlapping=overlap,
         max_tokens=max_tokens,
+        statistics=count(
+            [f"{example.text}\n{example.text_pair or ''}" for example in examples],
+            [example.name for example in examples],
+        ),
     )
     return LabelledData(data, labels, mean, scale)
 
@@ -131,21 +137,23 @@ def _row(chat: ChatFormat, example: LabelledText, target: float, max_tokens: int
     return LabelledRow(kept, [False] * len(kept), truncated=len(kept) < len(ids), target=target)
 
 
-def _validation_digests(digests: Sequence[str], classes: Sequence[float] | None) -> set[str]:
-    """Choose the examples to hold back, by their hashes, so that the same file gives the same split.
+def _validation_digests(
+    digests: Sequence[str], classes: Sequence[float] | None, share: float | None
+) -> set[str]:
+    """Choose the texts to hold back, by their hashes, so that the same file gives the same split.
 
-    classes: the class of each example; one example of every class stays in training. None for a regression.
+    classes: the class of each text; one text of every class stays in training. None for a regression.
     """
-    class_of = dict(zip(digests, classes or (0.0,) * len(digests), strict=True))
-    distinct = sorted(class_of)
-    if len(distinct) < MIN_EXAMPLES_TO_SPLIT:
-        return set()
-    share = min(max(MIN_VALIDATION, round(VALIDATION_SHARE * len(distinct))), MAX_VALIDATION)
-    left = Counter(class_of.values())
+    classes_of: dict[str, set[float]] = {}
+    for digest, label in zip(digests, classes or (0.0,) * len(digests), strict=True):
+        classes_of.setdefault(digest, set()).add(label)
+    left = Counter(chain.from_iterable(classes_of.values()))
     chosen: set[str] = set()
-    for digest in distinct:
-        if len(chosen) < share and left[class_of[digest]] > 1:
-            left[class_of[digest]] -= 1
+    for digest in sorted(classes_of):
+        if len(chosen) == num_held_back(len(classes_of), share):
+            break
+        if all(left[label] > 1 for label in classes_of[digest]):
+            left.subtract(classes_of[digest])
             chosen.add(digest)
     return chosen
 

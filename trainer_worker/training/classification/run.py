@@ -4,7 +4,8 @@
 
 Adam's step does not depend on the scale of a gradient. So the head is trained as W' with W = s W', and a step
 η of W' is a step s η of W: one learning rate and one schedule serve both parts, and s is the ratio of their
-rates. Epsilon apart, this equals two optimizers.
+rates. Epsilon apart, this equals two optimizers. For SGD, whose step of W is s² η times the gradient, s is
+the root of that ratio.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.formats.head import ClassificationHead
 from tessera.model.base_model import BaseModel
+from tessera.queue.hyperparameters import ADAMW
 from trainer_worker.training.classification.data import LabelledData
 from trainer_worker.training.classification.trainer import ClassificationTrainer
 from trainer_worker.training.objectives.objective import JudgedPairs, Measured
 from trainer_worker.training.plan import TrainingPlan
-from trainer_worker.training.run import RunResult, TrainRun
+from trainer_worker.training.run import RunResult, RunUpdate, TrainRun
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class ClassificationRun(TrainRun):
         """
         self.trains_bias = trains_bias
         self.basis, self.labelled, self.width, self.head_only = basis, labelled, width, head_only
-        self.head_scale = head_rate / plan.learning_rate
+        ratio = head_rate / plan.learning_rate
+        self.head_rate = head_rate
+        self.head_scale = ratio if plan.optimizer == ADAMW else ratio**0.5
         size = self.num_core + self.num_scores * (width + 1)
         R = torch.zeros(size) if start is None else start
         super().__init__(run_id, labelled.data, plan, R=R, objective=Classified(not labelled.labels))
@@ -112,16 +116,28 @@ class ClassificationRun(TrainRun):
         return trainer
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """Return the best cores, with the preconditioner folded in, and the best head, both in float32.
+        """Return the published cores, with the preconditioner folded in, and their head, both in float32.
 
         The head of a regression gives scores in the units of the data: W ← scale W, b ← scale b + mean.
         """
-        basis = self.basis
-        cores = self.best_R[: self.num_core].view(basis.num_modules, basis.rank, basis.rank)
-        R = basis.fold(cores.double()).float().contiguous()
-        weight = self.head_scale * self.best_R[self.num_core :].double().view(self.num_scores, self.width + 1)
+        basis, packed = self.basis, self.published_R.double()
+        cores = packed[: self.num_core].view(basis.num_modules, basis.rank, basis.rank)
+        R = basis.fold(cores).float().contiguous()
+        weight = self.head_scale * packed[self.num_core :].view(self.num_scores, self.width + 1)
         if self.is_regression:
             weight = weight * self.labelled.scale
             weight[:, -1] += self.labelled.mean
         head = ClassificationHead(weight.float().contiguous(), self.labelled.labels)
         return RunResult(Adapter(self.basis_id, R, metadata, head))
+
+    def show_step(self, update: RunUpdate, measured: Measured) -> None:
+        """Add to an update what a training step has measured. Scores are neither right nor wrong."""
+        super().show_step(update, measured)
+        if self.is_regression:
+            update.train_accuracy = None
+
+    def show_evaluation(self, update: RunUpdate, measured: Measured) -> None:
+        """Add to an update what an evaluation has measured."""
+        super().show_evaluation(update, measured)
+        if self.is_regression:
+            update.valid_accuracy = None

@@ -24,10 +24,10 @@ from tessera.errors import BasisMismatch
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.model.hidden import HeadInput
-from trainer_worker.training.adamw import BatchedAdamW, UserStep, clip_factor
 from trainer_worker.training.classification.data import LabelledRow
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, micro_batches
 from trainer_worker.training.objectives.objective import Measured, Sample, num_tokens
+from trainer_worker.training.optimizers import BatchedOptimizer, UserStep, clip_factor
 from trainer_worker.training.run import RunUpdate, TokenCounts, TrainRun
 from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
 
@@ -65,7 +65,7 @@ class ClassificationTrainer:
         self._num_core, self._core_shape, self._head_shape = M * r * r, (K, M, r, r), (K, C, width + 1)
         self._runs: list[ClassificationRun | None] = [None] * K
         size = self._num_core + C * (width + 1)
-        self._optimizer = BatchedAdamW((K, 1, 1, size), dtype=self._dtype, device=device)
+        self._optimizer = BatchedOptimizer((K, 1, 1, size), dtype=self._dtype, device=device)
         self._P_in, self._P_out = (P.to(device, self._dtype) for P in (basis.P_in, basis.P_out))
         # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
         self._core = torch.zeros(M, K, r, r, dtype=self._dtype, device=device)
@@ -155,7 +155,7 @@ class ClassificationTrainer:
                 continue
             run.record_step(measured[slot].loss, num_tokens(batch))
             clip = clip_factor(norms[slot], run.plan.max_grad_norm)
-            users.append(UserStep(slot, rate, run.progress.num_updates, clip, run.plan.weight_decay))
+            users.append(UserStep.of(run.plan, slot, rate, run.progress.num_updates, clip))
             update = run.update(learning_rate=rate)
             run.show_step(update, measured[slot])
             updates.append(update)

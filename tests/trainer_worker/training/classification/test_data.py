@@ -40,6 +40,15 @@ def test_the_split_repeats_and_keeps_every_class_in_training(chat: ChatFormat) -
     assert Counter(targets(first.data.train)) == {0.0: 52, 1.0: 1, 2.0: 1}
 
 
+def test_a_job_may_choose_the_share_that_is_held_back(chat: ChatFormat) -> None:
+    training = content(["a", "b"] * 20)
+    for share, num_valid in ((0, 0), (0.25, 10), (None, 4)):
+        data = read_labelled(
+            chat, training, None, problem_type=CLASSIFICATION, max_tokens=100, share=share
+        ).data
+        assert data.num_valid == num_valid
+
+
 def test_equal_texts_stay_on_one_side(chat: ChatFormat) -> None:
     twice = content(["a", "b"] * 20) + b"\n" + content(["b", "a"] * 20)
     data = read(chat, twice).data

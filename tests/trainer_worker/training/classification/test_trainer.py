@@ -18,12 +18,11 @@ from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun
 from trainer_worker.train_loop import TrainerPool
 from trainer_worker.training import checkpoint
-from trainer_worker.training.adamw import BETAS
 from trainer_worker.training.classification.data import LabelledData, LabelledRow
 from trainer_worker.training.classification.run import ClassificationRun
 from trainer_worker.training.classification.trainer import ClassificationTrainer
 from trainer_worker.training.data import TrainingData
-from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.plan import ADAM_BETAS, TrainingPlan
 
 WIDTH = 24
 
@@ -137,7 +136,7 @@ def test_a_run_equals_plain_torch(small: BaseModel, small_basis: Basis, num_clas
         return torch.stack(losses).mean()
 
     parameters = [*(adapter.R for adapter in plain), head]
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, betas=ADAM_BETAS, weight_decay=0.1)
     losses = []
     for step in range(7):
         optimizer.zero_grad()
@@ -208,6 +207,29 @@ def test_the_first_step_of_the_head_has_its_own_rate(small: BaseModel, small_bas
     head = run.to_result(small, {}).adapter.head
     assert head is not None
     assert head.weight[:, :-1].abs().max().item() == pytest.approx(3e-2, rel=1e-4)
+
+
+def test_sgd_steps_the_head_with_its_own_rate(small: BaseModel, small_basis: Basis) -> None:
+    """One step from zero is the rate times the gradient, which is that of a head without any scale."""
+    steps = []
+    for rate in (1e-2, 3e-2):  # of the cores; the head's is 3e-2 in both
+        run = make_run(
+            "x", small_basis, learning_rate=rate, optimizer="sgd", total_steps=1, warmup_steps=1,
+            max_grad_norm=None, patience=None,
+        )  # fmt: skip
+        head = alone(small, small_basis, run).to_result(small, {}).adapter.head
+        assert head is not None
+        steps.append(head.weight)
+    torch.testing.assert_close(steps[0], steps[1])
+
+
+def test_the_last_state_is_published_if_the_job_wants_it(small: BaseModel, small_basis: Basis) -> None:
+    run = alone(small, small_basis, make_run("x", small_basis, learning_rate=1.0, publish="last"))
+    head = run.to_result(small, {}).adapter.head
+    assert head is not None
+    expected = run.head_scale * run.R[run.num_core :].view(3, WIDTH + 1)
+    torch.testing.assert_close(head.weight, expected.float())
+    assert not torch.equal(run.R, run.best_R)
 
 
 def test_the_result_of_a_regression_is_in_the_units_of_the_data(small: BaseModel, small_basis: Basis) -> None:
