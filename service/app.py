@@ -54,6 +54,7 @@ from tessera.processes.tasks import end_tasks
 from tessera.queue.client import JobQueue
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
 from tessera.store.manifests import BasisManifests
@@ -74,6 +75,7 @@ def stores_over(redis: Redis, settings: CommonSettings) -> Stores:
     return Stores(
         redis,
         AdapterStore(redis),
+        CheckpointStore(redis),
         BasisManifests(redis),
         PrivateBases(redis, max_bytes=settings.max_own_basis_bytes),
         FileStore(redis),
@@ -144,7 +146,9 @@ def _make_services(
         known = ", ".join(ADAPTER_DTYPES)
         raise InvalidInput(f"adapter_dtype must be one of {known}", param="TESSERA_ADAPTER_DTYPE")
     metrics, queue, gate = Metrics(), JobQueue(stores.redis), heavy_gate()
-    names = ModelRegistry(common.base_model, stores.adapters, stores.private_bases, engine)
+    names = ModelRegistry(
+        common.base_model, stores.adapters, stores.checkpoints, stores.private_bases, engine
+    )
     basis_queue, holds = JobQueue(stores.redis, kind="basis"), BasisHolds(stores.redis, stores.private_bases)
     heavy = HeavyWork(stores.redis, common, twin=twin, store_url=store_url)
     choices = BasisChoices(

@@ -16,6 +16,7 @@ from tessera.redis.client import Client
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
@@ -98,7 +99,16 @@ def make_worker(
     services = WorkerServices(
         base=base,
         leases=JobLeases(redis),
-        publisher=Publisher(adapters, store, own, holds, dtype=dtype, base_model_id=base.model_id),
+        publisher=Publisher(
+            adapters,
+            store,
+            own,
+            holds,
+            dtype=dtype,
+            base_model_id=base.model_id,
+            checkpoints=CheckpointStore(redis),
+            keep_checkpoints=worker_settings.keep_checkpoints,
+        ),
         holds=holds,
         preparation=preparation,
         loop=loop,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
-from tessera.errors import StaleLease, TesseraError, Unavailable
+from tessera.errors import InvalidInput, StaleLease, TesseraError, Unavailable
 from tessera.model.base_model import BaseModel
 from tessera.processes.log_setup import log_fields
 from tessera.queue.leases import JobLeases, Lease
@@ -110,7 +111,7 @@ class JobSession:
         except Exception as error:
             outcome = await self._end_early(error)
         if outcome in FINAL_OUTCOMES:
-            await self._release_bases()
+            await self._release(has_succeeded=outcome == "succeeded")
         self._services.metrics.count_job(outcome, job.spec.method)
         logger.info("job %s of %s: %s", self.job_id, job.tenant, outcome)
 
@@ -177,6 +178,8 @@ class JobSession:
             for item in news:
                 if isinstance(item, Exception):
                     raise self._note_failure(item)
+            with suppress(Unavailable, InvalidInput):  # the next states will do
+                await self._services.publisher.publish_states(self.lease.job, run)
             if any(update.finish_reason is not None for update in updates):
                 return
             if time.monotonic() >= due:
@@ -269,10 +272,15 @@ class JobSession:
             await self._services.loop.leave(self._run.run_id)
             self._run = None
 
-    async def _release_bases(self) -> None:
-        """Release the bases that were held for the job. A failure is repaired later (`holds.py`)."""
+    async def _release(self, *, has_succeeded: bool) -> None:
+        """Release the bases that were held for the job, and drop the states of one that has not succeeded.
+
+        A failure is repaired later: `holds.py` drops stale holds, and states expire.
+        """
         job = self.lease.job
         try:
+            if not has_succeeded:
+                await self._services.publisher.drop_states(job)
             await self._services.holds.let_go(job.tenant, job.job_id)
         except Exception as error:
             logger.warning("job %s keeps its hold on a basis: %s", self.job_id, error)

@@ -39,6 +39,9 @@ class WorkerSettings(BaseSettings):
     log_every_s: float = Field(
         default=10.0, ge=0, description="minimum time between two lines of the log about a job's training"
     )
+    keep_checkpoints: int = Field(
+        default=3, ge=0, le=20, description="latest evaluated states of a job that can be asked as models"
+    )
     report_samples: int = Field(
         default=3, ge=0, le=20, description="held-out prompts that a job's report answers; 0: none"
     )

@@ -91,7 +91,7 @@ class TrainerPool:
                 updates = trainer.step()
                 runs = {run.run_id: run for run in trainer.runs}
                 for update in updates:
-                    runs[update.run_id].history.note(update)
+                    runs[update.run_id].note(update)
                 tick.updates += updates
             except Exception as error:
                 tick.failures |= {run.run_id: error for run in trainer.runs}

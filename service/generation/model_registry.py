@@ -3,26 +3,25 @@
     <base>              the base model alone
     <adapter>           the active version of the caller's adapter; also `<base>:<adapter>`
     <adapter>@<version> that version
+    <adapter>:ckpt-step-<step>  an intermediate state of the adapter's last training job
 
 Another tenant's adapter looks the same as one that does not exist.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from service.engine.client.token_engine import TokenEngine
 from tessera.errors import EngineUnavailable, InvalidInput, NotFound
-from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef, checkpoint_step, parse_version_name, version_name
 from tessera.model.files import model_name, public_source
 from tessera.redis.keys import ADAPTER_ID
-from tessera.store.adapters import AdapterRecord, AdapterStore
+from tessera.store.adapters import AdapterRecord, AdapterStore, AdapterVersion
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.ownership import PrivateBases
-
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 #: OpenAI's clients know no pages of `GET /v1/models`; `GET /v1/adapters` lists all of a tenant's adapters.
 MAX_LISTED_ADAPTERS = 100
@@ -43,12 +42,18 @@ class ModelRegistry:
     """Finds, checks and deletes models by the names that callers give them."""
 
     def __init__(
-        self, base_model: str, adapters: AdapterStore, private_bases: PrivateBases, engine: TokenEngine
+        self,
+        base_model: str,
+        adapters: AdapterStore,
+        checkpoints: CheckpointStore,
+        private_bases: PrivateBases,
+        engine: TokenEngine,
     ) -> None:
         """base_model: directory or hub id of the base model."""
         self.base_name = model_name(base_model)
         self.base_source = public_source(base_model)
         self._adapters = adapters
+        self._checkpoints = checkpoints
         self._private_bases = private_bases
         self._engine = engine
 
@@ -81,10 +86,10 @@ class ModelRegistry:
 
     def parse(self, name: str) -> tuple[str, int | None]:
         """Split a name into adapter id and version. Raises `NotFound` if no adapter can have that name."""
-        adapter_id, at, version = name.removeprefix(f"{self.base_name}:").partition("@")
-        if not ADAPTER_ID.fullmatch(adapter_id) or (at and not _VERSION.fullmatch(version)):
+        found = parse_version_name(name.removeprefix(f"{self.base_name}:"))
+        if found is None or not ADAPTER_ID.fullmatch(found[0]):
             raise unknown_model(name)
-        return adapter_id, int(version) if at else None
+        return found
 
     def check_new_id(self, adapter_id: str, *, param: str = "adapter.id") -> str:
         """Return `adapter_id` if an adapter may have this id. Raises `InvalidInput`."""
@@ -98,18 +103,29 @@ class ModelRegistry:
             raise InvalidInput(f"{adapter_id!r} is the name of the base model", param=param)
         return adapter_id
 
-    async def get(self, tenant: str, name: str) -> AdapterRecord | None:
-        """Return the adapter that `name` means; None for the base model. Raises `NotFound`."""
+    async def get(self, tenant: str, name: str) -> AdapterRecord | AdapterVersion | None:
+        """Return what `name` means: an adapter, an intermediate state, or None for the base model.
+
+        Raises `NotFound`.
+        """
         if name == self.base_name:
             return None
         adapter_id, version = self.parse(name)
+        if version is not None and checkpoint_step(version) is not None:
+            states = await self._checkpoints.of_adapter(tenant, adapter_id)
+            found = next((state for state in states if state.version == version), None)
+            if found is None:
+                raise unknown_model(name)
+            return found
         record = await self._adapters.get(tenant, adapter_id)
         if version is not None and all(v.version != version for v in record.versions):
             raise unknown_model(name)
         return record
 
     async def delete(self, tenant: str, name: str) -> str:
-        """Delete an adapter with all its versions, and the private bases that only it needed; return its id.
+        """Delete an adapter with all its versions and checkpoints, or one checkpoint; return its id or name.
+
+        The private bases that only the adapter needed are deleted with it.
 
         The engine drops its copies as well. Raises `NotFound`, and `InvalidInput` for the base model and for
         a single version.
@@ -117,6 +133,11 @@ class ModelRegistry:
         if name == self.base_name:
             raise InvalidInput("the base model cannot be deleted", param="model")
         adapter_id, version = self.parse(name)
+        if version is not None and (step := checkpoint_step(version)) is not None:
+            if not await self._checkpoints.drop(tenant, adapter_id, step=step):
+                raise unknown_model(name)
+            await self.forget(tenant, adapter_id)
+            return version_name(adapter_id, version)
         if version is not None:
             raise InvalidInput("a single version cannot be deleted; delete the adapter", param="model")
         is_deleted = await self._adapters.delete(tenant, adapter_id)

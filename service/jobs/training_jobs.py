@@ -200,7 +200,7 @@ class TrainingJobs:
         self, tenant: str, request: JobRequest, adapter: AdapterRef, training: FileRecord
     ) -> _Origin:
         """Train in the adapter's own basis, or move it to another basis first, with init "warm"."""
-        named = f"{adapter.adapter_id}@{adapter.version}"
+        named = adapter.name
         init = None if request.init is None else checked_init(request.init)
         if init is not None and init["method"] != "warm":
             message = f"training continues from {named}; init {init['method']!r} would discard it"

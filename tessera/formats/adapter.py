@@ -177,7 +177,7 @@ class Adapter:
         Raises `NotFound` if there is none, `AdapterReplaced` if the store holds other weights under this
         version by now, `CorruptRecord`, `BasisMismatch`.
         """
-        name = f"version {ref.version} of adapter {ref.adapter_id}"
+        name = f"adapter version {ref.name}"
         if blob is None:
             raise NotFound(f"{name} is no longer stored", code="model_not_found", param="model")
         header = read_header(blob)

@@ -54,6 +54,11 @@ def adapter_blob(tenant: str, adapter_id: str, version: int) -> str:
     return f"{adapter_record(tenant, adapter_id)}:{version}"
 
 
+def adapter_checkpoints(tenant: str, adapter_id: str) -> str:
+    """A hash: step → description of the state after it, of the newest job that has such states."""
+    return f"{_tenant_tag(tenant, bucket(adapter_id))}:checkpoints:{adapter_id}"
+
+
 def adapter_tombstone(tenant: str, adapter_id: str) -> str:
     return f"{_tenant_tag(tenant, bucket(adapter_id))}:tombstone:{adapter_id}"
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from redis.asyncio.cluster import RedisCluster
 
 from tessera.errors import Conflict, CorruptRecord, InvalidInput, NotFound, TesseraError, Unavailable
-from tessera.formats.adapter_ref import AdapterRef
+from tessera.formats.adapter_ref import AdapterRef, checkpoint_step
 from tessera.redis import keys
 from tessera.redis.client import Client, translate_errors
 from tessera.store import adapter_scripts
 from tessera.store.adapter_scripts import AdapterRecord, AdapterVersion, PublishTarget
+from tessera.store.checkpoints import CheckpointStore
 
 if TYPE_CHECKING:
     import torch
@@ -123,14 +124,18 @@ class AdapterStore:
         """
         record = _record(tenant, adapter_id)
         if version is not None:
+            step = checkpoint_step(version)
+            place, field = (record, f"v:{version}") if step is None else (
+                keys.adapter_checkpoints(tenant, adapter_id), str(step)
+            )  # fmt: skip
             with translate_errors():
                 pipeline = self._redis.pipeline(transaction=False)
-                pipeline.hget(record, f"v:{version}")
+                pipeline.hget(place, field)
                 pipeline.getrange(
                     keys.adapter_blob(tenant, adapter_id, version), *adapter_scripts.CHECKSUM_RANGE
                 )
                 described, checksum = await pipeline.execute()
-            if described is None:
+            if described is None or (step is not None and not checksum):
                 raise _not_found(adapter_id, version)
             basis_id = AdapterVersion.from_json(described).basis_id
             return AdapterRef(tenant, adapter_id, version, basis_id, checksum.hex())
@@ -196,7 +201,7 @@ class AdapterStore:
         return await self.get(tenant, adapter_id)
 
     async def delete(self, tenant: str, adapter_id: str) -> bool:
-        """Delete all versions. Return False if there is no such adapter.
+        """Delete all versions and checkpoints. Return False if there is no such adapter.
 
         A tombstone refuses versions that late writers began before the deletion.
         """
@@ -212,6 +217,8 @@ class AdapterStore:
                 latest=fields.get(b"latest", b""),
                 versions=[int(name[2:]) for name in fields if name.startswith(b"v:")],
             )
+            if deleted:
+                await CheckpointStore(self._redis).drop(tenant, adapter_id)
             if deleted is not None:
                 return deleted
         raise _too_busy(adapter_id)
@@ -344,6 +351,8 @@ def _record(tenant: str, adapter_id: str) -> str:
 
 def _not_found(adapter_id: str, version: int | None = None) -> NotFound:
     missing = "adapter" if version is None else f"version {version} of adapter"
+    if version is not None and (step := checkpoint_step(version)) is not None:
+        missing = f"state after step {step} of adapter"
     return NotFound(f"there is no {missing} {adapter_id!r}", param="model", code="model_not_found")
 
 

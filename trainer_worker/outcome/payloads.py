@@ -174,6 +174,20 @@ def adapter_metadata(run: TrainRun, job: Job) -> dict[str, Any]:
     }
 
 
+def checkpoint_metadata(run: TrainRun, job: Job, step: int) -> dict[str, Any]:
+    """Return what is stored with an intermediate state: its provenance and its metrics by OpenAI's names."""
+    row = run.history.at(step)
+    return {
+        **run.provenance,
+        "base_model": job.spec.base_model,
+        "step": step,
+        "train_loss": row.train_loss,
+        "train_mean_token_accuracy": row.train_accuracy,
+        "valid_loss": row.valid_loss,
+        "valid_mean_token_accuracy": row.valid_accuracy,
+    }
+
+
 def error_payload(error: Exception) -> dict[str, Any]:
     """Why a job failed, for its owner."""
     if isinstance(error, TesseraError):
@@ -215,6 +229,7 @@ def training_result(
         "published": plan.publish,
         "published_step": run.published_step,
         "published_valid_loss": run.published_valid_loss,
+        "published_valid_accuracy": run.history.at(run.published_step).valid_accuracy,
         "final_train_loss": progress.train_loss,
         "learning_rate": plan.learning_rate,
         "batch_size": plan.batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import torch
 
@@ -12,9 +13,12 @@ from tessera.formats.basis import Basis
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterStore, AdapterVersion, publish_in_basis
 from tessera.store.bases import BasisStore
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
-from trainer_worker.training.run import RunResult
+from trainer_worker.outcome.payloads import checkpoint_metadata
+from trainer_worker.training.run import RunResult, TrainRun
+from trainer_worker.training.trainer import CoreRun
 
 
 def reservation_id(job: Job) -> str:
@@ -34,10 +38,16 @@ class Publisher:
         *,
         dtype: torch.dtype,
         base_model_id: str,
+        checkpoints: CheckpointStore,
+        keep_checkpoints: int,
     ) -> None:
-        """dtype: the dtype of a stored R. An R whose private basis is stored with it is kept in float32."""
+        """dtype: the dtype of a stored R. An R whose private basis is stored with it is kept in float32.
+
+        keep_checkpoints: intermediate states that are kept of a job; 0: none.
+        """
         self._adapters, self._bases, self._own, self._holds = adapters, bases, own, holds
         self._dtype, self._base_model_id = dtype, base_model_id
+        self._checkpoints, self._keep_checkpoints = checkpoints, keep_checkpoints
 
     async def publish(self, job: Job, result: RunResult) -> AdapterVersion:
         """Publish the result and return the job's only version. Repeating the call changes nothing.
@@ -52,6 +62,30 @@ class Publisher:
             return published
         await self._store_basis(job, result.own_basis)
         return await self._publish_adapter(job, result.adapter, torch.float32)
+
+    async def publish_states(self, job: Job, run: TrainRun) -> None:
+        """Store the run's evaluated states as models, beside the adapter's versions.
+
+        Raises `AdapterDeleted`, `InvalidInput`.
+        """
+        while self._keep_checkpoints and isinstance(run, CoreRun) and run.states:
+            state = run.states.popleft()
+            metadata = checkpoint_metadata(run, job, state.step)
+            await self._checkpoints.put(
+                job.tenant,
+                job.spec.adapter_id,
+                run.to_adapter(state.R, metadata),
+                step=state.step,
+                job_id=job.job_id,
+                created_at=time.time(),
+                dtype=self._dtype,
+                deletion_count=job.spec.deletion_count,
+                keep=self._keep_checkpoints,
+            )
+
+    async def drop_states(self, job: Job) -> None:
+        """Delete the intermediate states of a job that has published nothing."""
+        await self._checkpoints.drop(job.tenant, job.spec.adapter_id, job_id=job.job_id)
 
     async def _published_version(self, job: Job) -> AdapterVersion | None:
         try:

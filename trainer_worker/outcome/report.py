@@ -51,7 +51,7 @@ _FIGURES = (
     ("epochs", "Epochs"),
     ("published_step", "Published state, step"),
     ("initial_valid_loss", "Validation loss at the start, nats per token"),
-    ("best_valid_loss", "Validation loss of the published state"),
+    ("published_valid_loss", "Validation loss of the published state"),
     ("final_train_loss", "Training loss of the last step"),
     ("trained_tokens", "Trained tokens"),
     ("training_s", "Seconds in the worker"),

@@ -19,6 +19,7 @@ from tessera.data.labels import is_labelled
 from tessera.data.statistics import statistics_of
 from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
 from tessera.formats.adapter import Adapter
+from tessera.formats.adapter_ref import parse_version_name
 from tessera.formats.basis import Basis
 from tessera.methods.bases import CalibrationSet, Population
 from tessera.methods.init import Initialization, compute_init
@@ -223,16 +224,16 @@ class Preparation:
     async def _warm_start_adapter(
         self, tenant: str, spec: JobSpec, basis: Basis
     ) -> tuple[Adapter | None, Basis | None]:
-        """Return the adapter that training continues, named `<id>` or `<id>@<version>`.
+        """Return the adapter that training continues, named as in a request.
 
         Returned with its basis, unless that is the job's.
         """
         if spec.warm_start_from is None:
             return None, None
-        adapter_id, _, version = spec.warm_start_from.partition("@")
-        if version and not version.isdecimal():
-            raise InvalidInput(f"{version!r} is not a version number", param="model")
-        ref = await self._adapters.resolve(tenant, adapter_id, int(version) if version else None)
+        named = parse_version_name(spec.warm_start_from)
+        if named is None:
+            raise InvalidInput(f"{spec.warm_start_from!r} names no adapter", param="model")
+        ref = await self._adapters.resolve(tenant, *named)
         [blob] = await self._adapters.fetch([ref])
         # Raises `AdapterReplaced` if the version was replaced in between; then the caller repeats the call.
         adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)

@@ -49,6 +49,10 @@ class History:
         """All rows in the order of their steps."""
         return [self._rows[step] for step in sorted(self._rows)]
 
+    def at(self, step: int) -> StepRow:
+        """Return the row of a step; an empty one if nothing was measured or kept."""
+        return self._rows.get(step, StepRow(step))
+
     def note(self, update: RunUpdate) -> None:
         """Add what an update has measured. An update with both parts has evaluated before its step."""
         is_step = update.learning_rate > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ from trainer_worker.training.history import History
 from trainer_worker.training.objectives.objective import SUPERVISED, Measured, Objective, Sample
 from trainer_worker.training.objectives.references import TOKENS_PER_TRAINED_TOKEN, References
 from trainer_worker.training.plan import TrainingPlan
+
+#: Evaluated states that wait to be taken; a store that does not answer makes older ones go.
+MAX_WAITING_STATES = 3
 
 
 @dataclass
@@ -94,6 +98,14 @@ class TokenCounts:
 
 
 @dataclass(frozen=True)
+class EvaluatedState:
+    """R at an evaluation after the first step, which may be served while the run goes on."""
+
+    step: int
+    R: Tensor
+
+
+@dataclass(frozen=True)
 class RunResult:
     """The published state of a run in stored form."""
 
@@ -139,6 +151,8 @@ class TrainRun(ABC):
     best_R: Tensor
     #: Notes on how the first R was computed, as JSON; None if it is zero or the R of another adapter.
     init_notes: dict[str, Any] | None
+    #: Whether `states` are kept, because a state can be stored as an adapter at little cost.
+    keeps_states = False
 
     def __init__(
         self,
@@ -156,6 +170,10 @@ class TrainRun(ABC):
         self.references = References(data) if objective.needs_reference else None
         self.R, self.m, self.v = R, R.new_zeros(R.shape), R.new_zeros(R.shape)
         self.best_R = R.clone()
+        #: The latest evaluated states that nobody has taken yet, oldest first, with their measurements in the
+        #: history.
+        self.states: deque[EvaluatedState] = deque(maxlen=MAX_WAITING_STATES)
+        self._new_states: list[EvaluatedState] = []
         self.progress = Progress()
         self.history = History()
         self.init_notes = None
@@ -278,6 +296,8 @@ class TrainRun(ABC):
         if valid_loss is not None and not math.isfinite(valid_loss):
             valid_loss = math.inf  # NaN compares as neither larger nor smaller than anything
         progress.evaluated_at = progress.step
+        if self.keeps_states and progress.step > 0:
+            self._new_states.append(EvaluatedState(progress.step, self.R.detach().cpu().clone()))
         progress.valid_loss = valid_loss
         if valid_loss is None:
             self._keep()
@@ -340,6 +360,12 @@ class TrainRun(ABC):
             finish_reason=self.progress.finish_reason,
             warnings=warnings or [],
         )
+
+    def note(self, update: RunUpdate) -> None:
+        """Add an update to the history. Only then are the states of its evaluation given to others."""
+        self.history.note(update)
+        self.states.extend(self._new_states)
+        self._new_states.clear()
 
     def show_step(self, update: RunUpdate, measured: Measured) -> None:
         """Add to an update what a training step has measured."""

@@ -34,6 +34,8 @@ from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable
 class CoreRun(TrainRun):
     """A run that trains cores R' (`Basis.fold`) in a stored basis. R, m, v, best_R: [M, r, r]."""
 
+    keeps_states = True
+
     def __init__(
         self,
         run_id: str,
@@ -84,10 +86,13 @@ class CoreRun(TrainRun):
         return trainer
 
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
-        """Return the published state with the preconditioner folded in: R = P_out R' P_in, in float32."""
-        scaled = self.published_R.double() * self.scale.double()[:, None, None]
-        R = self.basis.fold(scaled).float().contiguous()
-        return RunResult(Adapter(self.basis_id, R, metadata), stored_basis=self.basis)
+        """Return the published state with the preconditioner folded in."""
+        return RunResult(self.to_adapter(self.published_R, metadata), stored_basis=self.basis)
+
+    def to_adapter(self, R: Tensor, metadata: dict[str, Any]) -> Adapter:
+        """Return a state R' [M, r, r] of this run in stored form: R = P_out s R' P_in, in float32."""
+        scaled = R.double() * self.scale.double()[:, None, None]
+        return Adapter(self.basis_id, self.basis.fold(scaled).float().contiguous(), metadata)
 
 
 def core_scale(basis: Basis, scaling: Scaling) -> Tensor:

@@ -28,6 +28,7 @@ from service.settings import ServiceSettings
 from tessera.errors import InvalidInput
 from tessera.queue.client import Job, JobQueue
 from tessera.store.adapters import AdapterStore
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.files import FileStore
 from tessera.store.holds import BasisHolds
 from tessera.store.manifests import BasisManifests
@@ -40,6 +41,7 @@ class Stores:
 
     redis: Redis
     adapters: AdapterStore
+    checkpoints: CheckpointStore
     bases: BasisManifests
     private_bases: PrivateBases
     files: FileStore

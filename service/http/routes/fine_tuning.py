@@ -13,6 +13,7 @@ from service.http.routes.deps import (
     QueueDep,
     RepetitionDep,
     ServicesDep,
+    StoresDep,
     TenantDep,
     WantedDep,
 )
@@ -62,9 +63,12 @@ async def get_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuning
 
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
-async def cancel_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+async def cancel_job(job_id: str, tenant: TenantDep, queue: QueueDep, stores: StoresDep) -> FineTuningJob:
     """Cancel a job: at once if no worker has it, otherwise at its next step."""
-    return job_object(await queue.cancel(tenant, job_id))
+    job = await queue.cancel(tenant, job_id)
+    if job.status.is_final:  # otherwise its worker drops its states
+        await stores.checkpoints.drop(tenant, job.spec.adapter_id, job_id=job.job_id)
+    return job_object(job)
 
 
 @router.post("/jobs/{job_id}/stop", operation_id="stop_fine_tuning_job")
@@ -108,13 +112,21 @@ async def list_events(
 
 @router.get("/jobs/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")
 async def list_checkpoints(
-    job_id: str, tenant: TenantDep, queue: QueueDep, after: AfterDep = None, limit: LimitDep = 20
+    job_id: str,
+    tenant: TenantDep,
+    queue: QueueDep,
+    stores: StoresDep,
+    after: AfterDep = None,
+    limit: LimitDep = 20,
 ) -> Page[Checkpoint]:
-    """The published state of a job that has succeeded: at most one, because no other state can be served."""
-    checkpoints = checkpoints_of(await queue.get(tenant, job_id))
+    """The states of a job that can be asked as models: the published one, then the latest evaluated ones."""
+    job = await queue.get(tenant, job_id)
+    checkpoints = checkpoints_of(job, await stores.checkpoints.of_adapter(tenant, job.spec.adapter_id))
+    first = 0
     if after is not None:
-        if all(checkpoint.id != after for checkpoint in checkpoints):
+        ids = [checkpoint.id for checkpoint in checkpoints]
+        if after not in ids:
             message = f"the job has no checkpoint {after!r}"
             raise NotFound(message, param="after", code="checkpoint_not_found")
-        checkpoints = []
-    return page_of(checkpoints, has_more=False)
+        first = ids.index(after) + 1
+    return page_of(checkpoints[first : first + limit], has_more=len(checkpoints) > first + limit)

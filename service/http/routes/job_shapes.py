@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from service.http.schemas.training import (
@@ -25,8 +26,10 @@ from service.http.schemas.training import (
 )
 from service.jobs.recipes import InitRequest, RecipeRequest
 from service.jobs.training_jobs import JobRequest
+from tessera.formats.adapter_ref import checkpoint_step, version_name
 from tessera.queue.client import Job, JobEvent, JobSpec, JobStatus
 from tessera.queue.hyperparameters import HYPERPARAMETERS
+from tessera.store.adapters import AdapterVersion
 
 _LEVELS = get_args(JobEventObject.model_fields["level"].annotation)
 _TYPES = get_args(JobEventObject.model_fields["type"].annotation)
@@ -135,22 +138,46 @@ def event_object(event: JobEvent) -> JobEventObject:
     )
 
 
-def checkpoints_of(job: Job) -> list[Checkpoint]:
-    """Return the published state of a job that has succeeded, named by its adapter's id and version."""
-    result = job.result or {}
-    if job.status != JobStatus.SUCCEEDED or "version" not in result:
-        return []
-    step = result.get("published_step", result.get("best_step", 0))
-    loss = result.get("published_valid_loss", result.get("best_valid_loss"))
-    checkpoint = Checkpoint(
-        id=f"ftckpt_{job.job_id.removeprefix('ftjob-')}",
-        created_at=int(job.finished_at or job.created_at),
-        fine_tuned_model_checkpoint=f"{job.spec.adapter_id}@{result['version']}",
+def checkpoints_of(job: Job, states: Sequence[AdapterVersion]) -> list[Checkpoint]:
+    """Return the states of a job that can be asked: the published one, then `states`, latest first.
+
+    states: the intermediate states of the job's adapter, of which those of other jobs are left out.
+    """
+    found, result = [], job.result or {}
+    if job.status == JobStatus.SUCCEEDED and "version" in result:
+        metrics = {
+            "step": result.get("published_step", result.get("best_step", 0)),
+            "valid_loss": result.get("published_valid_loss", result.get("best_valid_loss")),
+            "valid_mean_token_accuracy": result.get("published_valid_accuracy"),
+        }
+        finished_at = job.finished_at or job.created_at
+        found.append(_checkpoint(job, result["version"], finished_at, metrics, suffix=""))
+    for state in states:
+        step = checkpoint_step(state.version)
+        if state.job_id == job.job_id and step is not None:
+            metrics = {**state.metadata, "step": step}
+            found.append(_checkpoint(job, state.version, state.created_at, metrics, suffix=f"-{step}"))
+    return found
+
+
+def _checkpoint(
+    job: Job, version: int, created_at: float, metrics: Mapping[str, Any], *, suffix: str
+) -> Checkpoint:
+    names = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+    measured = {name: metrics.get(name) for name in names}
+    return Checkpoint(
+        id=f"ftckpt_{job.job_id.removeprefix('ftjob-')}{suffix}",
+        created_at=int(created_at),
+        fine_tuned_model_checkpoint=version_name(job.spec.adapter_id, version),
         fine_tuning_job_id=job.job_id,
-        step_number=step,
-        metrics=CheckpointMetrics(step=step, valid_loss=loss),
+        step_number=metrics["step"],
+        metrics=CheckpointMetrics(
+            step=metrics["step"],
+            **measured,
+            full_valid_loss=measured["valid_loss"],
+            full_valid_mean_token_accuracy=measured["valid_mean_token_accuracy"],
+        ),
     )
-    return [checkpoint]
 
 
 def _estimated_finish(job: Job) -> int | None:

@@ -9,7 +9,7 @@ from service.http.json_routes import JsonRoute
 from service.http.routes.deps import ModelsDep, StoresDep, TenantDep
 from service.http.schemas.common import Deleted, Page, page_of
 from service.http.schemas.resources import Model
-from tessera.store.adapters import AdapterRecord
+from tessera.store.adapters import AdapterRecord, AdapterVersion
 
 router = APIRouter(prefix="/v1", tags=["models"], route_class=JsonRoute)
 
@@ -24,19 +24,34 @@ async def list_models(tenant: TenantDep, models: ModelsDep, stores: StoresDep) -
 
 @router.get("/models/{model:path}", operation_id="get_model")
 async def get_model(model: str, tenant: TenantDep, models: ModelsDep) -> Model:
-    """The base model, or one of the caller's adapters."""
-    record = await models.get(tenant, model)
-    return _base(models.base_name) if record is None else _adapter(record, models.base_name)
+    """The base model, one of the caller's adapters, or an intermediate state of one."""
+    found = await models.get(tenant, model)
+    if found is None:
+        return _base(models.base_name)
+    if isinstance(found, AdapterVersion):
+        return _checkpoint(model, tenant, found, models.base_name)
+    return _adapter(found, models.base_name)
 
 
 @router.delete("/models/{model:path}", operation_id="delete_model")
 async def delete_model(model: str, tenant: TenantDep, models: ModelsDep) -> Deleted:
-    """Delete an adapter with all its versions."""
+    """Delete an adapter with all its versions and intermediate states, or one of these states."""
     return Deleted(id=await models.delete(tenant, model), object="model")
 
 
 def _base(name: str) -> Model:
     return Model(id=name, created=0, owned_by="tessera", root=name, parent=None, adapter_version=None)
+
+
+def _checkpoint(name: str, tenant: str, state: AdapterVersion, base_name: str) -> Model:
+    return Model(
+        id=name,
+        created=int(state.created_at),
+        owned_by=tenant,
+        root=base_name,
+        parent=base_name,
+        adapter_version=None,
+    )
 
 
 def _adapter(record: AdapterRecord, base_name: str) -> Model:

@@ -23,6 +23,7 @@ from service.generation.text import TextCodec
 from service.http.event_stream import DONE, event
 from service.http.schemas.common import AdapterUsed, Measured, PromptTokens, UsageReport
 from service.http.schemas.generation import GenerationFields
+from tessera.formats.adapter_ref import AdapterRef, checkpoint_step
 
 #: OpenAI's number for the log-probability of an impossible token; JSON has no infinity.
 IMPOSSIBLE = -9999.0
@@ -71,8 +72,15 @@ def final_fields(target: Target, generation: Generation) -> dict[str, Any]:
         ttft_ms=round(1000 * min(times_s), 3) if times_s else None,
         max_distinct_in_batch=generation.max_distinct,
     )
-    used = None if adapter is None else AdapterUsed(id=adapter.adapter_id, version=adapter.version)
-    return {"adapter": None if used is None else used.model_dump(), "x_tessera": measured.model_dump()}
+    used = None if adapter is None else adapter_used(adapter).model_dump()
+    return {"adapter": used, "x_tessera": measured.model_dump()}
+
+
+def adapter_used(adapter: AdapterRef) -> AdapterUsed:
+    """Return the adapter that has answered, as callers see it."""
+    if checkpoint_step(adapter.version) is not None:
+        return AdapterUsed(id=adapter.name, version=None)
+    return AdapterUsed(id=adapter.adapter_id, version=adapter.version)
 
 
 def usage_report(usage: Usage) -> UsageReport:

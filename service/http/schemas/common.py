@@ -248,7 +248,7 @@ class AdapterUsed(Answer):
     """The adapter that generated the answer."""
 
     id: str
-    version: int
+    version: int | None = Field(description="None for an intermediate state, which the id names.")
 
 
 class Measured(Answer):

@@ -18,7 +18,9 @@ class Model(Answer):
     owned_by: str
     root: str = Field(description="The base model.")
     parent: str | None
-    adapter_version: int | None = Field(description="The active version; None for the base model.")
+    adapter_version: int | None = Field(
+        description="The active version; None for the base model and for intermediate states."
+    )
 
 
 class AdapterVersionObject(Answer):

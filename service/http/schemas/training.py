@@ -397,12 +397,19 @@ class JobEventObject(Answer):
 
 
 class CheckpointMetrics(Answer):
+    """What was measured at a step. Every evaluation reads all validation data, so `full_` says the same."""
+
     step: int
+    train_loss: float | None
+    train_mean_token_accuracy: float | None
     valid_loss: float | None
+    valid_mean_token_accuracy: float | None
+    full_valid_loss: float | None
+    full_valid_mean_token_accuracy: float | None
 
 
 class Checkpoint(Answer):
-    """The best state of a job, which was published."""
+    """A state of a job that can be asked like any model."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

@@ -136,7 +136,7 @@ async def test_what_is_not_there_is_not_found(store: AdapterStore) -> None:
             await attempt
         assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     await publish(store)
-    for version in (0, 2, -1, 1 << 70):
+    for version in (0, 2, -1, 10**9 - 1):
         with pytest.raises(NotFound, match=f"version {version} of"):
             await store.resolve(ALICE, "a", version)
         with pytest.raises(NotFound, match=f"version {version} of"):
