@@ -21,6 +21,7 @@ from benchmarks.real.judge import judge
 from benchmarks.real.methods import Method
 from benchmarks.real.rates import rate_rows
 from benchmarks.real.report import rows_of
+from benchmarks.real.rules import rule_rows
 from benchmarks.real.runs import Setting, Trial, plan_of, train
 from benchmarks.real.selection import published
 from benchmarks.real.sweep import Cell, base_records, perform
@@ -296,6 +297,37 @@ def test_the_best_multiple_has_the_lowest_mean_regret_over_the_tasks_of_a_group(
     assert sixty.regrets == pytest.approx({1.0: 0.2, 3.0: 0.1, 10.0: 1.05})
     assert (sixty.best, sixty.is_edge) == (3.0, False)
     assert sixty.table_rate == pytest.approx(0.01)
+
+
+def test_rules_choose_by_what_was_held_back_and_are_judged_on_the_test() -> None:
+    def at(step: int, valid: float, valid_exact: float, test: float, exact: float) -> dict[str, float | None]:
+        return {**point(step, valid, test, exact), "valid_exact": valid_exact}
+
+    records = [
+        {"kind": "base", "task": "t", "loss": 3.0, "exact": 0.0},
+        # Not chosen by any rule but the first; its validation loss has risen at the end.
+        run(
+            "lora_xs", 1.0, [at(0, 3.0, 0.0, 3.0, 0.0), at(5, 0.5, 0.5, 0.6, 0.5), at(9, 0.9, 0.4, 0.9, 0.4)]
+        ),
+        # The most right answers.
+        run(
+            "lora_xs", 3.0, [at(0, 3.0, 0.0, 3.0, 0.0), at(5, 0.4, 0.9, 0.5, 0.8), at(9, 0.8, 0.9, 0.7, 0.9)]
+        ),
+        # The lowest loss, also at the end, though on the test it is worse than the base model.
+        run(
+            "lora_xs", 10.0, [at(0, 3.0, 0.0, 3.0, 0.0), at(5, 0.1, 0.6, 3.5, 0.3), at(9, 0.2, 0.6, 9.0, 0.2)]
+        ),
+    ]
+
+    rows = {row.rule: row for row in rule_rows(records)}
+
+    assert rows["the table's rate"].right == pytest.approx(0.5)
+    assert rows["most right answers, then loss"].right == pytest.approx(0.8)
+    assert rows["lowest loss"].right == pytest.approx(0.3)
+    assert (rows["lowest loss"].num_worse, rows["lowest loss"].loss) == (1, 3.5)
+    assert (rows["lowest loss at the end"].right, rows["lowest loss at the end"].loss) == (0.2, 5.0)
+    assert rows["best on the test"].right == pytest.approx(0.8)
+    assert [row.num_moved for row in rows.values()] == [0, 1, 1, 1, 1]
 
 
 def test_it_needs_neither_the_services_packages_nor_a_store() -> None:
