@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,8 +15,10 @@ from tessera.errors import InvalidInput
 from tessera.methods.init import INIT_METHODS, Initialization
 from tessera.methods.options import fill_options
 from tessera.queue.records import OWN_DATA, JobSpec
-from trainer_worker.preparing.basis_source import JobBasis
 from trainer_worker.training.plan import TrainingPlan
+
+if TYPE_CHECKING:  # a benchmark plans runs without a store
+    from trainer_worker.preparing.basis_source import JobBasis
 
 #: The initialization that begins with the base model: R_0 = 0.
 BASE_MODEL = "zero"
