@@ -30,8 +30,8 @@ def automatic_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]
     judged = form.gather(published)
     points = measure(setting, judged.attached, list(enumerate(trials)))
     for run, (trial, point) in zip(runs, points, strict=True):
-        table = form.kind.rate_for(trial.task.data.num_train)
-        rate = run.plan.learning_rate
+        rate, table = run.plan.learning_rate, run.plan.automatic_rate
+        assert table is not None
         yield {
             "kind": "auto", **trial.task.describe(), "multiple": rate / table, "rate": rate,
             "step": run.published_step, "finish": run.progress.finish_reason, **point,

@@ -54,7 +54,7 @@ class CoreForm:
         self.num_parameters = built.basis.num_modules * built.basis.rank**2
 
     def make(self, run_id: str, task: EncodedTask, plan: TrainingPlan) -> CoreRun:
-        return CoreRun(run_id, task.data, plan, self._built.basis, start=self._built.start(task, plan))
+        return CoreRun(run_id, task.data, plan, self._built.basis, start=self._built.start(task.data, plan))
 
     def automatic(self, run_id: str, task: EncodedTask) -> CoreRun:
         return self.make(run_id, task, plan_of(self._setting, task, self.kind, None))

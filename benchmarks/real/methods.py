@@ -13,7 +13,6 @@ from torch import Tensor
 
 from benchmarks.population.score import matmul_precision
 from benchmarks.quality.settings import BuildMeter
-from benchmarks.real.encoded import EncodedTask
 from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis
 from tessera.methods.bases import METHODS, CalibrationSet, Population, build_basis_and_step
@@ -22,6 +21,7 @@ from tessera.methods.init import INIT_METHODS, compute_init
 from tessera.methods.init.method import InitInputs
 from tessera.methods.presets import PRESETS, Preset
 from tessera.model.base_model import BaseModel
+from trainer_worker.training.data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.plan import TrainingPlan
 
@@ -82,8 +82,8 @@ class Built:
 
     basis: Basis
     kind: BasisKind
-    #: The stored core for a task and a plan, [M, r, r].
-    start: Callable[[EncodedTask, TrainingPlan], Tensor]
+    #: The stored core for training data and a plan, [M, r, r].
+    start: Callable[[TrainingData, TrainingPlan], Tensor]
     seconds: float
 
 
@@ -111,21 +111,23 @@ def build(
         built = build_basis_and_step(base, method=preset.basis, rank=rank, calibration=examples, **options)
     basis = built.basis
 
-    found: dict[tuple[str, float], Tensor] = {}
+    found: dict[tuple[str, int, float], Tensor] = {}
 
-    def start(task: EncodedTask, plan: TrainingPlan) -> Tensor:
-        key = task.name, plan.learning_rate if preset.caller_sets else 0.0
+    def start(data: TrainingData, plan: TrainingPlan) -> Tensor:
+        key = data.digest, data.num_train, plan.learning_rate if preset.caller_sets else 0.0
         if key not in found:
-            found[key] = compute(task, plan)
+            found[key] = compute(data, plan)
         return found[key]
 
-    def compute(task: EncodedTask, plan: TrainingPlan) -> Tensor:
+    def compute(data: TrainingData, plan: TrainingPlan) -> Tensor:
         known = INIT_METHODS[preset.init]
         planned = {"learning_rate": plan.learning_rate, "total_steps": plan.total_steps}
         request = InitInputs(
             basis=basis,
             base=base,
-            calibration=task.calibration if known.needs_calibration != "none" else None,
+            calibration=CalibrationSet.from_encoded(data.train)
+            if known.needs_calibration != "none"
+            else None,
             step=built.step if preset.own_basis else None,
         )
         options: dict[str, Any] = {name: planned[name] for name in planned if name in known.options}
