@@ -217,7 +217,8 @@ class JobSession:
         result["result_files"] = await services.reports.store(job, run, result, samples)
         await self._leases.complete(self.lease, result, progress=payloads.final_progress(run))
         services.publishing.note(time.monotonic() - began)
-        services.metrics.measure_success(run.progress, training_s)
+        is_per_token = not run.objective.is_preference
+        services.metrics.measure_success(run.progress, training_s, is_per_token=is_per_token)
         return "succeeded"
 
     async def _end_early(self, error: Exception) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.jobs.recipes import RecipeRequest, checked_recipe
+from service.jobs.upload_check import EXAMPLES, LABELLED, PAIRS
 from service.jobs.uploads import FINE_TUNE, PURPOSES
 from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
@@ -53,6 +54,14 @@ class BasisChoice:
             "target_modules": self.target_modules,
             "calibration": self.calibration,
         }
+
+
+#: What to say about a file that a job cannot use, by the kind of its lines.
+_WRONG_KIND = {
+    EXAMPLES: "holds conversations, prompts or texts, on which only the method supervised trains",
+    PAIRS: "holds preference pairs, on which only the method dpo trains",
+    LABELLED: "holds labelled texts, on which only the method classification trains",
+}
 
 
 class BasisChoices:
@@ -114,10 +123,16 @@ class BasisChoices:
         return choice
 
     async def file(
-        self, tenant: str, file_id: str, param: str, *, purposes: Sequence[str] = (FINE_TUNE,)
+        self,
+        tenant: str,
+        file_id: str,
+        param: str,
+        *,
+        purposes: Sequence[str] = (FINE_TUNE,),
+        kind: str = EXAMPLES,
     ) -> FileRecord:
-        """Return the record of a file for one of `purposes`. Raises `NotFound`, `InvalidInput` with the
-        parameter."""
+        """Return the record of a file for one of `purposes`, whose lines are of the kind. Raises `NotFound`,
+        `InvalidInput` with the parameter."""
         try:
             record = await self._files.get(tenant, file_id)
         except NotFound as error:
@@ -126,6 +141,8 @@ class BasisChoices:
             allowed = " or ".join(map(repr, purposes))
             message = f"file {file_id} has the purpose {record.purpose!r}, but {allowed} is required here"
             raise InvalidInput(message, param=param)
+        if record.content_kind in _WRONG_KIND and record.content_kind != kind:
+            raise InvalidInput(f"file {file_id} {_WRONG_KIND[record.content_kind]}", param=param)
         return record
 
     async def targets(self, recipe: RecipeRequest, rank: int) -> list[ModuleShape]:

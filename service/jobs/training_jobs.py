@@ -14,11 +14,13 @@ from service.generation.model_registry import ModelRegistry
 from service.jobs.basis_choices import BasisChoice, BasisChoices
 from service.jobs.lora_forms import LORA_FORM, lora_choice
 from service.jobs.recipes import InitRequest, ParamNames, RecipeRequest, checked_init, default_init
+from service.jobs.upload_check import EXAMPLES, LABELLED, PAIRS
 from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.methods.catalogue import INITS
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.queue.client import Job, JobQueue, JobSpec
+from tessera.queue.preference import DPO, SUPERVISED
 from tessera.queue.records import OWN_DATA
 from tessera.redis.keys import BASIS_ID
 from tessera.settings import CommonSettings
@@ -67,6 +69,9 @@ class JobRequest:
     metadata: dict[str, str] = field(default_factory=dict)
     #: The options of a job that trains a classifier (`JobSpec.classification`).
     classification: dict[str, Any] | None = None
+    #: "supervised", or "dpo" with its options.
+    objective: str = SUPERVISED
+    objective_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,10 @@ class TrainingJobs:
 
         Raises `NotFound` (model, file, basis), `InvalidInput`, `QuotaExceeded`.
         """
-        training = await self._choices.file(tenant, request.training_file, "training_file")
+        kind = PAIRS if request.objective == DPO else EXAMPLES if request.classification is None else LABELLED
+        training = await self._choices.file(tenant, request.training_file, "training_file", kind=kind)
         if request.validation_file is not None:
-            await self._choices.file(tenant, request.validation_file, "validation_file")
+            await self._choices.file(tenant, request.validation_file, "validation_file", kind=kind)
         chosen = await self._choose(tenant, request, training)
         adapter_id = request.adapter_id or self._new_id(request.suffix)
         self._models.check_new_id(adapter_id)
@@ -131,6 +137,8 @@ class TrainingJobs:
             suffix=request.suffix,
             metadata=request.metadata,
             classification=request.classification,
+            objective=request.objective,
+            objective_options=request.objective_options,
         )
         cost = estimate_cost(training, request.hyperparameters) + chosen.cost
         return await self._queue.submit(tenant, spec, cost=cost, dedupe_key=dedupe_key)

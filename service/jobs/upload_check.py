@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from service.processes.fair_gate import FairGate
@@ -11,12 +12,26 @@ from service.processes.twin import DEFAULT_LIMITS, Twin, Work
 from tessera.chat.chat_format import ChatFormat
 from tessera.data.examples import for_each, parse_examples
 from tessera.data.labels import is_labelled, parse_labelled
+from tessera.data.pairs import Pair, holds_pairs, parse_pairs
 from tessera.errors import InvalidInput, InvalidTrainingData, LineError
 
 #: Files up to this size are checked in a thread, which takes 10 ms.
 MAX_INLINE_BYTES = 16 * 1024
 #: The twin's names of this work.
 _PLAIN, _WITH_USERS = b"-", b"u"
+
+
+#: What the lines of a file are (`FileRecord.content_kind`).
+EXAMPLES, PAIRS, LABELLED = "examples", "pairs", "labelled"
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """What a file without errors holds."""
+
+    #: EXAMPLES, PAIRS or LABELLED.
+    kind: str
+    num_examples: int
 
 
 class UploadCheck:
@@ -30,14 +45,14 @@ class UploadCheck:
         self._twin = twin
         self._gate = FairGate(capacity=2, share=1)
 
-    async def count_examples(self, tenant: str, content: bytes, *, with_users: bool) -> int:
-        """Return the number of examples in a JSONL file. Raises `InvalidTrainingData`, `InvalidInput`."""
+    async def read(self, tenant: str, content: bytes, *, with_users: bool) -> FileContent:
+        """Return what a JSONL file holds. Raises `InvalidTrainingData`, `InvalidInput`."""
         async with self._gate.room(tenant):
             found = await self._check(content, with_users)
         if "errors" in found:
             errors = [LineError(*error) for error in found["errors"]]
             raise InvalidTrainingData(errors, code=found["code"], num_problems=found["num_problems"])
-        return int(found["num_examples"])
+        return FileContent(found["kind"], int(found["num_examples"]))
 
     async def _check(self, content: bytes, with_users: bool) -> dict[str, Any]:
         if self._twin is None or len(content) <= MAX_INLINE_BYTES:
@@ -54,16 +69,28 @@ class UploadCheck:
 
 
 def check(content: bytes, chat: ChatFormat, *, with_users: bool) -> dict[str, Any]:
-    """Return the number of examples in a file, or its errors, as JSON values."""
+    """Return the kind and number of examples in a file, or its errors, as JSON values.
+
+    The first line says whether the file holds pairs or labelled texts, unless its lines may name users.
+    """
+
+    def check_pair(pair: Pair) -> None:
+        chat.check(pair.chosen)
+        chat.check(pair.rejected)
+
     try:
         if not with_users and is_labelled(content):
-            return {"num_examples": len(parse_labelled(content))}
+            return {"kind": LABELLED, "num_examples": len(parse_labelled(content))}
+        if not with_users and holds_pairs(content):
+            pairs = parse_pairs(content)
+            for_each(pairs, check_pair)
+            return {"kind": PAIRS, "num_examples": len(pairs)}
         examples = parse_examples(content, with_users=with_users)
         for_each(examples, chat.check)
     except InvalidTrainingData as error:
         errors = [(problem.line, problem.code, problem.message) for problem in error.errors]
         return {"errors": errors, "code": error.code, "num_problems": error.num_problems}
-    return {"num_examples": len(examples)}
+    return {"kind": EXAMPLES, "num_examples": len(examples)}
 
 
 def upload_works(chat: ChatFormat) -> dict[bytes, Work]:

@@ -31,13 +31,14 @@ async def keep_training_file(
     if purpose not in PURPOSES:
         known = " or ".join(map(repr, PURPOSES))
         raise InvalidInput(f"the purpose must be {known}; got {purpose[:64]!r}", param="purpose")
-    num_examples = await check.count_examples(tenant, content, with_users=purpose == CALIBRATION)
+    found = await check.read(tenant, content, with_users=purpose == CALIBRATION)
     return await files.put(
         tenant,
         filename=plain_name(filename or ""),
         purpose=purpose,
         content=content,
-        num_examples=num_examples,
+        num_examples=found.num_examples,
+        content_kind=found.kind,
         lifetime_s=lifetime_s,
     )
 

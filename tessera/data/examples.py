@@ -19,13 +19,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tessera.data.jsonl import Problems, kind, read_objects, shown
-from tessera.data.messages import read_message, read_text
+from tessera.data.messages import check_keys, check_learned, read_messages, read_text
 from tessera.errors import InvalidInput, InvalidTrainingData, LineError
 
 T = TypeVar("T")
+
+
+class HasLine(Protocol):
+    """What was read from a line of a file."""
+
+    @property
+    def line(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=HasLine)
 
 FORMATS = '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text": "…"}'
 
@@ -40,18 +50,22 @@ MAX_LISTED_ERRORS = 100
 MAX_USER_CHARS = 256
 #: The examples of a user are split into some for training and some for measuring.
 MIN_USER_EXAMPLES = 2
-#: The same limit as in a request to the chat endpoint.
-MAX_MESSAGES = 2048
 
 _TO_MESSAGES = 'write {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
-_PREFERENCE = "preference data cannot be trained on here; write the preferred answer as the last message"
+_PREFERENCE = (
+    "a pair of answers: write pairs into a file of their own, for jobs with the method dpo; or write the "
+    "preferred answer alone"
+)
 #: Formats of other tools: keys by which they are recognised, and what to write instead.
 _OTHER_FORMATS: tuple[tuple[frozenset[str], str], ...] = (
-    (frozenset({"preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
-    (frozenset({"non_preferred_output"}), f"{_PREFERENCE} of {FORMATS}"),
-    (frozenset({"chosen"}), f"{_PREFERENCE} of {FORMATS}"),
-    (frozenset({"rejected"}), f"{_PREFERENCE} of {FORMATS}"),
-    (frozenset({"prompt", "completion", "label"}), f"rated answers ({_PREFERENCE}); leave bad answers out"),
+    (frozenset({"preferred_output"}), f"{_PREFERENCE}, as {FORMATS}"),
+    (frozenset({"non_preferred_output"}), f"{_PREFERENCE}, as {FORMATS}"),
+    (frozenset({"chosen"}), f"{_PREFERENCE}, as {FORMATS}"),
+    (frozenset({"rejected"}), f"{_PREFERENCE}, as {FORMATS}"),
+    (
+        frozenset({"prompt", "completion", "label"}),
+        "rated answers; leave bad answers out, or write pairs for the method dpo",
+    ),
     (
         frozenset({"instruction", "output"}),
         f"{_TO_MESSAGES}: user is instruction and input, assistant output",
@@ -121,8 +135,8 @@ def parse_examples(
     return examples
 
 
-def for_each(examples: Iterable[Example], work: Callable[[Example], T], *, param: str = "file") -> list[T]:
-    """Apply `work` to every example and return the results.
+def for_each(examples: Iterable[Item], work: Callable[[Item], T], *, param: str = "file") -> list[T]:
+    """Apply `work` to every example or pair and return the results.
 
     Raises `InvalidTrainingData` with the lines of all examples for which `work` raises `InvalidInput`.
     """
@@ -149,20 +163,20 @@ def _example(value: dict[str, Any], problems: Problems) -> Example:
             problems.add("other_format", f"{advice} (the line has {', '.join(map(shown, sorted(keys)))})")
             return Example(line=line)
     if "messages" in value:
-        _check_keys(value, ("messages",), problems)
+        check_keys(value, ("messages",), problems)
         return Example(messages=_conversation(value["messages"], problems), line=line)
     if isinstance(value.get("prompt"), list) or isinstance(value.get("completion"), list):
-        _check_keys(value, ("prompt", "completion"), problems)
+        check_keys(value, ("prompt", "completion"), problems)
         return Example(messages=_prompt_and_completion(value, problems), line=line)
     if "prompt" in value or "completion" in value:
-        _check_keys(value, ("prompt", "completion"), problems)
+        check_keys(value, ("prompt", "completion"), problems)
         prompt = read_text(value, "prompt", problems)
         completion = read_text(value, "completion", problems)
         if completion is not None and not completion.strip():
             problems.add("empty_completion", "completion is empty; give the text to be learned")
         return Example(prompt=prompt, completion=completion, line=line)
     if "text" in value:
-        _check_keys(value, ("text",), problems)
+        check_keys(value, ("text",), problems)
         text = read_text(value, "text", problems)
         if text is not None and not text.strip():
             problems.add("empty_text", "text is empty; give the text to be learned, or remove the line")
@@ -205,18 +219,6 @@ def _check_users(examples: Sequence[Example], problems: Problems) -> None:
             problems.add("user_too_small", f"{message} or more")
 
 
-def _check_keys(value: dict[str, Any], known: tuple[str, ...], problems: Problems) -> None:
-    for key, item in value.items():
-        if key in ("tools", "functions", "parallel_tool_calls") and "messages" in known:
-            if item and key != "parallel_tool_calls":
-                message = f"{key}: tool calls cannot be trained; write calls and results as text"
-                problems.add("unsupported_tools", message)
-        elif key not in known:
-            problems.add(
-                "unknown_key", f"unknown key {shown(key)}; remove it (known here: {', '.join(known)})"
-            )
-
-
 def _prompt_and_completion(value: dict[str, Any], problems: Problems) -> tuple[dict[str, Any], ...] | None:
     """Join a prompt and a completion that are lists of messages. Only the completion is learned."""
     for key in ("prompt", "completion"):
@@ -226,48 +228,17 @@ def _prompt_and_completion(value: dict[str, Any], problems: Problems) -> tuple[d
             message = f"{other} is a list of messages, so {key} must be one too; it is {actual}"
             problems.add("wrong_type", message)
             return None
-    prompt = _messages(value["prompt"], "prompt", problems, is_context=True)
-    completion = _messages(value["completion"], "completion", problems)
+    prompt = read_messages(value["prompt"], "prompt", problems, is_context=True)
+    completion = read_messages(value["completion"], "completion", problems)
     if prompt is None or completion is None:
         return None
     context = [message if message["role"] != "assistant" else {**message, "weight": 0} for message in prompt]
-    _check_learned(completion, "completion", problems)
+    check_learned(completion, "completion", problems)
     return (*context, *completion)
 
 
 def _conversation(value: Any, problems: Problems) -> tuple[dict[str, Any], ...] | None:
-    messages = _messages(value, "messages", problems)
+    messages = read_messages(value, "messages", problems)
     if messages is not None:
-        _check_learned(messages, "messages", problems)
+        check_learned(messages, "messages", problems)
     return messages
-
-
-def _messages(
-    value: Any, where: str, problems: Problems, *, is_context: bool = False
-) -> tuple[dict[str, Any], ...] | None:
-    """Read the messages of a list. is_context: none of them is learned."""
-    if not isinstance(value, list):
-        problems.add("wrong_type", f"{where} must be a list, not {kind(value)}")
-        return None
-    if not value:
-        problems.add("empty_messages", f"{where} is empty; give at least one assistant message")
-        return None
-    if len(value) > MAX_MESSAGES:
-        message = f"{where} has {len(value)} messages, the limit is {MAX_MESSAGES}; split the conversation"
-        problems.add("too_many_messages", message)
-        return None
-    before = problems.total
-    messages = [
-        read_message(item, problems, f"{where}[{index}]", is_context=is_context)
-        for index, item in enumerate(value)
-    ]
-    return tuple(messages) if problems.total == before else None
-
-
-def _check_learned(messages: tuple[dict[str, Any], ...], where: str, problems: Problems) -> None:
-    assistant = [message for message in messages if message["role"] == "assistant"]
-    if not assistant:
-        message = f"no message of {where} has the role assistant: there is nothing to learn"
-        problems.add("no_assistant_message", message)
-    elif not any(message.get("weight", 1) for message in assistant):
-        problems.add("nothing_trained", "all assistant messages have weight 0: there is nothing to learn")

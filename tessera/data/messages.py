@@ -7,7 +7,7 @@ weight if they are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tessera.data.jsonl import Problems, kind, shown
@@ -43,6 +43,8 @@ _RENAMED: Mapping[str, str] = {
 #: Values of the key "type" that some exports add to a message.
 _TYPES = ("text", "message")
 _MAX_NAME_CHARS = 256
+#: The same limit as in a request to the chat endpoint.
+MAX_MESSAGES = 2048
 
 
 def read_message(item: Any, problems: Problems, where: str, *, is_context: bool = False) -> dict[str, Any]:
@@ -77,6 +79,62 @@ def read_message(item: Any, problems: Problems, where: str, *, is_context: bool 
         advice = "write what the assistant should say, or set weight to 0 if it should not be learned"
         problems.add("empty_assistant", f"{where}content is empty; {advice}")
     return message
+
+
+def read_messages(
+    value: Any, where: str, problems: Problems, *, is_context: bool = False
+) -> tuple[dict[str, Any], ...] | None:
+    """Return the messages of a list, or None if anything is wrong with it. is_context: none is learned.
+
+    where: path of the list in its line.
+    """
+    if not isinstance(value, list):
+        problems.add("wrong_type", f"{where} must be a list, not {kind(value)}")
+        return None
+    if not value:
+        problems.add("empty_messages", f"{where} is empty; give at least one assistant message")
+        return None
+    if len(value) > MAX_MESSAGES:
+        message = f"{where} has {len(value)} messages, the limit is {MAX_MESSAGES}; split the conversation"
+        problems.add("too_many_messages", message)
+        return None
+    before = problems.total
+    messages = [
+        read_message(item, problems, f"{where}[{index}]", is_context=is_context)
+        for index, item in enumerate(value)
+    ]
+    return tuple(messages) if problems.total == before else None
+
+
+def check_learned(messages: Sequence[Mapping[str, Any]], where: str, problems: Problems) -> None:
+    """Report a list of messages of which none is learned."""
+    assistant = [message for message in messages if message["role"] == "assistant"]
+    if not assistant:
+        message = f"no message of {where} has the role assistant: there is nothing to learn"
+        problems.add("no_assistant_message", message)
+    elif not any(message.get("weight", 1) for message in assistant):
+        problems.add("nothing_trained", "all assistant messages have weight 0: there is nothing to learn")
+
+
+def check_keys(
+    value: Mapping[str, Any],
+    known: tuple[str, ...],
+    problems: Problems,
+    *,
+    where: str = "",
+    knows_tools: bool = False,
+) -> None:
+    """Report the unknown keys of an object. Beside messages, empty keys of OpenAI's for tools may stand."""
+    place = f"{where[:-1]}: " if where else ""
+    for key, item in value.items():
+        if key in ("tools", "functions", "parallel_tool_calls") and (knows_tools or "messages" in known):
+            if item and key != "parallel_tool_calls":
+                message = f"{where}{key}: tool calls cannot be trained; write calls and results as text"
+                problems.add("unsupported_tools", message)
+        elif key not in known:
+            problems.add(
+                "unknown_key", f"{place}unknown key {shown(key)}; remove it (known here: {', '.join(known)})"
+            )
 
 
 def _check_keys(item: Mapping[str, Any], problems: Problems, where: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.data.examples import Example
+from tessera.data.pairs import Pair
 
 #: Similarity from which two examples count as nearly the same.
 NEAR = 0.8
@@ -46,6 +47,12 @@ class DataStatistics:
 def statistics_of(examples: Sequence[Example]) -> DataStatistics:
     """Return the counts of these examples."""
     return count([_text_of(example) for example in examples], [_answer_of(example) for example in examples])
+
+
+def statistics_of_pairs(pairs: Sequence[Pair]) -> DataStatistics:
+    """Return the counts of these pairs. The answers to be learned are the preferred ones."""
+    texts = [f"{_text_of(pair.chosen)}\n{_answer_of(pair.rejected)}" for pair in pairs]
+    return count(texts, [_answer_of(pair.chosen) for pair in pairs])
 
 
 def count(texts: Sequence[str], answers: Sequence[str]) -> DataStatistics:

@@ -85,6 +85,10 @@ class JobSpec:
     #: {"problem_type", "head_learning_rate", "head_only"} of a job that trains a classifier; None: the job
     #: trains a model that generates.
     classification: dict[str, Any] | None = None
+    #: What training minimises: "supervised", or "dpo" on pairs of answers (`preference.py`).
+    objective: str = "supervised"
+    #: Of "dpo": the options that are not "auto".
+    objective_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scaling(self) -> Scaling:

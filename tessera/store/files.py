@@ -45,6 +45,8 @@ class FileRecord:
     num_examples: int | None  # None if they were not counted
     sha256: str
     expires_at: int | None = None  # Unix time; None: never
+    #: What the lines are: "examples", "pairs" or "labelled"; None for a file that an earlier release stored.
+    content_kind: str | None = None
 
 
 _Records: TypeAlias = list[FileRecord]
@@ -64,6 +66,7 @@ class FileStore:
         purpose: str,
         content: bytes,
         num_examples: int | None = None,
+        content_kind: str | None = None,
         lifetime_s: int | None = None,
         file_id: str | None = None,
     ) -> FileRecord:
@@ -84,6 +87,7 @@ class FileStore:
             num_examples=num_examples,
             sha256=await asyncio.to_thread(_sha256, content),
             expires_at=None if lifetime_s is None else int(now) + lifetime_s,
+            content_kind=content_kind,
         )
         with translate_errors():
             await self._redis.sadd(keys.tenants(), tenant)
@@ -211,6 +215,7 @@ def _to_fields(record: FileRecord) -> list[str | int | float]:
 def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> FileRecord:
     try:
         num_examples, expires_at = fields.get(b"num_examples"), fields.get(b"expires_at")
+        content_kind = fields.get(b"content_kind")
         return FileRecord(
             file_id=file_id,
             tenant=tenant,
@@ -221,6 +226,7 @@ def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> Fi
             num_examples=None if num_examples is None else int(num_examples),
             sha256=fields[b"sha256"].decode(),
             expires_at=None if expires_at is None else int(expires_at),
+            content_kind=None if content_kind is None else content_kind.decode(),
         )
     except (ValueError, KeyError) as error:
         raise CorruptRecord(f"the record of {file_id} in the store cannot be read: {error!r}") from error

@@ -82,11 +82,11 @@ class TrainerMetrics:
         """Count a job that has left this worker. Unknown methods share one series."""
         self.jobs.labels(outcome, method if method in _METHODS else "unknown").inc()
 
-    def measure_success(self, progress: Progress, training_s: float) -> None:
-        """Record a job that has succeeded training_s after its claim."""
+    def measure_success(self, progress: Progress, training_s: float, *, is_per_token: bool = True) -> None:
+        """Record a job that has succeeded training_s after its claim. is_per_token: its losses are."""
         self.job_train_seconds.observe(training_s)
         initial, best = progress.initial_valid_loss, progress.best_valid_loss
-        if initial is not None and best is not None and math.isfinite(initial - best):
+        if is_per_token and initial is not None and best is not None and math.isfinite(initial - best):
             self.validation_gain.observe(initial - best)
         if progress.finish_reason == "early_stop":
             self.early_stops.inc()

@@ -56,9 +56,11 @@ class FinishTime:
     def note(self, update: RunUpdate) -> None:
         """Measure the step that this update ends. An evaluation belongs to the step that follows it."""
         self._is_evaluated |= update.valid_loss is not None
+        now = self._clock()
+        if update.reference_progress is not None:
+            self._last_step_at = now
         if not update.learning_rate:
             return
-        now = self._clock()
         if self._last_step_at is not None:
             measured = self._evaluated_steps if self._is_evaluated else self._steps
             measured.append(now - self._last_step_at)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tessera.errors import TesseraError
 from tessera.queue.hyperparameters import LAST, SGD
+from tessera.queue.preference import PreferenceOptions
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
 from trainer_worker.training.data import TrainingData
@@ -93,6 +94,8 @@ def chosen_hyperparameters(run: TrainRun) -> dict[str, Any]:
     }
     own = ("momentum",) if plan.optimizer == SGD else ("adam_beta1", "adam_beta2", "adam_epsilon")
     chosen |= {name: getattr(plan, name) for name in own}
+    if isinstance(run.objective, PreferenceOptions):
+        chosen |= asdict(run.objective)
     if run.data.max_tokens is not None:
         chosen["max_length"] = run.data.max_tokens
     if plan.automatic_rate:
@@ -115,7 +118,7 @@ def training_progress(run: TrainRun, update: RunUpdate, remaining_s: float | Non
     steps_per_epoch = max(1, plan.total_steps // plan.num_epochs)
     percent = min(round(100 * update.step / plan.total_steps, 1), MAX_UNFINISHED_PERCENT)
     return {
-        "phase": "training" if update.finish_reason is None else "publishing",
+        "phase": _phase(update),
         "step": update.step,
         "total_steps": plan.total_steps,
         "epoch": min(plan.num_epochs, update.step // steps_per_epoch + 1),
@@ -131,6 +134,12 @@ def training_progress(run: TrainRun, update: RunUpdate, remaining_s: float | Non
         "best_step": progress.best_step,
         "hyperparameters": chosen_hyperparameters(run),
     }
+
+
+def _phase(update: RunUpdate) -> str:
+    if update.reference_progress is not None:
+        return "reference"
+    return "training" if update.finish_reason is None else "publishing"
 
 
 def final_progress(run: TrainRun) -> dict[str, Any]:
@@ -164,6 +173,7 @@ def adapter_metadata(run: TrainRun, job: Job) -> dict[str, Any]:
         **run.provenance,
         "start": None if run.init_notes is None else run.init_notes.get("method"),
         "seed": job.spec.seed,
+        "objective": job.spec.objective,
         "training_file": job.spec.training_file,
         "data_digest": run.data.digest,
         "warm_start_from": job.spec.warm_start_from,

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from tessera.queue.preference import DPO
 from tessera.queue.records import Job
 from trainer_worker.outcome.charts import Line, line_chart
 from trainer_worker.outcome.samples import SampleAnswers
@@ -101,9 +102,9 @@ def report_page(content: ReportContent) -> str:
         f'<p class="soft">Job {escape(job.job_id)}, version {version}, trained from {escape(origin)}, '
         f"{escape(made)}</p>",
         _warnings(result.get("warnings", [])),
-        _section("Losses and accuracy", _curves(content.rows)),
+        _section("Losses and accuracy", _curves(content.rows, is_preference=job.spec.objective == DPO)),
         _section("Answers side by side", _samples(content.samples)),
-        _section("Result", _table(_FIGURES, result)),
+        _section("Result", _table(_figures(job), result)),
         _section("Candidates of the search", _candidates(result.get("search"))),
         _section("Hyperparameters", _pairs(content.hyperparameters)),
         _section("Data", _table(_DATA, {**result, **result.get("data", {})})),
@@ -124,16 +125,24 @@ def _warnings(warnings: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f'<p class="warn">Warning: {escape(str(warning["message"]))}</p>' for warning in warnings)
 
 
-def _curves(rows: Sequence[StepRow]) -> str:
+def _figures(job: Job) -> tuple[tuple[str, str], ...]:
+    if job.spec.objective != DPO:
+        return _FIGURES
+    return tuple((name, title.replace("nats per token", "mean of the pairs")) for name, title in _FIGURES)
+
+
+def _curves(rows: Sequence[StepRow], *, is_preference: bool) -> str:
     train_loss = [(row.step, row.train_loss) for row in rows if row.train_loss is not None]
     valid_loss = [(row.step, row.valid_loss) for row in rows if row.valid_loss is not None]
     train_accuracy = [(row.step, row.train_accuracy) for row in rows if row.train_accuracy is not None]
     valid_accuracy = [(row.step, row.valid_accuracy) for row in rows if row.valid_accuracy is not None]
     return line_chart(
-        "Loss, nats per token",
+        "Loss, mean of the pairs" if is_preference else "Loss, nats per token",
         [Line("training", "train", train_loss), Line("validation", "valid", valid_loss)],
     ) + line_chart(
-        "Share of tokens that were the most likely ones",
+        "Share of pairs in which the preferred answer gained more"
+        if is_preference
+        else "Share of tokens that were the most likely ones",
         [Line("training", "train", train_accuracy), Line("validation", "valid", valid_accuracy)],
     )
 

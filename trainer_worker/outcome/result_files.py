@@ -11,6 +11,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 
+from tessera.queue.preference import DPO
 from tessera.queue.records import Job
 from tessera.redis import keys
 from tessera.store.files import RESULTS, FileStore
@@ -19,6 +20,10 @@ from trainer_worker.training.history import StepRow
 
 #: The columns of OpenAI's file.
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+#: The columns of a job on preference pairs, with TRL's names of the accuracies.
+PAIR_COLUMNS = ("step", "train_loss", "rewards/accuracies", "valid_loss", "eval_rewards/accuracies")
 
 
 class ResultFiles:
@@ -31,8 +36,9 @@ class ResultFiles:
         """Store both files and return their ids, the CSV first. Raises `Unavailable`."""
         job = content.job
         name = job.spec.adapter_id
+        columns = PAIR_COLUMNS if job.spec.objective == DPO else COLUMNS
         return [
-            await self._put(job, f"{name}-metrics.csv", metrics_csv(content.rows).encode()),
+            await self._put(job, f"{name}-metrics.csv", metrics_csv(content.rows, columns).encode()),
             await self._put(job, f"{name}-report.html", report_page(content).encode(errors="replace")),
         ]
 
@@ -48,11 +54,11 @@ class ResultFiles:
         return record.file_id
 
 
-def metrics_csv(rows: Sequence[StepRow]) -> str:
+def metrics_csv(rows: Sequence[StepRow], columns: Sequence[str] = COLUMNS) -> str:
     """Return the file's text: one line per step, empty where nothing was measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     for row in rows:
         measured = (row.train_loss, row.train_accuracy, row.valid_loss, row.valid_accuracy)
         writer.writerow([row.step, *("" if value is None else value for value in measured)])

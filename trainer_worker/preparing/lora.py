@@ -22,6 +22,7 @@ from trainer_worker.training.learning_rates import LoraKind
 from trainer_worker.training.lora.factors import LORA, LoraFactors, form_modules, initial_factors
 from trainer_worker.training.lora.single_adapter import storage_dtype
 from trainer_worker.training.lora.trainer import LoraRun
+from trainer_worker.training.objectives.objective import Objective
 from trainer_worker.training.plan import make_plan
 
 
@@ -40,7 +41,7 @@ class LoraPreparation:
         self._target_modules = target_modules
 
     async def prepare(
-        self, attempt: Attempt, data: TrainingData, saved: bytes | None
+        self, attempt: Attempt, data: TrainingData, objective: Objective, saved: bytes | None
     ) -> tuple[LoraRun, list[tuple[str, str]]]:
         """Return the run, in the state of the checkpoint `saved` if it fits, and warnings.
 
@@ -57,17 +58,17 @@ class LoraPreparation:
             spec.hyperparameters,
             spec.early_stopping,
             num_examples=data.num_train,
-            kind=LoraKind(spec.method, spec.rank, blank.scale),
+            kind=LoraKind(spec.method, spec.rank, blank.scale, spec.objective),
             seed=spec.seed,
         )
         warnings: list[tuple[str, str]] = []
         if saved is not None:
-            run = LoraRun(job.job_id, data, plan, blank)
+            run = LoraRun(job.job_id, data, plan, blank, objective=objective)
             warnings = await asyncio.to_thread(checkpoint.try_restore, run, saved)
             if not warnings:
                 return run, []
-        factors = await self._initial(attempt, CalibrationSet.from_encoded(data.train))
-        return LoraRun(job.job_id, data, plan, factors), warnings
+        factors = await self._initial(attempt, CalibrationSet.from_encoded(data.answers))
+        return LoraRun(job.job_id, data, plan, factors, objective=objective), warnings
 
     def _blank_factors(self, spec: JobSpec) -> LoraFactors:
         """Zero factors of the right shapes, to be restored from a checkpoint."""

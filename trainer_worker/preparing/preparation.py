@@ -16,7 +16,8 @@ import torch
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import parse_examples
 from tessera.data.labels import is_labelled
-from tessera.data.statistics import statistics_of
+from tessera.data.pairs import parse_pairs
+from tessera.data.statistics import statistics_of, statistics_of_pairs
 from tessera.errors import InvalidInput, InvalidTrainingData, NotFound
 from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import parse_version_name
@@ -26,6 +27,7 @@ from tessera.methods.init import Initialization, compute_init
 from tessera.methods.init.method import InitInputs
 from tessera.model.base_model import BaseModel
 from tessera.queue.hyperparameters import check_together
+from tessera.queue.preference import DPO, OBJECTIVES
 from tessera.queue.records import OWN_DATA, Job, JobSpec
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
@@ -38,6 +40,9 @@ from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData, encode_data
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import LORA
+from trainer_worker.training.objectives.objective import SUPERVISED, Objective
+from trainer_worker.training.objectives.preference import Preference
+from trainer_worker.training.pairs import encode_pairs
 from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens, validation_share
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import CoreRun, core_scale
@@ -88,12 +93,13 @@ class Preparation:
         """
         job, spec = attempt.job, attempt.job.spec
         self._check_model(spec)
+        objective = objective_of(spec)
         training = await self._content(job.tenant, spec.training_file, "training_file")
         if spec.classification is not None:
             return await self._classifier(attempt, training, saved)
         data = await self._data(job, training)
         if spec.form == LORA:
-            lora, warnings = await self._lora.prepare(attempt, data, saved)
+            lora, warnings = await self._lora.prepare(attempt, data, objective, saved)
             is_costly = lora.progress.step == 0 and lora.factors.preset.method is not None
             messages: list[tuple[str, dict[str, Any] | None]] = [(form_message(lora), None)]
             return Prepared(lora, messages, is_costly, [*data_warnings(data), *warnings])
@@ -107,19 +113,29 @@ class Preparation:
             spec.hyperparameters,
             spec.early_stopping,
             num_examples=data.num_train,
-            kind=BasisKind.of(found.basis, start=init.method, scale=core_scale(found.basis, spec.scaling)),
+            kind=BasisKind.of(
+                found.basis,
+                start=init.method,
+                scale=core_scale(found.basis, spec.scaling),
+                objective=spec.objective,
+            ),
             seed=spec.seed,
         )
         warnings, messages = data_warnings(data), [(found.message, None)]
+        chosen: dict[str, Any] = {
+            "objective": objective,
+            "refers_to_base": spec.warm_start_from is None,
+            "scaling": spec.scaling,
+        }
         if saved is not None:
-            run = CoreRun(job.job_id, data, plan, found.basis, scaling=spec.scaling)
+            run = CoreRun(job.job_id, data, plan, found.basis, **chosen)
             unusable = await asyncio.to_thread(checkpoint.try_restore, run, saved)
             if not unusable:
                 return Prepared(run, messages, warnings=warnings)
             warnings += unusable
         start = await self._initialize(attempt, init, found, data, plan)
         stored = found.basis.fold(start.R0.double())
-        run = CoreRun(job.job_id, data, plan, found.basis, start=stored, scaling=spec.scaling)
+        run = CoreRun(job.job_id, data, plan, found.basis, start=stored, **chosen)
         run.init_notes = start.notes
         messages.append((init_message(start), start.notes))
         return Prepared(run, messages, init.needs_model, warnings)
@@ -170,6 +186,7 @@ class Preparation:
             chat_of(self._chat, job),
             training,
             validation,
+            is_preference=job.spec.objective == DPO,
             max_tokens=max_example_tokens(given, self._max_tokens),
             share=validation_share(given),
         )
@@ -208,7 +225,7 @@ class Preparation:
             request = InitInputs(
                 basis=found.basis,
                 base=self._base,
-                calibration=CalibrationSet.from_encoded(data.train) if init.needs_model else None,
+                calibration=CalibrationSet.from_encoded(data.answers) if init.needs_model else None,
                 step=init.step_of(found, spec, options),
                 adapter=adapter,
                 adapter_basis=adapter_basis,
@@ -241,6 +258,17 @@ class Preparation:
         return adapter, other
 
 
+def objective_of(spec: JobSpec) -> Objective:
+    """Return what the job minimises. Raises `InvalidInput`."""
+    if spec.objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        message = f"this release trains by the methods {known}; the job has {spec.objective!r}"
+        raise InvalidInput(message, param="method.type")
+    if spec.objective == DPO:
+        return Preference.of(spec.objective_options)
+    return SUPERVISED
+
+
 def chat_of(chat: ChatFormat, job: Job) -> ChatFormat:
     """Return the chat format with the date of the job's creation, so that all attempts encode alike."""
     return chat.at(datetime.fromtimestamp(job.created_at, UTC))
@@ -248,7 +276,7 @@ def chat_of(chat: ChatFormat, job: Job) -> ChatFormat:
 
 def own_calibration(data: TrainingData, content: bytes) -> Calibration:
     """Return the training examples as calibration data. content: the content of their file."""
-    return Calibration(CalibrationSet.from_encoded(data.train), hashlib.sha256(content).hexdigest())
+    return Calibration(CalibrationSet.from_encoded(data.answers), hashlib.sha256(content).hexdigest())
 
 
 def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Calibration:
@@ -272,11 +300,18 @@ def read_data(
     *,
     max_tokens: int,
     share: float | None = None,
+    is_preference: bool = False,
 ) -> TrainingData:
     """Parse and encode the files. Without a validation file, a `share` of the examples is held back.
 
-    Raises `InvalidTrainingData`, and `InvalidInput` for a file of labelled texts.
+    is_preference: the files hold pairs. Raises `InvalidTrainingData`, and `InvalidInput` for a file of
+    labelled texts.
     """
+    if is_preference:
+        pairs = parse_pairs(training)
+        held_out_pairs = None if validation is None else parse_pairs(validation)
+        data = encode_pairs(chat, pairs, max_tokens=max_tokens, validation=held_out_pairs, share=share)
+        return replace(data, statistics=statistics_of_pairs(pairs))
     if is_labelled(training):
         message = 'the file holds labelled texts; train on it with "method": {"type": "classification"}'
         raise InvalidInput(message, param="method.type")

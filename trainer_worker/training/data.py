@@ -70,6 +70,14 @@ class TrainingData:
         return sum(len(row.token_ids) for row in self.train)
 
     @property
+    def answers(self) -> tuple[EncodedExample, ...]:
+        """The training rows that a model should imitate: of pairs those of the preferred answers."""
+        if not self.train_chosen:
+            return self.train
+        parts = zip(self.train_examples, self.train_chosen, strict=True)
+        return tuple(row for rows, num_chosen in parts for row in rows[:num_chosen])
+
+    @property
     def num_train(self) -> int:
         """Number of training examples."""
         return len(self.train_sizes) or len(self.train)
@@ -127,14 +135,14 @@ def encode_data(
         train, valid = encoded, _encode(chat, validation, max_tokens, param="validation_file")
         overlap = len(set(digests) & {_example_digest(example) for example in validation})
     else:
-        chosen = _validation_digests(digests, share)
+        chosen = validation_digests(digests, share)
         train = [item for item, digest in zip(encoded, digests, strict=True) if digest not in chosen]
         valid = [item for item, digest in zip(encoded, digests, strict=True) if digest in chosen]
         overlap = 0
     return TrainingData(
         tuple(chain.from_iterable(train)),
         tuple(chain.from_iterable(valid)),
-        digest=_data_digest(train, valid),
+        digest=data_digest(train, valid),
         num_truncated=sum(any(row.truncated for row in rows) for rows in (*train, *valid)),
         num_overlapping=overlap,
         train_sizes=tuple(map(len, train)),
@@ -150,7 +158,7 @@ def _encode(
     return for_each(examples, lambda example: chat.encode_rows(example, max_tokens=max_tokens), param=param)
 
 
-def _validation_digests(digests: Sequence[str], share: float | None) -> set[str]:
+def validation_digests(digests: Sequence[str], share: float | None) -> set[str]:
     distinct = sorted(set(digests))
     return set(distinct[: num_held_back(len(distinct), share)])
 
@@ -173,7 +181,7 @@ def _example_digest(example: Example) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _data_digest(*parts: Sequence[Sequence[EncodedExample]]) -> str:
+def data_digest(*parts: Sequence[Sequence[EncodedExample]]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         for rows in part:

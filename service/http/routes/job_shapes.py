@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 from service.http.schemas.training import (
@@ -16,6 +17,9 @@ from service.http.schemas.training import (
     FineTuningJobRequest,
     JobClassification,
     JobClassificationMethod,
+    JobDpo,
+    JobDpoHyperparameters,
+    JobDpoMethod,
     JobError,
     JobEventObject,
     JobHyperparameters,
@@ -29,6 +33,7 @@ from service.jobs.training_jobs import JobRequest
 from tessera.formats.adapter_ref import checkpoint_step, version_name
 from tessera.queue.client import Job, JobEvent, JobSpec, JobStatus
 from tessera.queue.hyperparameters import HYPERPARAMETERS
+from tessera.queue.preference import DPO, PreferenceOptions
 from tessera.store.adapters import AdapterVersion
 
 _LEVELS = get_args(JobEventObject.model_fields["level"].annotation)
@@ -55,6 +60,8 @@ def job_request(body: FineTuningJobRequest) -> JobRequest:
         early_stopping=None if body.early_stopping is None else body.early_stopping.model_dump(),
         metadata=body.metadata or {},
         classification=_classification(body),
+        objective=body.objective,
+        objective_options=body.objective_options(),
     )
 
 
@@ -115,12 +122,18 @@ def job_object(job: Job) -> FineTuningJob:
     )
 
 
-def _method(spec: JobSpec, hyperparameters: JobHyperparameters) -> JobMethod | JobClassificationMethod:
-    if spec.classification is None:
-        return JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters))
-    options = Classification(**spec.classification).model_dump(exclude={"hyperparameters"})
-    chosen = JobClassification(hyperparameters=hyperparameters, **options)
-    return JobClassificationMethod(classification=chosen)
+def _method(
+    spec: JobSpec, hyperparameters: JobHyperparameters
+) -> JobMethod | JobDpoMethod | JobClassificationMethod:
+    if spec.classification is not None:
+        options = Classification(**spec.classification).model_dump(exclude={"hyperparameters"})
+        chosen = JobClassification(hyperparameters=hyperparameters, **options)
+        return JobClassificationMethod(classification=chosen)
+    if spec.objective == DPO:
+        preference = asdict(PreferenceOptions.of(spec.objective_options))
+        both = JobDpoHyperparameters(**hyperparameters.model_dump(), **preference)
+        return JobDpoMethod(dpo=JobDpo(hyperparameters=both))
+    return JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters))
 
 
 def event_object(event: JobEvent) -> JobEventObject:

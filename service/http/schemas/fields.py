@@ -217,12 +217,11 @@ FINE_TUNING_NEUTRAL: Mapping[str, Neutral] = {
 }
 
 METHOD_NEUTRAL: Mapping[str, Neutral] = {
-    "dpo": Neutral(advice="the method is supervised"),
-    "reinforcement": Neutral(advice="the method is supervised"),
+    "reinforcement": Neutral(advice="the methods are supervised and dpo"),
 }
 
 HYPERPARAMETER_NEUTRAL: Mapping[str, Neutral] = {
-    "beta": Neutral(("auto",), "it belongs to DPO; the method is supervised"),
+    "beta": Neutral(("auto",), "it belongs into method.dpo.hyperparameters"),
     "packing": Neutral(advice="every example has a row of its own"),
 }
 

@@ -11,6 +11,7 @@ from service.http.schemas.common import MODEL_FIELD, Answer, Options, Request, w
 from tessera.errors import InvalidInput
 from tessera.methods.scaling import Scaling
 from tessera.queue.hyperparameters import check_together, given
+from tessera.queue.preference import DPO, MAX_BETA, OPTIONS, SUPERVISED, PreferenceOptions
 
 MAX_SEED = 2**31 - 1
 
@@ -102,8 +103,35 @@ class Hyperparameters(Request):
     other_names = fields.HYPERPARAMETER_NAMES
 
 
+class DpoHyperparameters(Hyperparameters):
+    """How to train on preference pairs. `tessera/queue/preference.py` has the defaults."""
+
+    beta: OrAuto[Annotated[float, Field(gt=0, le=MAX_BETA)]] = Field(
+        "auto", description="How strongly the adapter is kept at its reference."
+    )
+    loss_type: Literal["auto", "sigmoid", "sigmoid_norm", "ipo", "hinge"] = Field(
+        "auto", description="The loss of a pair, by TRL's names."
+    )
+    label_smoothing: OrAuto[Annotated[float, Field(ge=0, lt=0.5)]] = Field(
+        "auto", description="The probability that a pair is the wrong way round."
+    )
+    reference_free: bool | None = Field(None, description="Compare with no reference.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of DPO that are given. Raises `InvalidInput` if they exclude each other."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        options = {name: value for name, value in values.items() if value not in (None, "auto")}
+        PreferenceOptions.of(options)
+        return options
+
+
 class Supervised(Request):
     hyperparameters: Hyperparameters | None = None
+
+
+class Dpo(Request):
+    hyperparameters: DpoHyperparameters | None = None
 
 
 class Classification(Request):
@@ -120,22 +148,23 @@ class Classification(Request):
 
 
 class Method(Request):
-    type: Literal["supervised", "classification"]
+    type: Literal["supervised", "dpo", "classification"]
     supervised: Supervised | None = None
+    dpo: Dpo | None = None
     classification: Classification | None = None
 
     neutral = fields.METHOD_NEUTRAL
 
     @model_validator(mode="after")
     def _check_type(self) -> Method:
-        for name in ("supervised", "classification"):
+        for name in ("supervised", "dpo", "classification"):
             if getattr(self, name) is not None and name != self.type:
                 raise wrong_field(self, name, f"the method's type is {self.type}; leave this out")
         return self
 
     @property
     def hyperparameters(self) -> Hyperparameters | None:
-        chosen = self.supervised if self.type == "supervised" else self.classification
+        chosen: Supervised | Dpo | Classification | None = getattr(self, self.type)
         return None if chosen is None else chosen.hyperparameters
 
 
@@ -259,6 +288,7 @@ class FineTuningJobRequest(Request):
             self.adapter.scaling.check()
         except InvalidInput as error:
             raise InvalidInput(error.message, param=f"adapter.{error.param}") from error
+        self.objective_options()
         if self.suffix is not None and self.adapter.id is not None:
             raise InvalidInput(
                 "suffix makes a new adapter id, but adapter.id gives one; leave one of them out",
@@ -269,7 +299,8 @@ class FineTuningJobRequest(Request):
     def chosen_hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters of both places. Raises `InvalidInput` if they contradict each other."""
         newer = None if self.method is None else self.method.hyperparameters
-        chosen = {} if newer is None else newer.given
+        newer_values = {} if newer is None else newer.given
+        chosen = {name: value for name, value in newer_values.items() if name not in OPTIONS}
         for name, value in ({} if self.hyperparameters is None else self.hyperparameters.given).items():
             _choose(chosen, name, value)
         try:
@@ -278,8 +309,19 @@ class FineTuningJobRequest(Request):
             name = str(error.param).rpartition(".")[2]
             if newer is None or name not in newer.given:
                 raise
-            raise InvalidInput(error.message, param=f"method.supervised.{error.param}") from error
+            param = f"method.{self.method.type if self.method else SUPERVISED}.{error.param}"
+            raise InvalidInput(error.message, param=param) from error
         return chosen
+
+    @property
+    def objective(self) -> str:
+        """One of `OBJECTIVES` of `tessera/queue/preference.py`."""
+        return DPO if self.method is not None and self.method.type == DPO else SUPERVISED
+
+    def objective_options(self) -> dict[str, Any]:
+        """Return the given options of DPO. Raises `InvalidInput`."""
+        newer = None if self.method is None else self.method.hyperparameters
+        return newer.options if isinstance(newer, DpoHyperparameters) else {}
 
 
 def _choose(chosen: dict[str, Any], name: str, value: Any) -> None:
@@ -337,6 +379,17 @@ class JobSupervised(Answer):
     hyperparameters: JobHyperparameters
 
 
+class JobDpoHyperparameters(JobHyperparameters):
+    beta: float
+    loss_type: str
+    label_smoothing: float
+    reference_free: bool
+
+
+class JobDpo(Answer):
+    hyperparameters: JobDpoHyperparameters
+
+
 class JobClassification(Answer):
     hyperparameters: JobHyperparameters
     problem_type: str
@@ -347,6 +400,11 @@ class JobClassification(Answer):
 class JobMethod(Answer):
     type: Literal["supervised"] = "supervised"
     supervised: JobSupervised
+
+
+class JobDpoMethod(Answer):
+    type: Literal["dpo"] = "dpo"
+    dpo: JobDpo
 
 
 class JobClassificationMethod(Answer):
@@ -375,7 +433,7 @@ class FineTuningJob(Answer):
     error: JobError | None
     integrations: list[str] = Field(default_factory=list)
     metadata: dict[str, Any]
-    method: JobMethod | JobClassificationMethod
+    method: JobMethod | JobDpoMethod | JobClassificationMethod
     user_provided_suffix: str | None
     adapter: TrainedAdapter
     progress: dict[str, Any] = Field(description="Epoch, step, losses … of a running job.")

@@ -87,7 +87,24 @@ INVALID: list[tuple[str, dict[str, Any], str, str]] = [
     (JOBS, {"hyperparameters": {"n_epochs": "many"}}, "invalid_value", "hyperparameters.n_epochs"),
     (JOBS, {"hyperparameters": {"n_epochs": 0}}, "invalid_value", "hyperparameters.n_epochs"),
     (JOBS, {"hyperparameters": {"n_epochs": 1.5}}, "invalid_value", "hyperparameters.n_epochs"),
-    (JOBS, {"method": {"type": "dpo"}}, "invalid_value", "method.type"),
+    (JOBS, {"method": {"type": "reinforcement"}}, "invalid_value", "method.type"),
+    (JOBS, {"method": {"type": "supervised", "dpo": {}}}, "invalid_value", "method.dpo"),
+    (JOBS, {"method": {"type": "dpo", "supervised": {}}}, "invalid_value", "method.supervised"),
+    (JOBS, {"hyperparameters": {"beta": 0.2}}, "unsupported_parameter", "hyperparameters.beta"),
+    *(
+        (JOBS, {"method": {"type": "dpo", "dpo": {"hyperparameters": wrong}}}, code,
+         f"method.dpo.hyperparameters.{next(iter(wrong))}")
+        for wrong, code in (
+            ({"beta": 0}, "invalid_value"),
+            ({"beta": "strong"}, "invalid_value"),
+            ({"loss_type": "orpo"}, "invalid_value"),
+            ({"label_smoothing": 0.5}, "invalid_value"),
+            ({"label_smoothing": 0.1, "loss_type": "ipo"}, "invalid_value"),
+            ({"reference_free": "yes"}, "invalid_value"),
+            ({"n_epochs": 0}, "invalid_value"),
+            ({"reference_model": "tiny"}, "unknown_parameter"),
+        )
+    ),
     (JOBS, {"integrations": [{"type": "wandb"}]}, "unsupported_parameter", "integrations"),
     (JOBS, {"adapter": {"ranks": 4}}, "unknown_parameter", "adapter.ranks"),
     (JOBS, {"adapter": {"rank": 0}}, "invalid_value", "adapter.rank"),

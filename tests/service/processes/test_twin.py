@@ -16,7 +16,7 @@ from service.generation.text import TextCodec
 from service.http import json_routes
 from service.http.json_routes import MAX_THREAD_BYTES, JsonBodies
 from service.jobs import upload_check
-from service.jobs.upload_check import UploadCheck
+from service.jobs.upload_check import EXAMPLES, FileContent, UploadCheck
 from service.processes.twin import Twin, fork_twin
 from tessera.errors import InvalidTrainingData
 from tests.waiting import has_ended, wait_until
@@ -52,8 +52,8 @@ async def test_a_file_is_judged_alike_in_a_process_of_its_own(
     assert len(content) > upload_check.MAX_INLINE_BYTES
 
     apart, here = checks
-    expected = await judged(here.count_examples("t", content, with_users=False))
-    assert await judged(apart.count_examples("t", content, with_users=False)) == expected
+    expected = await judged(here.read("t", content, with_users=False))
+    assert await judged(apart.read("t", content, with_users=False)) == expected
 
 
 async def judged(count: Awaitable[int]) -> object:
@@ -66,9 +66,9 @@ async def judged(count: Awaitable[int]) -> object:
 
 async def test_a_calibration_file_is_judged_as_one(checks: tuple[UploadCheck, UploadCheck]) -> None:
     content = b'{"text": "a", "user": "u"}\n' * 2000
-    assert await checks[0].count_examples("t", content, with_users=True) == 2000
+    assert await checks[0].read("t", content, with_users=True) == FileContent(EXAMPLES, 2000)
     with pytest.raises(InvalidTrainingData):
-        await checks[0].count_examples("t", content, with_users=False)
+        await checks[0].read("t", content, with_users=False)
 
 
 async def test_a_client_that_is_gone_costs_the_others_nothing(
@@ -81,8 +81,8 @@ async def test_a_client_that_is_gone_costs_the_others_nothing(
     socket.send_fds(twin.requests, [b"-"], [others.fileno()])
     others.close()
     own.close()  # it finds nobody to answer
-    several = [checks[0].count_examples(f"t{i}", content, with_users=False) for i in range(4)]
-    assert await asyncio.gather(*several) == [2000] * 4
+    several = [checks[0].read(f"t{i}", content, with_users=False) for i in range(4)]
+    assert await asyncio.gather(*several) == [FileContent(EXAMPLES, 2000)] * 4
 
 
 async def test_the_twin_ends_with_its_socket_and_is_waited_for() -> None:

@@ -135,8 +135,8 @@ OTHER_FORMATS = {
     '{"system": "a", "messages": []}': "put the system text into messages",
     '{"prompt": "a", "response": "b"}': "call response completion",
     '{"question": "a", "answer": "b"}': '"role": "user"',
-    '{"prompt": "a", "chosen": "b", "rejected": "c"}': "preference data cannot be trained",
-    '{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}': "preference data",
+    '{"prompt": "a", "chosen": "b", "rejected": "c"}': "a pair of answers",
+    '{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}': "a pair of answers",
     '{"prompt": "a", "completion": "b", "label": true}': "rated answers",
     '{"input_ids": [1, 2], "labels": [1, 2]}': "token ids are not taken",
 }

@@ -61,10 +61,13 @@ class JudgedPairs:
 class Objective(Protocol):
     """What a run minimises."""
 
-    #: Whether samples are pairs, which `judge` compares. Otherwise the loss is the mean over all tokens.
-    is_preference: bool
-    #: Whether the log-probabilities of the state that training begins with are needed.
-    needs_reference: bool
+    @property
+    def is_preference(self) -> bool:
+        """Whether samples are pairs, which `judge` compares. Otherwise the loss is the mean over tokens."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probabilities of the state that training begins with are needed."""
 
     def judge(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> JudgedPairs:
         """Return the losses of P pairs.

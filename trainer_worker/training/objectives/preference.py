@@ -15,68 +15,28 @@ names, and the length in IPO, are TRL's. Knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tessera.errors import InvalidInput
+from tessera.queue.preference import PreferenceOptions
 from trainer_worker.training.objectives.objective import JudgedPairs, Measured
 
-#: OpenAI's default and TRL's.
-DEFAULT_BETA = 0.1
-#: TRL's names of the losses.
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
-#: The losses that know label smoothing.
-SMOOTHED = ("sigmoid", "sigmoid_norm")
 #: The losses of which the gains are divided by the number of tokens.
 _NORMALISED = ("sigmoid_norm", "ipo")
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(PreferenceOptions):
     """The mean loss over the pairs of a batch."""
-
-    beta: float = DEFAULT_BETA
-    #: One of `LOSS_TYPES`.
-    loss_type: str = "sigmoid"
-    #: The probability that a pair is the wrong way round, below 0.5.
-    label_smoothing: float = 0.0
-    #: Compare log p instead of the gains. The reference is not computed.
-    reference_free: bool = False
 
     is_preference = True
 
     @property
     def needs_reference(self) -> bool:
         return not self.reference_free
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Preference:
-        """Return the objective for a job's options, each a value, "auto" or absent. Raises `InvalidInput`."""
-        given = {name: value for name, value in options.items() if value not in (None, "auto")}
-        unknown = sorted(given.keys() - cls.__dataclass_fields__.keys())
-        if unknown:
-            raise InvalidInput(f"unknown option {unknown[0]!r} of dpo", param=f"{_PARAM}.{unknown[0]}")
-        objective = cls(**given)
-        objective._check()
-        return objective
-
-    def _check(self) -> None:
-        if not 0 < self.beta < float("inf"):
-            raise InvalidInput(f"beta must be above 0; got {self.beta!r}", param=f"{_PARAM}.beta")
-        if self.loss_type not in LOSS_TYPES:
-            message = f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
-            raise InvalidInput(message, param=f"{_PARAM}.loss_type")
-        if not 0 <= self.label_smoothing < 0.5:
-            message = f"label_smoothing must be at least 0 and below 0.5; got {self.label_smoothing!r}"
-            raise InvalidInput(message, param=f"{_PARAM}.label_smoothing")
-        if self.label_smoothing and self.loss_type not in SMOOTHED:
-            message = f"label_smoothing belongs to {' and '.join(SMOOTHED)}, not to {self.loss_type}"
-            raise InvalidInput(message, param=f"{_PARAM}.label_smoothing")
 
     def judge(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> JudgedPairs:
         gains = logps - reference
@@ -107,6 +67,3 @@ class Preference:
         z = beta * delta
         loss = -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
         return loss, -beta * ((1 - smoothing) * torch.sigmoid(-z) - smoothing * torch.sigmoid(z))
-
-
-_PARAM = "method.dpo.hyperparameters"

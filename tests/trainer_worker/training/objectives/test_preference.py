@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessera.errors import InvalidInput
-from trainer_worker.training.objectives.preference import LOSS_TYPES, Preference
+from tessera.queue.preference import LOSS_TYPES
+from trainer_worker.training.objectives.preference import Preference
 
 
 def direct_loss(objective: Preference, logps: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
