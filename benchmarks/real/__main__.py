@@ -6,11 +6,12 @@
     python -m benchmarks.real --model DIR --cost --methods lora_xs --out DIR # a search against one run
     python -m benchmarks.real --report --out DIR                             # the report again
 
-Tasks are made by a seed (`tasks/`); --data adds files of chat examples. Every method trains each task at
-fixed multiples of the tables' rate, co-trained, and once as a job with the defaults does (`auto`). Records
-appear in DIR as they are measured, with the whole history of every run: losses and exact matches on what was
-held back and on the test. A second call with the same DIR goes on where the first ended. It needs torch and
-transformers, and neither the service's packages nor a store.
+Tasks are made by a seed (`tasks/`); --data adds files of chat examples. NAME.train.jsonl comes with a
+NAME.test.jsonl, other files are divided. Every method trains each task at fixed multiples of the tables'
+rate, co-trained, and once as a job with the defaults does (`auto`). Records appear in DIR as they are
+measured, with the whole history of every run: losses and exact matches on what was held back and on the
+test. A second call with the same DIR goes on where the first ended. It needs torch and transformers, and
+neither the service's packages nor a store.
 
 To bring a model to a machine that only takes files of limited size, from a folder DIR in transformers' format
 (`python -m examples.base_models smollm2` prints one; 269 MB become 3 parts in a few minutes):
@@ -44,7 +45,7 @@ from benchmarks.real.tasks import ALL, MAIN, crowd, make_tasks, read_task
 from benchmarks.report import hardware
 from tessera.chat.chat_format import ChatFormat, load_chat_format
 from tessera.defaults import BUNDLED_MODEL
-from tessera.errors import InvalidInput
+from tessera.errors import InvalidInput, TesseraError
 from tessera.model.base_model import load_base_model
 from tessera.model.files import model_name
 
@@ -53,7 +54,7 @@ METHODS = "lora,lora_xs,lora_sb,population,full"
 RATE_METHODS, RATE_RANKS = "lora_xs,lora_sb,population", "4,16,64"
 #: Trained numbers at once, of about 20 bytes each.
 CPU_NUMBERS, GPU_NUMBERS = 60_000_000, 1_500_000_000
-CPU_TOKENS, GPU_TOKENS = 2048, 32_768
+CPU_TOKENS, GPU_TOKENS = 2048, 16_384
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", default=str(BUNDLED_MODEL))
     add("--tasks", help=f"main ({', '.join(MAIN)}), all ({len(ALL)}), none, or names with commas between")
     add("--data", type=Path, nargs="+", default=[], help="files that become tasks judged by loss")
+    add("--exact-data", type=Path, nargs="+", default=[], help="the same, judged by exact match, too")
     add("--data-train", type=int, default=60, help="examples of each file to train on")
     add("--data-test", type=int, default=30, help="examples of each file to judge by")
     add("--methods", help=f"names with commas between; {METHODS}")
@@ -115,7 +117,10 @@ def measure(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     """Do what is not done yet, one method at one rank after the other."""
     started = time.perf_counter()
     chat = load_chat_format(arguments.model)
-    tasks = encode_tasks(arguments, chat)
+    try:
+        tasks = encode_tasks(arguments, chat)
+    except (TesseraError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     setting = make_setting(arguments)
     describe(arguments, given)
     same = [[task.name for task in tasks], list(arguments.multiples), arguments.epochs, arguments.seed]
@@ -158,6 +163,8 @@ def encode_tasks(arguments: argparse.Namespace, chat: ChatFormat) -> list[Encode
     sizes = {"num_train": arguments.data_train, "num_test": arguments.data_test}
     tasks = make_tasks(arguments.tasks, seed=arguments.seed)
     tasks += [read_task(path, seed=arguments.seed, **sizes) for path in arguments.data]
+    for path in arguments.exact_data:
+        tasks.append(read_task(path, seed=arguments.seed, judged="exact", **sizes))
     return [encode_task(task, chat) for task in tasks]
 
 

@@ -234,6 +234,11 @@ def test_a_name_that_does_not_exist_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_file_with_too_few_questions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"jargon.jsonl has 60 different questions; 90 are needed"):
+        command.main(["--out", str(tmp_path), "--data", str(ROOT / "tests/data/jargon.jsonl")])
+
+
 def test_methods_are_presets_of_bases_lora_forms_and_full_fine_tuning() -> None:
     assert Method.of("lora_xs").is_shared
     assert Method.of("population").is_shared

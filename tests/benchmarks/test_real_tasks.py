@@ -89,6 +89,7 @@ def test_a_task_can_be_written_as_training_files_and_read_again(tmp_path: Path) 
         train, test = task.write(tmp_path)
         assert len(parse_examples(train.read_bytes())) == len(task.train)
         assert len(parse_examples(test.read_bytes())) == len(task.test)
+        assert read_task(train, judged=task.judged) == task
 
 
 def test_a_file_becomes_a_task_without_a_question_on_both_sides() -> None:

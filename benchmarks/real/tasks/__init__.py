@@ -12,12 +12,13 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.real.tasks.crowd import crowd
 from benchmarks.real.tasks.extraction import dates_task, json_task, minutes_task, redaction_task, sql_task
 from benchmarks.real.tasks.labels import COMMANDS, REVIEWS, TICKETS, approval_task, ticket_task
 from benchmarks.real.tasks.personas import REPLIES, TELEGRAM, persona_task
-from benchmarks.real.tasks.task import Example, Task
+from benchmarks.real.tasks.task import TEST_SUFFIX, TRAIN_SUFFIX, Example, Task
 
 __all__ = ["ALL", "MAIN", "Task", "crowd", "make_tasks", "read_task"]
 
@@ -81,20 +82,32 @@ def make_tasks(names: Sequence[str] = MAIN, *, seed: int = 0) -> list[Task]:
     return [_MAKERS[name](name, random.Random(f"{name}/{seed}")) for name in names]
 
 
-def read_task(path: Path, *, seed: int = 0, num_train: int = 60, num_test: int = 30) -> Task:
-    """Return a task of a training file's examples, judged by loss; those of one question are on one side.
+def read_task(
+    path: Path,
+    *,
+    seed: int = 0,
+    num_train: int = 60,
+    num_test: int = 30,
+    judged: Literal["exact", "loss"] = "loss",
+) -> Task:
+    """Return a task of a training file's examples; those of one question are on one side.
 
-    Raises `ValueError` if the file has too few different questions.
+    `NAME.train.jsonl` beside `NAME.test.jsonl`, as `Task.write` writes them, are taken as they are. Raises
+    `ValueError` if another file has too few different questions, `OSError` if there is no such file.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.name.endswith(TRAIN_SUFFIX):
+        name = path.name.removesuffix(TRAIN_SUFFIX)
+        return Task(name, _read(path), _read(path.with_name(name + TEST_SUFFIX)), judged)
     by_question: dict[str, Example] = {}
-    for line in filter(str.strip, lines):
-        example = json.loads(line)
+    for example in _read(path):
         by_question.setdefault(json.dumps(example["messages"][:-1]), example)
     examples = list(by_question.values())
     if len(examples) < num_train + num_test:
         raise ValueError(f"{path} has {len(examples)} different questions; {num_train + num_test} are needed")
     random.Random(f"{path.stem}/{seed}").shuffle(examples)
-    return Task(
-        path.stem, tuple(examples[:num_train]), tuple(examples[num_train : num_train + num_test]), "loss"
-    )
+    train, test = examples[:num_train], examples[num_train : num_train + num_test]
+    return Task(path.stem, tuple(train), tuple(test), judged)
+
+
+def _read(path: Path) -> tuple[Example, ...]:
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

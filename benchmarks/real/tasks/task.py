@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 #: One line of a training file: {"messages": [{"role": …, "content": …}, …]}.
 Example = dict[str, Any]
+#: How the names of a task's files end.
+TRAIN_SUFFIX, TEST_SUFFIX = ".train.jsonl", ".test.jsonl"
 #: A question and its answer.
 Pair = tuple[str, str]
 
@@ -33,7 +35,7 @@ class Task:
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write `NAME.train.jsonl` and `NAME.test.jsonl`, as a user would upload them."""
-        paths = folder / f"{self.name}.train.jsonl", folder / f"{self.name}.test.jsonl"
+        paths = folder / (self.name + TRAIN_SUFFIX), folder / (self.name + TEST_SUFFIX)
         for path, examples in zip(paths, (self.train, self.test), strict=True):
             lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
             path.write_text("".join(lines), encoding="utf-8")
