@@ -1,0 +1,1 @@
+"""Which order do the papers' own tables have through this service, at a small scale?"""
