@@ -94,6 +94,7 @@ def make_worker(
         classification=ClassificationPreparation(base, bases),
         model_lock=model_lock,
         max_tokens=worker_settings.max_tokens,
+        may_search=worker_settings.learning_rate_search,
     )
     dtype = DTYPE_NAMES[settings.adapter_dtype]
     services = WorkerServices(

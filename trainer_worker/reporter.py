@@ -81,6 +81,8 @@ class JobReporter:
     async def report_updates(self, run: TrainRun, updates: list[RunUpdate]) -> None:
         """Report all warnings, evaluations and the end, and another update every report_every_s."""
         for update in updates:
+            for message, data in update.notes:
+                await self.send_message(message, data=data)
             for code, message in update.warnings:
                 await self.warn(code, message)
         if updates:

@@ -24,6 +24,9 @@ class WorkerSettings(BaseSettings):
         ge=1,
         description="tokens with padding in one pass; another job is claimed while the jobs have fewer",
     )
+    learning_rate_search: bool = Field(
+        default=True, description="jobs without a learning rate try several at once"
+    )
     max_tokens: int = Field(
         default=1024, ge=8, description="longer examples are truncated, with a warning in the job"
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tessera.errors import TesseraError
-from tessera.queue.hyperparameters import LAST, SGD
+from tessera.queue.hyperparameters import SGD
 from tessera.queue.preference import PreferenceOptions
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
@@ -19,6 +19,11 @@ from trainer_worker.training.run import RunUpdate, TrainRun
 
 #: A job that still has to publish its result is not done.
 MAX_UNFINISHED_PERCENT = 99.0
+
+_ADVICE = (
+    "try more examples, examples whose answers have more in common, a larger rank or another basis; "
+    "a fixed learning_rate is worth a try only after that"
+)
 
 
 def start_message(run: TrainRun) -> str:
@@ -77,7 +82,7 @@ def log_data(run: TrainRun, update: RunUpdate, remaining_s: float | None) -> dic
 
 def chosen_hyperparameters(run: TrainRun) -> dict[str, Any]:
     """Return what the run trains with, by the names of the request: numbers in place of "auto"."""
-    plan = run.plan
+    plan = run.published_plan
     chosen = {
         "n_epochs": plan.num_epochs,
         "batch_size": plan.batch_size // plan.gradient_accumulation_steps,
@@ -151,17 +156,15 @@ def final_progress(run: TrainRun) -> dict[str, Any]:
 def result_warnings(run: TrainRun) -> list[tuple[str, str]]:
     """Return warnings about the result for the job's owner, as (code, sentence)."""
     progress = run.progress
-    initial, published = progress.initial_valid_loss, run.published_valid_loss
-    if initial is not None and published is not None and published >= initial:
-        what = "behaves like what it started from"
-        if run.plan.publish == LAST:
-            what = f"is the last state, with a validation loss of {published:.4f}"
-        message = (
-            f"training did not improve on the start (validation loss {initial:.4f}): the published adapter "
-            f"{what}; try more or other examples, or another learning rate"
-        )
-        return [("no_improvement", message)]
-    return []
+    published, base = run.published_valid_loss, progress.base_valid_loss
+    losses = [loss for loss in (progress.initial_valid_loss, base) if loss is not None]
+    if published is None or not losses or published < min(losses):
+        return []
+    message = (
+        f"training found nothing better than it began with: the validation loss is {min(losses):.4f} without "
+        f"training and {published:.4f} as published; {_ADVICE}"
+    )
+    return [("no_improvement", message)]
 
 
 def adapter_metadata(run: TrainRun, job: Job) -> dict[str, Any]:
@@ -222,7 +225,7 @@ def training_result(
     run: TrainRun, version: AdapterVersion, job: Job, *, training_s: float, warnings: list[tuple[str, str]]
 ) -> dict[str, Any]:
     """Return the result of a job that has published a version."""
-    progress, plan, data = run.progress, run.plan, run.data
+    progress, plan, data = run.progress, run.published_plan, run.data
     return {
         "adapter": {"id": job.spec.adapter_id, "version": version.version},
         "version": version.version,
@@ -234,8 +237,10 @@ def training_result(
         "finish_reason": progress.finish_reason,
         "trained_tokens": progress.trained_tokens,
         "initial_valid_loss": progress.initial_valid_loss,
+        "base_valid_loss": progress.base_valid_loss,
         "best_valid_loss": progress.best_valid_loss,
         "best_step": progress.best_step,
+        "search": run.search_report,
         "published": plan.publish,
         "published_step": run.published_step,
         "published_valid_loss": run.published_valid_loss,

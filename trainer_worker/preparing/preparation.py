@@ -36,16 +36,15 @@ from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibrat
 from trainer_worker.preparing.classification import ClassificationPreparation, read_job_data
 from trainer_worker.preparing.initialization import BASE_MODEL, InitChoice, init_message
 from trainer_worker.preparing.lora import LoraPreparation, form_message
+from trainer_worker.preparing.runs import plan_run
 from trainer_worker.training import checkpoint
 from trainer_worker.training.data import TrainingData, encode_data
-from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import LORA
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective
 from trainer_worker.training.objectives.preference import Preference
 from trainer_worker.training.pairs import encode_pairs
-from trainer_worker.training.plan import TrainingPlan, make_plan, max_example_tokens, validation_share
+from trainer_worker.training.plan import TrainingPlan, max_example_tokens, validation_share
 from trainer_worker.training.run import TrainRun
-from trainer_worker.training.trainer import CoreRun, core_scale
 
 #: Share of examples equal or nearly equal to others from which their owner is warned.
 MANY_DUPLICATES = 0.2
@@ -79,8 +78,11 @@ class Preparation:
         classification: ClassificationPreparation,
         model_lock: ModelLock,
         max_tokens: int,
+        may_search: bool,
     ) -> None:
+        """may_search: whether jobs may search for their learning rate."""
         self._base, self._chat = base, chat
+        self._may_search = may_search
         self._files, self._adapters, self._bases, self._model_lock = files, adapters, bases, model_lock
         self._lora, self._classification = lora, classification
         self._max_tokens = min(max_tokens, base.max_position)
@@ -109,33 +111,16 @@ class Preparation:
             calibration = await self._calibration(job)
         found = await self._bases.of(attempt, calibration)
         init = InitChoice.of(spec)
-        plan = make_plan(
-            spec.hyperparameters,
-            spec.early_stopping,
-            num_examples=data.num_train,
-            kind=BasisKind.of(
-                found.basis,
-                start=init.method,
-                scale=core_scale(found.basis, spec.scaling),
-                objective=spec.objective,
-            ),
-            seed=spec.seed,
-        )
-        warnings, messages = data_warnings(data), [(found.message, None)]
-        chosen: dict[str, Any] = {
-            "objective": objective,
-            "refers_to_base": spec.warm_start_from is None,
-            "scaling": spec.scaling,
-        }
+        planned = plan_run(spec, data, found.basis, init, self._base, objective, may_search=self._may_search)
+        warnings, messages = data_warnings(planned.data), [(found.message, None)]
         if saved is not None:
-            run = CoreRun(job.job_id, data, plan, found.basis, **chosen)
+            run = planned.make(job.job_id)
             unusable = await asyncio.to_thread(checkpoint.try_restore, run, saved)
             if not unusable:
                 return Prepared(run, messages, warnings=warnings)
             warnings += unusable
-        start = await self._initialize(attempt, init, found, data, plan)
-        stored = found.basis.fold(start.R0.double())
-        run = CoreRun(job.job_id, data, plan, found.basis, start=stored, **chosen)
+        start = await self._initialize(attempt, init, found, planned.data, planned.plan)
+        run = planned.make(job.job_id, found.basis.fold(start.R0.double()))
         run.init_notes = start.notes
         messages.append((init_message(start), start.notes))
         return Prepared(run, messages, init.needs_model, warnings)

@@ -29,13 +29,11 @@ from trainer_worker.training.run import Progress, TrainRun
 
 FORMAT = 1
 _KEY = "tessera_run"
-_TENSORS = ("R", "m", "v", "best_R")
 _LENGTH = struct.Struct("<Q")
 
 
 def to_bytes(run: TrainRun) -> bytes:
     """Return the state of a run between two steps. 8B Llama, r = 16: 0.9 MB."""
-    tensors = {name: getattr(run, name).detach().cpu().contiguous() for name in _TENSORS} | run.more_state()
     state = {
         "format": FORMAT,
         "fingerprint": fingerprint(run),
@@ -43,7 +41,7 @@ def to_bytes(run: TrainRun) -> bytes:
         "start": run.init_notes,
         "history": run.history.to_json(),
     }
-    return safetensors.torch.save(tensors, metadata={_KEY: json.dumps(state)})
+    return safetensors.torch.save(run.state(), metadata={_KEY: json.dumps(state)})
 
 
 def restore(run: TrainRun, content: bytes) -> None:
@@ -60,15 +58,10 @@ def restore(run: TrainRun, content: bytes) -> None:
     if state.get("format") != FORMAT or state.get("fingerprint") != fingerprint(run):
         raise Conflict("the checkpoint belongs to other data, another basis or another plan")
     progress = _progress(state.get("progress"))
-    for name in _TENSORS:
-        if name not in tensors or tensors[name].shape != run.R.shape:
-            raise CorruptRecord(f"the checkpoint holds no {name} of the right shape")
     try:
-        run.restore_more(tensors)
+        run.restore_state(tensors)
     except (KeyError, ValueError) as error:
-        raise CorruptRecord(f"the checkpoint lacks a part: {error}") from error
-    for name in _TENSORS:
-        setattr(run, name, tensors[name])
+        raise CorruptRecord(f"the checkpoint lacks a part, or one has another shape: {error}") from error
     run.progress = progress
     run.init_notes = state.get("start")
     run.history = History.from_json(state.get("history", []))  # earlier releases wrote none

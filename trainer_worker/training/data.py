@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 
@@ -23,12 +23,14 @@ from torch import Tensor
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, for_each
 from tessera.data.statistics import DataStatistics
+from trainer_worker.training.splits import group_examples, hold_back
 
 #: With fewer distinct examples, all are used for training, because a validation split would cost more than it
 #: could show.
 MIN_EXAMPLES_TO_SPLIT = 10
 VALIDATION_SHARE = 0.1
-MIN_VALIDATION = 2
+#: Of few examples a larger share is held back, up to this many: two or three would show nothing.
+FEW_SHARE, MIN_VALIDATION = 0.2, 8
 #: Enough to detect a difference of 0.02 nats; more would only slow the evaluations.
 MAX_VALIDATION = 200
 
@@ -39,6 +41,10 @@ MIN_FILL = 0.7
 #: On a GPU a micro-batch smaller than this is not split: an 8B model does not fill an H100 below 2,000 tokens
 #: (9.9 k tokens/s at 512, 12.9 k at 2 k, 13.7 k at 8 k), so padding costs less than a second pass.
 GPU_MIN_TOKENS = 2048
+
+
+#: The rows of one example.
+Rows = Sequence[EncodedExample]
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class TrainingData:
     #: empty if the examples are not pairs.
     train_chosen: tuple[int, ...] = ()
     valid_chosen: tuple[int, ...] = ()
+    #: The group of each training example, then of each validation example if these were split off: a search
+    #: for a learning rate may split them again. Empty if the owner has chosen the validation examples.
+    groups: tuple[str, ...] = ()
     #: Longer examples were truncated to this many tokens; None if nobody knows.
     max_tokens: int | None = None
     #: Counts over the training file; None if nobody has counted.
@@ -99,6 +108,28 @@ class TrainingData:
         rows = iter(self.valid)
         return [tuple(islice(rows, size)) for size in self.valid_sizes or (1,) * len(self.valid)]
 
+    def pooled(self) -> TrainingData:
+        """Return the data with the examples that were split off for validation among the others."""
+        return replace(
+            self,
+            train=self.train + self.valid,
+            train_sizes=tuple(map(len, (*self.train_examples, *self.valid_examples))),
+            valid=(),
+            valid_sizes=(),
+        )
+
+    def select(self, *, train: Sequence[int], valid: Sequence[int]) -> TrainingData:
+        """Return data with these of the training examples, to train and to validate."""
+        rows = [[self.train_examples[index] for index in part] for part in (train, valid)]
+        return replace(
+            self,
+            train=tuple(chain.from_iterable(rows[0])),
+            valid=tuple(chain.from_iterable(rows[1])),
+            train_sizes=tuple(map(len, rows[0])),
+            valid_sizes=tuple(map(len, rows[1])),
+            groups=(),
+        )
+
     def batch_indices(self, step: int, *, batch_size: int, seed: int) -> list[int]:
         """Return which training examples are in this step. The seed gives each epoch its own order."""
         steps_per_epoch = -(-self.num_train // batch_size)
@@ -125,20 +156,21 @@ def encode_data(
 
     share: of the distinct examples, to be split off; 0: none; None: decided by their number.
 
-    The split is chosen by the hashes of the examples, so the same file gives the same split, and duplicates
-    stay on one side. Raises `InvalidTrainingData` with every line that the chat template refuses or that has
-    no token to learn.
+    The split follows from the contents of the examples, so the same file gives the same split, and examples
+    with the same answer stay on one side where answers are texts (`splits.py`). Raises `InvalidTrainingData`
+    with every line that the chat template refuses or that has no token to learn.
     """
-    encoded = _encode(chat, examples, max_tokens, param="training_file")
+    encoded: list[Rows] = [*_encode(chat, examples, max_tokens, param="training_file")]
     digests = [_example_digest(example) for example in examples]
+    train: list[Rows]
+    valid: list[Rows]
+    groups: list[str] = []
+    overlap = 0
     if validation is not None:
-        train, valid = encoded, _encode(chat, validation, max_tokens, param="validation_file")
+        train, valid = encoded, [*_encode(chat, validation, max_tokens, param="validation_file")]
         overlap = len(set(digests) & {_example_digest(example) for example in validation})
     else:
-        chosen = validation_digests(digests, share)
-        train = [item for item, digest in zip(encoded, digests, strict=True) if digest not in chosen]
-        valid = [item for item, digest in zip(encoded, digests, strict=True) if digest in chosen]
-        overlap = 0
+        train, valid, groups = _split(encoded, digests, share)
     return TrainingData(
         tuple(chain.from_iterable(train)),
         tuple(chain.from_iterable(valid)),
@@ -147,7 +179,47 @@ def encode_data(
         num_overlapping=overlap,
         train_sizes=tuple(map(len, train)),
         valid_sizes=tuple(map(len, valid)),
+        groups=() if share is not None else tuple(groups),
         max_tokens=max_tokens,
+    )
+
+
+def _split(
+    encoded: Sequence[Rows], digests: Sequence[str], share: float | None
+) -> tuple[list[Rows], list[Rows], list[str]]:
+    """Return the examples to train on, those to hold back, and the groups of both."""
+    names = group_examples([_answer(rows) for rows in encoded], digests)
+    chosen = hold_back(names, num_held_back(len(encoded), share))
+    train = [index for index, name in enumerate(names) if name not in chosen]
+    valid = [index for index, name in enumerate(names) if name in chosen]
+    return (
+        [encoded[index] for index in train],
+        [encoded[index] for index in valid],
+        [names[index] for index in (*train, *valid)],
+    )
+
+
+def num_held_back(num_examples: int, share: float | None) -> int:
+    """Return about how many examples are held back for validation.
+
+    share: what the job asks for, of which at least one example is held back and one is left to train on; 0:
+    none; None: decided by their number.
+    """
+    if share is not None:
+        return min(max(1, round(share * num_examples)), num_examples - 1) if share else 0
+    if num_examples < MIN_EXAMPLES_TO_SPLIT:
+        return 0
+    few = min(MIN_VALIDATION, round(FEW_SHARE * num_examples))
+    return min(max(few, round(VALIDATION_SHARE * num_examples)), MAX_VALIDATION)
+
+
+def _answer(rows: Rows) -> tuple[int, ...]:
+    """Return the tokens to learn of an example."""
+    return tuple(
+        token
+        for row in rows
+        for token, is_learned in zip(row.token_ids, row.loss_mask, strict=True)
+        if is_learned
     )
 
 
@@ -161,19 +233,6 @@ def _encode(
 def validation_digests(digests: Sequence[str], share: float | None) -> set[str]:
     distinct = sorted(set(digests))
     return set(distinct[: num_held_back(len(distinct), share)])
-
-
-def num_held_back(num_distinct: int, share: float | None) -> int:
-    """Return how many of the distinct examples are held back for validation.
-
-    share: what the job asks for, of which at least one example is held back and one is left to train on; 0:
-    none; None: decided by their number.
-    """
-    if share is not None:
-        return min(max(1, round(share * num_distinct)), num_distinct - 1) if share else 0
-    if num_distinct < MIN_EXAMPLES_TO_SPLIT:
-        return 0
-    return min(max(MIN_VALIDATION, round(VALIDATION_SHARE * num_distinct)), MAX_VALIDATION)
 
 
 def _example_digest(example: Example) -> str:

@@ -28,6 +28,8 @@ from trainer_worker.training.plan import TrainingPlan
 
 #: Evaluated states that wait to be taken; a store that does not answer makes older ones go.
 MAX_WAITING_STATES = 3
+#: The tensors of a run that are in every checkpoint.
+STATE_TENSORS = ("R", "m", "v", "best_R")
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Progress:
     train_loss: float | None = None
     valid_loss: float | None = None
     initial_valid_loss: float | None = None
+    #: That of the base model, where training does not begin with it and it was measured.
+    base_valid_loss: float | None = None
     best_valid_loss: float | None = None
     best_step: int = 0
     #: The step of the last evaluation.
@@ -78,6 +82,8 @@ class RunUpdate:
     #: While the reference of a run with pairs is computed: the number of finished pairs, and of all.
     reference_progress: tuple[int, int] | None = None
     finish_reason: str | None = None
+    #: Messages for the job's owner: a sentence and the data of its event.
+    notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     #: Warnings for the job's owner, as (code, sentence).
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
@@ -207,6 +213,23 @@ class TrainRun(ABC):
     def to_result(self, base: BaseModel, metadata: dict[str, Any]) -> RunResult:
         """Return `published_R` in stored form. metadata: the metadata of the adapter."""
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint, on the CPU."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in STATE_TENSORS}
+        return tensors | self.more_state()
+
+    def restore_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` returned. Raises `KeyError` or `ValueError`.
+
+        After an error a run with more state than its cores (`more_state`) is unusable, others are unchanged.
+        """
+        for name in STATE_TENSORS:
+            if tensors[name].shape != self.R.shape:
+                raise ValueError(f"{name} has the shape {list(tensors[name].shape)}")
+        self.restore_more(tensors)
+        for name in STATE_TENSORS:
+            setattr(self, name, tensors[name])
+
     def more_state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint needs in addition to R, m, v, best_R and the progress."""
         return {} if self.references is None else {"reference": self.references.logps}
@@ -236,6 +259,16 @@ class TrainRun(ABC):
         """The validation loss of `published_R`, in nats per token; None without validation data."""
         progress = self.progress
         return progress.valid_loss if self.plan.publish == LAST else progress.best_valid_loss
+
+    @property
+    def published_plan(self) -> TrainingPlan:
+        """The plan by which what is published was trained."""
+        return self.plan
+
+    @property
+    def search_report(self) -> dict[str, Any] | None:
+        """The learning rates that were tried, as JSON; None if there was no search."""
+        return None
 
     @property
     def is_finished(self) -> bool:
@@ -287,12 +320,13 @@ class TrainRun(ABC):
             return [Sample(examples[i], chosen[i]) for i in indices]
         return [Sample(examples[i], chosen[i], self.references.of(first + i)) for i in indices]
 
-    def record_evaluation(self, valid_loss: float | None) -> None:
+    def record_evaluation(self, measured: Measured | None) -> None:
         """Keep R if it is the best so far, and decide whether the run has ended.
 
-        valid_loss: None if there is no validation data; then every R is the best so far.
+        measured: None if there is no validation data; then every R is the best so far.
         """
         progress = self.progress
+        valid_loss = None if measured is None else measured.loss
         if valid_loss is not None and not math.isfinite(valid_loss):
             valid_loss = math.inf  # NaN compares as neither larger nor smaller than anything
         progress.evaluated_at = progress.step

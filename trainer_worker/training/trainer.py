@@ -80,6 +80,15 @@ class CoreRun(TrainRun):
     def provenance(self) -> dict[str, Any]:
         return {"method": self.basis.manifest.method}
 
+    @property
+    def members(self) -> Sequence[CoreRun]:
+        """The runs that are trained for this one, each in a slot of its own."""
+        return [self]
+
+    def settle(self, updates: list[RunUpdate]) -> list[RunUpdate]:
+        """Take the updates that a step had for the members, and return those of this run."""
+        return updates
+
     def make_trainer(self, base: BaseModel, *, max_runs: int, token_budget: int) -> Trainer:
         trainer = Trainer(base, self.basis, max_runs=max_runs, token_budget=token_budget)
         trainer.join(self)
@@ -106,8 +115,9 @@ def core_scale(basis: Basis, scaling: Scaling) -> Tensor:
 class Trainer:
     """The runs that are trained together, all in one basis.
 
-    Its memory for K = `max_runs` users: R', m, v, the gradient and the folded core, each [K, M, r, r] (in
-    float32 1.1 MB per user for an 8B Llama at r = 16), and A and B on the model's device.
+    Each run takes a slot, or several if it is a search (`CoreRun.members`). The memory for K slots: R', m, v,
+    the gradient and the folded core, each [K, M, r, r] (in float32 1.1 MB per slot for an 8B Llama at
+    r = 16), and A and B on the model's device. K is `max_runs`, and more while searches need them.
     """
 
     def __init__(self, base: BaseModel, basis: Basis, *, max_runs: int, token_budget: int) -> None:
@@ -118,31 +128,29 @@ class Trainer:
         self._device = base.device
         self._layers = trainable_modules(base.model, [module.name for module in basis.manifest.modules])
         device, layer_dtype = self._device, self._layers[0].weight.dtype
-        dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
-        M, r = basis.num_modules, basis.rank
+        self._dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         self.tokens = TokenCounts()
         self._min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
-        self._runs: list[CoreRun | None] = [None] * max_runs
-        self._optimizer = BatchedOptimizer((max_runs, M, r, r), dtype=dtype, device=device)
-        self._P_in, self._P_out = (P.to(device, dtype) for P in (basis.P_in, basis.P_out))
-        #: s of each user's modules, as a factor on that of the basis.
-        self._scale = torch.ones(max_runs, M, 1, 1, dtype=dtype, device=device)
-        # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
-        self._core = torch.zeros(M, max_runs, r, r, dtype=dtype, device=device)
-        self._grad = torch.zeros_like(self._core)
+        self._P_in, self._P_out = (P.to(device, self._dtype) for P in (basis.P_in, basis.P_out))
+        self._A = [A.to(device, layer_dtype) for A in basis.A]
+        self._B = [B.to(device, layer_dtype) for B in basis.B]
+        #: s of each slot's modules, as a factor on that of the basis: [K, M, 1, 1].
+        self._scale = torch.ones(0)
         self._owners = RowOwners(torch.zeros(0, dtype=torch.int64, device=device))
-        self._deltas = [
-            Delta(A.to(device, layer_dtype), B.to(device, layer_dtype), self._leaf(m), self._owners)
-            for m, (A, B) in enumerate(zip(basis.A, basis.B, strict=True))
-        ]
+        self._max_runs = max_runs
+        #: The runs whose members have the slots.
+        self._residents: list[CoreRun] = []
+        self._slots: list[CoreRun | None] = []
+        self._optimizer = self._make_optimizer(0)
+        self._make_slots(max_runs)
 
     @property
     def runs(self) -> list[TrainRun]:
-        return [run for run in self._runs if run is not None]
+        return list(self._residents)
 
     @property
     def has_room(self) -> bool:
-        return None in self._runs
+        return len(self._residents) < self._max_runs
 
     @property
     def is_reusable(self) -> bool:
@@ -160,26 +168,30 @@ class Trainer:
         if run.basis_id != self.basis.basis_id:
             raise BasisMismatch(f"run {run.run_id} trains in basis {run.basis_id}")
         assert self.has_room, "more runs than max_runs"
-        slot = self._runs.index(None)
-        self._runs[slot] = run
-        self._scale[slot] = run.scale[:, None, None]
-        for name in ("R", "m", "v"):
-            memory = getattr(self._optimizer, name)[slot]
-            memory.copy_(getattr(run, name))
-            setattr(run, name, memory)
+        members = [member for member in run.members if not member.is_finished]
+        num_free = self._slots.count(None)
+        if len(members) > num_free:
+            self._make_slots(len(self._slots) - num_free + len(members))
+        self._residents.append(run)
+        for member in members:
+            slot = self._slots.index(None)
+            self._slots[slot] = member
+            for name in ("R", "m", "v"):
+                getattr(self._optimizer, name)[slot].copy_(getattr(member, name))
+        self._bind_slots()
 
     def leave(self, run_id: str) -> TrainRun | None:
-        """Take a run out, with its tensors; None if it is not resident. Its slot is zeroed."""
-        for slot, run in enumerate(self._runs):
-            if run is None or run.run_id != run_id:
-                continue
-            self._runs[slot] = None
-            for name in ("R", "m", "v"):
-                memory = getattr(run, name)
-                setattr(run, name, memory.cpu().clone())
-                memory.zero_()
-            return run
-        return None
+        """Take a run out, with its tensors; None if it is not resident. Its slots are zeroed."""
+        run = next((run for run in self._residents if run.run_id == run_id), None)
+        if run is None:
+            return None
+        self._residents.remove(run)
+        for slot, member in enumerate(self._slots):
+            if member is not None and any(member is other for other in run.members):
+                self._free(slot)
+        if not self._residents and len(self._slots) > self._max_runs:
+            self._make_slots(self._max_runs)
+        return run
 
     def step(self) -> list[RunUpdate]:
         """Evaluate the runs that are due, then make one optimization step of each unfinished run."""
@@ -189,7 +201,7 @@ class Trainer:
             ready = [slot for slot, _ in self._active() if slot not in waiting]
             updates += self._evaluate([slot for slot in ready if self._at(slot).needs_evaluation])
             updates += self._train([slot for slot in ready if not self._at(slot).is_finished])
-        return updates
+        return self._settle(updates)
 
     def _refer(self, slots: Sequence[int]) -> list[RunUpdate]:
         """Compute the reference of some of the pairs of each of these runs, which make no step meanwhile."""
@@ -205,7 +217,7 @@ class Trainer:
         for slot in slots:
             run = self._at(slot)
             has_data = bool(run.data.valid)
-            run.record_evaluation(measured[slot].loss if has_data else None)
+            run.record_evaluation(measured[slot] if has_data else None)
             update = run.update()
             if has_data:
                 run.show_evaluation(update, measured[slot])
@@ -240,7 +252,7 @@ class Trainer:
         With `learn`, `_grad` holds the gradient of each slot's loss with respect to its core afterwards.
         """
         objectives = {slot: self._at(slot).objective for slot in samples}
-        tally = Tally(samples, objectives, num_slots=len(self._runs), device=self._device)
+        tally = Tally(samples, objectives, num_slots=len(self._slots), device=self._device)
         self._grad.zero_()
         for batch in tally.passes(token_budget=self.token_budget, min_tokens=self._min_tokens):
             self._owners.rows, self._owners.length = batch.rows, batch.token_ids.shape[1]
@@ -274,17 +286,70 @@ class Trainer:
             for layer in self._layers:
                 layer.delta = None
 
+    def _settle(self, updates: Sequence[RunUpdate]) -> list[RunUpdate]:
+        """Return the updates of the runs from those of their members, and free the slots of ended members."""
+        settled = []
+        for run in self._residents:
+            ids = {member.run_id for member in run.members}
+            settled += run.settle([update for update in updates if update.run_id in ids])
+            for slot, member in enumerate(self._slots):
+                if member is not None and member is not run and member.run_id in ids and member.is_finished:
+                    self._free(slot)
+        return settled
+
+    def _make_slots(self, num_slots: int) -> None:
+        """Replace the slots by `num_slots`, and move the members into them. There are enough."""
+        before = [(slot, member) for slot, member in enumerate(self._slots) if member is not None]
+        optimizer = self._make_optimizer(num_slots)
+        for new, (old, _) in enumerate(before):
+            for name in ("R", "m", "v"):
+                getattr(optimizer, name)[new].copy_(getattr(self._optimizer, name)[old])
+        self._optimizer = optimizer
+        self._slots = [member for _, member in before] + [None] * (num_slots - len(before))
+        # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
+        self._core = torch.zeros_like(optimizer.R.transpose(0, 1)).contiguous()
+        self._grad = torch.zeros_like(self._core)
+        self._scale = torch.ones_like(optimizer.R[..., :1, :1])
+        self._deltas = [
+            Delta(A, B, self._leaf(m), self._owners)
+            for m, (A, B) in enumerate(zip(self._A, self._B, strict=True))
+        ]
+        self._bind_slots()
+
+    def _make_optimizer(self, num_slots: int) -> BatchedOptimizer:
+        M, r = self.basis.num_modules, self.basis.rank
+        return BatchedOptimizer((num_slots, M, r, r), dtype=self._dtype, device=self._device)
+
+    def _bind_slots(self) -> None:
+        """Make the tensors of every member views of the slots' memory."""
+        for slot, member in enumerate(self._slots):
+            if member is not None:
+                self._scale[slot] = member.scale[:, None, None]
+                for name in ("R", "m", "v"):
+                    setattr(member, name, getattr(self._optimizer, name)[slot])
+
+    def _free(self, slot: int) -> None:
+        """Give a member its tensors back, on the CPU, and zero its slot."""
+        member = self._at(slot)
+        self._slots[slot] = None
+        for name in ("R", "m", "v"):
+            memory = getattr(member, name)
+            setattr(member, name, memory.cpu().clone())
+            memory.zero_()
+
     def _leaf(self, module: int) -> Tensor:
-        """R of one module for all users, [K, r, r], as a leaf whose gradient is a part of `_grad`."""
+        """R of one module for all slots, [K, r, r], as a leaf whose gradient is a part of `_grad`."""
         leaf = self._core[module].requires_grad_()
         leaf.grad = self._grad[module]
         return leaf
 
     def _active(self) -> list[tuple[int, CoreRun]]:
-        return [(slot, run) for slot, run in enumerate(self._runs) if run is not None and not run.is_finished]
+        return [
+            (slot, run) for slot, run in enumerate(self._slots) if run is not None and not run.is_finished
+        ]
 
     def _at(self, slot: int) -> CoreRun:
-        run = self._runs[slot]
+        run = self._slots[slot]
         assert run is not None
         return run
 

@@ -17,7 +17,8 @@ from tests.trainer_worker.world import World
 from trainer_worker.training.plan import ADAM_BETAS, ADAM_EPSILON
 
 #: Ten examples to train on and two held back, in batches of two.
-SETTINGS: dict[str, Any] = {"n_epochs": 2, "batch_size": 2}
+#: With a rate, so that no search takes place.
+SETTINGS: dict[str, Any] = {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0}
 STEPS = 10
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
 CHANGES: dict[str, dict[str, Any]] = {

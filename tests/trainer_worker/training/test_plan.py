@@ -20,7 +20,14 @@ def plan(num_examples: int = 225, stopping: dict[str, Any] | None = None, **give
 
 @pytest.mark.parametrize(
     ("num_examples", "batch_size", "epochs", "steps"),
-    [(1, 1, 5, 5), (8, 1, 5, 40), (45, 5, 5, 45), (225, 8, 3, 87), (1000, 8, 1, 125), (10_000, 8, 1, 1250)],
+    [
+        (1, 1, 12, 12),
+        (8, 1, 11, 88),
+        (45, 5, 10, 90),
+        (225, 8, 3, 87),
+        (1000, 8, 1, 125),
+        (10_000, 8, 1, 1250),
+    ],
 )
 def test_auto_gives_about_a_hundred_steps(
     num_examples: int, batch_size: int, epochs: int, steps: int

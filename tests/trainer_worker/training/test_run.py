@@ -10,6 +10,7 @@ import torch
 from tessera.errors import InvalidInput
 from tessera.formats.basis import Basis
 from tests.trainer_worker.conftest import MakeRun
+from trainer_worker.training.objectives.objective import Measured
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import CoreRun
 
@@ -17,7 +18,7 @@ from trainer_worker.training.trainer import CoreRun
 def evaluate(run: TrainRun, *losses: float) -> None:
     """Record these evaluations, with one step and a change of R between them."""
     for loss in losses:
-        run.record_evaluation(loss)
+        run.record_evaluation(Measured(loss, 0.0))
         if not run.is_finished:
             run.R += 1
             run.record_step(train_loss=1.0, num_tokens=5)
@@ -74,7 +75,7 @@ def test_an_evaluation_is_due_once_per_step(make_run: MakeRun) -> None:
 
 def test_three_steps_that_are_not_finite(make_run: MakeRun) -> None:
     run = make_run("a")
-    run.record_evaluation(2.0)
+    run.record_evaluation(Measured(2.0, 0.0))
     run.R += 1
     run.m += 1
     run.record_step(1.0, 1)

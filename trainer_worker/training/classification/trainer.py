@@ -135,7 +135,7 @@ class ClassificationTrainer:
         for slot in slots:
             run = self._at(slot)
             has_data = bool(run.data.valid)
-            run.record_evaluation(measured[slot].loss if has_data else None)
+            run.record_evaluation(measured[slot] if has_data else None)
             update = run.update()
             if has_data:
                 run.show_evaluation(update, measured[slot])

@@ -294,7 +294,7 @@ class LoraTrainer:
             run, update = self.runs[slot], updates[slot]
             if run.data.valid:
                 run.show_evaluation(update, measured[slot])
-            run.record_evaluation(update.valid_loss)
+            run.record_evaluation(measured[slot] if run.data.valid else None)
 
     def _train(self, slots: Sequence[int], updates: dict[int, RunUpdate]) -> None:
         batches = {slot: self.runs[slot].next_batch() for slot in slots}

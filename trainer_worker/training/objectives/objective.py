@@ -40,6 +40,9 @@ class Measured:
     #: The share of tokens that were the most likely ones, or of pairs in which the preferred answer gained
     #: more than the other one.
     accuracy: float
+    #: The share of answers of which every token was the most likely one, so that greedy decoding would give
+    #: exactly this answer; None for pairs.
+    exact: float | None = None
     #: What the objective measures besides, by name.
     details: dict[str, float] = field(default_factory=dict)
 

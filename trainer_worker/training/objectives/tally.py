@@ -6,6 +6,7 @@ own rows. Knows no model; the trainers do.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -44,6 +45,8 @@ class Tally:
                 sizes[slot] = sum(row.num_loss_tokens for _, row in rows)
         self._slot_sizes = sizes.to(device).clamp_min(1)
         self._sums = torch.zeros(2, num_slots, dtype=torch.float64, device=device)  # loss, accuracy
+        self._num_exact = torch.zeros(num_slots, dtype=torch.float64, device=device)  # rows
+        self._num_rows = Counter(slot for slot, _ in self._items)
         is_paired = any(objectives[slot].is_preference for slot in samples)
         self._pairs = _Pairs(samples, objectives, self._slot_sizes, device) if is_paired else None
 
@@ -64,12 +67,17 @@ class Tally:
         if self._pairs is not None:
             weights, measured = self._pairs.add(batch, weights, measured)
         self._sums.index_add_(1, batch.owners, measured)
+        row = batch.positions // batch.token_ids.shape[1]  # [N]
+        is_exact = torch.ones_like(batch.rows, dtype=torch.float64)
+        is_exact.scatter_reduce_(0, row, is_correct.double(), "amin")
+        self._num_exact.index_add_(0, batch.rows, is_exact)
         return weights
 
     def measured(self) -> dict[int, Measured]:
         """Return the means of every slot that has samples, after all passes."""
         loss, accuracy = (self._sums / self._slot_sizes).tolist()
-        found = {slot: Measured(loss[slot], accuracy[slot]) for slot in self._objectives}
+        exact = [num / max(1, self._num_rows[slot]) for slot, num in enumerate(self._num_exact.tolist())]
+        found = {slot: Measured(loss[slot], accuracy[slot], exact[slot]) for slot in self._objectives}
         return found if self._pairs is None else found | self._pairs.measured()
 
     def logps(self) -> dict[int, Tensor]:
@@ -148,7 +156,9 @@ class _Pairs:
             slot: Measured(
                 values["loss"][slot],
                 values["accuracy"][slot],
-                {name: means[slot] for name, means in values.items() if name not in ("loss", "accuracy")},
+                details={
+                    name: means[slot] for name, means in values.items() if name not in ("loss", "accuracy")
+                },
             )
             for slot in dict.fromkeys(self._slots)
         }

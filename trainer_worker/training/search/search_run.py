@@ -1,0 +1,334 @@
+"""A job that trains several candidates at once and publishes the best: a run whose members are trials.
+
+    first third    all candidates
+    second third   the better half
+    last third     the best one
+
+The candidates have the same data order and make their steps together. With folds, a candidate is a run on all
+examples, which is published if the candidate wins, and one run per fold, which is judged on the examples of
+its fold; so every example is trained on, and every judgement is on examples that the judged run has not seen.
+Knows no Redis and no clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.formats.basis import Basis
+from tessera.methods.scaling import NO_SCALING, Scaling
+from tessera.queue.hyperparameters import LAST
+from trainer_worker.training.data import TrainingData
+from trainer_worker.training.plan import TrainingPlan
+from trainer_worker.training.run import Progress, RunUpdate
+from trainer_worker.training.search.candidate import Candidate, Trial, rank_candidates
+from trainer_worker.training.search.ladder import Ladder
+from trainer_worker.training.splits import assign_folds
+from trainer_worker.training.trainer import CoreRun
+
+#: Evaluations of a candidate while it is trained.
+NUM_EVALUATIONS = 12
+#: A candidate stays in the race after its last improvement for this much longer than a job without a search,
+#: because it is evaluated more often.
+MORE_PATIENCE = 2
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a search begins with and falls back on."""
+
+    #: The stored core to begin with, [M, r, r]; None begins with the base model.
+    core: Tensor | None = None
+    #: Whether training begins with the base model, so that the first evaluation is the base model's.
+    is_base: bool = True
+    #: Whether the core is an adapter of the owner, which is better kept than replaced by the base model.
+    is_adapter: bool = False
+
+
+#: Training begins with the base model.
+FROM_BASE = Start()
+
+
+class SearchRun(CoreRun):
+    """Several candidates in one basis, of which one is published."""
+
+    def __init__(
+        self,
+        run_id: str,
+        data: TrainingData,
+        plan: TrainingPlan,
+        basis: Basis,
+        ladder: Ladder,
+        *,
+        start: Start = FROM_BASE,
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
+        """data: with folds all examples, otherwise with the held-out ones that judge.
+
+        plan: its learning rate is the one that `ladder.multiples` multiply.
+        """
+        super().__init__(run_id, data, plan, basis, start=start.core, scaling=scaling)
+        self._scaling = scaling
+        self.ladder, self._start = ladder, start
+        self._fold_data = _split_into_folds(data, ladder.num_folds)
+        self.candidates = [self._make_candidate(multiple) for multiple in ladder.multiples]
+        self.leader = self.candidates[0]
+        #: Measures the base model on the judging examples, where training does not begin with it.
+        self._base_trial = None if start.is_base else self._make_base_trial()
+
+    @property
+    def identity(self) -> str:
+        return f"{super().identity} {self.ladder}"
+
+    @property
+    def trials(self) -> list[Trial]:
+        trials = [trial for candidate in self.candidates for trial in candidate.trials]
+        return trials if self._base_trial is None else [*trials, self._base_trial]
+
+    @property
+    def members(self) -> Sequence[CoreRun]:
+        return self.trials
+
+    @property
+    def tokens_per_step(self) -> int:
+        return max(1, sum(trial.tokens_per_step for trial in self.trials if not trial.is_finished))
+
+    @property
+    def learning_rate(self) -> float:
+        return self.leader.final.learning_rate
+
+    @property
+    def published_plan(self) -> TrainingPlan:
+        return replace(self.plan, learning_rate=self.leader.final.plan.learning_rate)
+
+    @property
+    def published_R(self) -> Tensor:
+        return self.best_R
+
+    @property
+    def published_step(self) -> int:
+        return self.progress.best_step
+
+    @property
+    def published_valid_loss(self) -> float | None:
+        return self.progress.best_valid_loss
+
+    @property
+    def search_report(self) -> dict[str, Any]:
+        """Return the candidates and what became of them, as JSON."""
+        return {
+            "folds": self.ladder.num_folds,
+            "candidates": [self._report(candidate) for candidate in self.candidates],
+        }
+
+    def settle(self, updates: list[RunUpdate]) -> list[RunUpdate]:
+        """Judge the candidates if they were evaluated, and return the updates of the leading one."""
+        if self.is_finished:
+            return []
+        for trial in self.trials:
+            trial.is_stop_requested = self.is_stop_requested
+        mine = [update for update in updates if update.run_id == self.leader.final.run_id]
+        settled = self._judge()
+        final = self.leader.final.progress
+        self.progress.step, self.progress.num_updates = final.step, final.num_updates
+        self.progress.trained_tokens, self.progress.train_loss = final.trained_tokens, final.train_loss
+        for update in mine:
+            if update.learning_rate:  # a training step
+                settled.append(
+                    replace(
+                        update,
+                        run_id=self.run_id,
+                        warnings=[],
+                        finish_reason=None,
+                    )
+                )
+        if self.is_finished:
+            settled[-1].finish_reason = self.progress.finish_reason
+        return settled
+
+    def state(self) -> dict[str, Tensor]:
+        running = [trial for trial in self.trials if not trial.is_finished]
+        stacked = {
+            name: torch.stack([getattr(trial, name).detach().cpu() for trial in running])
+            if running
+            else torch.zeros(0)
+            for name in ("R", "m", "v")
+        }
+        kept = torch.stack([candidate.final.best_R for candidate in self.candidates])
+        written = torch.tensor(list(json.dumps(self._written()).encode()), dtype=torch.uint8)
+        return {**stacked, "kept": kept, "best_R": self.best_R.contiguous(), "search": written}
+
+    def restore_state(self, tensors: dict[str, Tensor]) -> None:
+        written = json.loads(bytes(tensors["search"].tolist()))
+        if tensors["kept"].shape != (len(self.candidates), *self.best_R.shape):
+            raise ValueError(f"the kept states have the shape {list(tensors['kept'].shape)}")
+        for trial, progress in zip(self.trials, written["trials"], strict=True):
+            trial.progress = Progress(**progress)
+        running = [trial for trial in self.trials if not trial.is_finished]
+        for name in ("R", "m", "v"):
+            for trial, tensor in zip(running, tensors[name], strict=True):
+                setattr(trial, name, tensor.clone())
+        for candidate, values, kept in zip(
+            self.candidates, written["candidates"], tensors["kept"], strict=True
+        ):
+            candidate.restore(values)
+            candidate.final.best_R = kept.clone()
+        self.leader = self.candidates[written["leader"]]
+        self.best_R = tensors["best_R"]
+
+    def _written(self) -> dict[str, Any]:
+        return {
+            "leader": self.candidates.index(self.leader),
+            "trials": [asdict(trial.progress) for trial in self.trials],
+            "candidates": [candidate.written() for candidate in self.candidates],
+        }
+
+    def _judge(self) -> list[RunUpdate]:
+        """Take the evaluations of this step, if there were any, and drop the worse candidates."""
+        evaluated = [candidate for candidate in self.candidates if candidate.has_news]
+        for candidate in self.candidates:
+            if candidate.has_diverged:
+                candidate.end("diverged")
+        if self._base_trial is not None and self._base_trial.measured is not None:
+            self.progress.base_valid_loss = self._base_trial.progress.valid_loss
+        if evaluated:
+            for candidate in evaluated:
+                candidate.record_evaluation(keep_last=self.plan.publish == LAST)
+            return [self._compare(evaluated[0].evaluations[-1].step)]
+        if not any(candidate.is_running for candidate in self.candidates):
+            return [self._finish(self._evaluation_update([]))]
+        return []
+
+    def _compare(self, step: int) -> RunUpdate:
+        """Rank the candidates after an evaluation, drop the worse ones, and end the run if it is time."""
+        contenders = rank_candidates(
+            [candidate for candidate in self.candidates if candidate.dropped_at is None]
+        )
+        self.leader = contenders[0]
+        notes = []
+        for candidate in contenders[self._num_kept(step) :]:
+            candidate.drop(step)
+            notes.append(self._drop_note(candidate))
+        patience = self.plan.patience
+        for candidate in contenders:
+            if patience is not None and candidate.num_bad_evaluations >= patience + MORE_PATIENCE:
+                candidate.end("early_stop")
+        progress = self.progress
+        progress.evaluated_at, progress.num_bad_evaluations = step, self.leader.num_bad_evaluations
+        progress.valid_loss = self.leader.evaluations[-1].loss
+        if progress.initial_valid_loss is None:
+            progress.initial_valid_loss = progress.valid_loss
+        update = self._evaluation_update(notes)
+        is_running = any(candidate.is_running for candidate in contenders)
+        return update if is_running else self._finish(update)
+
+    def _num_kept(self, step: int) -> int:
+        """Return how many candidates stay in the race after an evaluation at this step."""
+        num, total = len(self.candidates), self.plan.total_steps
+        if 3 * step >= 2 * total:
+            return 1
+        return math.ceil(num / 2) if 3 * step >= total else num
+
+    def _evaluation_update(self, notes: list[tuple[str, dict[str, Any]]]) -> RunUpdate:
+        progress, evaluation = self.progress, self.leader.evaluations[-1]
+        step = max(candidate.evaluations[-1].step for candidate in self.candidates if candidate.evaluations)
+        if self.leader.best is not None and self.leader.kept is not None:
+            progress.best_valid_loss, progress.best_step = self.leader.kept.loss, self.leader.kept.step
+        self.best_R = self.leader.final.best_R
+        update = self.update()
+        update.step = step
+        update.valid_loss, update.valid_accuracy = evaluation.loss, evaluation.accuracy
+        update.details = {"valid_exact": evaluation.exact, "valid_mean_token_accuracy": evaluation.accuracy}
+        update.notes = notes
+        return update
+
+    def _finish(self, update: RunUpdate) -> RunUpdate:
+        """End the run with the leader's kept state, or with the base model's if nothing was better."""
+        progress = self.progress
+        if self.is_stop_requested:
+            progress.finish_reason = "stopped"
+        elif all(candidate.has_diverged for candidate in self.candidates) and not progress.best_step:
+            progress.finish_reason = "diverged"
+        else:
+            is_whole = self.leader.final.progress.step >= self.plan.total_steps
+            progress.finish_reason = "completed" if is_whole else "early_stop"
+        base, best = progress.base_valid_loss, progress.best_valid_loss
+        if base is not None and best is not None and best >= base and not self._start.is_adapter:
+            self.best_R = torch.zeros_like(self.best_R)
+            progress.best_valid_loss, progress.best_step = base, 0
+        update.finish_reason = progress.finish_reason
+        update.notes.append(self._choice_note())
+        return update
+
+    def _make_candidate(self, multiple: float) -> Candidate:
+        every = max(1, math.ceil(self.plan.total_steps / NUM_EVALUATIONS))
+        plan = replace(self.plan, learning_rate=self.plan.learning_rate * multiple, evaluate_every=every)
+        name = f"{self.run_id}/{multiple:g}"
+        if not self._fold_data:
+            final = Trial(name, self.data, plan, self.basis, start=self._start.core, scaling=self._scaling)
+            return Candidate(multiple, final, [final])
+        everything = replace(self.data, valid=self.data.train, valid_sizes=self.data.train_sizes)
+        final = Trial(name, everything, plan, self.basis, start=self._start.core, scaling=self._scaling)
+        judges = [
+            Trial(f"{name}/{fold}", data, plan, self.basis, start=self._start.core, scaling=self._scaling)
+            for fold, data in enumerate(self._fold_data)
+        ]
+        return Candidate(multiple, final, judges)
+
+    def _make_base_trial(self) -> Trial:
+        """Return a trial that makes no step: it is evaluated once, with a core of zero."""
+        data = self.candidates[0].final.data
+        return Trial(f"{self.run_id}/base", data, replace(self.plan, total_steps=0), self.basis)
+
+    def _report(self, candidate: Candidate) -> dict[str, Any]:
+        kept = candidate.kept
+        return {
+            "learning_rate": candidate.final.plan.learning_rate,
+            "multiplier": candidate.multiple,
+            "valid_loss": None if kept is None else kept.loss,
+            "exact": None if kept is None else kept.exact,
+            "best_step": None if kept is None else kept.step,
+            "steps": candidate.final.progress.step,
+            "chosen": candidate is self.leader,
+        }
+
+    def _drop_note(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
+        report = self._report(candidate)
+        message = (
+            f"Learning rate {report['learning_rate']:g} is given up at step {candidate.dropped_at}: "
+            f"validation loss {_shown(report['valid_loss'])}"
+        )
+        return message, {"search": report}
+
+    def _choice_note(self) -> tuple[str, dict[str, Any]]:
+        report = self._report(self.leader)
+        message = (
+            f"Learning rate {report['learning_rate']:g} is chosen, {self.leader.multiple:g} times the usual "
+            f"one: validation loss {_shown(report['valid_loss'])} at step {report['best_step']}"
+        )
+        return message, {"search": self.search_report}
+
+
+def _split_into_folds(data: TrainingData, num_folds: int) -> list[TrainingData]:
+    """Return for each fold the other examples to train on, with the fold's own to judge by."""
+    if not num_folds:
+        return []
+    folds = assign_folds(data.groups, num_folds)
+    indices = range(data.num_train)
+    return [
+        data.select(
+            train=[index for index in indices if folds[index] != fold],
+            valid=[index for index in indices if folds[index] == fold],
+        )
+        for fold in range(num_folds)
+    ]
+
+
+def _shown(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.4f}"
