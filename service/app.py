@@ -41,6 +41,7 @@ from service.http.routes.deps import Services, Stores
 from service.jobs import heavy_work, upload_check
 from service.jobs.basis_choices import BasisChoices
 from service.jobs.basis_jobs import BasisJobs
+from service.jobs.estimates import JobEstimates
 from service.jobs.heavy_work import HeavyWork
 from service.jobs.training_jobs import TrainingJobs
 from service.jobs.upload_check import UploadCheck
@@ -52,6 +53,7 @@ from tessera.errors import InvalidInput
 from tessera.formats.adapter_ref import ADAPTER_DTYPES
 from tessera.processes.tasks import end_tasks
 from tessera.queue.client import JobQueue
+from tessera.queue.worker_reports import WorkerReports
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
 from tessera.store.checkpoints import CheckpointStore
@@ -160,6 +162,7 @@ def _make_services(
         settings=common,
     )
     jobs = TrainingJobs(queue, names, stores.adapters, choices, settings=common)
+    estimates = JobEstimates(jobs, queue, WorkerReports(stores.redis), stores.files, stores.bases)
     return Services(
         settings=settings,
         engine=engine,
@@ -169,6 +172,7 @@ def _make_services(
         models=names,
         generator=Generator(engine, codec, metrics, request_timeout_s=settings.request_timeout_s, gate=gate),
         jobs=jobs,
+        estimates=estimates,
         basis_jobs=BasisJobs(basis_queue, choices, base_model=names.base_name),
         holds=holds,
         heavy_work=heavy,

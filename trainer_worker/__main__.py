@@ -15,6 +15,7 @@ from tessera.errors import InvalidInput, TesseraError
 from tessera.formats.adapter_ref import ADAPTER_DTYPES
 from tessera.processes.log_setup import set_up_logging
 from tessera.queue.leases import JobLeases
+from tessera.queue.worker_reports import WorkerReports
 from tessera.redis.client import connect
 from tessera.redis.embedded import store_url
 from tessera.settings import CommonSettings, settings_parser
@@ -58,7 +59,13 @@ async def serve(url: str, settings: CommonSettings, worker_settings: WorkerSetti
     """Run a worker with its health server until a signal; returns the exit status."""
     metrics, heartbeat = TrainerMetrics(), Heartbeat()
     redis = connect(url, timeout_s=settings.store_timeout_s)
-    idle = IdleWorker(JobLeases(redis), worker_settings, metrics=metrics, heartbeat=heartbeat)
+    idle = IdleWorker(
+        JobLeases(redis),
+        worker_settings,
+        metrics=metrics,
+        heartbeat=heartbeat,
+        reports=WorkerReports(redis),
+    )
     health = open_health(worker_settings, metrics, heartbeat)
     try:
         on_signal(idle.stop)

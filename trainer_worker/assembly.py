@@ -12,6 +12,7 @@ from tessera.formats.adapter import DTYPE_NAMES
 from tessera.model.base_model import BaseModel, load_base_model
 from tessera.processes.log_setup import drop_library_handlers
 from tessera.queue.leases import JobLeases
+from tessera.queue.worker_reports import WorkerReports
 from tessera.redis.client import Client
 from tessera.settings import CommonSettings
 from tessera.store.adapters import AdapterStore
@@ -23,6 +24,7 @@ from tessera.store.ownership import PrivateBases
 from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
+from trainer_worker.common.pace import Pace
 from trainer_worker.outcome.finish_time import PublishTime
 from trainer_worker.outcome.job_reports import JobReports
 from trainer_worker.outcome.publisher import Publisher
@@ -72,7 +74,8 @@ def make_worker(
         base, max_runs=worker_settings.max_resident_jobs, token_budget=worker_settings.token_budget
     )
     model_lock = ModelLock(base)
-    loop = TrainLoop(pool, model_lock, metrics=metrics, heartbeat=heartbeat)
+    pace = Pace()
+    loop = TrainLoop(pool, model_lock, metrics=metrics, heartbeat=heartbeat, pace=pace)
     own = PrivateBases(redis, max_bytes=settings.max_own_basis_bytes)
     holds = BasisHolds(redis, own)
     store = BasisStore(redis, cache_dir=settings.data_dir / "cache" / "bases")
@@ -119,6 +122,8 @@ def make_worker(
         report_every_s=worker_settings.report_every_s,
         log_every_s=worker_settings.log_every_s,
         publishing=PublishTime(),
+        pace=pace,
+        reports_of_workers=WorkerReports(redis),
         reports=JobReports(
             SampleMaker(base, chat, model_lock, max_samples=worker_settings.report_samples),
             ResultFiles(FileStore(redis)),

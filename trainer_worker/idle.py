@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from typing import TYPE_CHECKING
 
 from tessera.errors import Unavailable
 from tessera.queue.leases import JobLeases
+from tessera.queue.worker_reports import WorkerReport, WorkerReports
 from tessera.settings import CommonSettings
-from trainer_worker.common.duties import OUTAGE_DELAY_S, WAIT_FOR_WORK_S, Duties, Heartbeat
+from trainer_worker.common.duties import (
+    OUTAGE_DELAY_S,
+    REPORT_EVERY_S,
+    WAIT_FOR_WORK_S,
+    Duties,
+    Heartbeat,
+)
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.settings import WorkerSettings
 
@@ -35,8 +44,9 @@ class IdleWorker:
         *,
         metrics: TrainerMetrics,
         heartbeat: Heartbeat,
+        reports: WorkerReports,
     ) -> None:
-        self._leases, self._settings = leases, settings
+        self._leases, self._settings, self._reports = leases, settings, reports
         self._metrics, self._heartbeat = metrics, heartbeat
         self._duties = Duties(leases, settings, heartbeat=heartbeat, note_outage=self._note_outage)
         self._stopping = asyncio.Event()
@@ -50,7 +60,7 @@ class IdleWorker:
         logger.info("idle; the base model will be loaded for the first job")
         waiting = asyncio.create_task(self._wait_for_work())
         stopping = asyncio.create_task(self._stopping.wait())
-        await self._duties.beside(waiting, stopping)
+        await self._duties.beside(waiting, stopping, also=self._report())
         return waiting.done() and not self._stopping.is_set()
 
     async def load(self, settings: CommonSettings) -> tuple[BaseModel, ChatFormat]:
@@ -71,6 +81,17 @@ class IdleWorker:
             except Unavailable as error:
                 self._note_outage(error)
                 await asyncio.sleep(OUTAGE_DELAY_S)
+
+    async def _report(self) -> None:
+        """Report that there is a worker with room, forever. It has measured nothing yet."""
+        worker_id = self._settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
+        report = WorkerReport(free_slots=self._settings.max_resident_jobs)
+        while True:
+            try:
+                await self._reports.post(worker_id, report)
+            except Unavailable as error:
+                self._note_outage(error)
+            await asyncio.sleep(REPORT_EVERY_S)
 
     def _note_outage(self, error: Unavailable) -> None:
         self._metrics.store_errors.inc()

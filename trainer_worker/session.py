@@ -16,8 +16,10 @@ from tessera.errors import InvalidInput, StaleLease, TesseraError, Unavailable
 from tessera.model.base_model import BaseModel
 from tessera.processes.log_setup import log_fields
 from tessera.queue.leases import JobLeases, Lease
+from tessera.queue.worker_reports import WorkerReports
 from tessera.store.holds import BasisHolds
 from trainer_worker.common.metrics import TrainerMetrics
+from trainer_worker.common.pace import Pace
 from trainer_worker.common.waits import Command, SessionCommands, Stopped, retrying
 from trainer_worker.outcome import payloads
 from trainer_worker.outcome.finish_time import FinishTime, PublishTime
@@ -54,6 +56,8 @@ class WorkerServices:
     report_every_s: float
     log_every_s: float
     publishing: PublishTime
+    pace: Pace
+    reports_of_workers: WorkerReports
     reports: JobReports
 
 
@@ -72,7 +76,7 @@ class JobSession:
         self.failure: Exception | None = None
         self.commands = SessionCommands()
         self._services, self._worker_is_free = services, worker_is_free
-        self._began = time.monotonic()
+        self._began = self._joined = time.monotonic()
         self._news: list[RunUpdate | Exception] = []
         #: The run, from just before it joins the training thread until it leaves.
         self._run: TrainRun | None = None
@@ -141,6 +145,7 @@ class JobSession:
         run = self._run = prepared.run
         await self.commands.interruptible(self._services.loop.join(run, self._on_news))
         self._finish.begin()
+        self._joined = time.monotonic()
         progress = payloads.training_progress(run, run.update(), None)
         await self._reporter.send_message(payloads.start_message(run), progress=progress)
         for code, message in prepared.warnings:
@@ -217,9 +222,19 @@ class JobSession:
         result["result_files"] = await services.reports.store(job, run, result, samples)
         await self._leases.complete(self.lease, result, progress=payloads.final_progress(run))
         services.publishing.note(time.monotonic() - began)
+        self._note_pace(run, published_s=time.monotonic() - began, training_s=began - self._joined)
         is_per_token = not run.objective.is_preference
         services.metrics.measure_success(run.progress, training_s, is_per_token=is_per_token)
         return "succeeded"
+
+    def _note_pace(self, run: TrainRun, *, published_s: float, training_s: float) -> None:
+        num_evaluations = 1 + sum(row.is_evaluated for row in run.history.rows[1:])
+        eval_tokens = num_evaluations * sum(len(row.token_ids) for row in run.data.valid)
+        alone_s = self._services.pace.training_seconds(
+            steps=run.progress.step, train_tokens=run.progress.trained_tokens, eval_tokens=eval_tokens
+        )
+        fixed_s = self._joined - self._began + published_s
+        self._services.pace.note_job(fixed_s=fixed_s, training_s=training_s, alone_s=alone_s)
 
     async def _end_early(self, error: Exception) -> str:
         """Obey the command that has stopped the job, or fail the attempt; returns the outcome."""

@@ -17,6 +17,7 @@ from tessera.model.base_model import BaseModel
 from trainer_worker.common.duties import Heartbeat
 from trainer_worker.common.metrics import TrainerMetrics
 from trainer_worker.common.model_lock import ModelLock
+from trainer_worker.common.pace import Pace
 from trainer_worker.training import checkpoint
 from trainer_worker.training.run import RunTrainer, RunUpdate, TokenCounts, TrainRun
 
@@ -109,9 +110,16 @@ class TrainLoop:
     """Makes one step after the other for as long as a run is resident."""
 
     def __init__(
-        self, pool: TrainerPool, model_lock: ModelLock, *, metrics: TrainerMetrics, heartbeat: Heartbeat
+        self,
+        pool: TrainerPool,
+        model_lock: ModelLock,
+        *,
+        metrics: TrainerMetrics,
+        heartbeat: Heartbeat,
+        pace: Pace,
     ) -> None:
         self._pool, self._model_lock, self._metrics, self._heartbeat = pool, model_lock, metrics, heartbeat
+        self._pace = pace
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
         self._listeners: dict[str, Listener] = {}
         self._has_runs = asyncio.Event()
@@ -159,7 +167,9 @@ class TrainLoop:
         self._heartbeat.begin_step()
         began = time.perf_counter()
         try:
-            return self._pool.tick()
+            tick = self._pool.tick()
+            self._pace.note_tick(tick.tokens, time.perf_counter() - began)
+            return tick
         finally:
             self._heartbeat.end_step()
             self._metrics.tick_seconds.observe(time.perf_counter() - began)

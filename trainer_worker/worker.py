@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from tessera.errors import Unavailable
@@ -22,6 +23,7 @@ from tessera.queue.leases import JobLeases, Lease
 from trainer_worker.common.duties import (
     OUTAGE_DELAY_S,
     RENEWALS_PER_LEASE,
+    REPORT_EVERY_S,
     WAIT_FOR_WORK_S,
     Duties,
     Heartbeat,
@@ -58,6 +60,7 @@ class Worker:
         self._changed = asyncio.Event()
         #: Set while at most one job is left, for the job that must have the worker to itself.
         self._is_free = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self._stopping = asyncio.Event()
         self._status = EXIT_OK
 
@@ -75,7 +78,13 @@ class Worker:
             "worker %s trains up to %d jobs at once", self.worker_id, self._settings.max_resident_jobs
         )
         claiming = asyncio.create_task(self._claim())
-        duties = (self._services.loop.run(), self._renew(), self._duties.reap(), self._duties.beat())
+        duties = (
+            self._services.loop.run(),
+            self._renew(),
+            self._report(),
+            self._duties.reap(),
+            self._duties.beat(),
+        )
         tasks = [claiming, *map(asyncio.create_task, duties)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -156,6 +165,7 @@ class Worker:
         if self._sessions.get(session.job_id, (None, None))[0] is session:
             del self._sessions[session.job_id]
         self._count()
+        self._has_ended.set()
         if session.failure is not None:
             logger.critical("a training step broke; the worker stops, to be restarted")
             self._status = EXIT_FAILED
@@ -187,6 +197,20 @@ class Worker:
             for session in sessions:
                 if session in self.sessions:  # otherwise it ended during the renewal
                     session.commands.obey(states[session.job_id])
+
+    async def _report(self) -> None:
+        """Report how fast this worker trains and what room it has, also after each job, forever."""
+        while True:
+            free_slots = self._settings.max_resident_jobs - len(self._sessions) if self._has_room() else 0
+            try:
+                report = self._services.pace.report(free_slots)
+                await self._services.reports_of_workers.post(self.worker_id, report)
+            except Unavailable as error:
+                self._note_outage(error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_EVERY_S):
+                    await self._has_ended.wait()
+            self._has_ended.clear()
 
     async def _give_back(self) -> None:
         """Let every session write its checkpoint and release its lease, within stop_timeout_s."""

@@ -42,6 +42,8 @@ class BasisChoice:
     calibration: str | None = None
     #: Size of the calibration file.
     calibration_bytes: int = 0
+    #: Bytes that the basis will take of the tenant's quota; 0 if it is shared or stored already.
+    quota_bytes: int = 0
 
     @property
     def spec_fields(self) -> dict[str, Any]:
@@ -119,7 +121,8 @@ class BasisChoices:
         )
         if recipe.calibration is not None or recipe.options or recipe.target_modules is not None:
             sha256 = "" if recipe.calibration is None or data is None else data.sha256
-            await self._check_recipe_quota(tenant, choice, recipe, sha256, shapes)
+            quota_bytes = await self._check_recipe_quota(tenant, choice, recipe, sha256, shapes)
+            return replace(choice, quota_bytes=quota_bytes)
         return choice
 
     async def file(
@@ -175,15 +178,19 @@ class BasisChoices:
 
     async def check_quota(
         self, tenant: str, rank: int, shapes: Sequence[ModuleShape], *, item_bytes: int = ITEM_BYTES
-    ) -> None:
-        """Check that a basis of these shapes fits into the tenant's quota. Raises `QuotaExceeded`."""
+    ) -> int:
+        """Return the bytes of a basis of these shapes, which fits into the tenant's quota.
+
+        Raises `QuotaExceeded`.
+        """
         size = item_bytes * rank * sum(shape.d_in + shape.d_out for shape in shapes)
         await self._holds.check_quota(tenant, size)
+        return size
 
     async def _check_recipe_quota(
         self, tenant: str, choice: BasisChoice, recipe: RecipeRequest, sha256: str, shapes: list[ModuleShape]
-    ) -> None:
-        """Check that the basis, which will be private, fits into the tenant's quota. Raises `QuotaExceeded`.
+    ) -> int:
+        """Return what the basis, which will be private, takes of the tenant's quota. Raises `QuotaExceeded`.
 
         A basis that was built before from the same data needs no further quota.
         """
@@ -196,10 +203,10 @@ class BasisChoices:
             sha256=sha256,
         )
         if await self._holds.find(tenant, key) is not None:
-            return
+            return 0
         if not METHODS[choice.method].stores_factors(choice.options):
-            return
+            return 0
         try:
-            await self.check_quota(tenant, choice.rank, shapes)
+            return await self.check_quota(tenant, choice.rank, shapes)
         except QuotaExceeded as error:
             raise QuotaExceeded(error.message, param=recipe.names.method, code=error.code) from error

@@ -57,7 +57,7 @@ async def lora_choice(
         why = "" if stored_rank == rank else f"; {preset.name} stores it as rank {stored_rank}"
         raise InvalidInput(f"{error.message}{why}", param=error.param) from error
     try:
-        await choices.check_quota(tenant, stored_rank, shapes, item_bytes=LEAST_ITEM_BYTES)
+        quota_bytes = await choices.check_quota(tenant, stored_rank, shapes, item_bytes=LEAST_ITEM_BYTES)
     except QuotaExceeded as error:
         raise QuotaExceeded(error.message, param="adapter.form", code=error.code) from error
     needs_examples = preset.needs_examples(request.options)
@@ -68,6 +68,7 @@ async def lora_choice(
         target_modules=target_modules,
         calibration=OWN_DATA if needs_examples else None,
         calibration_bytes=training.bytes if needs_examples else 0,
+        quota_bytes=quota_bytes,
     )
 
 

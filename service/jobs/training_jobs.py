@@ -88,6 +88,24 @@ class _Origin:
         return self.basis.calibration_bytes // BYTES_PER_TOKEN
 
 
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job that has been checked and is not queued."""
+
+    spec: JobSpec
+    #: Estimated tokens, which the fairness between tenants counts.
+    cost: int
+    #: Bytes that its basis will take of the tenant's quota.
+    quota_bytes: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its basis is one that all tenants share."""
+        spec = self.spec
+        is_plain = spec.calibration is None and not spec.basis_options and spec.target_modules is None
+        return is_plain and spec.form != LORA_FORM
+
+
 class TrainingJobs:
     """Submits the training jobs of all tenants."""
 
@@ -107,7 +125,12 @@ class TrainingJobs:
         self._settings = settings
 
     async def submit(self, tenant: str, request: JobRequest, *, dedupe_key: str) -> Job:
-        """Queue the job, once per dedupe_key.
+        """Queue the job, once per dedupe_key. Raises what `plan` raises."""
+        planned = await self.plan(tenant, request)
+        return await self._queue.submit(tenant, planned.spec, cost=planned.cost, dedupe_key=dedupe_key)
+
+    async def plan(self, tenant: str, request: JobRequest) -> PlannedJob:
+        """Check the request and return the job that it would be.
 
         Raises `NotFound` (model, file, basis), `InvalidInput`, `QuotaExceeded`.
         """
@@ -141,7 +164,7 @@ class TrainingJobs:
             objective_options=request.objective_options,
         )
         cost = estimate_cost(training, request.hyperparameters) + chosen.cost
-        return await self._queue.submit(tenant, spec, cost=cost, dedupe_key=dedupe_key)
+        return PlannedJob(spec, cost, chosen.basis.quota_bytes)
 
     async def _choose(self, tenant: str, request: JobRequest, training: FileRecord) -> _Origin:
         target = await self._models.resolve(tenant, request.model)

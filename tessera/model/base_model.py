@@ -59,10 +59,18 @@ class BaseModel:
     @property
     def max_position(self) -> int:
         """Return the longest sequence, in tokens, that the model was made for and is used for."""
-        config = self.model.config.get_text_config()
-        names = (name for name in _MAX_POSITION_FIELDS if getattr(config, name, None))
-        longest = int(getattr(config, next(names, ""), _DEFAULT_MAX_POSITION))
-        return min(longest, self.max_model_len or longest)
+        return longest_sequence(self.model.config, self.max_model_len)
+
+
+def longest_sequence(config: Any, max_model_len: int | None) -> int:
+    """Return the longest sequence, in tokens, that a model of this configuration was made for.
+
+    max_model_len: a smaller limit; None: no other limit.
+    """
+    text_config = config.get_text_config()
+    names = (name for name in _MAX_POSITION_FIELDS if getattr(text_config, name, None))
+    longest = int(getattr(text_config, next(names, ""), _DEFAULT_MAX_POSITION))
+    return min(longest, max_model_len or longest)
 
 
 def load_base_model(

@@ -207,6 +207,7 @@ QUEUE_COST = f"{QUEUE}:cost"  # summed cost of all queued jobs, tokens
 QUEUE_TOTALS = f"{QUEUE}:totals"  # hash: final status → jobs that ever ended so
 QUEUE_SHARES = f"{QUEUE}:shares"  # hash: "tenant:weight", "tenant:cap" → number, where not the default
 QUEUE_DEAD = f"{QUEUE}:dead"  # stream of the jobs given up on after all attempts
+QUEUE_WORKERS = f"{QUEUE}:workers"  # hash: worker id → "<ms> <report as JSON>" (`worker_reports.py`)
 QUEUE_DOORBELL = f"{QUEUE}:doorbell"  # list that idle workers block on
 
 #: Entries kept in the stream of jobs given up on.

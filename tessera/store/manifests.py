@@ -33,6 +33,12 @@ class BasisManifests:
             raise basis_not_found(basis_id)
         return parse_manifest(basis_id, text)
 
+    async def preconditioner(self, basis_id: str) -> bytes:
+        """Return P_in, P_out and more as raw bytes (`Basis.preconditioner_bytes`); b"" if none are stored."""
+        with translate_errors():
+            content: Any = await self._redis.get(keys.basis_preconditioner(basis_id))
+        return content or b""
+
     async def list(self) -> list[BasisManifest]:
         """Return the manifests of all shared bases, ordered by model, method and rank."""
         with translate_errors():

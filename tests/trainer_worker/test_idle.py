@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from tessera.processes.child_process import start_child
 from tessera.queue.client import JobQueue, JobSpec, JobStatus
 from tessera.queue.leases import JobLeases
+from tessera.queue.worker_reports import WorkerReports
 from tessera.store.files import FileStore
 from tests.trainer_worker.conftest import DATA
 from tests.waiting import HANG_S, wait_until
@@ -33,7 +34,13 @@ def queue(redis: Redis) -> Iterator[JobQueue]:
 
 def make_idle(redis: Redis) -> IdleWorker:
     settings = WorkerSettings(reap_every_s=0.05, lease_s=1)
-    return IdleWorker(JobLeases(redis), settings, metrics=TrainerMetrics(), heartbeat=Heartbeat())
+    return IdleWorker(
+        JobLeases(redis),
+        settings,
+        metrics=TrainerMetrics(),
+        heartbeat=Heartbeat(),
+        reports=WorkerReports(redis),
+    )
 
 
 async def test_it_waits_until_a_job_can_be_claimed_and_leaves_it_to_the_worker(
@@ -117,7 +124,8 @@ async def test_the_waiting_ends_although_a_duty_loses_its_cancellation(redis: Re
 
     leases = Deaf(redis)
     settings = WorkerSettings(reap_every_s=0.01)
-    idle = IdleWorker(leases, settings, metrics=TrainerMetrics(), heartbeat=Heartbeat())
+    reports = WorkerReports(redis)
+    idle = IdleWorker(leases, settings, metrics=TrainerMetrics(), heartbeat=Heartbeat(), reports=reports)
     waiting = asyncio.create_task(idle.wait_for_first_job())
     await asyncio.sleep(0.2)
     await queue.submit(TENANT, JobSpec(training_file="file-1", **SPEC), cost=1)

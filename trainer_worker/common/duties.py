@@ -12,12 +12,13 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from tessera.errors import Unavailable
 from tessera.processes.tasks import end_tasks
 from tessera.queue.leases import JobLeases
+from tessera.queue.worker_reports import ALIVE_S
 from trainer_worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ RENEWALS_PER_LEASE = 4
 #: delayed, or could not reach the store, renews within OUTAGE_DELAY_S and one time-out of the store.
 GRACE_S = 5.0
 BEAT_EVERY_S = 1.0
+#: Time between two reports of a worker on itself; a third of what counts as alive.
+REPORT_EVERY_S = ALIVE_S / 3
 #: The event loop beats every BEAT_EVERY_S; silence for this long means that it is stuck.
 MAX_SILENCE_S = 15.0
 #: A step of 8,192 tokens through an 8B model takes 0.6 s on an H100; minutes mean a stuck device.
@@ -126,9 +129,13 @@ class Duties:
             except Unavailable as error:
                 self._note_outage(error)
 
-    async def beside(self, *tasks: asyncio.Task[Any]) -> None:
-        """Do all duties until one of the tasks is done, then cancel the others. Raises errors of duties."""
-        duties = [asyncio.create_task(duty) for duty in (self.beat(), self.reap())]
+    async def beside(self, *tasks: asyncio.Task[Any], also: Coroutine[Any, Any, None] | None = None) -> None:
+        """Do all duties, and `also`, until one of the tasks is done, then cancel the others.
+
+        Raises errors of duties.
+        """
+        more = () if also is None else (also,)
+        duties = [asyncio.create_task(duty) for duty in (self.beat(), self.reap(), *more)]
         try:
             done, _ = await asyncio.wait([*tasks, *duties], return_when=asyncio.FIRST_COMPLETED)
             for duty in done.intersection(duties):

@@ -164,16 +164,9 @@ class Preparation:
         return await self._content(job.tenant, job.spec.validation_file, "validation_file")
 
     async def _data(self, job: Job, training: bytes) -> TrainingData:
-        validation, given = await self._validation(job), job.spec.hyperparameters
-        check_together(given, has_validation_file=validation is not None)
+        validation, chat = await self._validation(job), chat_of(self._chat, job)
         return await asyncio.to_thread(
-            read_data,
-            chat_of(self._chat, job),
-            training,
-            validation,
-            is_preference=job.spec.objective == DPO,
-            max_tokens=max_example_tokens(given, self._max_tokens),
-            share=validation_share(given),
+            read_files, chat, job.spec, training, validation, max_tokens=self._max_tokens
         )
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:
@@ -276,6 +269,25 @@ def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Ca
         users.setdefault(example.user, []).extend(rows)
     population = Population.of([CalibrationSet.from_encoded(user) for user in users.values()])
     return replace(calibration, examples=population)
+
+
+def read_files(
+    chat: ChatFormat, spec: JobSpec, training: bytes, validation: bytes | None, *, max_tokens: int
+) -> TrainingData:
+    """Parse and encode the files of a job as it asks for. max_tokens: the limit of the worker.
+
+    Raises `InvalidTrainingData`, `InvalidInput`.
+    """
+    given = spec.hyperparameters
+    check_together(given, has_validation_file=validation is not None)
+    return read_data(
+        chat,
+        training,
+        validation,
+        is_preference=spec.objective == DPO,
+        max_tokens=max_example_tokens(given, max_tokens),
+        share=validation_share(given),
+    )
 
 
 def read_data(

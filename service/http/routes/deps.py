@@ -20,6 +20,7 @@ from service.generation.model_registry import ModelRegistry
 from service.http.idempotency import Idempotency, Repetition
 from service.http.json_routes import JsonBodies
 from service.jobs.basis_jobs import BasisJobs
+from service.jobs.estimates import JobEstimates
 from service.jobs.heavy_work import HeavyWork
 from service.jobs.training_jobs import TrainingJobs
 from service.jobs.upload_check import UploadCheck
@@ -59,6 +60,7 @@ class Services:
     models: ModelRegistry
     generator: Generator
     jobs: TrainingJobs
+    estimates: JobEstimates
     basis_jobs: BasisJobs
     holds: BasisHolds
     heavy_work: HeavyWork

@@ -18,9 +18,15 @@ from service.http.routes.deps import (
     WantedDep,
 )
 from service.http.routes.job_events import events_page, events_stream
-from service.http.routes.job_shapes import checkpoints_of, job_object, job_request
+from service.http.routes.job_shapes import checkpoints_of, estimate_object, job_object, job_request
 from service.http.schemas.common import Page, page_of
-from service.http.schemas.training import Checkpoint, FineTuningJob, FineTuningJobRequest, JobEventObject
+from service.http.schemas.training import (
+    Checkpoint,
+    FineTuningJob,
+    FineTuningJobRequest,
+    JobEstimate,
+    JobEventObject,
+)
 from tessera.errors import NotFound
 from tessera.queue.client import Job
 
@@ -43,6 +49,12 @@ async def create_job(
     return job_object(await services.idempotency.create_once(tenant, repetition, fingerprint, submit))
 
 
+@router.post("/jobs/estimate", operation_id="estimate_fine_tuning_job")
+async def estimate_job(body: FineTuningJobRequest, tenant: TenantDep, services: ServicesDep) -> JobEstimate:
+    """Check a job as its creation would, and estimate what it will do. Nothing is queued."""
+    return estimate_object(await services.estimates.estimate(tenant, job_request(body)))
+
+
 @router.get("/jobs", operation_id="list_fine_tuning_jobs")
 async def list_jobs(
     tenant: TenantDep,
@@ -57,9 +69,10 @@ async def list_jobs(
 
 
 @router.get("/jobs/{job_id}", operation_id="get_fine_tuning_job")
-async def get_job(job_id: str, tenant: TenantDep, queue: QueueDep) -> FineTuningJob:
+async def get_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> FineTuningJob:
     """One job as it is now."""
-    return job_object(await queue.get(tenant, job_id))
+    job = await services.queue.get(tenant, job_id)
+    return job_object(job, queued_finish=await services.estimates.finish_of(job))
 
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancel_fine_tuning_job")

@@ -21,6 +21,7 @@ from service.http.schemas.training import (
     JobDpoHyperparameters,
     JobDpoMethod,
     JobError,
+    JobEstimate,
     JobEventObject,
     JobHyperparameters,
     JobMethod,
@@ -85,8 +86,17 @@ def init_request(init: str | StartRecipe | None) -> InitRequest | None:
     return None if init is None else InitRequest(init)
 
 
-def job_object(job: Job) -> FineTuningJob:
-    """Return a job in OpenAI's shape, with our further fields."""
+def estimate_object(found: dict[str, Any]) -> JobEstimate:
+    """Return an estimate as callers see it. found: what `JobEstimates.estimate` has returned."""
+    hyperparameters = {name: found["hyperparameters"].get(name, "auto") for name in HYPERPARAMETERS}
+    return JobEstimate(**{**found, "hyperparameters": JobHyperparameters(**hyperparameters)})
+
+
+def job_object(job: Job, *, queued_finish: int | None = None) -> FineTuningJob:
+    """Return a job in OpenAI's shape, with our further fields.
+
+    queued_finish: when the job will have ended if it is still queued, as Unix seconds; None: unknown.
+    """
     spec, result = job.spec, job.result or {}
     has_succeeded = job.status == JobStatus.SUCCEEDED
     progress = dict(job.progress)
@@ -97,7 +107,7 @@ def job_object(job: Job) -> FineTuningJob:
         id=job.job_id,
         created_at=int(job.created_at),
         finished_at=seconds(job.finished_at),
-        estimated_finish=_estimated_finish(job),
+        estimated_finish=queued_finish if job.status == JobStatus.QUEUED else _estimated_finish(job),
         fine_tuned_model=spec.adapter_id if has_succeeded else None,
         hyperparameters=hyperparameters,
         model=spec.warm_start_from or spec.base_model,

@@ -444,6 +444,39 @@ class FineTuningJob(Answer):
     queue_position: int | None = Field(description="Place among the caller's own waiting jobs, from 1.")
 
 
+class TokenCounts(Answer):
+    """Tokens of a whole job that makes all its steps and shares its passes with nobody."""
+
+    per_epoch: int
+    trained: int
+    padding: int = Field(description="Beside the trained ones.")
+    evaluated: int
+
+
+class JobWarning(Answer):
+    code: str
+    message: str
+
+
+class JobEstimate(Answer):
+    """What a job would do, if it were created now."""
+
+    object: Literal["fine_tuning.job.estimate"] = "fine_tuning.job.estimate"
+    hyperparameters: JobHyperparameters = Field(
+        description="A learning rate that depends on a basis which is not built yet stays auto."
+    )
+    steps: int
+    num_evaluations: int
+    data: dict[str, Any] = Field(description="Examples, duplicates, truncations, held-back examples …")
+    tokens: TokenCounts
+    cost_tokens: int = Field(description="What the fairness between tenants counts.")
+    quota_bytes: int = Field(description="What a private basis of the job takes of your quota.")
+    wait_s: float | None = Field(description="Until a worker takes it; None if no worker is there.")
+    run_s: float | None = Field(description="In the worker; None before any worker has measured.")
+    estimated_finish: int | None
+    warnings: list[JobWarning]
+
+
 class JobEventObject(Answer):
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
