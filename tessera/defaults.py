@@ -15,7 +15,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 #: Methods whose basis follows from the base model alone, so that naming one is enough to have it built. In
 #: the order of `tessera.methods.bases.METHODS`.
-SELF_BUILDING = ("lora_xs", "loram", "pissa", "milora", "olora", "random")
+SELF_BUILDING = ("lora_xs", "loram", "pissa", "milora", "olora", "random", "tinylora", "psoft")
 
 #: Labels of one classification. More classes than that are a retrieval. A head of 256 rows for a hidden state
 #: of 4,096 takes 4 MiB.

@@ -6,7 +6,7 @@ import asyncio
 import io
 import zipfile
 
-from tessera.formats.adapter import Adapter
+from tessera.formats.adapter import Adapter, holds_trained_numbers
 from tessera.formats.basis import Basis
 from tessera.peft.exporting import to_peft
 from tessera.store.adapters import AdapterStore
@@ -26,7 +26,8 @@ async def peft_zip(
     `CorruptRecord`, `BasisMismatch`."""
     ref = await adapters.resolve(tenant, adapter_id, version)
     [blob] = await adapters.fetch([ref])
-    adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)
+    cores = (await bases.get(ref.basis_id)).cores if holds_trained_numbers(blob) else None
+    adapter = await asyncio.to_thread(Adapter.of_version, ref, blob, cores)
     basis = await bases.get(ref.basis_id)
     return await asyncio.to_thread(_make_zip, adapter, basis, base_model)
 

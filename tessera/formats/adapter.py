@@ -1,9 +1,11 @@
 """One user's adapter: an `r × r` matrix for every target module, and its packed binary form.
 
-An adapter is always stored, cached and moved to the GPU as one contiguous tensor `R [M, r, r]`, in the module
-order of the basis manifest. Names and shapes are in the manifest once, not in a million adapters. All scalars
-of the training methods (alpha / r, singular values, …) are folded into R when an adapter is made
-(`basis.py`), so the delta needs no scale. An adapter that classifies has a head as well (`head.py`).
+An adapter is cached and moved to the GPU as one contiguous tensor `R [M, r, r]`, in the module order of the
+basis manifest. Names and shapes are in the manifest once, not in a million adapters. All scalars of the
+training methods (alpha / r, singular values, …) are folded into R when an adapter is made (`basis.py`), so
+the delta needs no scale. R is stored too, unless it follows from fewer trained numbers (`cores.py`): then
+those are stored, and R is made of them and of the basis when the adapter is read. An adapter that classifies
+has a head as well (`head.py`).
 
 The packed form is little-endian and fits one Redis string:
 
@@ -11,7 +13,7 @@ The packed form is little-endian and fits one Redis string:
     0       4     magic  b"TSRA"
     4       2     format: 1, or 2 for an adapter with a classification head
     6       1     dtype code: 0 float32, 1 float16, 2 bfloat16, 3 int8 with one float32 scale per module
-    7       1     flags (0)
+    7       1     flags: 1 if the payload holds the trained numbers instead of R, otherwise 0
     8       4     version of the adapter
     12      4     number of modules M
     16      4     rank r
@@ -23,7 +25,7 @@ The packed form is little-endian and fits one Redis string:
     84      4     format 2: width d of the hidden state that the head reads
     88      40    zero
     128           metadata: UTF-8 JSON
-                  payload: [float32 scales [M],] then R [M, r, r]
+                  payload: [float32 scales [M],] then R [M, r, r], or the trained numbers (never int8)
                   format 2: then the head, float32 [C, d + 1], whose last column is the bias
 
 The payload starts at byte 128 + metadata length, and its length includes the head. An adapter without a head
@@ -47,6 +49,7 @@ from torch import Tensor
 from tessera.defaults import MAX_LABELS
 from tessera.errors import AdapterReplaced, BasisMismatch, CorruptRecord, InvalidInput, NotFound
 from tessera.formats.adapter_ref import ADAPTER_DTYPES, CHECKSUM, MAX_RANK, AdapterRef
+from tessera.formats.cores import CoreParametrization
 from tessera.formats.head import MAX_HEAD_WIDTH, METADATA_KEY, ClassificationHead, described_labels
 
 MAGIC = b"TSRA"
@@ -62,6 +65,8 @@ DTYPE_NAMES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in AD
 #: 2,340 layers of 7.
 MAX_MODULES = 16_384
 MAX_METADATA_BYTES = 64 * 1024
+#: The flag of a payload of trained numbers.
+TRAINED_NUMBERS = 1
 
 assert _HEADER.size == HEADER_BYTES
 
@@ -89,6 +94,8 @@ class Adapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     #: For an adapter that classifies texts.
     head: ClassificationHead | None = None
+    #: The trained numbers that R follows from, [*shape] of the basis' `cores`, if they are to be stored.
+    trained: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.head is not None:
@@ -111,9 +118,14 @@ class Adapter:
     def num_modules(self) -> int:
         return self.R.shape[0]
 
+    def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which `to_bytes` stores the numbers: trained ones are too few for int8."""
+        return torch.float16 if self.trained is not None and dtype == torch.int8 else dtype
+
     def to_bytes(self, *, version: int, dtype: torch.dtype = torch.float16) -> bytes:
         """Write the packed form. Raises `InvalidInput` if a value overflows `dtype`."""
-        payload, head = _pack(self.R, dtype), self.head
+        dtype, head = self.storage_dtype(dtype), self.head
+        payload = _pack(self.R if self.trained is None else self.trained, dtype)
         if head is not None:
             payload += _raw(head.weight)
         metadata = json.dumps(self.metadata, separators=(",", ":"), allow_nan=False).encode()
@@ -127,7 +139,7 @@ class Adapter:
                 MAGIC,
                 FORMAT if head is None else FORMAT_WITH_HEAD,
                 _DTYPE_CODES[dtype],
-                0,
+                0 if self.trained is None else TRAINED_NUMBERS,
                 version,
                 self.num_modules,
                 self.rank,
@@ -143,10 +155,14 @@ class Adapter:
         return bytes(header) + metadata + payload
 
     @classmethod
-    def from_bytes(cls, blob: bytes, *, basis_id: str | None = None) -> Adapter:
+    def from_bytes(
+        cls, blob: bytes, *, basis_id: str | None = None, cores: CoreParametrization | None = None
+    ) -> Adapter:
         """Read the packed form. With `basis_id`, refuse an adapter of another basis.
 
-        Raises `BasisMismatch`, and `CorruptRecord` for anything but the exact bytes that `to_bytes` wrote.
+        cores: those of the basis (`Basis.cores`); needed if the adapter holds trained numbers
+        (`holds_trained_numbers`). Raises `BasisMismatch`, `InvalidInput` without `cores` where they are
+        needed, and `CorruptRecord` for anything but the exact bytes that `to_bytes` wrote.
         """
         header = read_header(blob)
         if basis_id is not None and header.basis_id != basis_id:
@@ -161,18 +177,26 @@ class Adapter:
         zeroed[CHECKSUM] = _NO_CHECKSUM
         if _checksum(zeroed, body) != header.checksum:
             raise CorruptRecord("the adapter record does not match its checksum")
-        payload = body[header.metadata_bytes :]
-        R = _unpack(payload[: header.payload_bytes - header.head_bytes], header)
         metadata = _read_metadata(bytes(body[: header.metadata_bytes]))
+        payload, trained = body[header.metadata_bytes :], None
+        numbers = payload[: header.payload_bytes - header.head_bytes]
+        if header.holds_trained_numbers:
+            trained = _unpack_trained(numbers, header, cores)
+            assert cores is not None
+            R = cores.expand(trained.double()).float().contiguous()
+        else:
+            R = _unpack(numbers, header)
         try:
             head = _unpack_head(payload[header.payload_bytes - header.head_bytes :], header, metadata)
-            return cls(header.basis_id, R, metadata, head)
+            return cls(header.basis_id, R, metadata, head, trained)
         except InvalidInput as error:  # the values: the shape comes from the header
             raise CorruptRecord(f"adapter record: {error.message}") from error
 
     @classmethod
-    def of_version(cls, ref: AdapterRef, blob: bytes | None) -> Adapter:
-        """Read the packed form that was fetched for `ref`.
+    def of_version(
+        cls, ref: AdapterRef, blob: bytes | None, cores: CoreParametrization | None = None
+    ) -> Adapter:
+        """Read the packed form that was fetched for `ref`. cores: as in `from_bytes`.
 
         Raises `NotFound` if there is none, `AdapterReplaced` if the store holds other weights under this
         version by now, `CorruptRecord`, `BasisMismatch`.
@@ -183,7 +207,9 @@ class Adapter:
         header = read_header(blob)
         if header.version != ref.version:
             raise CorruptRecord(f"the record stored as {name} is version {header.version}")
-        adapter = cls.from_bytes(blob)
+        if header.holds_trained_numbers and header.basis_id != ref.basis_id:
+            raise BasisMismatch(f"the adapter belongs to basis {header.basis_id}, not to {ref.basis_id}")
+        adapter = cls.from_bytes(blob, cores=cores)
         if ref.checksum not in ("", header.checksum.hex()):
             raise AdapterReplaced(
                 f"{name} was replaced in the store while this request waited for it; send the request again"
@@ -208,6 +234,8 @@ class Header:
     #: The scores and the width of the head; 0 without one.
     num_scores: int = 0
     head_width: int = 0
+    #: Whether the payload holds the trained numbers instead of R.
+    holds_trained_numbers: bool = False
 
     @property
     def head_bytes(self) -> int:
@@ -224,7 +252,7 @@ def read_header(blob: bytes) -> Header:
      num_scores, head_width) = _HEADER.unpack(blob[:HEADER_BYTES])  # fmt: skip
     if magic != MAGIC:
         raise CorruptRecord("these bytes are not an adapter record: they do not begin with TSRA")
-    if fmt not in FORMATS or flags != 0:
+    if fmt not in FORMATS or flags not in (0, TRAINED_NUMBERS):
         raise CorruptRecord(
             f"the adapter record has format {fmt} and flags {flags}; this build reads formats "
             f"{' and '.join(map(str, FORMATS))}"
@@ -236,14 +264,24 @@ def read_header(blob: bytes) -> Header:
         raise CorruptRecord(f"adapter header out of range: head of {num_scores} scores, width {head_width}")
     header = Header(
         version, _DTYPES[code], modules, rank, metadata_bytes, payload_bytes, basis.hex(), checksum,
-        *((num_scores, head_width) if has_head else (0, 0)),
+        num_scores=num_scores if has_head else 0, head_width=head_width if has_head else 0,
+        holds_trained_numbers=flags == TRAINED_NUMBERS,
     )  # fmt: skip
-    expected_bytes = payload_size(modules, rank, header.dtype) + header.head_bytes
-    if metadata_bytes > MAX_METADATA_BYTES or payload_bytes != expected_bytes:
+    number_bytes = payload_bytes - header.head_bytes
+    if header.holds_trained_numbers:
+        fits = header.dtype != torch.int8 and number_bytes > 0 and number_bytes % header.dtype.itemsize == 0
+    else:
+        fits = number_bytes == payload_size(modules, rank, header.dtype)
+    if metadata_bytes > MAX_METADATA_BYTES or not fits:
         raise CorruptRecord(
             f"adapter header out of range: metadata {metadata_bytes} B, payload {payload_bytes} B"
         )
     return header
+
+
+def holds_trained_numbers(blob: bytes | None) -> bool:
+    """Return whether a packed adapter can be read only with the cores of its basis; False for no adapter."""
+    return blob is not None and blob[:4] == MAGIC and len(blob) >= HEADER_BYTES and blob[7] == TRAINED_NUMBERS
 
 
 def payload_size(num_modules: int, rank: int, dtype: torch.dtype) -> int:
@@ -295,6 +333,21 @@ def _is_all_finite(R: Tensor) -> bool:
     the sum is not finite, it may only have overflowed, so each value is tested.
     """
     return math.isfinite(R.sum()) or bool(torch.isfinite(R).all())
+
+
+def _unpack_trained(payload: memoryview, header: Header, cores: CoreParametrization | None) -> Tensor:
+    """Read the trained numbers [*cores.shape] float32. The result owns its memory."""
+    if cores is None:
+        raise InvalidInput(
+            f"the adapter is stored as trained numbers of basis {header.basis_id}; give that basis' cores",
+            param="cores",
+        )
+    numbers = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(header.dtype).float()
+    if numbers.numel() != math.prod(cores.shape):
+        raise CorruptRecord(
+            f"the adapter record holds {numbers.numel()} trained numbers, but its basis has {cores.shape}"
+        )
+    return numbers.view(cores.shape)
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessera.errors import CorruptRecord, InvalidInput
+from tessera.formats.cores import FREE, CoreParametrization, FreeCores, OrthogonalCores, SpannedCores
 from tessera.formats.manifest import FORMAT, ITEM_BYTES, BasisManifest, ModuleShape
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -58,6 +60,22 @@ class Basis:
     #: The stored core with which the training of a user best begins, [M, r, r] float32, if the method has
     #: learned one.
     start: Tensor | None = None
+    #: The fixed matrices P of a spanned core (`cores.py`), [M, u, r, r] float32.
+    projection: Tensor | None = None
+
+    @cached_property
+    def cores(self) -> CoreParametrization:
+        """How the trained numbers of an adapter become its R, in float64. Raises `CorruptRecord`."""
+        core, P_in, P_out = self.manifest.core, self.P_in.double(), self.P_out.double()
+        match core:
+            case {"kind": "free"}:
+                return FreeCores(P_in, P_out)
+            case {"kind": "spanned", "groups": groups} if self.projection is not None:
+                directions = P_out[:, None] @ self.projection.double() @ P_in[:, None]
+                return SpannedCores(directions, torch.tensor(groups))
+            case {"kind": "orthogonal", "scales": scales, "terms": terms}:
+                return OrthogonalCores(P_in, P_out, scales=scales, terms=terms)
+        raise CorruptRecord(f"basis {self.basis_id} is for adapters that this build does not know: {core}")
 
     @property
     def basis_id(self) -> str:
@@ -87,9 +105,12 @@ class Basis:
             yield raw_bytes(A) + raw_bytes(B)
 
     def preconditioner_bytes(self) -> bytes:
-        """Return the raw bytes of P_in, P_out and, if there is one, `start`. Only training needs them."""
-        start = b"" if self.start is None else raw_bytes(self.start)
-        return raw_bytes(self.P_in) + raw_bytes(self.P_out) + start
+        """Return the raw bytes of P_in, P_out and, if there are any, of `start` and `projection`.
+
+        Only training needs them, and adapters that are stored as their trained numbers.
+        """
+        more = b"".join(raw_bytes(X) for X in (self.start, self.projection) if X is not None)
+        return raw_bytes(self.P_in) + raw_bytes(self.P_out) + more
 
     @classmethod
     def from_bytes(cls, manifest: BasisManifest, modules: list[bytes], preconditioner: bytes) -> Basis:
@@ -107,19 +128,28 @@ class Basis:
             flat = torch.frombuffer(bytearray(blob), dtype=dtype)
             A.append(flat[: rank * shape.d_in].view(rank, shape.d_in))
             B.append(flat[rank * shape.d_in :].view(shape.d_out, rank))
-        if len(preconditioner) not in (2 * M * rank * rank * 4, 3 * M * rank * rank * 4):
+        matrices, rest = M * rank * rank, manifest.projection_numbers
+        if len(preconditioner) not in (4 * (2 * matrices + rest), 4 * (3 * matrices + rest)):
             raise CorruptRecord(f"the stored preconditioner has a wrong size, {len(preconditioner)} bytes")
-        P = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32).view(-1, M, rank, rank)
-        basis = cls(manifest, tuple(A), tuple(B), P[0], P[1], P[2] if len(P) == 3 else None)
+        numbers = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32)
+        P = numbers[: len(numbers) - rest].view(-1, M, rank, rank)
+        projection = numbers[len(numbers) - rest :].view(M, -1, rank, rank) if rest else None
+        basis = cls(manifest, tuple(A), tuple(B), P[0], P[1], P[2] if len(P) == 3 else None, projection)
         if basis.digest() != manifest.basis_id:
             raise CorruptRecord(f"the stored factors do not match the digest of basis {manifest.basis_id}")
         return basis
 
     def digest(self) -> str:
-        """Compute SHA-256 over the model id, the layout and the bytes of all tensors, as hex."""
+        """Compute SHA-256 over the model id, the layout and the bytes of all tensors, as hex.
+
+        How adapters are trained is part of it unless that is "free": some are stored as trained numbers.
+        """
         manifest = self.manifest
         layout = [[m.name, m.d_in, m.d_out] for m in manifest.modules]
-        head = json.dumps([FORMAT, manifest.model_id, manifest.rank, manifest.dtype, layout])
+        parts = [FORMAT, manifest.model_id, manifest.rank, manifest.dtype, layout]
+        if manifest.core["kind"] != FREE:
+            parts.append(manifest.core)
+        head = json.dumps(parts, sort_keys=True)
         digest = hashlib.sha256(head.encode())
         for blob in self.module_bytes():
             digest.update(blob)
@@ -135,6 +165,8 @@ def make_basis(
     recipe: dict[str, Any],
     dtype: str = "float32",
     start: Tensor | None = None,
+    core: Mapping[str, Any] | None = None,
+    projection: Tensor | None = None,
 ) -> Basis:
     """Make a canonical basis from any frozen factors (A' [r, d_in], B' [d_out, r]) of each module.
 
@@ -143,9 +175,12 @@ def make_basis(
     identity. If a module is too narrow for the rank (d = min(d_in, d_out) < r), all rows of A' and columns of
     B' after the first d must be zero, and stay zero.
 
-    start: R'_0 [M, r, r] in the coordinates of these factors; the basis keeps it as P_out R'_0 P_in. Raises
+    start: R'_0 [M, r, r] in the coordinates of these factors; the basis keeps it as P_out R'_0 P_in. core,
+    projection: how adapters are trained, unless freely (`BasisManifest.core`, `Basis.projection`). Raises
     `InvalidInput` for a factor that is not finite or does not have full rank.
     """
+    if core is not None:
+        recipe = {**recipe, "core": dict(core)}
     if dtype not in DTYPES:
         raise InvalidInput(f"a basis can be stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
     A, B, P_in, P_out = [], [], [], []
@@ -168,7 +203,10 @@ def make_basis(
         basis_id="", model_id=model_id, method=method, rank=A[0].shape[0], dtype=dtype,
         modules=tuple(factors), recipe=recipe,
     )  # fmt: skip
-    draft = Basis(manifest, tuple(A), tuple(B), torch.stack(P_in), torch.stack(P_out))
+    draft = Basis(
+        manifest, tuple(A), tuple(B), torch.stack(P_in), torch.stack(P_out),
+        projection=None if projection is None else projection.float().contiguous().cpu(),
+    )  # fmt: skip
     if start is not None:
         draft = replace(draft, start=draft.fold(start.cpu().double()).float().contiguous())
     return replace(draft, manifest=replace(manifest, basis_id=draft.digest()))

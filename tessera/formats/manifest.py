@@ -40,6 +40,20 @@ class BasisManifest:
     format: int = FORMAT
 
     @property
+    def core(self) -> dict[str, Any]:
+        """Return how adapters of this basis are trained (`cores.py`); part of the digest unless it is "free".
+
+        kind: free, spanned (num_vectors; groups: the group of each module), orthogonal (scales, terms).
+        """
+        core = self.recipe.get("core")
+        return dict(core) if isinstance(core, dict) else {"kind": "free"}
+
+    @property
+    def projection_numbers(self) -> int:
+        """Return how many numbers the fixed matrices of a spanned core have: num_vectors · M · r²."""
+        return int(self.core.get("num_vectors", 0)) * len(self.modules) * self.rank**2
+
+    @property
     def factor_bytes(self) -> int:
         """Return the bytes of all A and B in the storage dtype."""
         numbers = sum(self.rank * (m.d_in + m.d_out) for m in self.modules)
@@ -52,8 +66,13 @@ class BasisManifest:
 
     @property
     def stored_bytes(self) -> int:
-        """Return the bytes that a quota counts: the factors, or this manifest if only it is stored."""
-        return len(self.to_json()) if self.is_regenerated else self.factor_bytes
+        """Return the bytes that a quota counts: the factors, or this manifest if only it is stored.
+
+        The fixed matrices of a spanned core count too.
+        """
+        if self.is_regenerated:
+            return len(self.to_json())
+        return self.factor_bytes + 4 * self.projection_numbers
 
     @property
     def is_own(self) -> bool:

@@ -96,4 +96,12 @@ PRESETS: dict[str, Preset] = {
         "population", "population", "a basis and an initialization learned from other users"
     ),
     "random": Preset("random", "zero", "random orthonormal factors, the control"),
+    "tinylora": Preset("tinylora", "zero", "TinyLoRA: R from a few trained numbers"),
+    "tinylora_thirteen": Preset(
+        "tinylora",
+        "zero",
+        "TinyLoRA with 13 numbers for the whole model",
+        basis_options={"num_vectors": 13, "weight_tying": 1.0},
+    ),
+    "psoft": Preset("psoft", "zero", "PSOFT: rotations of the principal subspace"),
 }

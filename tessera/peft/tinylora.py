@@ -28,6 +28,7 @@ from tessera.errors import InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import MAX_RANK
 from tessera.formats.basis import make_basis
+from tessera.formats.cores import MAX_PROJECTION_BYTES, SPANNED
 from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import LowRank, SingleAdapter, make_single_adapter
 from tessera.peft.config import (
@@ -100,25 +101,32 @@ class TinyLora:
         return torch.einsum("i,ijk->jk", self.vectors[module.group].double(), module.P.double())
 
     def to_single_adapter(self, *, model_id: str) -> SingleAdapter:
-        """Return the basis of the file's A and B, and the adapter in it. Raises `InvalidInput`.
+        """Return the basis of the file's A, B and P, and the adapter in it. Raises `InvalidInput`.
 
-        Files that PEFT trained on one model with one rank have the same A and B, and so share a basis.
+        Files that PEFT trained on one model with one config have the same A, B and P, and so share a basis;
+        each user's adapter is stored as its vectors. Without room for P, R is stored.
         """
         recipe = {"source": METHOD, "peft_type": PEFT_TYPE, "base_model": self.base_model, "rank": self.rank}
-        factors, cores = {}, []
+        factors, projections = {}, []
         for shape, module in self.modules.items():
             unused = (0, self.rank - len(module.A))
             A, B = (X.cpu().double() for X in (module.A, module.B))
             factors[shape] = (F.pad(A.mT, unused).mT, F.pad(B, unused))
-            cores.append(F.pad(self.core(module), unused + unused))
+            projections.append(F.pad(module.P.float(), unused + unused))
+        P, v = torch.stack(projections), torch.stack(self.vectors).float()
+        groups = [module.group for module in self.modules.values()]
+        core = {"kind": SPANNED, "num_vectors": v.shape[1], "groups": groups}
+        if P.nbytes > MAX_PROJECTION_BYTES:
+            return self._as_product(model_id, recipe)
         try:
             basis = make_basis(
-                model_id=model_id, method=METHOD, factors=factors, recipe=recipe, dtype=self.storage_dtype
-            )
+                model_id=model_id, method=METHOD, factors=factors, recipe=recipe, dtype=self.storage_dtype,
+                core=core, projection=P,
+            )  # fmt: skip
         except InvalidInput:  # a weight of a lower rank, whose factors hold zeros
             return self._as_product(model_id, recipe)
-        R = basis.fold(torch.stack(cores)).float().contiguous()
-        return SingleAdapter(basis, Adapter(basis.basis_id, R, recipe))
+        R = basis.cores.expand(v[None].double()).float().contiguous()
+        return SingleAdapter(basis, Adapter(basis.basis_id, R, recipe, trained=v[None]))
 
     def _as_product(self, model_id: str, recipe: dict[str, Any]) -> SingleAdapter:
         changes = {

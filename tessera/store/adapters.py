@@ -326,7 +326,7 @@ def _pack(
         bytes=len(blob),
         basis_id=adapter.basis_id,
         rank=adapter.rank,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(adapter.storage_dtype(dtype)).removeprefix("torch."),
         job_id=job_id,
         metadata=adapter.metadata,
     )

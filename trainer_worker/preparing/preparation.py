@@ -230,9 +230,9 @@ class Preparation:
             raise InvalidInput(f"{spec.warm_start_from!r} names no adapter", param="model")
         ref = await self._adapters.resolve(tenant, *named)
         [blob] = await self._adapters.fetch([ref])
-        # Raises `AdapterReplaced` if the version was replaced in between; then the caller repeats the call.
-        adapter = await asyncio.to_thread(Adapter.of_version, ref, blob)
         other = None if ref.basis_id == basis.basis_id else await self._bases.get(tenant, ref.basis_id)
+        # Raises `AdapterReplaced` if the version was replaced in between; then the caller repeats the call.
+        adapter = await asyncio.to_thread(Adapter.of_version, ref, blob, (other or basis).cores)
         return adapter, other
 
 

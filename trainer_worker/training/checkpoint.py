@@ -1,6 +1,7 @@
 """Checkpoints: the state of a run in safetensors, with its progress as JSON in the metadata. Never pickle.
 
-    tensors    R, m, v, best_R   [M, r, r], float32 (float64 for a model in float64). For a LoRA form [2, P],
+    tensors    R, m, v, best_R   [M, r, r], float32 (float64 for a model in float64). Fewer for a method that
+                                 trains fewer (`tessera/formats/cores.py`). For a LoRA form [2, P],
                                  with its initial factors and the state of its local rules.
                reference         [n, 2], float64, of a run with pairs: the log-probabilities of its first n
                                  pairs under the reference.

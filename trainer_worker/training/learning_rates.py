@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tessera.formats.basis import Basis
@@ -74,6 +73,8 @@ PEAK_STEPS: Mapping[str, float] = {
     "milora/top": SMALL_STEP,
     "loram": LARGE_STEP,  # sines depend on W as little as random factors do
     "population": POPULATION_STEP,
+    "tinylora": LARGE_STEP,
+    "psoft": SMALL_STEP,  # LoRA-XS's vectors
 }
 #: Bases built from a gradient. They overfit few examples, and the more so, the larger the step.
 #:
@@ -155,8 +156,9 @@ class BasisKind:
     #: The basis' method; method/vectors for a variant with its own row in the table.
     method: str
     rank: int
-    #: How much larger a step on the stored core is than on R': the mean over modules of ‖P_out‖ ‖P_in‖ / r,
-    #: which is the ratio of Frobenius norms for a step of independent signs; 1 if P is the identity.
+    #: How much larger a step on the stored core is than on the trained numbers (`CoreParametrization.gain`).
+    #: For R' the mean over modules of ‖P_out‖ ‖P_in‖ / r, which is the ratio of Frobenius norms for a step of
+    #: independent signs; 1 if P is the identity.
     gain: float = 1.0
     #: Name of the initialization.
     start: str = "zero"
@@ -173,10 +175,8 @@ class BasisKind:
         objective: str = SUPERVISED,
     ) -> BasisKind:
         """scale: the run's s of each module, as a factor on that of the basis, [M]."""
-        norms = torch.linalg.matrix_norm(basis.P_out) * torch.linalg.matrix_norm(basis.P_in)
-        gain = float((norms if scale is None else norms * scale).mean()) / basis.rank
         method = variant(basis.manifest.method, basis.manifest.recipe)
-        return cls(method, basis.rank, gain, start, objective)
+        return cls(method, basis.rank, basis.cores.gain(scale), start, objective)
 
     @property
     def learning_rate(self) -> float:

@@ -32,7 +32,11 @@ from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable
 
 
 class CoreRun(TrainRun):
-    """A run that trains cores R' (`Basis.fold`) in a stored basis. R, m, v, best_R: [M, r, r]."""
+    """A run that trains a core in a stored basis.
+
+    R, m, v, best_R: the trained numbers that the core is made of, in the shape of `Basis.cores`: [M, r, r]
+    for R' (`Basis.fold`), less for a method that trains fewer.
+    """
 
     keeps_states = True
 
@@ -62,9 +66,9 @@ class CoreRun(TrainRun):
             message = f"the adapter to start from has R {list(start.shape)}, the basis needs {list(shape)}"
             raise InvalidInput(message, param="warm_start_from")
         self.scale = core_scale(basis, scaling)
-        R = torch.zeros(shape)
+        R = torch.zeros(basis.cores.shape)
         if start is not None:
-            R = (basis.unfold(start.double()) / self.scale.double()[:, None, None]).float()
+            R = basis.cores.solve(start.double() / self.scale.double()[:, None, None]).float()
         super().__init__(run_id, data, plan, R=R, objective=objective)
         self.basis, self.refers_to_base = basis, refers_to_base
 
@@ -99,9 +103,17 @@ class CoreRun(TrainRun):
         return RunResult(self.to_adapter(self.published_R, metadata), stored_basis=self.basis)
 
     def to_adapter(self, R: Tensor, metadata: dict[str, Any]) -> Adapter:
-        """Return a state R' [M, r, r] of this run in stored form: R = P_out s R' P_in, in float32."""
-        scaled = R.double() * self.scale.double()[:, None, None]
-        return Adapter(self.basis_id, self.basis.fold(scaled).float().contiguous(), metadata)
+        """Return a state of this run in stored form. R: the trained numbers, [*shape] of `Basis.cores`.
+
+        The numbers themselves are stored if they are fewer than R, and if s can be a part of them.
+        """
+        cores, scale = self.basis.cores, self.scale.double()
+        core = cores.expand(R.double()) * scale[:, None, None]
+        trained = None if cores.is_free else cores.scale(R.double(), scale)
+        return Adapter(
+            self.basis_id, core.float().contiguous(), metadata,
+            trained=None if trained is None else trained.float(),
+        )  # fmt: skip
 
 
 def core_scale(basis: Basis, scaling: Scaling) -> Tensor:
@@ -115,9 +127,10 @@ def core_scale(basis: Basis, scaling: Scaling) -> Tensor:
 class Trainer:
     """The runs that are trained together, all in one basis.
 
-    Each run takes a slot, or several if it is a search (`CoreRun.members`). The memory for K slots: R', m, v,
-    the gradient and the folded core, each [K, M, r, r] (in float32 1.1 MB per slot for an 8B Llama at
-    r = 16), and A and B on the model's device. K is `max_runs`, and more while searches need them.
+    Each run takes a slot, or several if it is a search (`CoreRun.members`). The memory for K slots: the
+    trained numbers, m and v, which are as large as R unless the method trains fewer; the gradient and the
+    folded core, each [K, M, r, r] (together in float32 1.1 MB per slot for an 8B Llama at r = 16); and A, B
+    on the model's device. K is `max_runs`, and more while searches need them.
     """
 
     def __init__(self, base: BaseModel, basis: Basis, *, max_runs: int, token_budget: int) -> None:
@@ -131,7 +144,7 @@ class Trainer:
         self._dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         self.tokens = TokenCounts()
         self._min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
-        self._P_in, self._P_out = (P.to(device, self._dtype) for P in (basis.P_in, basis.P_out))
+        self._cores = basis.cores.to(device, self._dtype)
         self._A = [A.to(device, layer_dtype) for A in basis.A]
         self._B = [B.to(device, layer_dtype) for B in basis.B]
         #: s of each slot's modules, as a factor on that of the basis: [K, M, 1, 1].
@@ -228,7 +241,7 @@ class Trainer:
         batches = {slot: self._at(slot).next_batch() for slot in slots}
         measured = self._pass(batches, learn=True).measured()
         core_grad = self._grad.transpose(0, 1)  # [K, M, r, r]
-        grad = self._P_out.mT @ core_grad @ self._P_in.mT * self._scale
+        grad = self._cores.gradient(self._optimizer.R, core_grad * self._scale)
         norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
         users, updates = [], []
         for slot, batch in batches.items():
@@ -273,7 +286,7 @@ class Trainer:
         if rows is not None:
             self._owners.rows, self._owners.length = rows, None
         with torch.no_grad():
-            core = self._P_out @ self._optimizer.R @ self._P_in * self._scale
+            core = self._cores.expand(self._optimizer.R) * self._scale
             self._core.copy_(core.transpose(0, 1))
             for slot, run in self._active():
                 if run.awaits_reference and run.refers_to_base:
@@ -307,9 +320,10 @@ class Trainer:
         self._optimizer = optimizer
         self._slots = [member for _, member in before] + [None] * (num_slots - len(before))
         # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
-        self._core = torch.zeros_like(optimizer.R.transpose(0, 1)).contiguous()
+        M, r = self.basis.num_modules, self.basis.rank
+        self._core = torch.zeros(M, num_slots, r, r, dtype=self._dtype, device=self._device)
         self._grad = torch.zeros_like(self._core)
-        self._scale = torch.ones_like(optimizer.R[..., :1, :1])
+        self._scale = torch.ones(num_slots, M, 1, 1, dtype=self._dtype, device=self._device)
         self._deltas = [
             Delta(A, B, self._leaf(m), self._owners)
             for m, (A, B) in enumerate(zip(self._A, self._B, strict=True))
@@ -317,8 +331,7 @@ class Trainer:
         self._bind_slots()
 
     def _make_optimizer(self, num_slots: int) -> BatchedOptimizer:
-        M, r = self.basis.num_modules, self.basis.rank
-        return BatchedOptimizer((num_slots, M, r, r), dtype=self._dtype, device=self._device)
+        return BatchedOptimizer((num_slots, *self._cores.shape), dtype=self._dtype, device=self._device)
 
     def _bind_slots(self) -> None:
         """Make the tensors of every member views of the slots' memory."""

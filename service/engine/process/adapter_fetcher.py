@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from service.engine.adapters.packed_adapter import PackedAdapter, SlotFormat
@@ -27,9 +29,10 @@ from tessera.errors import (
     TesseraError,
     Unavailable,
 )
-from tessera.formats.adapter import Adapter
+from tessera.formats.adapter import Adapter, holds_trained_numbers
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
+from tessera.formats.cores import CoreParametrization
 from tessera.store.adapters import AdapterStore
 from tessera.store.bases import BasisStore
 
@@ -44,6 +47,9 @@ RETRY_S = 5.0
 #: which come together. A thread beside it would have to wait until the engine's thread lets it run, and the
 #: loop again for the result.
 MAX_INLINE_BYTES = 2 * 1024**2
+#: Bases whose `cores` are kept for adapters that are stored as trained numbers. With 64 numbers per module at
+#: rank 16, those of an 8B model have 29 MB.
+MAX_CORES = 8
 _FIRST_DELAY_S = 0.1
 _MAX_DELAY_S = 1.0
 
@@ -91,7 +97,13 @@ class AdapterFetcher:
 
     async def _read_adapters(self, refs: Sequence[AdapterRef]) -> None:
         for ref, found in zip(refs, await self._reader.read_adapters(refs), strict=True):
-            self._provide_adapter(ref, found)
+            if isinstance(found, TrainedNumbers):
+                self._spawn(self._expand(found))  # the others need not wait for a basis
+            else:
+                self._provide_adapter(ref, found)
+
+    async def _expand(self, found: TrainedNumbers) -> None:
+        self._provide_adapter(found.ref, await self._reader.expand(found))
 
     def _provide_adapter(self, ref: AdapterRef, found: PackedAdapter | TesseraError) -> None:
         def reply(error: TesseraError | None) -> None:
@@ -123,6 +135,14 @@ class AdapterFetcher:
             self._thread.on_failure(error)
 
 
+@dataclass(frozen=True)
+class TrainedNumbers:
+    """An adapter whose R follows from trained numbers and from its basis, which is not at hand."""
+
+    ref: AdapterRef
+    blob: bytes
+
+
 class StoreReader:
     """Reads adapters, packed in `slot_format`, and bases. A failure is returned as a value, because each
     belongs to other requests."""
@@ -131,16 +151,38 @@ class StoreReader:
         self._adapters = adapters
         self._bases = bases
         self._slot_format = slot_format
+        #: How trained numbers become R, for the bases of such adapters, the least recently used first.
+        self._cores: OrderedDict[str, CoreParametrization] = OrderedDict()
+        self._reading_cores = asyncio.Lock()
 
-    async def read_adapters(self, refs: Sequence[AdapterRef]) -> list[PackedAdapter | TesseraError]:
+    async def read_adapters(
+        self, refs: Sequence[AdapterRef]
+    ) -> list[PackedAdapter | TrainedNumbers | TesseraError]:
         """Return for each ref the packed adapter, or NotFound, AdapterReplaced, CorruptRecord, BasisMismatch
-        or StoreUnavailable."""
+        or StoreUnavailable; or what `expand` has to be called with."""
         fetched = await _attempt(lambda: self._adapters.fetch(refs))
         if isinstance(fetched, TesseraError):
             return [fetched] * len(refs)
         if sum(len(blob) for blob in fetched if blob is not None) <= MAX_INLINE_BYTES:
             return parse_adapters(refs, fetched, self._slot_format)
         return await asyncio.to_thread(parse_adapters, refs, fetched, self._slot_format)
+
+    async def expand(self, found: TrainedNumbers) -> PackedAdapter | TesseraError:
+        """Return the packed adapter, or an error of `read_adapters` or `read_basis`."""
+        ref = found.ref
+        async with self._reading_cores:
+            cores = self._cores.get(ref.basis_id)
+            if cores is None:
+                basis = await self.read_basis(ref.basis_id)
+                if isinstance(basis, TesseraError):
+                    return basis
+                cores = self._cores[ref.basis_id] = await asyncio.to_thread(lambda: basis.cores)
+                while len(self._cores) > MAX_CORES:
+                    self._cores.popitem(last=False)
+            self._cores.move_to_end(ref.basis_id)
+        parsed = await asyncio.to_thread(parse_adapter, ref, found.blob, self._slot_format, cores)
+        assert not isinstance(parsed, TrainedNumbers)
+        return parsed
 
     async def read_basis(self, basis_id: str) -> Basis | TesseraError:
         """Return the basis, or NotFound, CorruptRecord or StoreUnavailable."""
@@ -149,16 +191,24 @@ class StoreReader:
 
 def parse_adapters(
     refs: Sequence[AdapterRef], blobs: Sequence[bytes | None], slot_format: SlotFormat
-) -> list[PackedAdapter | TesseraError]:
+) -> list[PackedAdapter | TrainedNumbers | TesseraError]:
     return [parse_adapter(ref, blob, slot_format) for ref, blob in zip(refs, blobs, strict=True)]
 
 
 def parse_adapter(
-    ref: AdapterRef, blob: bytes | None, slot_format: SlotFormat
-) -> PackedAdapter | TesseraError:
-    """Return the packed adapter in `blob` if it is the one that `ref` names, otherwise the error."""
+    ref: AdapterRef,
+    blob: bytes | None,
+    slot_format: SlotFormat,
+    cores: CoreParametrization | None = None,
+) -> PackedAdapter | TrainedNumbers | TesseraError:
+    """Return the packed adapter in `blob` if it is the one that `ref` names, otherwise the error.
+
+    cores: those of its basis. Without them an adapter that is stored as trained numbers is returned as such.
+    """
+    if blob is not None and cores is None and holds_trained_numbers(blob):
+        return TrainedNumbers(ref, blob)
     try:
-        return slot_format.pack(Adapter.of_version(ref, blob))
+        return slot_format.pack(Adapter.of_version(ref, blob, cores))
     except (NotFound, AdapterReplaced) as error:
         return error
     except (CorruptRecord, BasisMismatch) as error:

@@ -22,7 +22,9 @@ from tessera.methods.bases import (
     milora,
     olora,
     pissa,
+    psoft,
     random_factors,
+    tinylora,
 )
 from tessera.methods.building.build import BuildRequest, BuiltBasis, build
 from tessera.methods.building.calibration import CalibrationSet
@@ -63,6 +65,8 @@ _FILES = (
     gradient_svd,
     learned_basis,
     random_factors,
+    tinylora,
+    psoft,
 )
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 

@@ -55,6 +55,14 @@ def warm(request: InitInputs, options: Options) -> tuple[Tensor, dict[str, Any]]
                 f"{options['max_relative_loss']:.1%} is allowed",
                 param="max_relative_loss",
             )
+    if not basis.cores.is_free:
+        loss = max(loss, basis.cores.relative_loss(adapter.R))
+        if loss > options["max_relative_loss"]:
+            raise InvalidInput(
+                f"the numbers that are trained in this basis cannot express {loss:.1%} of the adapter; "
+                f"{options['max_relative_loss']:.1%} is allowed",
+                param="max_relative_loss",
+            )
     return basis.unfold(adapter.R.double()), {"relative_loss": loss}
 
 

@@ -121,6 +121,7 @@ async def test_tinyloras_of_one_model_become_adapters_of_one_private_basis(
         for module, expected in changes.items():
             torch.testing.assert_close(delta(written, module), expected, rtol=1e-4, atol=1e-4)
     assert found["anna"]["basis"] == found["ben"]["basis"]
+    assert found["anna"]["bytes"] < 128 + 100 + 3 * 4 + 1  # header, provenance and three numbers
     assert len([key async for key in redis.scan_iter(match="*:owners")]) == 1
 
 

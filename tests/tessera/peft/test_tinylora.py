@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
+from tessera.formats.adapter import Adapter
 from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import SingleAdapter
 from tessera.methods.building.losses import attached
@@ -144,12 +145,23 @@ def test_a_file_means_the_same_on_another_base_model(tmp_path: Path) -> None:
     torch.testing.assert_close(served(llama(seed=3), imported(files)), expected, rtol=0, atol=1e-5)
 
 
-def test_users_of_one_model_share_the_basis(tmp_path: Path) -> None:
-    first = trained(llama(), r=4, u=5, target_modules=["q_proj", "v_proj"])
-    second = trained(llama(), r=4, u=5, target_modules=["q_proj", "v_proj"], projection_seed=9)
-    one, other = (imported(saved(m, tmp_path / name)) for m, name in ((first, "a"), (second, "b")))
-    assert one.basis.basis_id == other.basis.basis_id
-    assert not torch.equal(one.adapter.R, other.adapter.R)
+def test_users_of_one_model_share_the_basis_and_are_stored_as_their_vectors(tmp_path: Path) -> None:
+    options: Config = {"r": 2, "u": 13, "weight_tying": 1.0, "target_modules": "all-linear"}
+    first, second, third = (trained(llama(), **options, **more) for more in ({}, {}, {"projection_seed": 9}))
+    vector = next(p for n, p in second.named_parameters() if "tinylora_v" in n)
+    vector.data *= -2
+    expected = logits(second)
+    one, other, another = (
+        imported(saved(model, tmp_path / str(place))) for place, model in enumerate((first, second, third))
+    )
+    assert one.basis.basis_id == other.basis.basis_id != another.basis.basis_id
+    blob = other.adapter.to_bytes(version=1, dtype=torch.float32)
+    assert len(blob) == 128 + len(json.dumps(other.adapter.metadata, separators=(",", ":"))) + 4 * 13
+    again = Adapter.from_bytes(blob, cores=one.basis.cores)
+    assert torch.equal(again.R, other.adapter.R)
+    assert again.trained is not None
+    assert torch.equal(again.trained.flatten(), vector.data)
+    torch.testing.assert_close(served(llama(), SingleAdapter(one.basis, again)), expected, rtol=0, atol=1e-5)
 
 
 def test_a_weight_of_low_rank_is_imported(tmp_path: Path) -> None:

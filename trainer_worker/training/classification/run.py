@@ -11,6 +11,7 @@ the root of that ratio.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class ClassificationRun(TrainRun):
     @property
     def num_core(self) -> int:
         """Return how many of the numbers belong to the cores."""
-        return self.basis.num_modules * self.basis.rank**2
+        return math.prod(self.basis.cores.shape)
 
     @property
     def num_scores(self) -> int:
@@ -120,15 +121,16 @@ class ClassificationRun(TrainRun):
 
         The head of a regression gives scores in the units of the data: W ← scale W, b ← scale b + mean.
         """
-        basis, packed = self.basis, self.published_R.double()
-        cores = packed[: self.num_core].view(basis.num_modules, basis.rank, basis.rank)
-        R = basis.fold(cores).float().contiguous()
+        cores, packed = self.basis.cores, self.published_R.double()
+        numbers = packed[: self.num_core].view(cores.shape)
+        R = cores.expand(numbers).float().contiguous()
         weight = self.head_scale * packed[self.num_core :].view(self.num_scores, self.width + 1)
         if self.is_regression:
             weight = weight * self.labelled.scale
             weight[:, -1] += self.labelled.mean
         head = ClassificationHead(weight.float().contiguous(), self.labelled.labels)
-        return RunResult(Adapter(self.basis_id, R, metadata, head))
+        trained = None if cores.is_free else numbers.float()
+        return RunResult(Adapter(self.basis_id, R, metadata, head, trained))
 
     def show_step(self, update: RunUpdate, measured: Measured) -> None:
         """Add to an update what a training step has measured. Scores are neither right nor wrong."""

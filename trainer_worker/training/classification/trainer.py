@@ -42,7 +42,8 @@ class ClassificationTrainer:
     """The classification runs that are trained together, all in one basis.
 
     Its memory for K = `max_runs` users and C labels: cores, heads, their gradient and moments, 4 K P numbers
-    with P = M r² + C (d + 1), and A and B on the model's device.
+    with P = M r² (less where fewer numbers are trained, `cores.py`) + C (d + 1), and A and B on the model's
+    device.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class ClassificationTrainer:
         device, layer_dtype = self._device, self._layers[0].weight.dtype
         self._dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         M, r, K, C = basis.num_modules, basis.rank, max_runs, self.max_scores
-        self._num_core, self._core_shape, self._head_shape = M * r * r, (K, M, r, r), (K, C, width + 1)
+        self._cores = basis.cores.to(device, self._dtype)
+        self._core_shape, self._head_shape = (K, *self._cores.shape), (K, C, width + 1)
+        self._num_core = math.prod(self._cores.shape)
         self._runs: list[ClassificationRun | None] = [None] * K
         size = self._num_core + C * (width + 1)
         self._optimizer = BatchedOptimizer((K, 1, 1, size), dtype=self._dtype, device=device)
-        self._P_in, self._P_out = (P.to(device, self._dtype) for P in (basis.P_in, basis.P_out))
         # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
         self._core = torch.zeros(M, K, r, r, dtype=self._dtype, device=device)
         self._core_grad = torch.zeros_like(self._core)
@@ -164,7 +166,8 @@ class ClassificationTrainer:
 
     def _gradient(self) -> Tensor:
         """Return the gradient of the packed numbers [K, 1, 1, P] from those of the cores and heads."""
-        cores = self._P_out.mT @ self._core_grad.transpose(0, 1) @ self._P_in.mT
+        numbers = self._optimizer.R.flatten(1)[:, : self._num_core].view(self._core_shape)
+        cores = self._cores.gradient(numbers, self._core_grad.transpose(0, 1))
         trains_core = torch.tensor(
             [run is not None and not run.head_only for run in self._runs], device=self._device
         )
@@ -233,7 +236,7 @@ class ClassificationTrainer:
         """Put this basis and the current cores into the model's layers, and take them out afterwards."""
         with torch.no_grad():
             packed = self._optimizer.R.flatten(1)
-            core = self._P_out @ packed[:, : self._num_core].view(self._core_shape) @ self._P_in
+            core = self._cores.expand(packed[:, : self._num_core].view(self._core_shape))
             self._core.copy_(core.transpose(0, 1))
             heads = packed[:, self._num_core :].view(self._head_shape)
             self._head.copy_(heads * self._head_scales()[:, None, None])
