@@ -145,7 +145,10 @@ DEFAULT_LORA_RATE = 1.5e-3
 #: 0.3 / 1 / 3 / 10 times the supervised rate every held-out pair is right and the loss (0.693 before) is
 #: 0.110 / 0.0066 / 0.0003 / 0.0000 / 0.0000 / 0.0005. Larger steps pay for it with the preferred answers,
 #: whose log-probability falls by 0.07 / 0.18 / 0.35 / 0.95 / 0.81 / 3.79 nats per token: the loss sees only
-#: the difference. So a tenth is taken, which has learned the preference and keeps the answers.
+#: the difference. 240 pairs of the devil's definitions (preferred) and the jargon file's, 30 steps of 8, 60
+#: other pairs, at 0.01 / 0.03 / 0.1 / 0.3 / 1: loss 0.637 / 0.531 / 0.280 / 0.127 / 0.062, right 0.98 / 0.98
+#: / 0.97 / 0.93 / 1.00, preferred answers -0.00 / -0.00 / -0.03 / -0.14 / -0.08. So a tenth is taken: it has
+#: learned the preference and keeps the answers.
 OBJECTIVE_FACTORS: Mapping[str, float] = {SUPERVISED: 1.0, DPO: 0.1}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.http.schemas.common import (
     AdapterUsed,
@@ -21,10 +21,15 @@ from tessera.data.examples import Example
 MAX_ITEMS = 64
 
 
+def _whole(value: Any) -> Any:
+    """1.0 is 1, as in a training file."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class ScoredMessage(ChatMessage):
     """A message as the chat endpoint takes it, and whether it counts for the score."""
 
-    weight: int | None = Field(
+    weight: Annotated[int | None, BeforeValidator(_whole)] = Field(
         None, ge=0, le=1, description="Of an assistant message: 1 (the default) counts it, 0 does not."
     )
 
@@ -52,6 +57,19 @@ class PromptAndCompletion(Request):
     completion: str = Field(min_length=1)
 
 
+class PromptAndAnswer(Request):
+    """A prompt and its completion as messages, TRL's form. The assistant's messages of the completion are
+    counted."""
+
+    prompt: list[ScoredMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    completion: list[ScoredMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+
+    def to_messages(self) -> tuple[dict[str, Any], ...]:
+        prompt = (message.to_template() for message in self.prompt)
+        context = ({**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt)
+        return (*context, *(message.to_template() for message in self.completion))
+
+
 class PlainText(Request):
     """A text. All tokens are counted except the first, which nothing predicts."""
 
@@ -61,19 +79,22 @@ class PlainText(Request):
 def _kind_of_item(value: Any) -> str:
     given = value if isinstance(value, dict) else {}
     keys = {key for key in ("messages", "text") if given.get(key) is not None}
-    return "~conversation" if "messages" in keys else "~plain" if "text" in keys else "~pair"
+    if keys:
+        return "~conversation" if "messages" in keys else "~plain"
+    return "~turns" if isinstance(given.get("prompt"), list) else "~pair"
 
 
 ScoreItem = Annotated[
     Annotated[Conversation, Tag("~conversation")]
     | Annotated[PromptAndCompletion, Tag("~pair")]
+    | Annotated[PromptAndAnswer, Tag("~turns")]
     | Annotated[PlainText, Tag("~plain")],
     Discriminator(_kind_of_item),
 ]
 
 
 class ScoreRequest(ModelRequest):
-    """Texts to score, in the three forms of a training file."""
+    """Texts to score, in the forms of a training file."""
 
     input: list[ScoreItem] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
     return_tokens: bool = Field(False, description="Also return every token with its log-probability.")
@@ -82,9 +103,13 @@ class ScoreRequest(ModelRequest):
         return [_to_example(item, number) for number, item in enumerate(self.input, start=1)]
 
 
-def _to_example(item: Conversation | PromptAndCompletion | PlainText, number: int) -> Example:
+def _to_example(
+    item: Conversation | PromptAndCompletion | PromptAndAnswer | PlainText, number: int
+) -> Example:
     if isinstance(item, Conversation):
         return Example(messages=tuple(m.to_template() for m in item.messages), line=number)
+    if isinstance(item, PromptAndAnswer):
+        return Example(messages=item.to_messages(), line=number)
     if isinstance(item, PromptAndCompletion):
         return Example(prompt=item.prompt, completion=item.completion, line=number)
     return Example(text=item.text, line=number)

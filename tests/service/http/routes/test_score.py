@@ -149,6 +149,53 @@ async def test_a_message_may_hold_what_the_chat_endpoint_takes(
     assert first.token_ids == second.token_ids
 
 
+async def test_trls_messages_count_the_completion_alone(client: httpx.AsyncClient) -> None:
+    turns = [
+        {"role": "user", "content": "define love"},
+        {"role": "assistant", "content": "a temporary insanity"},
+        {"role": "user", "content": "define hate"},
+        {"role": "assistant", "content": "a sentiment"},
+    ]
+    same = [{**turn, "weight": 0} if index == 1 else turn for index, turn in enumerate(turns)]
+
+    report = await score(client, {"prompt": turns[:3], "completion": turns[3:]}, {"messages": same})
+
+    first, second = report["data"]
+    assert {**first, "index": 1} == second
+
+
+async def test_a_weight_may_be_written_as_in_a_training_file(client: httpx.AsyncClient) -> None:
+    plain, ignored = ({**CONVERSATION["messages"][1], "weight": weight} for weight in (1.0, 0.0))
+    ask = CONVERSATION["messages"][0]
+
+    report = await score(
+        client, CONVERSATION, {"messages": [ask, ignored, ask, plain]}, {"messages": [ask, plain]}
+    )
+
+    assert {**report["data"][2], "index": 0} == report["data"][0]
+    half = {**plain, "weight": 0.5}
+    reply = await client.post("/v1/score", json={"model": "tiny", "input": [{"messages": [ask, half]}]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input.0.messages.1.weight")
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"prompt": CONVERSATION["messages"][:1], "completion": "a"}, "input.0.completion"),
+        ({"prompt": CONVERSATION["messages"][:1]}, "input.0.completion"),
+        ({"prompt": [], "completion": CONVERSATION["messages"][1:]}, "input.0.prompt"),
+        ({"prompt": "a", "completion": CONVERSATION["messages"][1:]}, "input.0.completion"),
+        ({"prompt": CONVERSATION["messages"][:1], "completion": CONVERSATION["messages"][:1]}, "input.0"),
+    ],
+)
+async def test_half_of_trls_form_is_refused(
+    client: httpx.AsyncClient, item: dict[str, Any], param: str
+) -> None:
+    reply = await client.post("/v1/score", json={"model": "tiny", "input": [item]})
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
 async def test_a_weight_is_only_for_what_is_counted(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]
 
