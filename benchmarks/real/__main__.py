@@ -37,7 +37,7 @@ from benchmarks.quality.records import RecordFile, read_records
 from benchmarks.real.encoded import EncodedTask, encode_population, encode_task
 from benchmarks.real.methods import FULL, Method
 from benchmarks.real.rates import rate_rows, rates_table
-from benchmarks.real.report import cost_table, report, rows_of
+from benchmarks.real.report import cost_table, report, rows_of, search_table
 from benchmarks.real.rules import rule_rows, rules_table
 from benchmarks.real.runs import Setting
 from benchmarks.real.sweep import Cell, base_records, perform
@@ -203,7 +203,7 @@ def write_report(out: Path) -> int:
     run: dict[str, Any] = json.loads((out / RUN_FILE).read_text())
     records = list(read_records(out))
     rows, rates = rows_of(records), rate_rows(records)
-    parts = [report(run, rows), cost_table(records), rules_table(rule_rows(records))]
+    parts = [report(run, rows), search_table(records), cost_table(records), rules_table(rule_rows(records))]
     if rates:
         parts.append("## The best multiple of the tables' rate\n\n" + rates_table(rates))
     text = "\n".join(filter(None, parts))

@@ -11,6 +11,7 @@ from benchmarks.real.forms import Form
 from benchmarks.real.runs import Setting, Trial, measure, plan_of
 from benchmarks.real.selection import Record
 from trainer_worker.training.run import TrainRun
+from trainer_worker.training.search.search_run import SearchRun
 
 #: Timed repetitions of a cost, after one that warms up; the fastest counts.
 REPEATS = 2
@@ -19,7 +20,7 @@ REPEATS = 2
 def automatic_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
     """Train each task as a job with the defaults, all together, and judge what is published.
 
-    `multiple` is the chosen rate by the rate of the tables; `notes` what the run itself says of its choice.
+    `multiple` is the chosen rate by the rate of the tables; `search` has the candidates of a search.
     """
     runs = [form.automatic(f"{task.name}/auto", task) for task in tasks]
     trainer = form.gather(runs)
@@ -30,11 +31,12 @@ def automatic_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]
     judged = form.gather(published)
     points = measure(setting, judged.attached, list(enumerate(trials)))
     for run, (trial, point) in zip(runs, points, strict=True):
-        rate, table = run.plan.learning_rate, run.plan.automatic_rate
+        rate, table = run.published_plan.learning_rate, run.plan.automatic_rate
         assert table is not None
         yield {
             "kind": "auto", **trial.task.describe(), "multiple": rate / table, "rate": rate,
             "step": run.published_step, "finish": run.progress.finish_reason, **point,
+            "search": run.search_report if isinstance(run, SearchRun) else None,
         }  # fmt: skip
 
 

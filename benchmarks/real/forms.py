@@ -14,9 +14,13 @@ from benchmarks.real.methods import Built, Method
 from benchmarks.real.runs import Setting, SharedTrainer, plan_of
 from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.forms import LORA_PRESETS
+from tessera.queue.records import JobSpec
+from trainer_worker.preparing.initialization import InitChoice
+from trainer_worker.preparing.runs import plan_run
 from trainer_worker.training.learning_rates import BasisKind, LoraKind
 from trainer_worker.training.lora.factors import LoraFactors, form_modules, initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
+from trainer_worker.training.objectives.objective import SUPERVISED
 from trainer_worker.training.plan import HasLearningRate, TrainingPlan
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import CoreRun, Trainer
@@ -57,7 +61,13 @@ class CoreForm:
         return CoreRun(run_id, task.data, plan, self._built.basis, start=self._built.start(task.data, plan))
 
     def automatic(self, run_id: str, task: EncodedTask) -> CoreRun:
-        return self.make(run_id, task, plan_of(self._setting, task, self.kind, None))
+        setting, basis = self._setting, self._built.basis
+        spec = JobSpec(
+            base_model=setting.base.name, hyperparameters=dict(setting.hyperparameters), seed=setting.seed
+        )
+        init = InitChoice(self.kind.start, {})
+        planned = plan_run(spec, task.data, basis, init, setting.base, SUPERVISED, may_search=True)
+        return planned.make(run_id, self._built.start(planned.data, planned.plan))
 
     def published(self, run: TrainRun, task: EncodedTask) -> CoreRun:
         fresh = CoreRun(run.run_id, task.data, run.plan, self._built.basis)

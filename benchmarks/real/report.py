@@ -125,6 +125,32 @@ def report(run: dict[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
+def search_table(records: Sequence[Record]) -> str:
+    """Return what the searches of the automatic choices saw of each candidate; empty without any."""
+    autos = [record for record in records if record["kind"] == "auto" and record.get("search")]
+    if not autos:
+        return ""
+    multiples = sorted({seen["multiplier"] for auto in autos for seen in auto["search"]["candidates"]})
+    heads = ["method", "r", "task", "folds", *(f"×{multiple:g}" for multiple in multiples)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for auto in autos:
+        by_multiple = {seen["multiplier"]: _candidate(seen) for seen in auto["search"]["candidates"]}
+        cells = [auto["method"], str(auto["rank"]), auto["task"], str(auto["search"]["folds"])]
+        cells += [by_multiple.get(multiple, "") for multiple in multiples]
+        lines.append("| " + " | ".join(cells) + " |")
+    says = (
+        "Right answers and loss on what the candidates did not see, and their steps; the chosen one is bold."
+    )
+    return "\n".join(["## What the searches saw", "", says, "", *lines, ""])
+
+
+def _candidate(seen: dict[str, Any]) -> str:
+    if seen["valid_loss"] is None:
+        return f"diverged ({seen['steps']})"
+    text = f"{seen['exact']:.0%} / {seen['valid_loss']:.3g} ({seen['steps']})"
+    return f"**{text}**" if seen["chosen"] else text
+
+
 def cost_table(records: Sequence[Record]) -> str:
     """Return the seconds of one run and of a job with the defaults, each alone; empty without any."""
     costs = [record for record in records if record["kind"] == "cost"]

@@ -170,19 +170,25 @@ def test_the_command_measures_every_form_and_goes_on_where_it_ended(
     }
     for row in rows:
         assert (row.auto is None) == (row.method == "full")
-        assert row.auto is None or row.auto_multiple == pytest.approx(1.0)
-    # Every fixed rate has its whole history, and the same rate as the automatic choice the same result.
+        search = None if row.auto is None else row.auto["search"]
+        assert (search is not None) == (row.method in ("lora_xs", "lora_sb", "population"))
+        if search is not None:
+            chosen = [seen["multiplier"] for seen in search["candidates"] if seen["chosen"]]
+            assert chosen == [pytest.approx(row.auto_multiple)]
+    # Every fixed rate has its whole history, and a rate that is not searched for the same result.
     for record in records:
         if record["kind"] == "run":
             assert record["points"][0]["step"] == 0
             assert record["points"][-1]["step"] == record["total_steps"]
     for row in rows:
-        if row.auto is not None:
+        if row.method == "lora":
+            assert row.auto is not None
             assert row.fixed[1.0]["test_loss"] == pytest.approx(row.auto["test_loss"], rel=1e-4)
 
     assert command.main(["--report", "--out", str(tmp_path)]) == 0
     report = (tmp_path / command.MARKDOWN_FILE).read_text()
     assert "## population, r = 4" in report
+    assert "## What the searches saw" in report
     assert str(tmp_path.parent) not in report
     content = json.loads((tmp_path / command.JSON_FILE).read_text())
     assert len(content["rows"]) == len(rows)
@@ -207,7 +213,7 @@ def test_the_cost_of_the_choice_is_measured_against_one_run(model_dir: Path, tmp
 @pytest.mark.parametrize("name", ["lora", "lora_da", "pissa", "lolora", "lora:lolora"])
 def test_what_is_judged_is_what_the_run_publishes(name: str, base: BaseModel, chat: ChatFormat) -> None:
     """Forms that need data, subtract their first factors, or have a local rule; each one improves."""
-    setting = Setting(base, 4096, multiples=(), hyperparameters={"n_epochs": 1})
+    setting = Setting(base, 4096, multiples=(), hyperparameters={"n_epochs": 3})
     task = encoded(chat)
     (before,) = base_records(setting, [task])
 
