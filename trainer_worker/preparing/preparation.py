@@ -112,7 +112,10 @@ class Preparation:
         found = await self._bases.of(attempt, calibration)
         init = InitChoice.of(spec)
         planned = plan_run(spec, data, found.basis, init, self._base, objective, may_search=self._may_search)
-        warnings, messages = data_warnings(planned.data), [(found.message, None)]
+        warnings, messages = (
+            data_warnings(planned.data, is_judged_by_folds=planned.has_folds),
+            [(found.message, None)],
+        )
         if saved is not None:
             run = planned.make(job.job_id)
             unusable = await asyncio.to_thread(checkpoint.try_restore, run, saved)
@@ -318,7 +321,7 @@ def read_data(
     return replace(data, statistics=statistics_of(examples))
 
 
-def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
+def data_warnings(data: TrainingData, *, is_judged_by_folds: bool = False) -> list[tuple[str, str]]:
     """Return warnings about the data for their owner, as (code, sentence)."""
     warnings = []
     if data.num_truncated:
@@ -333,7 +336,7 @@ def data_warnings(data: TrainingData) -> list[tuple[str, str]]:
         if num_repeated >= MANY_DUPLICATES * counts.num_examples:
             message = f"{num_repeated} of {counts.num_examples} examples are equal or nearly equal to others"
             warnings.append(("many_duplicates", message))
-    if not data.valid:
+    if not data.valid and not is_judged_by_folds:
         message = "no examples are held back for validation: the last state is published, not the best"
         warnings.append(("no_validation", message))
     return warnings

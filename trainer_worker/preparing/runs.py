@@ -38,6 +38,10 @@ class PlannedRun:
     starts_with_base: bool
     starts_with_adapter: bool
 
+    @property
+    def has_folds(self) -> bool:
+        return self.ladder is not None and self.ladder.num_folds > 0
+
     def make(self, run_id: str, core: Tensor | None = None) -> CoreRun:
         """Return the run. core: the stored core to begin with, [M, r, r]; None: the base model, or a run that
         a checkpoint will be put into.

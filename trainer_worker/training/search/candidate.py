@@ -14,9 +14,9 @@ from trainer_worker.training.trainer import CoreRun
 
 #: Whole answers decide between candidates if at least this share of them is right; below, only the loss does.
 MIN_EXACT = 0.1
-#: A later state is preferred if its loss is as good as the lowest up to this: the learning rate has fallen
-#: meanwhile, and a state between two large steps may be an unlucky one.
-LATER_SHARE, LATER_NATS = 1.05, 0.005
+#: A later state is preferred if its loss is higher than the lowest by at most this share, and these nats: the
+#: learning rate has fallen meanwhile, and a state between two large steps may be an unlucky one.
+LATER_SHARE, LATER_NATS = 0.05, 0.01
 #: The run on all examples must fit them at least about as well as the folds' runs fit examples that they have
 #: not seen. With ten times the tables' rate one was seen at 1.95 nats where the folds had 0.06.
 UNSTABLE_SHARE, UNSTABLE_NATS = 1.25, 0.02
@@ -179,7 +179,7 @@ class Candidate:
 
     def _is_as_good(self, evaluation: Evaluation) -> bool:
         assert self.best is not None
-        is_near = evaluation.loss <= LATER_SHARE * self.best.loss + LATER_NATS
+        is_near = evaluation.loss <= self.best.loss + min(LATER_SHARE * self.best.loss, LATER_NATS)
         return is_near and evaluation.exact >= self.best.exact
 
 
