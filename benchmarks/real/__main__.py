@@ -28,6 +28,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from benchmarks.real.report import cost_table, report, rows_of, search_table
 from benchmarks.real.rules import rule_rows, rules_table
 from benchmarks.real.runs import Setting
 from benchmarks.real.sweep import Cell, base_records, perform
-from benchmarks.real.tasks import ALL, MAIN, crowd, make_tasks, read_task
+from benchmarks.real.tasks import ALL, MAIN, SIZES, crowd, make_tasks, read_task
 from benchmarks.report import hardware
 from tessera.chat.chat_format import ChatFormat, load_chat_format
 from tessera.defaults import BUNDLED_MODEL
@@ -74,14 +75,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default=str(BUNDLED_MODEL))
-    add("--tasks", help=f"main ({', '.join(MAIN)}), all ({len(ALL)}), none, or names with commas between")
+    add(
+        "--tasks",
+        help=f"main ({', '.join(MAIN)}), sizes ({len(SIZES)}), all ({len(ALL)}), none, or names with commas",
+    )
     add("--data", type=Path, nargs="+", default=[], help="files that become tasks judged by loss")
     add("--exact-data", type=Path, nargs="+", default=[], help="the same, judged by exact match, too")
     add("--data-train", type=int, default=60, help="examples of each file to train on")
     add("--data-test", type=int, default=30, help="examples of each file to judge by")
     add("--methods", help=f"names with commas between; {METHODS}")
     add("--ranks", help="with commas between; 16")
-    add("--rates", action="store_true", help=f"{RATE_METHODS} at ranks {RATE_RANKS} on all tasks")
+    add("--rates", action="store_true", help=f"only fixed rates, of {RATE_METHODS} at ranks {RATE_RANKS}")
     add("--cost", action="store_true", help="only time a job with the defaults against one run, each alone")
     add("--multiples", default="0.1,0.3,1,3,10,30", help="of the tables' rate")
     add("--seed", type=int, default=0, help="of the tasks and of training")
@@ -97,14 +101,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     default_methods = RATE_METHODS if arguments.rates or arguments.cost else METHODS
     arguments.methods = arguments.methods or default_methods
     arguments.ranks = arguments.ranks or (RATE_RANKS if arguments.rates else "16")
-    arguments.tasks = arguments.tasks or ("all" if arguments.rates else "main")
+    arguments.tasks = arguments.tasks or ("sizes" if arguments.rates else "main")
+    arguments.measures = "cost" if arguments.cost else "rates" if arguments.rates else "all"
     try:
         arguments.methods = [Method.of(name) for name in arguments.methods.split(",")]
         if arguments.cost and any(method.form == FULL for method in arguments.methods):
             parser.error("full fine-tuning has no search whose cost could be measured")
         arguments.ranks = [int(rank) for rank in arguments.ranks.split(",")]
         arguments.multiples = tuple(float(multiple) for multiple in arguments.multiples.split(","))
-        groups = {"main": MAIN, "all": ALL, "none": ()}
+        groups = {"main": MAIN, "sizes": SIZES, "all": ALL, "none": ()}
         arguments.tasks = groups.get(arguments.tasks, tuple(arguments.tasks.split(",")))
         if unknown := set(arguments.tasks) - set(ALL):
             parser.error(f"unknown tasks {', '.join(sorted(unknown))}; known: {', '.join(ALL)}")
@@ -125,30 +130,29 @@ def measure(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     describe(arguments, given)
     same = [[task.name for task in tasks], list(arguments.multiples), arguments.epochs, arguments.seed]
     done = {record["cell"] for record in read_records(arguments.out) if record["kind"] == "cell"}
-    records = RecordFile(arguments.out / RECORDS_FILE)
-    for record in base_records(setting, tasks):
-        records.add(record.pop("kind"), record)
-    population = None
-    for method, rank in cells(arguments):
-        key = json.dumps([method.name, rank, *same, arguments.fast, arguments.cost])
-        begun = time.perf_counter()
-        if key in done:
-            continue
-        if begun - started > arguments.budget_s:
-            print(f"{method.name}, rank {rank}: not begun, the time is over", flush=True)
-            continue
-        if method.needs_population and population is None:
-            population = encode_population(crowd(arguments.users, seed=arguments.seed), chat)
-        examples = population if method.needs_population else None
-        cell = Cell(method, rank, examples, arguments.passes, arguments.cost)
-        for record in perform(setting, cell, tasks):
+    with closing(RecordFile(arguments.out / RECORDS_FILE)) as records:
+        for record in base_records(setting, tasks):
             records.add(record.pop("kind"), record)
-        records.add("cell", {"cell": key})
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(f"{method.name}, rank {rank}: {time.perf_counter() - begun:.1f} s", flush=True)
-    records.close()
+        population = None
+        for method, rank in cells(arguments):
+            key = json.dumps([method.name, rank, *same, arguments.fast, arguments.measures])
+            begun = time.perf_counter()
+            if key in done:
+                continue
+            if begun - started > arguments.budget_s:
+                print(f"{method.name}, rank {rank}: not begun, the time is over", flush=True)
+                continue
+            if method.needs_population and population is None:
+                population = encode_population(crowd(arguments.users, seed=arguments.seed), chat)
+            examples = population if method.needs_population else None
+            cell = Cell(method, rank, examples, arguments.passes, arguments.measures)
+            for record in perform(setting, cell, tasks):
+                records.add(record.pop("kind"), record)
+            records.add("cell", {"cell": key})
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"{method.name}, rank {rank}: {time.perf_counter() - begun:.1f} s", flush=True)
 
 
 def cells(arguments: argparse.Namespace) -> Iterator[tuple[Method, int]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.real.automatic import automatic_records, cost_records
 from benchmarks.real.encoded import EncodedTask
@@ -47,8 +48,8 @@ class Cell:
     population: Population | None = None
     #: Over the population's examples; None takes the method's default.
     passes: float | None = None
-    #: Only measure what the automatic choice costs.
-    is_cost: bool = False
+    #: all; rates: without the automatic choice; cost: only what the automatic choice costs.
+    measures: Literal["all", "rates", "cost"] = "all"
 
 
 def perform(setting: Setting, cell: Cell, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
@@ -80,7 +81,7 @@ def _in_bases(setting: Setting, cell: Cell, tasks: Sequence[EncodedTask]) -> Ite
 
 def _of_form(setting: Setting, cell: Cell, form: Form, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
     """Train every multiple of every task, then the automatic choices, together as far as memory allows."""
-    if cell.is_cost:
+    if cell.measures == "cost":
         yield from cost_records(setting, form, tasks)
         return
     trials = []
@@ -98,6 +99,8 @@ def _of_form(setting: Setting, cell: Cell, form: Form, tasks: Sequence[EncodedTa
             "num_parameters": form.num_parameters, "seconds_together": seconds, "num_together": len(part),
         }  # fmt: skip
         yield from ({**run_record(trial), **shared} for trial in part)
+    if cell.measures == "rates":
+        return
     size = max(1, size // MAX_RUNS_PER_CHOICE)
     for first in range(0, len(tasks), size):
         yield from automatic_records(setting, form, tasks[first : first + size])

@@ -195,6 +195,32 @@ def test_the_command_measures_every_form_and_goes_on_where_it_ended(
     assert {rate["method"] for rate in content["rates"]} == {row.method for row in rows}
 
 
+def test_the_tables_are_measured_at_fixed_rates_alone(model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(model_dir), "--device", "cpu", "--out", str(tmp_path), "--rates"]
+    more = [
+        "--tasks",
+        "tickets-20,dates-20",
+        "--methods",
+        "lora_xs",
+        "--epochs",
+        "1",
+        "--multiples",
+        "1,100",
+        "--ranks",
+        "2,4",
+    ]
+
+    assert command.main([*arguments, *more]) == 0
+
+    records = list(read_records(tmp_path))
+    assert {record["kind"] for record in records} == {"base", "build", "run", "cell"}
+    rates = json.loads((tmp_path / command.JSON_FILE).read_text())["rates"]
+    assert [(rate["rank"], rate["num_examples"]) for rate in rates] == [
+        (2, 0), (2, 20), (4, 0), (4, 20),
+    ]  # fmt: skip
+    assert all(set(rate["regrets"]) == {"1", "100"} for rate in rates)
+
+
 def test_the_cost_of_the_choice_is_measured_against_one_run(model_dir: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(model_dir), "--device", "cpu", "--out", str(tmp_path), "--cost"]
     more = ["--tasks", "tickets-20", "--methods", "lora,lora_xs", "--ranks", "2", "--epochs", "1"]

@@ -20,7 +20,7 @@ from benchmarks.real.tasks.labels import COMMANDS, REVIEWS, TICKETS, approval_ta
 from benchmarks.real.tasks.personas import REPLIES, TELEGRAM, persona_task
 from benchmarks.real.tasks.task import TEST_SUFFIX, TRAIN_SUFFIX, Example, Task
 
-__all__ = ["ALL", "MAIN", "Task", "crowd", "make_tasks", "read_task"]
+__all__ = ["ALL", "MAIN", "SIZES", "Task", "crowd", "make_tasks", "read_task"]
 
 GERMAN = {
     "billing": "Rechnung", "delivery": "Lieferung", "returns": "Rückgabe",
@@ -75,6 +75,11 @@ _MAKERS: Mapping[str, Callable[[str, random.Random], Task]] = {
 
 MAIN = ("tickets", "json", "persona", "dates", "routing")
 ALL = tuple(_MAKERS)
+#: Of every kind and number of examples, for measuring the tables of learning rates.
+SIZES = (
+    "tickets-20", "json-20", "persona-20", *MAIN, "tickets-150", "json-150-spanish", "persona-150",
+    "tickets-400", "contacts-400", "dates-400",
+)  # fmt: skip
 
 
 def make_tasks(names: Sequence[str] = MAIN, *, seed: int = 0) -> list[Task]:
