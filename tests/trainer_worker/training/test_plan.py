@@ -21,9 +21,9 @@ def plan(num_examples: int = 225, stopping: dict[str, Any] | None = None, **give
 @pytest.mark.parametrize(
     ("num_examples", "batch_size", "epochs", "steps"),
     [
-        (1, 1, 12, 12),
-        (8, 1, 11, 88),
-        (45, 5, 10, 90),
+        (1, 1, 15, 15),
+        (8, 1, 15, 120),
+        (45, 5, 15, 135),
         (225, 8, 3, 87),
         (1000, 8, 1, 125),
         (10_000, 8, 1, 1250),
