@@ -58,6 +58,8 @@ class ExportSource:
     version: int | None
     #: Written into the export as `base_model_name_or_path`.
     base_model: str
+    #: LORA or TINYLORA.
+    peft_type: str = "LORA"
 
 
 class HeavyWork:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 
@@ -49,10 +49,14 @@ async def export_adapter_to_peft(
     version: Annotated[
         int | None, Query(ge=1, le=2**31, description="The active version by default.")
     ] = None,
+    peft_type: Annotated[
+        Literal["LORA", "TINYLORA"],
+        Query(description="TINYLORA: the numbers themselves, for an adapter that is stored as such."),
+    ] = "LORA",
 ) -> Response:
-    """The adapter as an ordinary LoRA: adapter_config.json and adapter_model.safetensors in a zip."""
+    """The adapter as PEFT saves one: adapter_config.json and adapter_model.safetensors in a zip."""
     with _named_in_the_path():
-        source = ExportSource(tenant, adapter_id, version, services.models.base_source)
+        source = ExportSource(tenant, adapter_id, version, services.models.base_source, peft_type)
         content = await services.heavy_work.export_zip(source)
     headers = {"content-disposition": f'attachment; filename="{adapter_id}-peft.zip"'}
     return Response(content, media_type="application/zip", headers=headers)

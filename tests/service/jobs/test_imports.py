@@ -121,6 +121,10 @@ async def test_tinyloras_of_one_model_become_adapters_of_one_private_basis(
         for module, expected in changes.items():
             torch.testing.assert_close(delta(written, module), expected, rtol=1e-4, atol=1e-4)
     assert found["anna"]["basis"] == found["ben"]["basis"]
+    reply = await client.get("/v1/adapters/ben/peft?peft_type=TINYLORA")
+    archive = zipfile.ZipFile(io.BytesIO(reply.content))
+    v = safetensors.torch.load(archive.read("adapter_model.safetensors"))["base_model.tinylora_v.0"]
+    assert torch.equal(v, random(3, seed=2))
     assert found["anna"]["bytes"] < 128 + 100 + 3 * 4 + 1  # header, provenance and three numbers
     assert len([key async for key in redis.scan_iter(match="*:owners")]) == 1
 

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tessera.defaults import BUNDLED_MODEL
-from tessera.errors import InvalidInput
+from tessera.errors import BasisMismatch, InvalidInput
 from tessera.formats.adapter import Adapter
 from tessera.formats.manifest import ModuleShape
 from tessera.formats.single_adapter import SingleAdapter
+from tessera.methods.bases import build_basis
 from tessera.methods.building.losses import attached
 from tessera.model.base_model import BaseModel, linear_layers, make_linear
 from tessera.model.layout import linear_shapes
 from tessera.peft.exporting import to_peft
 from tessera.peft.importing import read_adapter, to_single_adapter
 from tessera.peft.tinylora import TinyLora, groups_of
+from tessera.peft.tinylora_export import to_tinylora
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 2]])
 pytestmark = [
@@ -205,6 +207,60 @@ def test_groups_are_those_of_peft(weight_tying: float) -> None:
 def test_the_shape_of_groups_at_60_modules() -> None:
     groups = groups_of(60, 0.4)
     assert [groups.count(group) for group in range(36)] == [1] * 35 + [25]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["as the paper", "a vector each", "a rank above a side", "a regular expression", "lopsided groups"],
+)
+def test_an_import_is_exported_as_a_tinylora_again(tmp_path: Path, case: str) -> None:
+    original = saved(trained(llama(), **CASES[case]), tmp_path / "in")
+    expected = logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "in").eval())
+    stored = imported(original)
+    exported = to_tinylora(stored.basis, stored.adapter, base_model="tiny")
+    (tmp_path / "out").mkdir()
+    for name, content in exported.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+    vectors = [name for name in safetensors.torch.load(exported.adapter_model) if "tinylora_v" in name]
+    given = [name for name in safetensors.torch.load(original[1]) if "tinylora_v" in name]
+    assert sorted(vectors) == sorted(given)
+    again = imported((exported.adapter_config, exported.adapter_model))
+    torch.testing.assert_close(served(llama(), again), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_tying", [0.0, 0.5, 0.6, 1.0])
+def test_what_was_trained_here_goes_on_in_peft(tmp_path: Path, weight_tying: float) -> None:
+    """With groups that PEFT does not make (here at 0.6), each module gets a copy of its vector."""
+    base = BaseModel("base", "0" * 64, llama())
+    targets = ["q_proj", "v_proj", "down_proj", "up_proj", "o_proj"]
+    basis = build_basis(
+        base, method="tinylora", rank=3, target_modules=targets, num_vectors=4, weight_tying=weight_tying
+    )
+    v = torch.randn(basis.cores.shape, generator=torch.Generator().manual_seed(2))
+    R = basis.cores.expand(v.double()).float()
+    exported = to_tinylora(basis, Adapter(basis.basis_id, R, trained=v), base_model="tiny")
+    for name, content in exported.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
+    with attached(base, basis, R):
+        expected = logits(base.model)
+    assert (expected - logits(llama())).abs().max() > 0.02
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+    trainable = [p for p in loaded.parameters() if p.requires_grad]
+    assert {p.numel() for p in trainable} == {4}
+    assert len(trainable) == (10 if weight_tying == 0.6 else basis.cores.shape[1])
+
+
+def test_what_is_no_tinylora_is_not_exported_as_one() -> None:
+    base = BaseModel("base", "0" * 64, llama())
+    basis = build_basis(base, method="tinylora", rank=3, num_vectors=4)
+    R = torch.zeros(basis.num_modules, 3, 3)
+    with pytest.raises(InvalidInput, match="export it as LORA"):
+        to_tinylora(basis, Adapter(basis.basis_id, R), base_model="tiny")
+    with pytest.raises(BasisMismatch):
+        to_tinylora(basis, Adapter("1" * 64, R), base_model="tiny")
 
 
 # What is refused
