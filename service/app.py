@@ -95,7 +95,8 @@ def load_text(common: CommonSettings, *, close_fds: Sequence[int] = ()) -> tuple
         revision=common.base_model_revision,
         allow_control_tokens=common.allow_control_tokens,
     )
-    works = upload_check.upload_works(codec.chat) | json_routes.json_works() | heavy_work.heavy_works(common)
+    checks = upload_check.upload_works(codec.chat, max_examples=common.max_examples)
+    works = checks | json_routes.json_works() | heavy_work.heavy_works(common)
     return codec, fork_twin(works, limits=heavy_work.LIMITS_BY_NAME, close_fds=close_fds)
 
 
@@ -179,7 +180,7 @@ def _make_services(
         idempotency=Idempotency(stores.redis),
         metrics=metrics,
         json_bodies=JsonBodies(gate, twin),
-        upload_check=UploadCheck(codec.chat, twin),
+        upload_check=UploadCheck(codec.chat, twin, max_examples=common.max_examples),
     )
 
 

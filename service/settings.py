@@ -24,7 +24,9 @@ class ServiceSettings(BaseSettings):
     allow_anonymous: bool = Field(False, description="accept other machines although no API keys are set")
     workers: int = Field(1, ge=1, le=64, description="API processes that share the engine")
     max_body_bytes: int = Field(4 * MIB, ge=KIB, description="largest JSON body (128 k token ids are 0.8 MB)")
-    max_upload_bytes: int = Field(32 * MIB, ge=KIB, description="largest multipart upload, framing included")
+    max_upload_bytes: int = Field(
+        256 * MIB, ge=KIB, le=512 * MIB, description="largest multipart upload, framing included"
+    )
     max_import_bytes: int = Field(512 * MIB, ge=KIB, description="largest LoRA to import, framing included")
     max_body_memory_bytes: int = Field(
         256 * MIB,

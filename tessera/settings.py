@@ -62,6 +62,7 @@ class CommonSettings(BaseSettings):
     allow_control_tokens: bool = Field(
         False, description="control tokens typed in a message act, instead of being encoded as plain text"
     )
+    max_examples: int = Field(1_000_000, ge=1, description="examples of a training or calibration file")
     max_own_basis_bytes: int = Field(
         1024**3, ge=0, description="bases of one tenant's own, all factors together"
     )

@@ -98,6 +98,7 @@ def make_worker(
         model_lock=model_lock,
         max_tokens=worker_settings.max_tokens,
         may_search=worker_settings.learning_rate_search,
+        max_examples=settings.max_examples,
     )
     dtype = DTYPE_NAMES[settings.adapter_dtype]
     services = WorkerServices(

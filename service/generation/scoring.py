@@ -66,7 +66,7 @@ async def score(
     encoded = await generator.off_loop(
         target.tenant, size, lambda: [_encode(generator, e, index, limit) for index, e in enumerate(examples)]
     )
-    prompts = [row.token_ids for rows in encoded for row in rows]
+    prompts = [list(row.token_ids) for rows in encoded for row in rows]
     if len(prompts) > MAX_SEQUENCES:
         message = f"the input takes {len(prompts)} rows, the limit is {MAX_SEQUENCES}; send fewer items"
         raise InvalidInput(message, param="input")
@@ -97,8 +97,8 @@ def _scored(rows: Sequence[EncodedExample], finished: Sequence[Finished]) -> Sco
         if len(sequence.prompt_logprobs) != len(row.token_ids) - 1:
             raise RequestFailed("the engine did not report every token of the prompt")
         logprobs += sequence.prompt_logprobs
-        is_counted += row.loss_mask[1:]
-    return ScoredText(tuple(row.token_ids for row in rows), tuple(logprobs), tuple(is_counted))
+        is_counted += map(bool, row.loss_mask[1:])
+    return ScoredText(tuple(list(row.token_ids) for row in rows), tuple(logprobs), tuple(is_counted))
 
 
 def _texts(example: Example) -> list[str]:

@@ -14,7 +14,6 @@ import logging
 import re
 import time
 import uuid
-from collections import deque
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import BodyTimeout, BodyTooLarge, ServiceOverloaded, ShuttingDown
 from service.http.auth import ApiKeys
 from service.http.errors import response_of
+from service.http.received_body import ReceivedBody
 from service.metrics.service_metrics import Metrics
 from service.processes.fair_gate import FairGate
 from tessera.errors import TesseraError
@@ -39,6 +39,10 @@ IMPORT_PATH = re.compile(r"/v1/adapters/[^/]+/peft")
 MAX_IMPORTS = 2
 #: How long the body of an import may take to arrive, in time-outs of an ordinary body.
 IMPORT_TIMEOUTS = 10
+#: Uploads whose bodies may be in temporary files at once, at their largest size; half as many of one tenant.
+MAX_UPLOADS = 4
+#: An upload may take one time-out for each of these bytes.
+UPLOAD_BYTES_PER_TIMEOUT = 32 * 1024 * 1024
 
 #: Bytes of a refused body that are still read and thrown away: a client that is cut off while it sends never
 #: sees the response.
@@ -155,17 +159,29 @@ class BodyLimits:
     timeout_s: float
 
 
+@dataclass(frozen=True)
+class _Room:
+    """What a body takes, and from where."""
+
+    gate: FairGate
+    #: The most bytes that the body may turn out to take.
+    size: int
+
+
 class BodyLimit:
     """Passes a request on once its whole body has arrived in time and within its limit.
 
     A body that is not small waits until there is memory for it before it is read, and keeps that memory until
-    the response begins.
+    the response begins. A large upload waits for room in temporary files instead.
     """
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits) -> None:
         self._app = app
         self._limits = limits
         self._memory = FairGate(capacity=limits.max_memory_bytes, share=max(1, limits.max_memory_bytes // 2))
+        self._disk = FairGate(
+            capacity=MAX_UPLOADS * limits.max_upload_bytes, share=MAX_UPLOADS // 2 * limits.max_upload_bytes
+        )
         self._num_imports = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -173,16 +189,23 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         is_post, limit = scope["method"] == "POST", self._limits.max_bytes
+        timeout_s = self._limits.timeout_s
         if is_post and IMPORT_PATH.fullmatch(scope["path"]):
             await self._pass_on_import(scope, receive, send)
             return
-        if is_post and scope["path"] == UPLOAD_PATH:
+        is_upload = is_post and scope["path"] == UPLOAD_PATH
+        if is_upload:
             limit = self._limits.max_upload_bytes
         size = _announced_bytes(scope, limit)
         if size <= SMALL_BODY_BYTES:
-            await self._pass_on(scope, receive, send, limit, self._limits.timeout_s)
+            await self._pass_on(scope, receive, send, limit, timeout_s)
+        elif is_upload:
+            timeout_s *= max(1, size / UPLOAD_BYTES_PER_TIMEOUT)
+            room = _Room(self._disk, size)
+            await self._pass_on_in_room(scope, receive, send, limit, timeout_s, room, is_spooled=True)
         else:
-            await self._pass_on_in_room(scope, receive, send, limit, size)
+            room = _Room(self._memory, size * BODY_COPIES)
+            await self._pass_on_in_room(scope, receive, send, limit, timeout_s, room)
 
     async def _pass_on_import(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._num_imports >= MAX_IMPORTS:
@@ -197,22 +220,29 @@ class BodyLimit:
             self._num_imports -= 1
 
     async def _pass_on_in_room(
-        self, scope: Scope, receive: Receive, send: Send, limit: int, size: int
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        limit: int,
+        timeout_s: float,
+        room: _Room,
+        *,
+        is_spooled: bool = False,
     ) -> None:
-        """size: the most bytes that the body may turn out to have."""
         tenant = scope.get("state", {}).get("tenant", "")
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                taken = await self._memory.take(tenant, size * BODY_COPIES)
+                taken = await room.gate.take(tenant, room.size)
         except TimeoutError:
-            error = ServiceOverloaded("no memory is left for another large request body; try again later")
+            error = ServiceOverloaded("there is no room for another large request body; try again later")
             await response_of(error)(scope, receive, send)
             return
 
         def give_back() -> None:
             nonlocal taken
             if taken:
-                self._memory.give_back(tenant, taken)
+                room.gate.give_back(tenant, taken)
             taken = 0
 
         async def send_and_give_back(message: Message) -> None:
@@ -220,36 +250,45 @@ class BodyLimit:
             await send(message)
 
         try:
-            await self._pass_on(scope, receive, send_and_give_back, limit, self._limits.timeout_s)
+            await self._pass_on(scope, receive, send_and_give_back, limit, timeout_s, is_spooled=is_spooled)
         finally:
             give_back()
 
     async def _pass_on(
-        self, scope: Scope, receive: Receive, send: Send, limit: int, timeout_s: float
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        limit: int,
+        timeout_s: float,
+        *,
+        is_spooled: bool = False,
     ) -> None:
+        body = ReceivedBody(is_spooled=is_spooled)
         try:
-            messages = await self._read(Headers(scope=scope), receive, limit, timeout_s)
+            await self._read(body, Headers(scope=scope), receive, limit, timeout_s)
         except TesseraError as error:
             response = response_of(error)
             response.headers["connection"] = "close"  # the rest of the body is not read
+            body.close()
             await response(scope, receive, send)
             return
 
         async def replay() -> Message:
-            if not messages:
-                return await receive()
-            if len(messages) > 1:
-                await asyncio.sleep(0)  # 32 MB are read in 512 pieces; give other tasks a turn in between
-            return messages.popleft()
+            return await body.next() or await receive()
 
-        await self._app(scope, replay, send)
+        try:
+            await self._app(scope, replay, send)
+        finally:
+            body.close()
 
-    async def _read(self, headers: Headers, receive: Receive, limit: int, timeout_s: float) -> deque[Message]:
-        """Return the messages that make up the body. Raises `BodyTooLarge`, `BodyTimeout`."""
+    async def _read(
+        self, body: ReceivedBody, headers: Headers, receive: Receive, limit: int, timeout_s: float
+    ) -> None:
+        """Put the messages that make up the body into `body`. Raises `BodyTooLarge`, `BodyTimeout`."""
         declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit + MAX_DISCARDED_BYTES):
             raise _too_large(limit)
-        messages: deque[Message] = deque()
         num_bytes = 0
         try:
             async with asyncio.timeout(timeout_s):
@@ -258,16 +297,16 @@ class BodyLimit:
                     message = await receive()
                     num_bytes += len(message.get("body", b""))
                     if num_bytes <= limit:
-                        messages.append(message)
+                        body.add(message)
                     else:
-                        messages.clear()
+                        body.close()
                     has_more = message["type"] == "http.request" and message.get("more_body", False)
         except TimeoutError as error:
             if num_bytes <= limit:
                 raise BodyTimeout(f"the request body did not arrive within {timeout_s:g} s") from error
         if num_bytes > limit:
             raise _too_large(limit)
-        return messages
+        body.rewind()
 
 
 def _announced_bytes(scope: Scope, limit: int) -> int:

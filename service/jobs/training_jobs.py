@@ -31,6 +31,8 @@ from tessera.store.files import FileRecord
 BYTES_PER_TOKEN = 4
 #: The epochs that are assumed for "auto" here. The trainer decides by the number of examples.
 AUTO_EPOCHS = 3
+#: A file with more examples is trained on once.
+MAX_EXAMPLES_OF_EPOCHS = 500
 #: The cost of decomposing the weights, in tokens, beside the tokens that are read for it. On an H100 the
 #: decomposition of the 24.8 M model took 1.3 to 3.5 s at ranks 4 and 16, and training processes some tens of
 #: thousands of tokens in that time.
@@ -301,5 +303,7 @@ def slug(text: str) -> str:
 def estimate_cost(file: FileRecord, hyperparameters: dict[str, Any]) -> int:
     """Estimate how many tokens a job will train on."""
     epochs = hyperparameters.get("n_epochs", "auto")
+    if epochs == "auto":
+        epochs = 1 if (file.num_examples or 0) > MAX_EXAMPLES_OF_EPOCHS else AUTO_EPOCHS
     tokens: int = file.bytes // BYTES_PER_TOKEN
-    return max(1, tokens * (AUTO_EPOCHS if epochs == "auto" else int(epochs)))
+    return max(1, tokens * int(epochs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import BinaryIO
 
 from service.jobs.upload_check import UploadCheck
 from tessera.errors import InvalidInput
@@ -20,7 +21,7 @@ async def keep_training_file(
     *,
     filename: str | None,
     purpose: str,
-    content: bytes,
+    content: BinaryIO,
     lifetime_s: int | None = None,
 ) -> FileRecord:
     """Check a JSONL file, including against the chat template of the base model, and store it.

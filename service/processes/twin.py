@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from tessera.processes.child_process import end_with_parent
 
@@ -61,7 +62,7 @@ class Twin:
     process_id: int
     requests: socket.socket
 
-    async def work(self, name: bytes, content: bytes) -> memoryview:
+    async def work(self, name: bytes, content: bytes | BinaryIO) -> memoryview:
         """Return the reply of the work called `name` to `content`; empty if the work exceeded its limits."""
         loop = asyncio.get_running_loop()
         own, others = socket.socketpair()
@@ -70,10 +71,9 @@ class Twin:
             with others:
                 socket.send_fds(self.requests, [name], [others.fileno()])
             try:
-                rest = memoryview(content)
-                while rest:  # piece by piece, because a transport copies what it cannot send at once
-                    await loop.sock_sendall(own, rest[:_PIECE_BYTES])
-                    rest = rest[_PIECE_BYTES:]
+                # Piece by piece, because a transport copies what it cannot send at once.
+                for piece in _pieces_of(content):
+                    await loop.sock_sendall(own, piece)
                 own.shutdown(socket.SHUT_WR)
                 return await _receive(own)
             except OSError:  # the fork was ended while it read
@@ -110,6 +110,26 @@ def fork_twin(
         _serve(others, works, limits or {})
     finally:
         os._exit(1)
+
+
+def size_of(content: bytes | BinaryIO) -> int:
+    """Return the number of bytes; a file is read from its beginning afterwards."""
+    if isinstance(content, bytes):
+        return len(content)
+    size = content.seek(0, io.SEEK_END)
+    content.seek(0)
+    return size
+
+
+def _pieces_of(content: bytes | BinaryIO) -> Iterator[memoryview]:
+    if isinstance(content, bytes):
+        whole = memoryview(content)
+        for start in range(0, len(whole), _PIECE_BYTES):
+            yield whole[start : start + _PIECE_BYTES]
+        return
+    content.seek(0)
+    while piece := content.read(_PIECE_BYTES):
+        yield memoryview(piece)
 
 
 async def _receive(connection: socket.socket) -> memoryview:
@@ -150,10 +170,10 @@ def _answer(connection: socket.socket, work: Work, limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits.max_cpu_s, limits.max_cpu_s))
     limit = _data_bytes() + limits.max_memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    pieces = []
+    content = io.BytesIO()
     while piece := connection.recv(_PIECE_BYTES):
-        pieces.append(piece)
-    answer = work(b"".join(pieces))
+        content.write(piece)
+    answer = work(content.getvalue())
     connection.sendall(len(answer).to_bytes(_SIZE_BYTES))
     connection.sendall(answer)
 

@@ -17,7 +17,7 @@ and no template; `ChatFormat.check` does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -42,8 +42,8 @@ FORMATS = '{"messages": […]}, {"prompt": "…", "completion": "…"} or {"text
 #: 1 MiB is about 200,000 words. No example of that length fits a context, but a file that is not JSONL has
 #: such lines.
 MAX_LINE_BYTES = 1024 * 1024
-#: An adapter of 57,000 numbers can learn a few thousand examples at most.
-MAX_EXAMPLES = 50_000
+#: For a limit that no setting gives.
+MAX_EXAMPLES = 1_000_000
 #: Problems listed for one file; further ones are only counted.
 MAX_LISTED_ERRORS = 100
 #: Length of the name of a user, which is an id or an address, not a text.
@@ -120,19 +120,73 @@ def parse_examples(
     "empty_file".
     """
     problems = Problems(max_errors)
-    examples: list[Example] = []
+    examples = list(
+        _read_examples(
+            content,
+            problems,
+            max_line_bytes=max_line_bytes,
+            max_examples=max_examples,
+            with_users=with_users,
+        )
+    )
+    _finish_check(examples, len(examples), problems)
+    return examples
+
+
+class ExampleFile:
+    """The examples of a JSONL file that has been checked. Each iteration reads them again, one at a time.
+
+    So a file takes its own size in memory and not that of its examples, which is five times as large.
+    """
+
+    def __init__(self, content: bytes, *, max_examples: int = MAX_EXAMPLES, with_users: bool = False) -> None:
+        """Check the file. Raises `InvalidTrainingData` like `parse_examples`."""
+        self._content, self._max_examples, self._with_users = content, max_examples, with_users
+        problems = Problems(MAX_LISTED_ERRORS)
+        checked = (
+            Example(user=example.user, line=example.line) if with_users else None
+            for example in self._read(problems)
+        )
+        users = list(checked) if with_users else [None] * sum(1 for _ in checked)
+        _finish_check([example for example in users if example is not None], len(users), problems)
+        self._size = len(users)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Example]:
+        return self._read(Problems(0))
+
+    def _read(self, problems: Problems) -> Iterator[Example]:
+        return _read_examples(
+            self._content,
+            problems,
+            max_line_bytes=MAX_LINE_BYTES,
+            max_examples=self._max_examples,
+            with_users=self._with_users,
+        )
+
+
+def _read_examples(
+    content: bytes, problems: Problems, *, max_line_bytes: int, max_examples: int, with_users: bool
+) -> Iterator[Example]:
+    """Yield the examples of a file, and add what is wrong with it to `problems`."""
     for value in read_objects(content, problems, max_line_bytes=max_line_bytes, max_lines=max_examples):
         if value is not None:
             value = {key: item for key, item in value.items() if item is not None}
             user = _user(value, problems) if with_users else None
-            examples.append(replace(_example(value, problems), user=user))
+            yield replace(_example(value, problems), user=user)
+
+
+def _finish_check(examples: Sequence[Example], num_examples: int, problems: Problems) -> None:
+    """Check a whole file. examples: with their users, if lines may name users. Raises
+    `InvalidTrainingData`."""
     _check_users(examples, problems)
     problems.raise_if_any()
-    if not examples:
+    if not num_examples:
         problems.line = 1
         problems.add("empty_file", "the file has no example; write one JSON object per line")
         problems.raise_if_any(code="empty_file")
-    return examples
 
 
 def for_each(examples: Iterable[Item], work: Callable[[Item], T], *, param: str = "file") -> list[T]:

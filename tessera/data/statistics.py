@@ -11,9 +11,10 @@ with a similarity of 0.8 share such a triple with a probability above 0.99. Know
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tessera.data.examples import Example
@@ -28,6 +29,8 @@ WORDS = 3
 #: Earlier examples that one triple leads to. A triple that many examples share (a common instruction) would
 #: lead to all of them.
 MAX_CANDIDATES = 4
+#: Different examples, the first ones, among which near duplicates are counted: each takes 10 KB for it.
+MAX_COMPARED = 20_000
 
 _WORD = re.compile(r"\w+")
 
@@ -39,31 +42,46 @@ class DataStatistics:
     num_examples: int
     #: Examples that are equal to an earlier one.
     num_duplicates: int
+    #: Among the first MAX_COMPARED different examples.
     num_near_duplicates: int
     #: Different texts to be learned, over all examples.
     num_distinct_answers: int
 
 
-def statistics_of(examples: Sequence[Example]) -> DataStatistics:
-    """Return the counts of these examples."""
-    return count([_text_of(example) for example in examples], [_answer_of(example) for example in examples])
+def statistics_of(examples: Iterable[Example]) -> DataStatistics:
+    """Return the counts of these examples, which are read once."""
+    return count((_text_of(example), _answer_of(example)) for example in examples)
 
 
 def statistics_of_pairs(pairs: Sequence[Pair]) -> DataStatistics:
     """Return the counts of these pairs. The answers to be learned are the preferred ones."""
-    texts = [f"{_text_of(pair.chosen)}\n{_answer_of(pair.rejected)}" for pair in pairs]
-    return count(texts, [_answer_of(pair.chosen) for pair in pairs])
-
-
-def count(texts: Sequence[str], answers: Sequence[str]) -> DataStatistics:
-    """Return the counts. texts: one whole example each. answers: what is learned of each."""
-    distinct = list(dict.fromkeys(texts))
-    return DataStatistics(
-        num_examples=len(texts),
-        num_duplicates=len(texts) - len(distinct),
-        num_near_duplicates=_num_near(distinct),
-        num_distinct_answers=len(set(answers)),
+    return count(
+        (f"{_text_of(pair.chosen)}\n{_answer_of(pair.rejected)}", _answer_of(pair.chosen)) for pair in pairs
     )
+
+
+def count(examples: Iterable[tuple[str, str]]) -> DataStatistics:
+    """Return the counts. examples: the whole text of each, and what is learned of it."""
+    num_examples = 0
+    seen, answers = set[bytes](), set[bytes]()
+    compared: list[str] = []
+    for text, answer in examples:
+        num_examples += 1
+        digest = _digest(text)
+        if digest not in seen and len(compared) < MAX_COMPARED:
+            compared.append(text)
+        seen.add(digest)
+        answers.add(_digest(answer))
+    return DataStatistics(
+        num_examples=num_examples,
+        num_duplicates=num_examples - len(seen),
+        num_near_duplicates=_num_near(compared),
+        num_distinct_answers=len(answers),
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _num_near(texts: Sequence[str]) -> int:

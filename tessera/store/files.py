@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from tessera.errors import CorruptRecord, NotFound, StoreUnavailable
 from tessera.redis import keys
@@ -64,7 +65,7 @@ class FileStore:
         *,
         filename: str,
         purpose: str,
-        content: bytes,
+        content: bytes | BinaryIO,
         num_examples: int | None = None,
         content_kind: str | None = None,
         lifetime_s: int | None = None,
@@ -75,6 +76,7 @@ class FileStore:
         file_id: replaces the file that has this id.
         """
         now = time.time()
+        source = io.BytesIO(content) if isinstance(content, bytes) else content
         if file_id is not None:
             await self.delete(tenant, file_id)
         record = FileRecord(
@@ -82,25 +84,26 @@ class FileStore:
             tenant=tenant,
             filename=filename,
             purpose=purpose,
-            bytes=len(content),
+            bytes=source.seek(0, io.SEEK_END),
             created_at=now,
             num_examples=num_examples,
-            sha256=await asyncio.to_thread(_sha256, content),
+            sha256=await asyncio.to_thread(_sha256_of, source),
             expires_at=None if lifetime_s is None else int(now) + lifetime_s,
             content_kind=content_kind,
         )
         with translate_errors():
             await self._redis.sadd(keys.tenants(), tenant)
-        if not await self._upload(record, content):
+        if not await self._upload(record, source):
             raise StoreUnavailable(
                 f"the upload of {filename!r} paused for over {UPLOAD_TTL_S} s; upload it again"
             )
         return record
 
-    async def _upload(self, record: FileRecord, content: bytes) -> bool:
+    async def _upload(self, record: FileRecord, source: BinaryIO) -> bool:
         names = _names(record.tenant, record.file_id)
-        for start in range(0, len(content), CHUNK_BYTES):
-            piece: list[Argument] = [start, content[start : start + CHUNK_BYTES], UPLOAD_TTL_S]
+        source.seek(0)
+        for start in range(0, record.bytes, CHUNK_BYTES):
+            piece: list[Argument] = [start, source.read(CHUNK_BYTES), UPLOAD_TTL_S]
             if not await file_scripts.WRITE_PIECE(self._redis, keys=names[1:2], args=piece):
                 return False
         expires_at = "" if record.expires_at is None else record.expires_at
@@ -120,7 +123,10 @@ class FileStore:
     async def content(self, tenant: str, file_id: str) -> bytes:
         """Return all bytes, verified. Raises `NotFound`, `CorruptRecord`."""
         record = await self.get(tenant, file_id)
-        content = b"".join([piece async for piece in self._pieces(record)])
+        buffer = io.BytesIO()
+        async for piece in self._pieces(record):
+            buffer.write(piece)
+        content = buffer.getvalue()  # without a copy
         await self._check(record, await asyncio.to_thread(_sha256, content))
         return content
 
@@ -234,6 +240,14 @@ def _from_fields(tenant: str, file_id: str, fields: Mapping[bytes, bytes]) -> Fi
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of(source: BinaryIO) -> str:
+    source.seek(0)
+    digest = hashlib.sha256()
+    while piece := source.read(CHUNK_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _not_found(file_id: str, *, param: str = "file_id") -> NotFound:

@@ -99,7 +99,7 @@ def last_answer(rows: Sequence[EncodedExample]) -> tuple[list[int], list[int]]:
     start = end - 1
     while row.loss_mask[start - 1]:
         start -= 1
-    return row.token_ids[:start], row.token_ids[start:end]
+    return list(row.token_ids[:start]), list(row.token_ids[start:end])
 
 
 class GreedyPair:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tessera.chat.chat_format import ChatFormat, EncodedExample
-from tessera.data.examples import parse_examples
+from tessera.data.examples import MAX_EXAMPLES, ExampleFile
 from tessera.data.labels import is_labelled
 from tessera.data.pairs import parse_pairs
 from tessera.data.statistics import statistics_of, statistics_of_pairs
@@ -78,9 +78,11 @@ class Preparation:
         classification: ClassificationPreparation,
         model_lock: ModelLock,
         max_tokens: int,
+        max_examples: int,
         may_search: bool,
     ) -> None:
         """may_search: whether jobs may search for their learning rate."""
+        self._max_examples = max_examples
         self._base, self._chat = base, chat
         self._may_search = may_search
         self._files, self._adapters, self._bases, self._model_lock = files, adapters, bases, model_lock
@@ -169,7 +171,13 @@ class Preparation:
     async def _data(self, job: Job, training: bytes) -> TrainingData:
         validation, chat = await self._validation(job), chat_of(self._chat, job)
         return await asyncio.to_thread(
-            read_files, chat, job.spec, training, validation, max_tokens=self._max_tokens
+            read_files,
+            chat,
+            job.spec,
+            training,
+            validation,
+            max_tokens=self._max_tokens,
+            max_examples=self._max_examples,
         )
 
     async def _content(self, tenant: str, file_id: str, param: str) -> bytes:
@@ -185,7 +193,13 @@ class Preparation:
         content = await self._content(job.tenant, job.spec.calibration, "calibration")
         chat = chat_of(self._chat, job)
         try:
-            return await asyncio.to_thread(read_calibration, chat, content, max_tokens=self._max_tokens)
+            return await asyncio.to_thread(
+                read_calibration,
+                chat,
+                content,
+                max_tokens=self._max_tokens,
+                max_examples=self._max_examples,
+            )
         except InvalidTrainingData as error:
             raise InvalidTrainingData(
                 error.errors, param="calibration", code=error.code, num_problems=error.num_problems
@@ -260,12 +274,14 @@ def own_calibration(data: TrainingData, content: bytes) -> Calibration:
     return Calibration(CalibrationSet.from_encoded(data.answers), hashlib.sha256(content).hexdigest())
 
 
-def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Calibration:
+def read_calibration(
+    chat: ChatFormat, content: bytes, *, max_tokens: int, max_examples: int = MAX_EXAMPLES
+) -> Calibration:
     """Return the examples of a file, as a `Population` if they name users. Raises `InvalidTrainingData`."""
-    examples = parse_examples(content, with_users=True)
+    examples = ExampleFile(content, with_users=True, max_examples=max_examples)
     data = encode_data(chat, examples, max_tokens=max_tokens, validation=[])
     calibration = own_calibration(data, content)
-    if examples[0].user is None:
+    if next(iter(examples)).user is None:
         return calibration
     users: dict[str | None, list[EncodedExample]] = {}
     for example, rows in zip(examples, data.train_examples, strict=True):
@@ -275,7 +291,13 @@ def read_calibration(chat: ChatFormat, content: bytes, *, max_tokens: int) -> Ca
 
 
 def read_files(
-    chat: ChatFormat, spec: JobSpec, training: bytes, validation: bytes | None, *, max_tokens: int
+    chat: ChatFormat,
+    spec: JobSpec,
+    training: bytes,
+    validation: bytes | None,
+    *,
+    max_tokens: int,
+    max_examples: int = MAX_EXAMPLES,
 ) -> TrainingData:
     """Parse and encode the files of a job as it asks for. max_tokens: the limit of the worker.
 
@@ -290,6 +312,7 @@ def read_files(
         is_preference=spec.objective == DPO,
         max_tokens=max_example_tokens(given, max_tokens),
         share=validation_share(given),
+        max_examples=max_examples,
     )
 
 
@@ -301,6 +324,7 @@ def read_data(
     max_tokens: int,
     share: float | None = None,
     is_preference: bool = False,
+    max_examples: int = MAX_EXAMPLES,
 ) -> TrainingData:
     """Parse and encode the files. Without a validation file, a `share` of the examples is held back.
 
@@ -308,15 +332,15 @@ def read_data(
     labelled texts.
     """
     if is_preference:
-        pairs = parse_pairs(training)
-        held_out_pairs = None if validation is None else parse_pairs(validation)
+        pairs = parse_pairs(training, max_pairs=max_examples)
+        held_out_pairs = None if validation is None else parse_pairs(validation, max_pairs=max_examples)
         data = encode_pairs(chat, pairs, max_tokens=max_tokens, validation=held_out_pairs, share=share)
         return replace(data, statistics=statistics_of_pairs(pairs))
     if is_labelled(training):
         message = 'the file holds labelled texts; train on it with "method": {"type": "classification"}'
         raise InvalidInput(message, param="method.type")
-    examples = parse_examples(training)
-    held_out = None if validation is None else parse_examples(validation)
+    examples = ExampleFile(training, max_examples=max_examples)
+    held_out = None if validation is None else ExampleFile(validation, max_examples=max_examples)
     data = encode_data(chat, examples, max_tokens=max_tokens, validation=held_out, share=share)
     return replace(data, statistics=statistics_of(examples))
 

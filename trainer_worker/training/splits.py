@@ -12,7 +12,8 @@ Everything follows from the contents of the examples, so the same file gives the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 #: Answers of at most this many tokens, in the median, are labels, numbers or names.
@@ -25,8 +26,14 @@ NEAR_SHARE = 0.9
 #: With more distinct answers, only identical ones are grouped, because all pairs are compared.
 MAX_COMPARED = 1000
 
-#: The tokens to learn of one example, row after row.
-Answer = tuple[int, ...]
+#: The tokens to learn of one example, row after row, one character each: a tuple of them takes ten times as
+#: much memory.
+Answer = str
+
+
+def answer_of(tokens: Iterable[int]) -> Answer:
+    """Return the answer with these token ids, which are smaller than the 1,114,112 characters of Unicode."""
+    return "".join(map(chr, tokens))
 
 
 def group_examples(answers: Sequence[Answer], digests: Sequence[str]) -> list[str]:
@@ -91,7 +98,7 @@ def _near_groups(answers: Sequence[Answer]) -> list[int]:
     if len(distinct) <= MAX_COMPARED:
         _join_near(list(distinct), root)
     groups = [_find(root, distinct[answer]) for answer in answers]
-    largest = max(groups.count(group) for group in set(groups))
+    largest = max(Counter(groups).values())
     if 2 * largest > len(answers):  # answers of one form, such as JSON with two fields: not copies
         return [distinct[answer] for answer in answers]
     return groups

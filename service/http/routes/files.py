@@ -42,14 +42,13 @@ async def create_file(
         missing = "expires_after.anchor" if expires_from is None else "expires_after.seconds"
         message = f"{missing} is missing: expires_after has an anchor and seconds"
         raise InvalidInput(message, param=missing, code="missing_required_parameter")
-    content = await file.read()
     record = await keep_training_file(
         stores.files,
         services.upload_check,
         tenant,
         filename=file.filename,
         purpose=purpose,
-        content=content,
+        content=file.file,
         lifetime_s=lifetime_s,
     )
     return _object(record)

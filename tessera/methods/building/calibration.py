@@ -36,7 +36,7 @@ class CalibrationSet:
     """
 
     #: Pairs (token ids [T], loss mask [T]); the first entry of a mask does not count.
-    examples: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]
+    examples: tuple[tuple[Sequence[int], Sequence[int]], ...]
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -51,7 +51,7 @@ class CalibrationSet:
     @classmethod
     def from_encoded(cls, examples: Iterable[EncodedExample]) -> CalibrationSet:
         """Make a labelled set; the mask marks the tokens that training would learn."""
-        return cls(tuple((tuple(item.token_ids), tuple(item.loss_mask)) for item in examples))
+        return cls(tuple((item.token_ids, item.loss_mask) for item in examples))
 
     @classmethod
     def from_texts(cls, texts: Iterable[Sequence[int]]) -> CalibrationSet:
@@ -64,7 +64,12 @@ class CalibrationSet:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the tokens and masks, in hex."""
-        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for index, (ids, mask) in enumerate(self.examples):  # in pieces, but as JSON of the whole list
+            text = json.dumps([list(ids), list(map(bool, mask))])
+            digest.update(f"{', ' if index else '['}{text}".encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     @cached_property
     def num_tokens(self) -> int:
@@ -136,7 +141,7 @@ class CalibrationSet:
         for row, index in enumerate(rows):
             ids, mask = self.examples[index]
             token_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, 1 : len(ids)] = torch.tensor(mask[1:], dtype=torch.bool)
+            labels[row, 1 : len(ids)] = torch.tensor(list(mask[1:]), dtype=torch.bool)
         lengths = tuple(len(self.examples[index][0]) for index in rows)
         return CalibrationBatch(token_ids, labels, lengths, tuple(rows))
 

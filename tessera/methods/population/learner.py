@@ -33,7 +33,7 @@ MAX_GRAD_NORM = 1.0
 WARMUP_SHARE = 0.05
 FINAL_SHARE = 0.1
 
-Example = tuple[tuple[int, ...], tuple[bool, ...]]
+Example = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
