@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
-from tessera.data.examples import parse_examples
+from tessera.data.examples import ExampleFile, parse_examples
 from tessera.errors import InvalidTrainingData
 
 GOOD = '{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}]}'
@@ -346,3 +346,23 @@ JSON_VALUES = st.recursive(
 @given(st.lists(JSON_VALUES, max_size=4))
 def test_any_json_is_judged(values: list[object]) -> None:
     assert is_judged("\n".join(json.dumps(value) for value in values).encode())
+
+
+def test_a_file_that_is_read_again_and_again_holds_the_same_examples_and_finds_the_same_problems() -> None:
+    sound = "\n".join([GOOD, "", '{"text": "b"}', GOOD]).encode()
+    broken = "\n".join([GOOD, "{", '{"text": " "}']).encode()
+    named = b'{"text": "a", "user": "u"}\n{"text": "b"}\n'
+
+    file = ExampleFile(sound)
+
+    assert len(file) == 3
+    assert list(file) == list(file) == parse_examples(sound)
+    for content, with_users in ((broken, False), (b"", False), (b"[]", False), (named, True), (named, False)):
+        with pytest.raises(InvalidTrainingData) as expected:
+            parse_examples(content, with_users=with_users)
+        with pytest.raises(InvalidTrainingData) as found:
+            ExampleFile(content, with_users=with_users)
+        assert (found.value.errors, found.value.code) == (expected.value.errors, expected.value.code)
+    with pytest.raises(InvalidTrainingData) as found:
+        ExampleFile("\n".join([GOOD] * 5).encode(), max_examples=3)
+    assert [(e.line, e.code) for e in found.value.errors] == [(4, "too_many_examples")]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from array import array
+
 import pytest
 import torch
 
-from tessera.chat.chat_format import ChatFormat
+from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, parse_examples
 from tessera.errors import InvalidTrainingData
+from tessera.methods.bases import CalibrationSet
 from tests.tessera.chat.tokenizer_kinds import tokenizer_of
 from tests.trainer_worker.conftest import DATA, random_examples
 from trainer_worker.training.data import MIN_FILL, TrainingData, encode_data, micro_batches
@@ -160,3 +165,32 @@ def test_the_sample_data_are_encoded_without_loss(chat: ChatFormat) -> None:
         data = encode_data(chat, examples, max_tokens=512)
         assert (len(data.train), len(data.valid), data.num_truncated) == (52, 8, 0)
         assert all(e.token_ids[-1] == chat.tokenizer.eos_token_id and e.loss_mask[-1] for e in data.train)
+
+
+def test_rows_are_packed_and_digests_are_those_of_lists(chat: ChatFormat) -> None:
+    examples = parse_examples((DATA / "jargon.jsonl").read_bytes())[:30]
+    data = encode_data(chat, examples, max_tokens=256)
+    rows = [row for example in examples for row in chat.encode_rows(example, max_tokens=256)]
+
+    assert all(type(row.token_ids) is array and type(row.loss_mask) is bytes for row in data.train)
+    assert sorted(row.as_json() for row in (*data.train, *data.valid)) == sorted(
+        row.as_json() for row in rows
+    )
+    assert [row.packed().as_json() for row in rows] == [[row.token_ids, row.loss_mask] for row in rows]
+    plain = CalibrationSet(tuple((tuple(row.token_ids), tuple(row.loss_mask)) for row in rows))
+    packed = CalibrationSet.from_encoded(row.packed() for row in rows)
+    as_one = json.dumps([[row.token_ids, row.loss_mask] for row in rows]).encode()
+    assert plain.digest == packed.digest == hashlib.sha256(as_one).hexdigest()
+    assert packed.num_label_tokens == plain.num_label_tokens
+    for one, other in zip(plain.batches(), packed.batches(), strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_an_order_is_drawn_once_per_epoch_and_covers_all_examples() -> None:
+    rows = tuple(EncodedExample([i, i + 1], [False, True]) for i in range(10))
+    data = TrainingData(rows, (), digest="")
+    for epoch in range(2):
+        steps = range(4 * epoch, 4 * epoch + 4)
+        seen = [i for step in steps for i in data.batch_indices(step, batch_size=3, seed=1)]
+        assert sorted(seen) == list(range(10))

@@ -97,10 +97,7 @@ def read_labelled(
         num_truncated=sum(row.truncated for row in (*train, *valid)),
         num_overlapping=overlap,
         max_tokens=max_tokens,
-        statistics=count(
-            [f"{example.text}\n{example.text_pair or ''}" for example in examples],
-            [example.name for example in examples],
-        ),
+        statistics=count((f"{e.text}\n{e.text_pair or ''}", e.name) for e in examples),
     )
     return LabelledData(data, labels, mean, scale)
 

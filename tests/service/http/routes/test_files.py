@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from redis.asyncio import Redis
 
 from service.generation.text import TextCodec
+from service.http.received_body import SPOOL_BYTES
 from service.jobs.uploads import plain_name
 from tessera.redis import keys
 from tessera.store.files import RESULTS, FileStore
 from tests.service.answers import check_error
-from tests.service.conftest import MakeApp, client_of
+from tests.service.conftest import MakeApp, client_of, served
 from tests.service.training import EXAMPLE, GOOD, JOBS, upload
 from tests.tessera.chat.tokenizer_kinds import tokenizer_of
 
@@ -319,3 +321,30 @@ async def test_files_that_a_job_has_made_come_as_what_they_are(
     for wrong in (RESULTS, "fine-tune-result"):
         reply = await upload(client, purpose=wrong)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "purpose")
+
+
+async def test_a_large_upload_goes_through_a_file_and_comes_back_whole(make_app: MakeApp) -> None:
+    """4 MiB of many chunks, over a socket: beyond what is kept in memory, at odd sizes of pieces."""
+    lines = [json.dumps({"prompt": f"{n}: ", "completion": "x" * (n % 977)}) for n in range(1, 9001)]
+    content = "\n".join(lines).encode()
+    assert len(content) > 4 * SPOOL_BYTES
+    async with served(make_app()) as base, httpx.AsyncClient(base_url=base, timeout=60) as client:
+        reply = await upload(client, content)
+        assert reply.status_code == 200, reply.text
+        record = reply.json()
+        assert (record["bytes"], record["num_examples"]) == (len(content), 9000)
+        assert record["sha256"] == hashlib.sha256(content).hexdigest()
+        assert (await client.get(f"/v1/files/{record['id']}/content")).content == content
+
+
+async def test_more_examples_than_the_setting_allows_are_refused(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_MAX_EXAMPLES", "5")
+    line = f"{EXAMPLE}\n".encode()
+    async with client_of(make_app()) as client:
+        assert (await upload(client, line * 5)).status_code == 200
+        reply = await upload(client, line * 6)
+    [error] = reply.json()["error"]["errors"]
+    assert (reply.status_code, error["line"], error["code"]) == (400, 6, "too_many_examples")
+    assert "at most 5 examples" in error["message"]
