@@ -325,7 +325,7 @@ async def test_files_that_a_job_has_made_come_as_what_they_are(
 
 async def test_a_large_upload_goes_through_a_file_and_comes_back_whole(make_app: MakeApp) -> None:
     """4 MiB of many chunks, over a socket: beyond what is kept in memory, at odd sizes of pieces."""
-    lines = [json.dumps({"prompt": f"{n}: ", "completion": "x" * (n % 977)}) for n in range(1, 9001)]
+    lines = [json.dumps({"prompt": f"{n}: ", "completion": "x" * (1 + n % 977)}) for n in range(1, 9001)]
     content = "\n".join(lines).encode()
     assert len(content) > 4 * SPOOL_BYTES
     async with served(make_app()) as base, httpx.AsyncClient(base_url=base, timeout=60) as client:
