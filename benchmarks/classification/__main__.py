@@ -18,7 +18,7 @@ from tessera.formats.basis import Basis
 from tessera.formats.head import CLASSIFICATION, REGRESSION
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel, load_base_model
-from tessera.model.hidden import hidden_width
+from tessera.model.pooling import hidden_width
 from trainer_worker.training.classification.data import LabelledData, read_labelled
 from trainer_worker.training.classification.run import ClassificationRun
 from trainer_worker.training.learning_rates import BasisKind

@@ -15,8 +15,9 @@ from service.engine.adapters.packed_adapter import PackedAdapter
 from service.engine.adapters.residency import AdapterCache, Residency
 from service.engine.adapters.resident_bases import ResidentBases
 from service.engine.attention.reference import implementation_of
+from service.engine.encoder.runner import EncoderRunner
 from service.engine.kv.blocks import BlockPool, root_key
-from service.engine.kv.cache import PagedKV
+from service.engine.kv.cache import KVShape, PagedKV
 from service.engine.kv.memory import add_remainder, module_bytes, num_kv_blocks
 from service.engine.sampling.sampler import make_generator
 from service.engine.scheduling.request import EngineRequest, RequestLimits
@@ -38,7 +39,7 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.adapter_ref import AdapterRef
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
-from tessera.model.hidden import hidden_width
+from tessera.model.pooling import hidden_width
 from tessera.model.rope import pin_rotations
 
 __all__ = ["Engine", "EngineConfig"]
@@ -68,18 +69,27 @@ class Engine:
         self._config = config
         self._attention_before = implementation_of(base.model)
         self._rotations_before = pin_rotations(base.model, base.max_position)
-        facts, unfit = install_and_try(base)
         device, dtype = base.device, base.model.dtype
         self._device = device
-        num_blocks = num_kv_blocks(
-            facts.kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
-        )
-        max_model_len = min(base.max_position, num_blocks * config.block_size)
-        self._limits = RequestLimits(facts.vocab_size, max_model_len)
+        kv_shapes: tuple[KVShape, ...] = ()
+        facts, unfit = (None, {}) if base.encoder is not None else install_and_try(base)
+        if facts is None:
+            # Without a KV cache the blocks only bound how much runs at once; a text is computed as a whole.
+            config = config.model_copy(update={"enable_prefix_cache": False})
+            max_model_len = min(base.max_position, config.max_batch_tokens)
+            num_blocks = config.max_running * -(-max_model_len // config.block_size)
+            vocab_size = int(base.model.config.vocab_size)
+        else:
+            kv_shapes, vocab_size = facts.kv_shapes, facts.vocab_size
+            num_blocks = num_kv_blocks(
+                kv_shapes, config, max_position=base.max_position, device=device, dtype=dtype
+            )
+            max_model_len = min(base.max_position, num_blocks * config.block_size)
+        self._limits = RequestLimits(vocab_size, max_model_len)
         self._hidden_width = hidden_width(base.model)
         self._weight_bytes = module_bytes(base.model)
         self.kv = PagedKV(
-            facts.kv_shapes, num_blocks=num_blocks, block_size=config.block_size, device=device, dtype=dtype
+            kv_shapes, num_blocks=num_blocks, block_size=config.block_size, device=device, dtype=dtype
         )
         self.pool = BlockPool(num_blocks, config.block_size)
         self.bases = ResidentBases(base.model, base.model_id, config, device=device, dtype=dtype, unfit=unfit)
@@ -88,9 +98,15 @@ class Engine:
             config,
             self.pool,
             self.residency,
-            max_logit_rows=max(1, MAX_LOGITS_BYTES // (facts.vocab_size * dtype.itemsize)),
+            max_logit_rows=max(1, MAX_LOGITS_BYTES // (vocab_size * dtype.itemsize)),
         )
-        self.runner = ModelRunner(base.model, facts, self.kv, self.bases, config, max_model_len=max_model_len)
+        self.runner: ModelRunner | EncoderRunner
+        if facts is None:
+            self.runner = EncoderRunner(base.model, self.bases, config)
+        else:
+            self.runner = ModelRunner(
+                base.model, facts, self.kv, self.bases, config, max_model_len=max_model_len
+            )
         self._in_flight = InFlight(self.scheduler)
         self._numbers = itertools.count()
         self._looks_ahead = config.lookahead == "on" or (config.lookahead == "auto" and device.type == "cuda")
@@ -132,6 +148,9 @@ class Engine:
         """Queue a request. Raises `InvalidInput`, `EngineOverloaded` or `TenantOverloaded` if it is
         refused."""
         self._limits.check(request)
+        if self._base.encoder is not None and not request.classifies:
+            message = _OTHER_TASK[NOT_GENERATIVE].format("the base model, an encoder,")
+            raise InvalidInput(message, param="model", code=NOT_GENERATIVE)
         if request.classifies and request.adapter is None:
             message = _OTHER_TASK[NO_HEAD].format("the base model")
             raise InvalidInput(message, param="model", code=NO_HEAD)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from service.engine.encoder.runner import EncoderResults, EncoderRunner
 from service.engine.sampling.sampler import has_active_rules
 from service.engine.scheduling.plan import Chunk, StepPlan
 from service.engine.scheduling.request import EngineRequest
@@ -156,7 +157,7 @@ class StartedStep:
     """A step that the device works on, or that the model failed to compute."""
 
     plan: StepPlan
-    results: PendingResults | StepNotComputed
+    results: PendingResults | EncoderResults | StepNotComputed
 
     @property
     def can_wait(self) -> bool:
@@ -174,7 +175,9 @@ class StartedStep:
 class StepLoop:
     """Starts the steps that `scheduler` plans, and delivers their results to `in_flight`."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, in_flight: InFlight) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner | EncoderRunner, in_flight: InFlight
+    ) -> None:
         #: Number of steps that were delivered.
         self.num_steps = 0
         #: Number of steps that failed.

@@ -47,13 +47,19 @@ async def classify(
         target.tenant, size, lambda: [chat.labelled_ids(text, second) for text, second in texts]
     )
     for index, prompt in enumerate(prompts):
-        if len(prompt) > limit:
+        if len(prompt.token_ids) > limit:
             raise InvalidInput(
-                f"the text has {len(prompt)} tokens, more than the context holds, which is {limit}",
+                f"the text has {len(prompt.token_ids)} tokens, more than the context holds, which is {limit}",
                 param=f"{param}.{index}",
                 code="context_length_exceeded",
             )
-    generation = generator.prepare(target, prompts, _CLASSIFY, param=param)
+    generation = generator.prepare(
+        target,
+        [prompt.token_ids for prompt in prompts],
+        _CLASSIFY,
+        param=param,
+        first_lengths=[prompt.first_length for prompt in prompts],
+    )
     finished = await generation.collect()
     return [_classified(sequence.classification) for sequence in finished], generation
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from service.engine.client.token_engine import TokenEngine
-from service.engine.wire.messages import EngineInfo, GenerationRequest, SamplingParams
+from service.engine.wire.messages import NOT_GENERATIVE, EngineInfo, GenerationRequest, SamplingParams
 from service.generation.model_registry import Target
 from service.generation.prompt_bound import prompt_bound
 from service.generation.sequences import Generation, LiveSequence
@@ -74,8 +74,15 @@ class Generator:
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
 
+    def refuse_encoder(self) -> None:
+        """Raise `InvalidInput` if the base model generates no texts."""
+        if self.codec.chat.is_encoder:
+            message = "the base model is an encoder, which generates no texts; send texts to /v1/classify"
+            raise InvalidInput(message, param="model", code=NOT_GENERATIVE)
+
     async def text_prompts(self, tenant: str, texts: Sequence[str], *, param: str) -> list[list[int]]:
         """Return the token ids of raw prompts, encoded as the trainer encodes them. Raises `InvalidInput`."""
+        self.refuse_encoder()
         for text in texts:
             self.refuse_endless(text, param=param)
         size = sum(len(text) + CALL_CHARACTERS for text in texts)
@@ -88,6 +95,7 @@ class Generator:
 
         variables: further variables of the chat template. Raises `InvalidInput`.
         """
+        self.refuse_encoder()
         for message in messages:
             if message["role"] != "assistant":  # a template may leave out parts of an assistant's turn
                 self.refuse_endless(message["content"].strip(), param="messages")
@@ -123,13 +131,22 @@ class Generator:
             )
 
     def prepare(
-        self, target: Target, prompts: Sequence[list[int]], options: GenerationOptions, *, param: str
+        self,
+        target: Target,
+        prompts: Sequence[list[int]],
+        options: GenerationOptions,
+        *,
+        param: str,
+        first_lengths: Sequence[int] = (),
     ) -> Generation:
         """Prepare n sequences for every prompt, prompts outermost. They are submitted to the engine when the
         pieces of the returned generation are read.
 
-        param: the field of the request that held the prompts. Raises `InvalidInput`, `EngineUnavailable`.
+        param: the field of the request that held the prompts. first_lengths: of each prompt to classify, see
+        `GenerationRequest`. Raises `InvalidInput`, `EngineUnavailable`.
         """
+        if not options.classifies:
+            self.refuse_encoder()
         info = self.engine.info
         if len(prompts) * options.n > MAX_SEQUENCES:
             raise InvalidInput(f"the number of prompts times n must be at most {MAX_SEQUENCES}", param=param)
@@ -139,7 +156,7 @@ class Generator:
                     message = f"{token_id} is not a token id; token ids are 0 to {info.vocab_size - 1}"
                     raise InvalidInput(message, param=field_name)
         sequences: list[LiveSequence] = []
-        for token_ids in prompts:
+        for index, token_ids in enumerate(prompts):
             shared = self._sampling(token_ids, options, info, param)
             for choice in range(options.n):
                 sampling = shared
@@ -153,6 +170,7 @@ class Generator:
                     adapter=target.adapter,
                     timeout_s=self._request_timeout_s,
                     classifies=options.classifies,
+                    first_length=first_lengths[index] if first_lengths else 0,
                 )
                 text = self.codec.stream(
                     token_ids,

@@ -58,6 +58,7 @@ async def score(
 ) -> tuple[list[ScoredText], Generation]:
     """Score all examples in one generation, and return that as well. Raises `InvalidInput` (param
     "input.<i>")."""
+    generator.refuse_encoder()
     limit = generator.engine.info.max_model_len
     for index, example in enumerate(examples):
         for text in _texts(example):

@@ -20,6 +20,7 @@ from tessera.chat.chat_format import ChatFormat
 from tessera.chat.end_tokens import named_end_tokens
 from tessera.chat.tokenizer import load_tokenizer
 from tessera.errors import UnsupportedModel
+from tessera.model.encoders import find_encoder
 from tessera.model.files import model_folder
 
 
@@ -32,6 +33,7 @@ class TextCodec:
         *,
         eos_token_ids: Iterable[int] = (),
         allow_control_tokens: bool = False,
+        is_encoder: bool = False,
     ) -> None:
         """Takes the arguments of `ChatFormat`. Raises `UnsupportedModel` for a tokenizer without a fast
         backend."""
@@ -39,7 +41,10 @@ class TextCodec:
         if not isinstance(backend, Backend):
             raise UnsupportedModel("the tokenizer has no fast backend (`tokenizers`)", param="base_model")
         self.chat = ChatFormat(
-            tokenizer, eos_token_ids=eos_token_ids, allow_control_tokens=allow_control_tokens
+            tokenizer,
+            eos_token_ids=eos_token_ids,
+            allow_control_tokens=allow_control_tokens,
+            is_encoder=is_encoder,
         )
         self._backend = backend
         #: The tokens at which a generation stops by itself.
@@ -137,6 +142,7 @@ def load_text_codec(
         load_tokenizer(source, revision=revision),
         eos_token_ids=named_end_tokens(model_folder(source, revision=revision)),
         allow_control_tokens=allow_control_tokens,
+        is_encoder=find_encoder(model_folder(source, revision=revision)) is not None,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from tessera.chat.template import ChatTemplate
 from tessera.chat.tokenizer import load_tokenizer
 from tessera.data.examples import Example
 from tessera.errors import InvalidInput
+from tessera.model.encoders import find_encoder
 from tessera.model.files import model_folder
 
 __all__ = ["ChatFormat", "EncodedExample", "load_chat_format"]
@@ -34,6 +36,16 @@ __all__ = ["ChatFormat", "EncodedExample", "load_chat_format"]
 MAX_CHARS_OF_A_TOKEN = 128
 #: Texts to put before another one, for tokenizers that put a space before the first word of a text.
 _ANCHORS = ("\n", "a", ".", ":")
+
+
+@dataclass(frozen=True)
+class LabelledIds:
+    """The tokens of a text to be classified, or of two."""
+
+    token_ids: list[int]
+    #: Of two texts for an encoder: the tokens before the second one; otherwise 0.
+    first_length: int
+    is_truncated: bool
 
 
 class ChatFormat:
@@ -45,12 +57,15 @@ class ChatFormat:
         *,
         eos_token_ids: Iterable[int] = (),
         allow_control_tokens: bool = False,
+        is_encoder: bool = False,
     ) -> None:
         """eos_token_ids: the end tokens in the model's files.
 
-        allow_control_tokens: let control tokens that are typed in messages act as such.
+        allow_control_tokens: let control tokens that are typed in messages act as such. is_encoder: the base
+        model classifies texts and generates none.
         """
         self.tokenizer = tokenizer
+        self.is_encoder = is_encoder
         self._template = ChatTemplate(tokenizer)
         shape = self._template.shape
         self._control = None if allow_control_tokens else ControlTokens(tokenizer, shape)
@@ -108,13 +123,39 @@ class ChatFormat:
         bos = self.tokenizer.bos_token_id
         return ids if ids or bos is None else [bos]
 
-    def labelled_ids(self, text: str, text_pair: str | None = None) -> list[int]:
-        """Return the ids of a text to be classified, or of two texts with a line break between them.
+    def labelled_ids(
+        self, text: str, text_pair: str | None = None, *, max_tokens: int | None = None
+    ) -> LabelledIds:
+        """Return the ids of a text to be classified, or of two. max_tokens: a longer text loses its end.
 
-        No end token follows: the classification head reads the state of the last token of the text, as
-        transformers' classes for sequence classification do. Raises `InvalidInput`.
+        For a causal model two texts are one with a line break between them, and no end token follows: the
+        head reads the state of the last token of the text. For an encoder the tokenizer adds its special
+        tokens, and of two texts the longer one is shortened. Special tokens that are typed in a text for an
+        encoder are plain text. Raises `InvalidInput`.
         """
-        return self.text_ids(text if text_pair is None else f"{text}\n{text_pair}")
+        if self.is_encoder:
+            return self._encoder_ids(text, text_pair, max_tokens)
+        ids = self.text_ids(text if text_pair is None else f"{text}\n{text_pair}")
+        is_truncated = max_tokens is not None and len(ids) > max_tokens
+        return LabelledIds(ids[:max_tokens], 0, is_truncated)
+
+    def _encoder_ids(self, text: str, text_pair: str | None, max_tokens: int | None) -> LabelledIds:
+        encoded = self.tokenizer(
+            text,
+            text_pair,
+            add_special_tokens=True,
+            split_special_tokens=True,
+            truncation=max_tokens is not None,
+            max_length=max_tokens,
+            return_overflowing_tokens=max_tokens is not None,
+            verbose=False,
+        )
+        rows = encoded.encodings
+        assert rows is not None
+        first_length = 0
+        if text_pair is not None:  # special tokens belong to no text: the second begins with its first own
+            first_length = next((i for i, own in enumerate(rows[0].sequence_ids) if own == 1), 0)
+        return LabelledIds(list(rows[0].ids), first_length, len(rows) > 1)
 
     def text_spans(self, text: str) -> list[tuple[int, int]]:
         """Return the characters [start, end) of the text for each of its `text_ids`."""
@@ -308,4 +349,5 @@ def load_chat_format(
         load_tokenizer(source, revision=revision),
         eos_token_ids=named_end_tokens(model_folder(source, revision=revision)),
         allow_control_tokens=allow_control_tokens,
+        is_encoder=find_encoder(model_folder(source, revision=revision)) is not None,
     )

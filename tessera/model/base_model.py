@@ -20,7 +20,9 @@ from transformers.utils import logging as transformers_logging
 from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model import quantised
+from tessera.model.encoders import ENCODERS, Encoder
 from tessera.model.files import model_digest, model_folder, model_name
+from tessera.model.pooling import encoder_of
 from tessera.model.pretrained import load_weights
 from tessera.model.rope import pin_rotations
 from tessera.model.target_modules import check_patterns, choose_targets, is_named
@@ -57,6 +59,11 @@ class BaseModel:
         return torch.device(self.model.device)
 
     @property
+    def encoder(self) -> Encoder | None:
+        """Return what is known about the encoder, None for a causal model."""
+        return encoder_of(self.model)
+
+    @property
     def max_position(self) -> int:
         """Return the longest sequence, in tokens, that the model was made for and is used for."""
         return longest_sequence(self.model.config, self.max_model_len)
@@ -70,6 +77,9 @@ def longest_sequence(config: Any, max_model_len: int | None) -> int:
     text_config = config.get_text_config()
     names = (name for name in _MAX_POSITION_FIELDS if getattr(text_config, name, None))
     longest = int(getattr(text_config, next(names, ""), _DEFAULT_MAX_POSITION))
+    encoder = ENCODERS.get(str(getattr(config, "model_type", "")))
+    if encoder is not None and encoder.is_offset and not getattr(config, "is_decoder", False):
+        longest -= int(config.pad_token_id) + 1
     return min(longest, max_model_len or longest)
 
 
@@ -148,9 +158,12 @@ def iter_target_modules(
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers that process text, except the output head, by dotted name in model order."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    encoder = encoder_of(model)
     found = {}
     for name, module in model.named_modules():
         parts = set(name.split("."))
+        if encoder is not None and parts & set(encoder.outside):
+            continue
         words = {word for part in parts for word in part.split("_")}
         if is_plain_linear(module) and module is not head and not (parts & _HEADS or words & _TOWERS):
             found[name] = module

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import linear_layers, make_linear
+from tessera.model.encoders import find_encoder
 from tessera.model.files import model_folder
 from tessera.model.pretrained import cannot_load
 
@@ -28,8 +29,10 @@ def linear_shapes(source: str | Path, *, revision: str | None = None) -> dict[st
     folder = model_folder(source, revision=revision)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        is_causal = find_encoder(folder) is None
+        auto_class = AutoModelForCausalLM if is_causal else AutoModelForSequenceClassification
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a configuration or a missing package raises
         raise cannot_load(source, folder, error) from error
     make_linear(model)

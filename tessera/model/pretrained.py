@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tessera.errors import UnsupportedModel
+from tessera.model.encoders import find_encoder
+from tessera.model.pooling import is_replaced, strip_head
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +35,18 @@ _MAX_NAMES = 3
 
 
 def load_weights(source: str | Path, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the causal language model in `folder` onto the CPU. Raises `UnsupportedModel`.
+    """Load the causal language model or the encoder in `folder` onto the CPU. Raises `UnsupportedModel`.
 
     source: the name of the model in messages.
     """
+    encoder = find_encoder(folder)
     if _config(folder).get("is_encoder_decoder") is True:
         raise UnsupportedModel(
             f"the base model {source} cannot be served: {IS_A_DECODER}", param="base_model"
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        auto_class = AutoModelForCausalLM if encoder is None else AutoModelForSequenceClassification
+        model, report = auto_class.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -59,12 +63,16 @@ def load_weights(source: str | Path, folder: Path, dtype: torch.dtype) -> PreTra
         ("missing_keys", f"are not in its files, {_INCOMPLETE}"),
     ):
         names = sorted({key if isinstance(key, str) else key[0] for key in report[kind]})
+        if encoder is not None:
+            names = [name for name in names if not is_replaced(name, encoder)]
         if names:
             raise UnsupportedModel(
                 f"cannot load the base model {source}: {len(names)} of its weights {what}: {_listed(names)}",
                 param="base_model",
             )
-    if report["unexpected_keys"]:
+    if encoder is not None:
+        strip_head(model, encoder, missing=report["missing_keys"])
+    if report["unexpected_keys"] and encoder is None:
         names = sorted(report["unexpected_keys"])
         logger.warning(
             "%d weights of %s are ignored, because they belong to no module: %s",

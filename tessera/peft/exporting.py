@@ -30,7 +30,7 @@ def to_peft(
 
     An adapter with a classification head becomes a LoRA of transformers' class for sequence classification,
     which must be loaded with as many labels as the head has. Raises `BasisMismatch` if the adapter belongs to
-    another basis, and `InvalidInput` for a head with a bias, which these classes do not have.
+    another basis, and `InvalidInput` for a head with a bias, which the causal classes do not have.
     """
     if adapter.basis_id != basis.basis_id:
         raise BasisMismatch(f"the adapter belongs to basis {adapter.basis_id}, not to {basis.basis_id}")
@@ -62,8 +62,8 @@ def to_peft(
 def _head_weight(head: ClassificationHead) -> torch.Tensor:
     if head.weight[:, -1].any():
         raise InvalidInput(
-            "the head of this adapter has a bias, and PEFT's models for sequence classification have none; "
-            "a regression cannot be exported",
+            "the head of this adapter has a bias, and the head of a causal model for sequence classification "
+            "has none; regressions and classifiers on encoders cannot be exported",
             param="adapter_id",
         )
     return head.weight[:, :-1].contiguous()

@@ -52,7 +52,7 @@ def trained(stack: Stack) -> openai.OpenAI:
             "early_stopping": {"patience": None},
             "adapter": {"id": name},
         }
-        reply = httpx.post(f"{stack.url}/v1/fine_tuning/jobs", json=body)
+        reply = httpx.post(f"{stack.url}/v1/fine_tuning/jobs", json=body, timeout=60)
         assert reply.status_code == 200, reply.text
         jobs.append(reply.json()["id"])
 

@@ -10,7 +10,7 @@ from tessera.chat.chat_format import ChatFormat
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.formats.head import CLASSIFICATION, PROBLEM_TYPES
 from tessera.model.base_model import BaseModel
-from tessera.model.hidden import hidden_width
+from tessera.model.pooling import hidden_width
 from tessera.queue.hyperparameters import check_together
 from tessera.queue.records import JobSpec
 from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration
@@ -65,6 +65,7 @@ class ClassificationPreparation:
                 width=width,
                 head_rate=head_rate(options),
                 head_only=bool(options.get("head_only")),
+                trains_bias=self._base.encoder is not None,
             )
 
         run, warnings = make_run(), []

@@ -101,6 +101,9 @@ class Preparation:
         training = await self._content(job.tenant, spec.training_file, "training_file")
         if spec.classification is not None:
             return await self._classifier(attempt, training, saved)
+        if self._base.encoder is not None:
+            message = 'the base model is an encoder; train a classifier, with method.type "classification"'
+            raise InvalidInput(message, param="method.type")
         data = await self._data(job, training)
         if spec.form == LORA:
             lora, warnings = await self._lora.prepare(attempt, data, objective, saved)

@@ -29,7 +29,7 @@ from service.engine.adapters.slots import SlotTable
 from service.engine.attention.reference import AttentionTile, PagedAttention, TokenRows
 from service.engine.kv.blocks import NULL_BLOCK
 from service.engine.kv.cache import KVShape, PagedKV
-from tessera.model.hidden import HeadInput
+from tessera.model.pooling import HeadInput
 
 #: The argument of models that can compute the logits of some rows alone.
 _KEEPS_LOGITS = "logits_to_keep"

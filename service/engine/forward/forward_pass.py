@@ -38,7 +38,7 @@ from service.engine.forward.self_check import TOLERANCES
 from service.engine.forward.spec import ModelSpec, NotFusable, recognise
 from service.engine.kv.cache import KVShape, PagedKV
 from tessera.errors import UnsupportedModel
-from tessera.model.hidden import HeadInput
+from tessera.model.pooling import HeadInput
 
 logger = logging.getLogger(__name__)
 

@@ -95,7 +95,7 @@ class PendingResults:
                 outcome.prompt_logprobs.setdefault(index, []).append(report)
         if self._hidden is not None:
             for index, hidden in zip(self._plan.classifying, self._hidden.read(), strict=True):
-                outcome.classifications[index] = _classify(self._plan.chunks[index].request, hidden)
+                outcome.classifications[index] = classify(self._plan.chunks[index].request, hidden)
         return outcome
 
     def _sample(self, step: StepLogits) -> Tensor:
@@ -120,7 +120,7 @@ class PendingResults:
         return tokens
 
 
-def _classify(request: EngineRequest, hidden: Tensor) -> Classification:
+def classify(request: EngineRequest, hidden: Tensor) -> Classification:
     """Apply the head of the request's adapter to its hidden state, float32 [d].
 
     On the host: at a width of 4,096 a head of 256 labels takes a million multiplications per text, and heads

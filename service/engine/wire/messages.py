@@ -60,6 +60,8 @@ class GenerationRequest:
     timeout_s: float | None = None
     #: Apply the adapter's classification head to the last hidden state. Needs max_tokens 0.
     classifies: bool = False
+    #: Of two texts for an encoder: the tokens before the second one; otherwise 0.
+    first_length: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Labelled texts as training data: encoding, classes, and a validation split in which every class stays.
 
-A row is one text, or two with a line break between them, without an end token, because the head reads the
-state of the last token. Knows no model and no optimizer.
+A row is one text or two, as `ChatFormat.labelled_ids` encodes them. Knows no model and no optimizer.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ class LabelledRow(EncodedExample):
 
     #: The index of its class, or its standardised score.
     target: float = 0.0
+    #: Of two texts for an encoder: the tokens before the second one; otherwise 0.
+    first_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,14 @@ def _standard(examples: Sequence[LabelledText], values: Sequence[float]) -> tupl
 
 
 def _row(chat: ChatFormat, example: LabelledText, target: float, max_tokens: int) -> LabelledRow:
-    ids = chat.labelled_ids(example.text, example.text_pair)
-    kept = ids[:max_tokens]
-    return LabelledRow(kept, [False] * len(kept), truncated=len(kept) < len(ids), target=target)
+    found = chat.labelled_ids(example.text, example.text_pair, max_tokens=max_tokens)
+    return LabelledRow(
+        found.token_ids,
+        [False] * len(found.token_ids),
+        truncated=found.is_truncated,
+        target=target,
+        first_length=found.first_length,
+    )
 
 
 def _validation_digests(
@@ -164,6 +170,6 @@ def _data_digest(train: Sequence[LabelledRow], valid: Sequence[LabelledRow], lab
     digest = hashlib.sha256(json.dumps(list(labels)).encode())
     for part in (train, valid):
         for row in part:
-            digest.update(json.dumps([row.token_ids, row.target]).encode())
+            digest.update(json.dumps([row.token_ids, row.target, row.first_length]).encode())
         digest.update(b"\0")
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
     loss of user u = mean over its texts of  -log softmax(W_u h + b_u)[class]      or (W_u h + b_u - target)²
 
-h is the state of the text's last token that the model's output head would read. The heads of all users are
+h [d] is the pooled state of the text (`tessera/model/pooling.py`). The heads of all users are
 one matrix, padded to the most labels that the trainer takes, and each row uses the part of its owner. Like
 `training/trainer.py`, this knows no Redis, no clock and no asyncio, and the result of a run does not depend
 on who shares its batches.
@@ -23,7 +23,7 @@ from tessera.chat.chat_format import EncodedExample
 from tessera.errors import BasisMismatch
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
-from tessera.model.hidden import HeadInput
+from tessera.model.pooling import pooled_states
 from trainer_worker.training.classification.data import LabelledRow
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, micro_batches
 from trainer_worker.training.objectives.objective import Measured, Sample, num_tokens
@@ -211,10 +211,8 @@ class ClassificationTrainer:
         device, num_rows = self._device, len(in_pass)
         lengths = torch.tensor([len(row.token_ids) for row in in_pass], device=device)
         targets = torch.tensor([row.target for row in in_pass], dtype=self._dtype, device=device)
-        last = torch.arange(num_rows, device=device) * batch.token_ids.shape[1] + lengths - 1
-        with HeadInput(self.base.model, rows=last) as head_input:
-            self.base.model(input_ids=batch.token_ids, use_cache=False)
-        hidden = head_input.take().to(self._dtype)  # [S, d]
+        first_lengths = torch.tensor([row.first_length for row in in_pass], device=device)
+        hidden = pooled_states(self.base.model, batch.token_ids, lengths, first_lengths).to(self._dtype)
         K, C, _ = self._head_shape
         every = F.linear(hidden, self._head[:, :, :-1].flatten(0, 1), self._head[:, :, -1].flatten())
         scores = every.view(num_rows, K, C)[torch.arange(num_rows, device=device), batch.rows]
