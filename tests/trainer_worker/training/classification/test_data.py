@@ -12,6 +12,7 @@ from tessera.chat.chat_format import ChatFormat
 from tessera.errors import InvalidTrainingData
 from tessera.formats.head import CLASSIFICATION, REGRESSION
 from trainer_worker.training.classification.data import LabelledData, LabelledRow, read_labelled
+from trainer_worker.training.data import num_held_back
 
 
 def content(labels: list[Any], *, text: str = "text number") -> bytes:
@@ -36,13 +37,14 @@ def test_the_split_repeats_and_keeps_every_class_in_training(chat: ChatFormat) -
     first, second = (read(chat, content(labels)) for _ in range(2))
     assert first == second
     assert first.labels == ("common", "rare", "unique")
-    assert (first.data.num_train, first.data.num_valid) == (54, 6)
-    assert Counter(targets(first.data.train)) == {0.0: 52, 1.0: 1, 2.0: 1}
+    num_valid = num_held_back(60, None)
+    assert (first.data.num_train, first.data.num_valid) == (60 - num_valid, num_valid)
+    assert Counter(targets(first.data.train)) == {0.0: 58 - num_valid, 1.0: 1, 2.0: 1}
 
 
 def test_a_job_may_choose_the_share_that_is_held_back(chat: ChatFormat) -> None:
     training = content(["a", "b"] * 20)
-    for share, num_valid in ((0, 0), (0.25, 10), (None, 4)):
+    for share, num_valid in ((0, 0), (0.25, 10), (None, num_held_back(40, None))):
         data = read_labelled(
             chat, training, None, problem_type=CLASSIFICATION, max_tokens=100, share=share
         ).data
