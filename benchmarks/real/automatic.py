@@ -43,17 +43,19 @@ def automatic_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]
 def cost_records(setting: Setting, form: Form, tasks: Sequence[EncodedTask]) -> Iterator[Record]:
     """Train each task alone, once at the rate of the tables and once as a job with the defaults."""
     for task in tasks:
-        seconds = {"one": [], "auto": []}  # type: dict[str, list[float]]
+        seconds: dict[str, list[float]] = {"one": [], "auto": []}
+        steps = {}
         for repeat in range(REPEATS + 1):
             one = form.make(f"{task.name}/one", task, plan_of(setting, task, form.kind, None))
             for name, run in (("one", one), ("auto", form.automatic(f"{task.name}/auto", task))):
                 spent = _seconds_alone(form, run)
+                steps[name] = run.progress.step
                 if repeat:
                     seconds[name].append(spent)
         fastest = {name: min(times) for name, times in seconds.items()}
         yield {
             "kind": "cost", **task.describe(), "seconds_one": fastest["one"], "seconds_auto": fastest["auto"],
-            "ratio": fastest["auto"] / fastest["one"],
+            "steps_one": steps["one"], "steps_auto": steps["auto"], "ratio": fastest["auto"] / fastest["one"],
         }  # fmt: skip
 
 

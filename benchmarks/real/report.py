@@ -112,6 +112,10 @@ def report(run: dict[str, Any], rows: Sequence[Row]) -> str:
         "",
         f"{run['model']} in float32 on {run['hardware']['device']}; seed {run['seed']}; `{run['command']}`.",
         "",
+    ]
+    if not rows:
+        return "\n".join(lines)
+    lines += [
         "Each entry is the number of greedy answers on the test that are right, then the loss in nats per "
         "token. `auto` is what a job with the defaults publishes, with the multiple of the tables' rate that "
         "it chose; the other columns are fixed multiples. The state of lowest validation loss counts, as a "
@@ -157,13 +161,14 @@ def cost_table(records: Sequence[Record]) -> str:
     if not costs:
         return ""
     lines = [
-        "| method | r | task | examples | one run, s | auto, s | ratio |",
+        "| method | r | task | examples | one run, s (steps) | auto, s (steps) | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for cost in costs:
         lines.append(
             f"| {cost['method']} | {cost['rank']} | {cost['task']} | {cost['num_examples']} "
-            f"| {cost['seconds_one']:.2f} | {cost['seconds_auto']:.2f} | {cost['ratio']:.2f} |"
+            f"| {cost['seconds_one']:.2f} ({cost['steps_one']}) "
+            f"| {cost['seconds_auto']:.2f} ({cost['steps_auto']}) | {cost['ratio']:.2f} |"
         )
     return "\n".join(["## What the search costs", "", *lines, ""])
 
