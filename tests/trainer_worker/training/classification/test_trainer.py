@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from transformers import LlamaForSequenceClassification
 
 from tessera.errors import CorruptRecord
-from tessera.formats.basis import Basis
+from tessera.formats.adapter import Adapter
+from tessera.formats.basis import Basis, make_basis
+from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun
 from trainer_worker.train_loop import TrainerPool
@@ -77,6 +79,42 @@ def alone(base: BaseModel, basis: Basis, run: ClassificationRun) -> Classificati
     finish(trainer, run)
     assert trainer.leave(run.run_id) is run
     return run
+
+
+def spanned_by_units(basis: Basis) -> Basis:
+    """The same basis, whose R' is the sum of v_ij times the unit matrix E_ij: trained alike."""
+    units = torch.eye(basis.rank**2).view(-1, basis.rank, basis.rank)
+    groups = list(range(basis.num_modules))
+    core = {"kind": "spanned", "num_vectors": len(units), "groups": groups}
+    factors = {
+        module: (basis.P_in[i].double() @ basis.A[i].double(), basis.B[i].double() @ basis.P_out[i].double())
+        for i, module in enumerate(basis.manifest.modules)
+    }
+    return make_basis(
+        model_id=basis.manifest.model_id, method="tinylora", factors=factors, recipe={}, core=core,
+        projection=units.expand(basis.num_modules, -1, -1, -1),
+    )  # fmt: skip
+
+
+def test_a_classifier_trains_the_numbers_that_its_basis_says(small: BaseModel, small_basis: Basis) -> None:
+    spanned = spanned_by_units(small_basis)
+    free, same = (alone(small, basis, make_run("x", basis)) for basis in (small_basis, spanned))
+    torch.testing.assert_close(same.R, free.R, rtol=1e-4, atol=1e-6)
+    assert free.R[: free.num_core].abs().max() > 1e-3
+
+    few = build_basis(small, rank=4, method="tinylora", num_vectors=13, weight_tying=1.0)
+    run = alone(small, few, make_run("x", few))
+    assert run.num_core == 13
+    assert len(run.R) == 13 + 3 * (WIDTH + 1)
+    assert run.R[:13].abs().min() > 0
+    adapter = run.to_result(small, {}).adapter
+    again = Adapter.from_bytes(adapter.to_bytes(version=1, dtype=torch.float32), cores=few.cores)
+    assert again.head is not None
+    assert adapter.head is not None
+    assert torch.equal(again.head.weight, adapter.head.weight)
+    torch.testing.assert_close(again.R, adapter.R, rtol=1e-5, atol=1e-6)
+    assert again.trained is not None
+    assert again.trained.numel() == 13
 
 
 class PlainAdapter(nn.Module):
