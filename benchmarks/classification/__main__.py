@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.classification.tasks import TASKS, make_files
+from benchmarks.classification.tasks import REGRESSIONS, TASKS, make_files
 from benchmarks.report import hardware
 from tessera.chat.chat_format import ChatFormat, load_chat_format
 from tessera.defaults import BUNDLED_MODEL
@@ -53,7 +53,7 @@ def _measure(
     base: BaseModel, basis: Basis, chat: ChatFormat, task: str, seed: int, options: argparse.Namespace
 ) -> list[dict[str, object]]:
     training, test = make_files(task, num_train=options.num_train, num_test=options.num_test, seed=seed)
-    kind = REGRESSION if task == "overlap" else CLASSIFICATION
+    kind = REGRESSION if task in REGRESSIONS else CLASSIFICATION
     labelled = read_labelled(chat, training, None, problem_type=kind, max_tokens=256)
     tested = read_labelled(chat, training, test, problem_type=kind, max_tokens=256)
     runs = {}

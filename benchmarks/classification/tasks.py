@@ -3,6 +3,7 @@
 topic      one text, four classes that words decide          as AG News
 feeling    one text, two classes; half of them negated       as SST-2
 relation   two texts: entailment, contradiction or neither   as MNLI
+grade      one text, a score from 0 to 5                     as reviews with stars
 overlap    two texts, a score from 0 to 5                    as STS-B
 """
 
@@ -26,6 +27,11 @@ _PLACES = ("Rome", "Oslo", "Lima", "Cairo", "Perth", "Kyoto", "Quito", "Delhi", 
 _GOOD = ("good", "lovely", "clever", "bright", "funny", "warm", "honest", "fine")
 _BAD = ("bad", "boring", "stupid", "dull", "sad", "cold", "cheap", "poor")
 _THINGS = ("film", "book", "song", "meal", "trip", "game", "story", "play", "speech", "party")
+_GRADES = (
+    ("awful", "horrible", "unbearable"), ("bad", "poor", "weak"), ("dull", "plain", "tame"),
+    ("decent", "fair", "solid"), ("good", "nice", "strong"), ("superb", "perfect", "brilliant"),
+)  # fmt: skip
+_MORE = ("quite", "simply", "in a word", "to me", "really")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow")
 _OBJECTS = ("cup", "door", "hat", "boat", "box", "lamp", "coat", "wall", "chair", "stone")
 _ITEMS = ("bread", "salt", "milk", "rice", "soap", "wine", "paper", "oil", "tea", "fish", "eggs", "wood")
@@ -60,6 +66,12 @@ def relation(rng: random.Random) -> Row:
     return {"sentence1": said, "sentence2": claim, "label": label}
 
 
+def grade(rng: random.Random) -> Row:
+    stars = rng.randint(0, 5)
+    verdict = f"{rng.choice(_MORE)} {rng.choice(_GRADES[stars])}"
+    return {"text": f"The {rng.choice(_THINGS)} was {verdict}.", "label": float(stars)}
+
+
 def overlap(rng: random.Random) -> Row:
     shared = rng.randint(0, 5)
     words = rng.sample(_ITEMS, 10 - shared)
@@ -72,8 +84,12 @@ TASKS: dict[str, Callable[[random.Random], Row]] = {
     "topic": topic,
     "feeling": feeling,
     "relation": relation,
+    "grade": grade,
     "overlap": overlap,
 }
+
+#: The tasks whose labels are scores.
+REGRESSIONS = ("grade", "overlap")
 
 
 def make_files(task: str, *, num_train: int, num_test: int, seed: int) -> tuple[bytes, bytes]:
