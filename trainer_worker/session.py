@@ -180,6 +180,7 @@ class JobSession:
             news, self._news = self._news, []
             updates = [item for item in news if isinstance(item, RunUpdate)]
             await self._reporter.report_updates(run, updates)
+            self.tokens_per_step = run.tokens_per_step  # that of a search falls
             for item in news:
                 if isinstance(item, Exception):
                     raise self._note_failure(item)

@@ -244,7 +244,7 @@ def training_result(
         "published": plan.publish,
         "published_step": run.published_step,
         "published_valid_loss": run.published_valid_loss,
-        "published_valid_accuracy": run.history.at(run.published_step).valid_accuracy,
+        "published_valid_accuracy": run.published_valid_accuracy,
         "final_train_loss": progress.train_loss,
         "learning_rate": plan.learning_rate,
         "batch_size": plan.batch_size,

@@ -261,6 +261,11 @@ class TrainRun(ABC):
         return progress.valid_loss if self.plan.publish == LAST else progress.best_valid_loss
 
     @property
+    def published_valid_accuracy(self) -> float | None:
+        """The accuracy of `published_R` on the validation data; None if it was not measured."""
+        return self.history.at(self.published_step).valid_accuracy
+
+    @property
     def published_plan(self) -> TrainingPlan:
         """The plan by which what is published was trained."""
         return self.plan

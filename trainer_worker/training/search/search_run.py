@@ -26,7 +26,7 @@ from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.queue.hyperparameters import LAST
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
-from trainer_worker.training.run import Progress, RunUpdate
+from trainer_worker.training.run import EvaluatedState, Progress, RunUpdate
 from trainer_worker.training.search.candidate import Candidate, Trial, rank_candidates
 from trainer_worker.training.search.ladder import Ladder
 from trainer_worker.training.splits import assign_folds
@@ -118,6 +118,13 @@ class SearchRun(CoreRun):
     @property
     def published_valid_loss(self) -> float | None:
         return self.progress.best_valid_loss
+
+    @property
+    def published_valid_accuracy(self) -> float | None:
+        kept = self.leader.kept
+        if kept is None or kept.step != self.progress.best_step:  # the base model is published
+            return super().published_valid_accuracy
+        return kept.accuracy
 
     @property
     def search_report(self) -> dict[str, Any]:
@@ -224,9 +231,16 @@ class SearchRun(CoreRun):
         progress.valid_loss = self.leader.evaluations[-1].loss
         if progress.initial_valid_loss is None:
             progress.initial_valid_loss = progress.valid_loss
+        self._offer_state(step)
         update = self._evaluation_update(notes)
         is_running = any(candidate.is_running for candidate in contenders)
         return update if is_running else self._finish(update)
+
+    def _offer_state(self, step: int) -> None:
+        """Let the leader's state be served while the search goes on, if it was evaluated at this step."""
+        R = self.leader.final.evaluated_R
+        if step > 0 and R is not None and self.leader.evaluations[-1].step == step:
+            self._new_states.append(EvaluatedState(step, R))
 
     def _num_kept(self, step: int) -> int:
         """Return how many candidates stay in the race after an evaluation at this step."""

@@ -181,3 +181,20 @@ def test_a_candidate_that_diverges_leaves_the_search(small: BaseModel, small_bas
     assert run.leader.multiple == 1.0
     assert run.progress.finish_reason == "completed"
     assert torch.isfinite(run.published_R).all()
+
+
+def test_the_leaders_states_can_be_served_while_the_search_goes_on(
+    small: BaseModel, small_basis: Basis
+) -> None:
+    run = make_search(small_basis, Ladder(MULTIPLES, 2), patience=None)
+    trainer = run.make_trainer(small, max_runs=1, token_budget=4096)
+    steps = []
+    while not run.is_finished:
+        for update in trainer.step():
+            run.note(update)
+        while run.states:
+            state = run.states.popleft()
+            assert state.R.shape == run.published_R.shape
+            steps.append(state.step)
+    assert steps == list(range(2, STEPS + 1, 2))
+    assert run.history.at(STEPS).is_evaluated
