@@ -16,8 +16,10 @@ from tessera.methods.bases import build_basis
 from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import MakeRun
+from tests.trainer_worker.training.search.test_search_run import make_search
 from trainer_worker.training import checkpoint
 from trainer_worker.training.run import TrainRun
+from trainer_worker.training.search.ladder import MULTIPLES, Ladder
 from trainer_worker.training.trainer import CoreRun, Trainer
 
 BASES: dict[str, dict[str, Any]] = {
@@ -181,6 +183,26 @@ def test_training_goes_on_from_an_adapter_and_from_a_checkpoint(
     R0 = make_init(basis, method="warm", adapter=adapter)
     warm = CoreRun("y", run.data, run.plan, basis, start=basis.fold(R0.double()))
     torch.testing.assert_close(basis.cores.expand(warm.R.double()).float(), adapter.R, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["13 numbers", "stretched rotations"])
+def test_a_search_finds_their_rate_and_continues_from_its_checkpoint(small: BaseModel, name: str) -> None:
+    basis, ladder = basis_of(small, name), Ladder(MULTIPLES, 3)
+    run = make_search(basis, ladder, patience=None)
+    trainer = run.make_trainer(small, max_runs=1, token_budget=4096)
+    for _ in range(4):
+        trainer.step()
+    other = make_search(basis, ladder, patience=None)
+    checkpoint.restore(other, checkpoint.to_bytes(run))
+    for each, used in ((run, trainer), (other, other.make_trainer(small, max_runs=1, token_budget=4096))):
+        finish(used, each)
+    torch.testing.assert_close(other.published_R, run.published_R, atol=1e-9, rtol=0)
+    adapter = run.to_result(small, {}).adapter
+    assert adapter.trained is not None
+    assert adapter.trained.shape == basis.cores.shape
+    assert run.published_valid_loss is not None
+    assert run.progress.initial_valid_loss is not None
+    assert run.published_valid_loss <= run.progress.initial_valid_loss
 
 
 def test_bases_that_differ_only_in_what_is_trained_are_different_bases(small: BaseModel) -> None:
