@@ -25,10 +25,11 @@ from tessera.model.base_model import BaseModel
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
 from trainer_worker.training.objectives.tally import Tally
-from trainer_worker.training.optimizers import BatchedOptimizer, UserStep, clip_factor
+from trainer_worker.training.optimizers import UserStep, clip_factor
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunResult, RunUpdate, TokenCounts, TrainRun
-from trainer_worker.training.trainable_linear import Delta, RowOwners, trainable_modules
+from trainer_worker.training.slots import Slots
+from trainer_worker.training.trainable_linear import trainable_modules
 
 
 class CoreRun(TrainRun):
@@ -127,10 +128,8 @@ def core_scale(basis: Basis, scaling: Scaling) -> Tensor:
 class Trainer:
     """The runs that are trained together, all in one basis.
 
-    Each run takes a slot, or several if it is a search (`CoreRun.members`). The memory for K slots: the
-    trained numbers, m and v, which are as large as R unless the method trains fewer; the gradient and the
-    folded core, each [K, M, r, r] (together in float32 1.1 MB per slot for an 8B Llama at r = 16); and A, B
-    on the model's device. K is `max_runs`, and more while searches need them.
+    Each run takes a slot (`slots.py`), or several if it is a search (`CoreRun.members`). There are `max_runs`
+    slots, and more while searches need them; A and B are on the model's device.
     """
 
     def __init__(self, base: BaseModel, basis: Basis, *, max_runs: int, token_budget: int) -> None:
@@ -141,21 +140,13 @@ class Trainer:
         self._device = base.device
         self._layers = trainable_modules(base.model, [module.name for module in basis.manifest.modules])
         device, layer_dtype = self._device, self._layers[0].weight.dtype
-        self._dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if layer_dtype == torch.float64 else torch.float32
         self.tokens = TokenCounts()
         self._min_tokens = 0 if device.type == "cpu" else GPU_MIN_TOKENS
-        self._cores = basis.cores.to(device, self._dtype)
-        self._A = [A.to(device, layer_dtype) for A in basis.A]
-        self._B = [B.to(device, layer_dtype) for B in basis.B]
-        #: s of each slot's modules, as a factor on that of the basis: [K, M, 1, 1].
-        self._scale = torch.ones(0)
-        self._owners = RowOwners(torch.zeros(0, dtype=torch.int64, device=device))
         self._max_runs = max_runs
         #: The runs whose members have the slots.
         self._residents: list[CoreRun] = []
-        self._slots: list[CoreRun | None] = []
-        self._optimizer = self._make_optimizer(0)
-        self._make_slots(max_runs)
+        self._slots = Slots(basis, max_runs, dtype=dtype, layer_dtype=layer_dtype, device=device)
 
     @property
     def runs(self) -> list[TrainRun]:
@@ -181,17 +172,8 @@ class Trainer:
         if run.basis_id != self.basis.basis_id:
             raise BasisMismatch(f"run {run.run_id} trains in basis {run.basis_id}")
         assert self.has_room, "more runs than max_runs"
-        members = [member for member in run.members if not member.is_finished]
-        num_free = self._slots.count(None)
-        if len(members) > num_free:
-            self._make_slots(len(self._slots) - num_free + len(members))
         self._residents.append(run)
-        for member in members:
-            slot = self._slots.index(None)
-            self._slots[slot] = member
-            for name in ("R", "m", "v"):
-                getattr(self._optimizer, name)[slot].copy_(getattr(member, name))
-        self._bind_slots()
+        self._slots.add([member for member in run.members if not member.is_finished])
 
     def leave(self, run_id: str) -> TrainRun | None:
         """Take a run out, with its tensors; None if it is not resident. Its slots are zeroed."""
@@ -199,11 +181,11 @@ class Trainer:
         if run is None:
             return None
         self._residents.remove(run)
-        for slot, member in enumerate(self._slots):
+        for slot, member in enumerate(self._slots.members):
             if member is not None and any(member is other for other in run.members):
-                self._free(slot)
-        if not self._residents and len(self._slots) > self._max_runs:
-            self._make_slots(self._max_runs)
+                self._slots.free(slot)
+        if not self._residents and self._slots.num_slots > self._max_runs:
+            self._slots.resize(self._max_runs)
         return run
 
     def step(self) -> list[RunUpdate]:
@@ -240,9 +222,8 @@ class Trainer:
     def _train(self, slots: Sequence[int]) -> list[RunUpdate]:
         batches = {slot: self._at(slot).next_batch() for slot in slots}
         measured = self._pass(batches, learn=True).measured()
-        core_grad = self._grad.transpose(0, 1)  # [K, M, r, r]
-        grad = self._cores.gradient(self._optimizer.R, core_grad * self._scale)
-        norms = torch.linalg.vector_norm(grad, dim=(1, 2, 3)).tolist()
+        gradients = self._slots.gradients()
+        norms = torch.linalg.vector_norm(gradients, dim=(1, 2, 3)).tolist()
         users, updates = [], []
         for slot, batch in batches.items():
             run, rate = self._at(slot), self._at(slot).learning_rate
@@ -256,19 +237,19 @@ class Trainer:
             update = run.update(learning_rate=rate)
             run.show_step(update, measured[slot])
             updates.append(update)
-        self._optimizer.step(grad, users)
+        self._slots.optimize(gradients, users)
         return updates
 
     def _pass(self, samples: Mapping[int, Sequence[Sample]], *, learn: bool = False) -> Tally:
         """Send the samples of the slots through the model and measure them.
 
-        With `learn`, `_grad` holds the gradient of each slot's loss with respect to its core afterwards.
+        With `learn`, the slots hold the gradients of their losses afterwards.
         """
         objectives = {slot: self._at(slot).objective for slot in samples}
-        tally = Tally(samples, objectives, num_slots=len(self._slots), device=self._device)
-        self._grad.zero_()
+        tally = Tally(samples, objectives, num_slots=self._slots.num_slots, device=self._device)
+        self._slots.zero_gradients()
         for batch in tally.passes(token_budget=self.token_budget, min_tokens=self._min_tokens):
-            self._owners.rows, self._owners.length = batch.rows, batch.token_ids.shape[1]
+            self._slots.owners.rows, self._slots.owners.length = batch.rows, batch.token_ids.shape[1]
             trained = batch.num_tokens if learn else 0
             self.tokens += TokenCounts(trained, batch.num_tokens - trained, batch.num_padding)
             losses, is_correct = token_losses(self.base.model, batch)
@@ -284,14 +265,11 @@ class Trainer:
         rows: int64 [S], the slots of the rows of the next pass.
         """
         if rows is not None:
-            self._owners.rows, self._owners.length = rows, None
-        with torch.no_grad():
-            core = self._cores.expand(self._optimizer.R) * self._scale
-            self._core.copy_(core.transpose(0, 1))
-            for slot, run in self._active():
-                if run.awaits_reference and run.refers_to_base:
-                    self._core[:, slot].zero_()
-        for layer, delta in zip(self._layers, self._deltas, strict=True):
+            self._slots.owners.rows, self._slots.owners.length = rows, None
+        self._slots.fold(
+            without=[slot for slot, run in self._active() if run.awaits_reference and run.refers_to_base]
+        )
+        for layer, delta in zip(self._layers, self._slots.deltas, strict=True):
             layer.delta = delta
         try:
             yield
@@ -305,66 +283,17 @@ class Trainer:
         for run in self._residents:
             ids = {member.run_id for member in run.members}
             settled += run.settle([update for update in updates if update.run_id in ids])
-            for slot, member in enumerate(self._slots):
+            for slot, member in enumerate(self._slots.members):
                 if member is not None and member is not run and member.run_id in ids and member.is_finished:
-                    self._free(slot)
+                    self._slots.free(slot)
         return settled
 
-    def _make_slots(self, num_slots: int) -> None:
-        """Replace the slots by `num_slots`, and move the members into them. There are enough."""
-        before = [(slot, member) for slot, member in enumerate(self._slots) if member is not None]
-        optimizer = self._make_optimizer(num_slots)
-        for new, (old, _) in enumerate(before):
-            for name in ("R", "m", "v"):
-                getattr(optimizer, name)[new].copy_(getattr(self._optimizer, name)[old])
-        self._optimizer = optimizer
-        self._slots = [member for _, member in before] + [None] * (num_slots - len(before))
-        # Module-major, so that each layer's part is contiguous and all gradients are parts of one tensor.
-        M, r = self.basis.num_modules, self.basis.rank
-        self._core = torch.zeros(M, num_slots, r, r, dtype=self._dtype, device=self._device)
-        self._grad = torch.zeros_like(self._core)
-        self._scale = torch.ones(num_slots, M, 1, 1, dtype=self._dtype, device=self._device)
-        self._deltas = [
-            Delta(A, B, self._leaf(m), self._owners)
-            for m, (A, B) in enumerate(zip(self._A, self._B, strict=True))
-        ]
-        self._bind_slots()
-
-    def _make_optimizer(self, num_slots: int) -> BatchedOptimizer:
-        return BatchedOptimizer((num_slots, *self._cores.shape), dtype=self._dtype, device=self._device)
-
-    def _bind_slots(self) -> None:
-        """Make the tensors of every member views of the slots' memory."""
-        for slot, member in enumerate(self._slots):
-            if member is not None:
-                self._scale[slot] = member.scale[:, None, None]
-                for name in ("R", "m", "v"):
-                    setattr(member, name, getattr(self._optimizer, name)[slot])
-
-    def _free(self, slot: int) -> None:
-        """Give a member its tensors back, on the CPU, and zero its slot."""
-        member = self._at(slot)
-        self._slots[slot] = None
-        for name in ("R", "m", "v"):
-            memory = getattr(member, name)
-            setattr(member, name, memory.cpu().clone())
-            memory.zero_()
-
-    def _leaf(self, module: int) -> Tensor:
-        """R of one module for all slots, [K, r, r], as a leaf whose gradient is a part of `_grad`."""
-        leaf = self._core[module].requires_grad_()
-        leaf.grad = self._grad[module]
-        return leaf
-
     def _active(self) -> list[tuple[int, CoreRun]]:
-        return [
-            (slot, run) for slot, run in enumerate(self._slots) if run is not None and not run.is_finished
-        ]
+        members = enumerate(self._slots.members)
+        return [(slot, run) for slot, run in members if run is not None and not run.is_finished]
 
     def _at(self, slot: int) -> CoreRun:
-        run = self._slots[slot]
-        assert run is not None
-        return run
+        return self._slots.at(slot)
 
 
 def token_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
