@@ -40,7 +40,8 @@ from trainer_worker.settings import read_settings
 from trainer_worker.training.data import TrainingData, micro_batches
 from trainer_worker.training.learning_rates import BasisKind, LoraKind
 from trainer_worker.training.lora.factors import LORA
-from trainer_worker.training.plan import TrainingPlan, make_plan
+from trainer_worker.training.plan import TrainingPlan, has_automatic_rate, make_plan
+from trainer_worker.training.search.ladder import choose_ladder, idle_tokens
 from trainer_worker.training.trainer import core_scale
 
 #: More than the largest file takes: 170,000 examples are encoded in about a minute.
@@ -102,8 +103,11 @@ def estimate(head: dict[str, Any], body: bytes) -> dict[str, Any]:
     plan = make_plan(
         spec.hyperparameters, spec.early_stopping, num_examples=data.num_train, kind=kind, seed=spec.seed
     )
+    multiples = searched_multiples(spec, data, may_search=worker_settings.learning_rate_search)
+    is_rate_known = not isinstance(kind, UnknownRate) and not multiples
     return {
-        "hyperparameters": hyperparameters(plan, data, spec, is_rate_known=not isinstance(kind, UnknownRate)),
+        "hyperparameters": hyperparameters(plan, data, spec, is_rate_known=is_rate_known),
+        "searched_multiples": multiples,
         "steps": plan.total_steps,
         "num_evaluations": 1 + -(-plan.total_steps // plan.evaluate_every),
         "data": {**data_counts(data), "truncated": data.num_truncated},
@@ -144,6 +148,24 @@ def kind_of(spec: JobSpec, manifest: str | None, preconditioner: bytes) -> HasRa
         scale=core_scale(basis, spec.scaling),
         objective=spec.objective,
     )
+
+
+def searched_multiples(spec: JobSpec, data: TrainingData, *, may_search: bool) -> list[float]:
+    """Return the multiples of the automatic learning rate that the job would try; none if it trains once.
+
+    A worker with a GPU may judge them on folds of all examples instead of on those that are held back.
+    """
+    is_plain = spec.form != LORA and spec.classification is None and not objective_of(spec).is_preference
+    if not (may_search and is_plain and has_automatic_rate(spec.hyperparameters)):
+        return []
+    ladder = choose_ladder(
+        num_examples=data.num_train + (data.num_valid if data.groups else 0),
+        num_groups=len(set(data.groups)),
+        tokens_per_step=1,
+        max_tokens=idle_tokens(is_gpu=False, num_parameters=0),
+        has_held_out=bool(data.valid),
+    )
+    return [] if ladder is None else list(ladder.multiples)
 
 
 def hyperparameters(

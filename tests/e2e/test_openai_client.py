@@ -112,7 +112,12 @@ def test_result_files_can_be_read(client: openai.OpenAI, trained: str) -> None:
     assert report.text.startswith("<!doctype html>")
     assert report.text.count('class="sample"') >= 1
     assert client.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
-    assert job.hyperparameters.learning_rate_multiplier == 1.0
+    assert isinstance(job.hyperparameters.learning_rate_multiplier, float)
+    names = [state.fine_tuned_model_checkpoint for state in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    assert names[0] == f"{trained}@1"
+    assert len(names) == 4
+    answer = client.chat.completions.create(model=names[1], messages=PROMPT, max_tokens=3, temperature=0)
+    assert answer.model_extra["adapter"] == {"id": names[1], "version": None}
 
 
 def test_events_tell_the_story_of_a_job(client: openai.OpenAI, trained: str) -> None:

@@ -39,12 +39,13 @@ def ask(
 
 
 async def test_it_says_what_the_worker_then_does(
-    redis: Redis, tiny: BaseModel, chat: ChatFormat, tmp_path: Path
+    redis: Redis, tiny: BaseModel, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TESSERA_WORKER_LEARNING_RATE_SEARCH", "0")
     world = World(redis, tiny, chat, tmp_path)
     hyperparameters = {"n_epochs": 2}
     job_id = await world.submit(lines=30, hyperparameters=hyperparameters, early_stopping={"patience": None})
-    async with world.worker():
+    async with world.worker(learning_rate_search=False):
         job = await world.ended(job_id)
     assert job.result is not None
     basis = await BasisStore(redis).get(job.result["basis_id"])
@@ -77,6 +78,13 @@ def test_data_that_deserve_a_warning_get_it() -> None:
     assert told["data"]["truncated"] > 0
     assert told["hyperparameters"]["learning_rate"] == "auto"
     assert told["tokens"]["evaluated"] == 0
+
+
+def test_a_search_is_foretold() -> None:
+    told = ask(lines(40))
+    assert told["searched_multiples"] == [1.0, 3.0, 10.0, 0.3]
+    assert told["hyperparameters"]["learning_rate"] == "auto"
+    assert ask(lines(40), hyperparameters={"learning_rate": 1e-3})["searched_multiples"] == []
 
 
 def test_it_refuses_what_a_worker_refuses() -> None:

@@ -67,8 +67,9 @@ class Pace:
             step_s=step_s,
             token_s=token_s,
             padding=self._padding / self._tokens if self._tokens else 0.0,
-            fixed_s=statistics.median(self._fixed) if self._fixed else None,
-            load=statistics.median(self._loads) if self._loads else 1.0,
+            # The lower median, because the first job of two has built the basis that the second one found.
+            fixed_s=statistics.median_low(self._fixed) if self._fixed else None,
+            load=statistics.median_low(self._loads) if self._loads else 1.0,
         )
 
     def training_seconds(self, *, steps: int, train_tokens: int, eval_tokens: int) -> float | None:

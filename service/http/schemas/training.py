@@ -463,7 +463,10 @@ class JobEstimate(Answer):
 
     object: Literal["fine_tuning.job.estimate"] = "fine_tuning.job.estimate"
     hyperparameters: JobHyperparameters = Field(
-        description="A learning rate that depends on a basis which is not built yet stays auto."
+        description="A learning rate that is searched, or depends on a basis not built yet, stays auto."
+    )
+    searched_multiples: list[float] = Field(
+        description="Of the automatic learning rate, tried together; empty if the job trains once."
     )
     steps: int
     num_evaluations: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_ticks_of_one_size_say_what_a_token_costs() -> None:
 
 def test_jobs_say_what_is_added_to_the_training_alone() -> None:
     pace = Pace()
-    for load in (1.0, 1.4, 9.0):
+    for load in (9.0, 1.0, 1.4):
         pace.note_job(fixed_s=2 * load, training_s=10 * load, alone_s=10.0)
     pace.note_job(fixed_s=2.8, training_s=5.0, alone_s=None)
     assert (pace.report(0).load, pace.report(0).fixed_s) == (1.4, 2.8)
@@ -56,13 +57,22 @@ def test_jobs_say_what_is_added_to_the_training_alone() -> None:
 async def test_a_second_job_takes_as_long_as_the_first_has_foretold(
     redis: Redis, tiny: BaseModel, chat: ChatFormat, tmp_path: Path
 ) -> None:
-    """Within a factor of 2.5 on a machine that is not quiet; 1.1 to 1.3 were measured."""
+    """Within a factor of 3, because the machine may be as busy as it likes. The first of all jobs builds the
+    basis, which the others find."""
     world = World(redis, tiny, chat, tmp_path)
-    async with world.worker():
-        await world.ended(await world.submit(lines=20, epochs=3, early_stopping={"patience": None}))
+    async with world.worker(learning_rate_search=False):
+        for name in ("devil", "again"):
+            whole = {"epochs": 3, "early_stopping": {"patience": None}, "adapter_id": name}
+            first = await world.ended(await world.submit(lines=20, **whole))
+        assert first.finished_at is not None
+        ended_at = first.finished_at
 
         async def is_reported() -> bool:
-            return any(report.fixed_s is not None for report in await WorkerReports(redis).read())
+            age_s = time.time() - ended_at
+            return any(
+                report.fixed_s is not None and report.age_s <= age_s
+                for report in await WorkerReports(redis).read()
+            )
 
         await wait_until(is_reported)
         reports = await WorkerReports(redis).read()
@@ -81,4 +91,4 @@ async def test_a_second_job_takes_as_long_as_the_first_has_foretold(
     )
     assert told_s is not None
     actual_s = second.finished_at - second.started_at
-    assert actual_s / 2.5 < told_s < actual_s * 2.5, (told_s, actual_s)
+    assert actual_s / 3 < told_s < actual_s * 3, (told_s, actual_s)

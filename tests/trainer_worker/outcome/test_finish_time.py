@@ -89,7 +89,7 @@ async def test_the_estimates_of_a_real_run_are_close_and_known_early(
             estimates.setdefault(int(progress["step"]), (job.progress_at, float(progress["remaining_s"])))
         return job.status.is_final
 
-    async with world.worker():
+    async with world.worker(learning_rate_search=False):
         await wait_until(has_ended)
     job = await world.job(job_id)
     assert job.status is JobStatus.SUCCEEDED, job.error

@@ -31,7 +31,7 @@ async def states(world: World) -> dict[int | None, dict[str, float]]:
 
 async def test_the_evaluated_states_of_a_job_are_models(world: World) -> None:
     job_id = await world.submit(epochs=4, early_stopping={"patience": None})
-    async with world.worker(keep_checkpoints=3):
+    async with world.worker(keep_checkpoints=3, learning_rate_search=False):
         job = await world.ended(job_id)
     assert job.result is not None
     found = await states(world)
@@ -57,7 +57,7 @@ async def test_the_evaluated_states_of_a_job_are_models(world: World) -> None:
     continued = await world.submit(
         adapter_id="on", epochs=1, warm_start_from="devil:ckpt-step-15", basis_id=job.result["basis_id"]
     )
-    async with world.worker():
+    async with world.worker(learning_rate_search=False):
         second = await world.ended(continued)
     assert second.result is not None
     assert second.result["initial_valid_loss"] == pytest.approx(found[15]["valid_loss"], abs=5e-3)
@@ -65,7 +65,7 @@ async def test_the_evaluated_states_of_a_job_are_models(world: World) -> None:
 
 async def test_states_are_there_while_the_job_runs_and_gone_once_it_is_cancelled(world: World) -> None:
     job_id = await world.submit(epochs=50, early_stopping={"patience": None})
-    async with world.worker() as worker:
+    async with world.worker(learning_rate_search=False) as worker:
         await world.under_way(job_id, step=33)  # evaluated every 32 steps
 
         async def is_there() -> bool:
@@ -83,6 +83,23 @@ async def test_states_are_there_while_the_job_runs_and_gone_once_it_is_cancelled
 
 async def test_a_worker_may_keep_none(world: World) -> None:
     job_id = await world.submit(epochs=1)
-    async with world.worker(keep_checkpoints=0):
+    async with world.worker(keep_checkpoints=0, learning_rate_search=False):
         assert (await world.ended(job_id)).status is JobStatus.SUCCEEDED
     assert await states(world) == {}
+
+
+async def test_a_search_shows_the_states_of_the_candidate_that_leads(world: World) -> None:
+    job_id = await world.submit(lines=16, epochs=2)
+    async with world.worker(learning_rate_search=True, report_samples=1):
+        job = await world.ended(job_id)
+    assert job.result is not None
+    assert len(job.result["search"]["candidates"]) == 4
+    found = await states(world)
+    assert len(found) == 3
+    assert all(metadata["valid_loss"] > 0 for metadata in found.values())
+    best = job.result["best_step"]
+    if best in found:
+        assert found[best]["valid_loss"] == pytest.approx(job.result["best_valid_loss"], rel=1e-4)
+    page = (await world.files.content(TENANT, job.result["result_files"][1])).decode()
+    assert "Candidates of the search" in page
+    assert page.count('class="chosen"') == 1

@@ -71,7 +71,7 @@ async def test_a_job_has_a_csv_and_a_report(
 ) -> None:
     world = World(redis, tiny, chat, tmp_path)
     job_id = await world.submit(lines=20, epochs=2, metadata={"note": HOSTILE})
-    async with world.worker(report_samples=2):
+    async with world.worker(report_samples=2, learning_rate_search=False):
         job = await world.ended(job_id)
     assert job.status is JobStatus.SUCCEEDED, job.error
     assert job.result is not None
@@ -105,9 +105,9 @@ async def test_a_job_that_changes_workers_has_one_whole_csv(
 ) -> None:
     world = World(redis, tiny, chat, tmp_path)
     job_id = await world.submit(lines=20, epochs=3, early_stopping={"patience": None})
-    async with world.worker():
+    async with world.worker(learning_rate_search=False):
         await world.under_way(job_id, step=5)
-    async with world.worker():
+    async with world.worker(learning_rate_search=False):
         job = await world.ended(job_id)
     assert job.result is not None
     text = (await world.files.content(TENANT, job.result["result_files"][0])).decode()
