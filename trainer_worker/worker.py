@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from tessera.errors import Unavailable
+from tessera.processes.tasks import end_tasks
 from tessera.queue.leases import JobLeases, Lease
 from trainer_worker.common.duties import (
     OUTAGE_DELAY_S,
@@ -95,9 +96,7 @@ class Worker:
             await asyncio.wait({claiming})
             await self._give_back()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
             await self._services.loop.close()
         return self._status
 
