@@ -23,7 +23,7 @@ from tests.job_checks import check_queue, expire_lease
 from tests.servers import run_server
 from tests.trainer_worker.world import TENANT, World, messages
 from tests.waiting import wait_until
-from trainer_worker.training.search.candidate import LATER_NATS
+from trainer_worker.training.search.candidate import EQUAL_NATS
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ async def test_two_users_are_trained_together_and_served_what_they_taught(world:
         ]
         losses = [data["valid_loss"] for data in metrics if "valid_loss" in data]
         assert losses[0] == pytest.approx(result["initial_valid_loss"])
-        assert min(losses) <= result["best_valid_loss"] <= min(losses) + LATER_NATS
+        assert min(losses) <= result["best_valid_loss"] <= min(losses) + EQUAL_NATS
         assert any("train_loss" in data for data in metrics)
     with pytest.raises(NotFound):
         await world.adapters.get("t1", "jargon")

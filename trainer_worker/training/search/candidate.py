@@ -14,15 +14,16 @@ from trainer_worker.training.trainer import CoreRun
 
 #: Whole answers decide between candidates if at least this share of them is right; below, only the loss does.
 MIN_EXACT = 0.1
-#: A later state is preferred if its loss is higher than the lowest by at most this share, and these nats: the
-#: learning rate has fallen meanwhile, and a state between two large steps may be an unlucky one.
-LATER_SHARE, LATER_NATS = 0.05, 0.01
+#: Losses that differ by at most this share, and these nats, count as equal. Of equal ones a later state is
+#: preferred, because the learning rate has fallen meanwhile, and a smaller learning rate: a state between two
+#: large steps may be an unlucky one.
+EQUAL_SHARE, EQUAL_NATS = 0.05, 0.01
 #: The run on all examples must fit them at least about as well as the folds' runs fit examples that they have
 #: not seen. With ten times the tables' rate one was seen at 1.95 nats where the folds had 0.06.
 UNSTABLE_SHARE, UNSTABLE_NATS = 1.25, 0.02
 
 
-class Trial(CoreRun):
+class CandidateRun(CoreRun):
     """A run of a candidate: trained like any other run, but judged and ended by the search."""
 
     #: The last evaluation, and R at that time; None before the first.
@@ -30,7 +31,7 @@ class Trial(CoreRun):
     evaluated_R: Tensor | None = None
 
     def record_evaluation(self, measured: Measured | None) -> None:
-        assert measured is not None, "a trial without examples to judge it"
+        assert measured is not None, "a run without examples to judge it"
         progress = self.progress
         progress.evaluated_at = progress.step
         progress.valid_loss = measured.loss if math.isfinite(measured.loss) else math.inf
@@ -65,7 +66,7 @@ class Evaluation:
 class Candidate:
     """One learning rate, with the runs that show how good it is."""
 
-    def __init__(self, multiple: float, final: Trial, judges: Sequence[Trial]) -> None:
+    def __init__(self, multiple: float, final: CandidateRun, judges: Sequence[CandidateRun]) -> None:
         """final: the run that is published. judges: those whose held-out examples count; with folds, `final`
         is not one of them.
         """
@@ -78,7 +79,7 @@ class Candidate:
         self.dropped_at: int | None = None
 
     @property
-    def trials(self) -> list[Trial]:
+    def runs(self) -> list[CandidateRun]:
         return self.judges if self.has_held_out else [self.final, *self.judges]
 
     @property
@@ -88,19 +89,19 @@ class Candidate:
 
     @property
     def is_running(self) -> bool:
-        return self.dropped_at is None and not any(trial.is_finished for trial in self.trials)
+        return self.dropped_at is None and not any(run.is_finished for run in self.runs)
 
     @property
     def has_news(self) -> bool:
         """Whether all its runs were evaluated at a step that was not recorded yet."""
-        steps = {trial.progress.evaluated_at for trial in self.trials}
+        steps = {run.progress.evaluated_at for run in self.runs}
         if len(steps) > 1 or None in steps or self.dropped_at is not None:
             return False
         return not self.evaluations or self.evaluations[-1].step not in steps
 
     @property
     def has_diverged(self) -> bool:
-        return any(trial.progress.finish_reason == "diverged" for trial in self.trials)
+        return any(run.progress.finish_reason == "diverged" for run in self.runs)
 
     @property
     def num_answers(self) -> int:
@@ -136,8 +137,8 @@ class Candidate:
         self.end("dropped")
 
     def end(self, reason: str) -> None:
-        for trial in self.trials:
-            trial.progress.finish_reason = trial.progress.finish_reason or reason
+        for run in self.runs:
+            run.progress.finish_reason = run.progress.finish_reason or reason
 
     def written(self) -> dict[str, Any]:
         """Return what the evaluations have shown, as JSON for a checkpoint."""
@@ -179,7 +180,7 @@ class Candidate:
 
     def _is_as_good(self, evaluation: Evaluation) -> bool:
         assert self.best is not None
-        is_near = evaluation.loss <= self.best.loss + min(LATER_SHARE * self.best.loss, LATER_NATS)
+        is_near = evaluation.loss <= self.best.loss + _tolerance(self.best.loss)
         return is_near and evaluation.exact >= self.best.exact
 
 
@@ -187,17 +188,33 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates, the best first.
 
     Those whose share of right whole answers is within one standard error of the best come first; among them
-    the lower loss is better.
+    the lower loss is better, and of nearly equal losses the one with the smaller learning rate.
     """
     best = max(_exact(candidate) for candidate in candidates)
     num_answers = max(candidate.num_answers for candidate in candidates)
     error = math.sqrt(max(best * (1 - best), 1 / num_answers) / num_answers)
 
-    def order(candidate: Candidate) -> tuple[bool, float]:
-        is_behind = best >= MIN_EXACT and _exact(candidate) < best - error
-        return is_behind, math.inf if candidate.best is None else candidate.best.loss
+    def is_behind(candidate: Candidate) -> bool:
+        return best >= MIN_EXACT and _exact(candidate) < best - error
+
+    ahead = [candidate for candidate in candidates if not is_behind(candidate)]
+    lowest = min(_loss(candidate) for candidate in ahead)
+
+    def order(candidate: Candidate) -> tuple[bool, float, float]:
+        loss = _loss(candidate)
+        is_equal = loss <= lowest + _tolerance(lowest)
+        return is_behind(candidate), lowest if is_equal else loss, candidate.multiple
 
     return sorted(candidates, key=order)
+
+
+def _tolerance(loss: float) -> float:
+    """Nats by which another loss may be higher and still counts as good."""
+    return min(EQUAL_SHARE * loss, EQUAL_NATS)
+
+
+def _loss(candidate: Candidate) -> float:
+    return math.inf if candidate.best is None else candidate.best.loss
 
 
 def _exact(candidate: Candidate) -> float:

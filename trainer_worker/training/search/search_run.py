@@ -1,4 +1,4 @@
-"""A job that trains several candidates at once and publishes the best: a run whose members are trials.
+"""A job that trains several candidates at once and publishes the best: a run with many members.
 
     first third    all candidates
     second third   the better half
@@ -27,7 +27,7 @@ from tessera.queue.hyperparameters import LAST
 from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import EvaluatedState, Progress, RunUpdate
-from trainer_worker.training.search.candidate import Candidate, Trial, rank_candidates
+from trainer_worker.training.search.candidate import Candidate, CandidateRun, rank_candidates
 from trainer_worker.training.search.ladder import Ladder
 from trainer_worker.training.splits import assign_folds
 from trainer_worker.training.trainer import CoreRun
@@ -80,24 +80,20 @@ class SearchRun(CoreRun):
         self.candidates = [self._make_candidate(multiple) for multiple in ladder.multiples]
         self.leader = self.candidates[0]
         #: Measures the base model on the judging examples, where training does not begin with it.
-        self._base_trial = None if start.is_base else self._make_base_trial()
+        self._base_run = None if start.is_base else self._make_base_run()
 
     @property
     def identity(self) -> str:
         return f"{super().identity} {self.ladder}"
 
     @property
-    def trials(self) -> list[Trial]:
-        trials = [trial for candidate in self.candidates for trial in candidate.trials]
-        return trials if self._base_trial is None else [*trials, self._base_trial]
-
-    @property
-    def members(self) -> Sequence[CoreRun]:
-        return self.trials
+    def members(self) -> Sequence[CandidateRun]:
+        runs = [run for candidate in self.candidates for run in candidate.runs]
+        return runs if self._base_run is None else [*runs, self._base_run]
 
     @property
     def tokens_per_step(self) -> int:
-        return max(1, sum(trial.tokens_per_step for trial in self.trials if not trial.is_finished))
+        return max(1, sum(run.tokens_per_step for run in self.members if not run.is_finished))
 
     @property
     def learning_rate(self) -> float:
@@ -138,31 +134,23 @@ class SearchRun(CoreRun):
         """Judge the candidates if they were evaluated, and return the updates of the leading one."""
         if self.is_finished:
             return []
-        for trial in self.trials:
-            trial.is_stop_requested = self.is_stop_requested
-        mine = [update for update in updates if update.run_id == self.leader.final.run_id]
+        for run in self.members:
+            run.is_stop_requested = self.is_stop_requested
+        leader = self.leader.final
+        steps = [update for update in updates if update.run_id == leader.run_id and update.learning_rate > 0]
         settled = self._judge()
-        final = self.leader.final.progress
-        self.progress.step, self.progress.num_updates = final.step, final.num_updates
-        self.progress.trained_tokens, self.progress.train_loss = final.trained_tokens, final.train_loss
-        for update in mine:
-            if update.learning_rate:  # a training step
-                settled.append(
-                    replace(
-                        update,
-                        run_id=self.run_id,
-                        warnings=[],
-                        finish_reason=None,
-                    )
-                )
+        final, progress = self.leader.final.progress, self.progress
+        progress.step, progress.num_updates = final.step, final.num_updates
+        progress.trained_tokens, progress.train_loss = final.trained_tokens, final.train_loss
+        settled += [replace(update, run_id=self.run_id, warnings=[], finish_reason=None) for update in steps]
         if self.is_finished:
-            settled[-1].finish_reason = self.progress.finish_reason
+            settled[-1].finish_reason = progress.finish_reason
         return settled
 
     def state(self) -> dict[str, Tensor]:
-        running = [trial for trial in self.trials if not trial.is_finished]
+        running = [run for run in self.members if not run.is_finished]
         stacked = {
-            name: torch.stack([getattr(trial, name).detach().cpu() for trial in running])
+            name: torch.stack([getattr(run, name).detach().cpu() for run in running])
             if running
             else torch.zeros(0)
             for name in ("R", "m", "v")
@@ -175,12 +163,12 @@ class SearchRun(CoreRun):
         written = json.loads(bytes(tensors["search"].tolist()))
         if tensors["kept"].shape != (len(self.candidates), *self.best_R.shape):
             raise ValueError(f"the kept states have the shape {list(tensors['kept'].shape)}")
-        for trial, progress in zip(self.trials, written["trials"], strict=True):
-            trial.progress = Progress(**progress)
-        running = [trial for trial in self.trials if not trial.is_finished]
+        for run, progress in zip(self.members, written["runs"], strict=True):
+            run.progress = Progress(**progress)
+        running = [run for run in self.members if not run.is_finished]
         for name in ("R", "m", "v"):
-            for trial, tensor in zip(running, tensors[name], strict=True):
-                setattr(trial, name, tensor.clone())
+            for run, tensor in zip(running, tensors[name], strict=True):
+                setattr(run, name, tensor.clone())
         for candidate, values, kept in zip(
             self.candidates, written["candidates"], tensors["kept"], strict=True
         ):
@@ -192,7 +180,7 @@ class SearchRun(CoreRun):
     def _written(self) -> dict[str, Any]:
         return {
             "leader": self.candidates.index(self.leader),
-            "trials": [asdict(trial.progress) for trial in self.trials],
+            "runs": [asdict(run.progress) for run in self.members],
             "candidates": [candidate.written() for candidate in self.candidates],
         }
 
@@ -202,8 +190,8 @@ class SearchRun(CoreRun):
         for candidate in self.candidates:
             if candidate.has_diverged:
                 candidate.end("diverged")
-        if self._base_trial is not None and self._base_trial.measured is not None:
-            self.progress.base_valid_loss = self._base_trial.progress.valid_loss
+        if self._base_run is not None and self._base_run.measured is not None:
+            self.progress.base_valid_loss = self._base_run.progress.valid_loss
         if evaluated:
             for candidate in evaluated:
                 candidate.record_evaluation(keep_last=self.plan.publish == LAST)
@@ -283,22 +271,22 @@ class SearchRun(CoreRun):
     def _make_candidate(self, multiple: float) -> Candidate:
         every = max(1, math.ceil(self.plan.total_steps / NUM_EVALUATIONS))
         plan = replace(self.plan, learning_rate=self.plan.learning_rate * multiple, evaluate_every=every)
-        name = f"{self.run_id}/{multiple:g}"
+
+        def make(name: str, data: TrainingData) -> CandidateRun:
+            run_id = f"{self.run_id}/{multiple:g}/{name}"
+            return CandidateRun(run_id, data, plan, self.basis, start=self._start.core, scaling=self._scaling)
+
         if not self._fold_data:
-            final = Trial(name, self.data, plan, self.basis, start=self._start.core, scaling=self._scaling)
+            final = make("all", self.data)
             return Candidate(multiple, final, [final])
         everything = replace(self.data, valid=self.data.train, valid_sizes=self.data.train_sizes)
-        final = Trial(name, everything, plan, self.basis, start=self._start.core, scaling=self._scaling)
-        judges = [
-            Trial(f"{name}/{fold}", data, plan, self.basis, start=self._start.core, scaling=self._scaling)
-            for fold, data in enumerate(self._fold_data)
-        ]
-        return Candidate(multiple, final, judges)
+        judges = [make(str(fold), data) for fold, data in enumerate(self._fold_data)]
+        return Candidate(multiple, make("all", everything), judges)
 
-    def _make_base_trial(self) -> Trial:
-        """Return a trial that makes no step: it is evaluated once, with a core of zero."""
+    def _make_base_run(self) -> CandidateRun:
+        """Return a run that makes no step: it is evaluated once, with a core of zero."""
         data = self.candidates[0].final.data
-        return Trial(f"{self.run_id}/base", data, replace(self.plan, total_steps=0), self.basis)
+        return CandidateRun(f"{self.run_id}/base", data, replace(self.plan, total_steps=0), self.basis)
 
     def _report(self, candidate: Candidate) -> dict[str, Any]:
         kept = candidate.kept
