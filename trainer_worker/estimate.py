@@ -30,6 +30,7 @@ from tessera.formats.manifest import BasisManifest
 from tessera.methods.forms import find_preset
 from tessera.model.base_model import longest_sequence
 from tessera.processes.child_process import end_with_parent
+from tessera.queue.preference import PreferenceOptions
 from tessera.queue.records import JobSpec
 from tessera.settings import CommonSettings
 from trainer_worker.outcome.payloads import data_counts
@@ -89,7 +90,7 @@ def estimate(head: dict[str, Any], body: bytes) -> dict[str, Any]:
         parts.append(body[start : start + size])
         start += size
     training, validation, preconditioner = parts
-    objective_of(spec)  # raises for what this release does not train
+    objective = objective_of(spec)
     source, revision = settings.base_model, settings.base_model_revision
     chat = load_chat_format(source, revision=revision, allow_control_tokens=settings.allow_control_tokens)
     data = job_data(
@@ -106,12 +107,15 @@ def estimate(head: dict[str, Any], body: bytes) -> dict[str, Any]:
     multiples = searched_multiples(spec, data, may_search=worker_settings.learning_rate_search)
     is_rate_known = not isinstance(kind, UnknownRate) and not multiples
     return {
-        "hyperparameters": hyperparameters(plan, data, spec, is_rate_known=is_rate_known),
+        "hyperparameters": {
+            **hyperparameters(plan, data, spec, is_rate_known=is_rate_known),
+            **(asdict(objective) if isinstance(objective, PreferenceOptions) else {}),
+        },
         "searched_multiples": multiples,
         "steps": plan.total_steps,
         "num_evaluations": 1 + -(-plan.total_steps // plan.evaluate_every),
         "data": {**data_counts(data), "truncated": data.num_truncated},
-        "tokens": tokens(data, plan, worker_settings.token_budget),
+        "tokens": tokens(data, plan, worker_settings.token_budget, with_reference=objective.needs_reference),
         "warnings": [{"code": code, "message": message} for code, message in data_warnings(data)],
     }
 
@@ -185,25 +189,32 @@ def hyperparameters(
     return {**chosen, **given}
 
 
-def tokens(data: TrainingData, plan: TrainingPlan, token_budget: int) -> dict[str, int]:
-    """Count the tokens of the whole job, as if it trained alone and to its last step."""
+def tokens(
+    data: TrainingData, plan: TrainingPlan, token_budget: int, *, with_reference: bool = False
+) -> dict[str, int]:
+    """Count the tokens of the whole job, as if it trained alone and to its last step.
+
+    with_reference: all pairs are also evaluated once before the first step.
+    """
     lengths = [[len(row.token_ids) for row in rows] for rows in data.train_examples]
     steps = min(plan.total_steps, PADDED_STEPS)
     plain = padding = 0
     for step in range(steps):
         indices = data.batch_indices(step, batch_size=plan.batch_size, seed=plan.seed)
         rows = [(0, row) for index in indices for row in data.train_examples[index]]
-        for batch in micro_batches(rows, token_budget=token_budget):
+        sizes = [len(data.train_examples[index]) for index in indices] if data.train_chosen else None
+        for batch in micro_batches(rows, sizes=sizes, token_budget=token_budget):
             plain += batch.num_tokens
             padding += batch.num_padding
     per_epoch = sum(map(sum, lengths))
     trained = per_epoch * plan.num_epochs
     evaluations = 1 + -(-plan.total_steps // plan.evaluate_every)
+    held_out = sum(len(row.token_ids) for row in data.valid)
     return {
         "per_epoch": per_epoch,
         "trained": trained,
         "padding": round(padding / plain * trained) if plain else 0,
-        "evaluated": evaluations * sum(len(row.token_ids) for row in data.valid),
+        "evaluated": evaluations * held_out + (per_epoch + held_out if with_reference else 0),
     }
 
 

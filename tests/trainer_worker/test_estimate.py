@@ -16,6 +16,7 @@ from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import JobSpec
 from tessera.store.bases import BasisStore
+from tests.preferences import preference_lines
 from tests.trainer_worker.conftest import DATA
 from tests.trainer_worker.world import World
 from trainer_worker.estimate import error_as_json, estimate
@@ -99,3 +100,20 @@ def test_it_refuses_what_a_worker_refuses() -> None:
 def test_a_lora_form_has_a_rate_without_a_basis() -> None:
     told = ask(lines(20), form="lora", method="pissa", rank=8)
     assert told["hyperparameters"]["learning_rate"] > 0
+
+
+def test_pairs_are_counted_with_their_reference() -> None:
+    """It is computed once, over the pairs to train on and the held-out ones."""
+    pairs = "\n".join(preference_lines()).encode()
+    told, free = (
+        ask(pairs, objective="dpo", objective_options=options) for options in ({}, {"reference_free": True})
+    )
+    assert told["data"]["num_examples"] == 40
+    assert told["hyperparameters"].items() >= {"beta": 0.1, "loss_type": "sigmoid"}.items()
+    extra = told["tokens"]["evaluated"] - free["tokens"]["evaluated"]
+    held_out = free["tokens"]["evaluated"] / told["num_evaluations"]
+    assert extra == told["tokens"]["per_epoch"] + held_out
+    with pytest.raises(InvalidTrainingData, match="the file holds pairs"):
+        ask(lines(3), objective="dpo")
+    with pytest.raises(InvalidTrainingData, match="method dpo"):
+        ask(pairs)

@@ -31,8 +31,9 @@ def start_message(run: TrainRun) -> str:
     plan, data = run.plan, run.data
     if run.progress.step:
         return f"Training continues at step {run.progress.step} of {plan.total_steps}"
+    what = "pairs" if run.objective.is_preference else "examples"
     return (
-        f"Training begins: {data.num_train} examples, {data.num_valid} held back for validation, "
+        f"Training begins: {data.num_train} {what}, {data.num_valid} held back for validation, "
         f"{plan.num_epochs} epoch(s), {plan.total_steps} steps of {plan.batch_size}, "
         f"learning rate {plan.learning_rate:g}"
     )
