@@ -93,5 +93,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def client(stack: Stack) -> openai.OpenAI:
-    return stack.client
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with stack.client as client:
+        yield client
