@@ -72,7 +72,7 @@ async def test_the_estimates_of_a_real_run_are_close_and_known_early(
 ) -> None:
     """Every estimate after a fifth of the run misses the end by less than half of what was left, and 2 s.
 
-    Measured on two busy cores: 0.3 s in the median. The bound is wide because the machine is not quiet.
+    The bound is wide because the machine need not be quiet.
     """
     world = World(redis, tiny, chat, tmp_path)
     job_id = await world.submit(lines=24, epochs=6, early_stopping={"patience": None})
