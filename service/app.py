@@ -162,7 +162,9 @@ def _make_services(
         layers=heavy.layers,
         settings=common,
     )
-    jobs = TrainingJobs(queue, names, stores.adapters, choices, settings=common)
+    jobs = TrainingJobs(
+        queue, names, stores.adapters, choices, settings=common, is_encoder=codec.chat.is_encoder
+    )
     estimates = JobEstimates(jobs, queue, WorkerReports(stores.redis), stores.files, stores.bases)
     return Services(
         settings=settings,

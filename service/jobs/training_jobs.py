@@ -119,7 +119,10 @@ class TrainingJobs:
         choices: BasisChoices,
         *,
         settings: CommonSettings,
+        is_encoder: bool = False,
     ) -> None:
+        """is_encoder: the base model is an encoder, which only classifies."""
+        self._is_encoder = is_encoder
         self._queue = queue
         self._models = models
         self._adapters = adapters
@@ -136,6 +139,9 @@ class TrainingJobs:
 
         Raises `NotFound` (model, file, basis), `InvalidInput`, `QuotaExceeded`.
         """
+        if self._is_encoder and request.classification is None:
+            message = 'the base model is an encoder; train a classifier, with "type": "classification"'
+            raise InvalidInput(message, param="method.type")
         kind = PAIRS if request.objective == DPO else EXAMPLES if request.classification is None else LABELLED
         training = await self._choices.file(tenant, request.training_file, "training_file", kind=kind)
         if request.validation_file is not None:
