@@ -48,7 +48,10 @@ def trained(stack: Stack) -> openai.OpenAI:
             "model": "tiny",
             "training_file": file.id,
             "seed": 1,
-            "method": {"type": "classification", "classification": {"hyperparameters": {"n_epochs": 20}}},
+            "method": {
+                "type": "classification",
+                "classification": {"hyperparameters": {"n_epochs": 20, "validation_split": 0}},
+            },
             "early_stopping": {"patience": None},
             "adapter": {"id": name},
         }

@@ -56,7 +56,10 @@ def trained(stack: Stack) -> openai.OpenAI:
             "seed": 1,
             "method": {
                 "type": "classification",
-                "classification": {"problem_type": kind, "hyperparameters": {"n_epochs": 20}},
+                "classification": {
+                    "problem_type": kind,
+                    "hyperparameters": {"n_epochs": 20, "validation_split": 0},
+                },
             },
             "early_stopping": {"patience": None},
             "adapter": {"id": name},
