@@ -25,6 +25,7 @@ from tessera.queue.records import Job, JobSpec, JobStatus
 from tessera.redis import keys
 from tessera.store.adapters import AdapterStore, AdapterVersion
 from tessera.store.bases import BasisStore
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
 from tests.stepping import Gate, Stepped, SteppedRedis
@@ -55,8 +56,9 @@ class Worker:
         self.holds = BasisHolds(self.redis, self.own)
         adapters = AdapterStore(self.redis)
         self.publisher = Publisher(
-            adapters, self.store, self.own, self.holds, dtype=torch.float16, base_model_id=base.model_id
-        )
+            adapters, self.store, self.own, self.holds, dtype=torch.float16, base_model_id=base.model_id,
+            checkpoints=CheckpointStore(self.redis), keep_checkpoints=0,
+        )  # fmt: skip
         self.source = BasisSource(
             base, ModelLock(base), bases=self.store, own=self.own, holds=self.holds,
             target_modules=LLAMA_LINEARS,

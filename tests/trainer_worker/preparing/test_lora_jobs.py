@@ -18,6 +18,7 @@ from tessera.model.base_model import BaseModel
 from tessera.queue.client import Job, JobSpec, JobStatus
 from tessera.settings import CommonSettings
 from tessera.store.bases import BasisStore
+from tessera.store.checkpoints import CheckpointStore
 from tessera.store.holds import BasisHolds
 from tessera.store.ownership import PrivateBases
 from tests.job_checks import check_queue
@@ -257,8 +258,9 @@ async def test_a_second_attempt_that_trained_otherwise_publishes_nothing(
 ) -> None:
     bases, holds = BasisStore(redis), BasisHolds(redis, own)
     publisher = Publisher(
-        world.adapters, bases, own, holds, dtype=torch.float16, base_model_id=small.model_id
-    )
+        world.adapters, bases, own, holds, dtype=torch.float16, base_model_id=small.model_id,
+        checkpoints=CheckpointStore(redis), keep_checkpoints=0,
+    )  # fmt: skip
     job = await submitted(world)
 
     def result_of(run: LoraRun) -> RunResult:
