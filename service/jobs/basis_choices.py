@@ -16,6 +16,7 @@ from service.jobs.uploads import FINE_TUNE, PURPOSES
 from tessera.errors import InvalidInput, NotFound, QuotaExceeded, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.catalogue import METHODS
+from tessera.model.rank_pattern import module_ranks
 from tessera.model.target_modules import check_patterns, check_rank, choose_targets
 from tessera.queue.records import OWN_DATA
 from tessera.settings import CommonSettings
@@ -39,6 +40,8 @@ class BasisChoice:
     options: dict[str, Any] = field(default_factory=dict)
     #: None: those of the settings.
     target_modules: list[str] | None = None
+    #: The ranks of modules that have another; None: none has.
+    rank_pattern: dict[str, int] | None = None
     calibration: str | None = None
     #: Size of the calibration file.
     calibration_bytes: int = 0
@@ -54,6 +57,7 @@ class BasisChoice:
             "basis_id": self.basis_id,
             "basis_options": self.options,
             "target_modules": self.target_modules,
+            "rank_pattern": self.rank_pattern,
             "calibration": self.calibration,
         }
 
@@ -116,10 +120,11 @@ class BasisChoices:
             rank,
             options=recipe.options,
             target_modules=recipe.target_modules,
+            rank_pattern=recipe.rank_pattern,
             calibration=recipe.calibration,
             calibration_bytes=0 if recipe.calibration is None or data is None else data.bytes,
         )
-        if recipe.calibration is not None or recipe.options or recipe.target_modules is not None:
+        if any((recipe.calibration, recipe.options, recipe.target_modules, recipe.rank_pattern)):
             sha256 = "" if recipe.calibration is None or data is None else data.sha256
             quota_bytes = await self._check_recipe_quota(tenant, choice, recipe, sha256, shapes)
             return replace(choice, quota_bytes=quota_bytes)
@@ -160,8 +165,12 @@ class BasisChoices:
             except UnsupportedModel as error:
                 raise UnsupportedModel(error.message, param=recipe.names.target_modules) from error
         try:
-            for shape in found:
-                check_rank(rank, shape)
+            ranks = module_ranks([shape.name for shape in found], rank, recipe.rank_pattern)
+        except InvalidInput as error:
+            raise InvalidInput(error.message, param="adapter.rank_pattern") from error
+        try:
+            for one, shape in zip(ranks, found, strict=True):
+                check_rank(one, shape)
         except InvalidInput as error:
             raise InvalidInput(error.message, param=recipe.names.rank) from error
         return found
@@ -199,6 +208,7 @@ class BasisChoices:
             choice.rank,
             options=choice.options,
             target_modules=choice.target_modules,
+            rank_pattern=choice.rank_pattern,
             calibration=choice.calibration,
             sha256=sha256,
         )
@@ -207,6 +217,7 @@ class BasisChoices:
         if not METHODS[choice.method].stores_factors(choice.options):
             return 0
         try:
-            return await self.check_quota(tenant, choice.rank, shapes)
+            largest = max(choice.rank, *(choice.rank_pattern or {}).values(), 1)
+            return await self.check_quota(tenant, largest, shapes)
         except QuotaExceeded as error:
             raise QuotaExceeded(error.message, param=recipe.names.method, code=error.code) from error

@@ -34,6 +34,7 @@ async def lora_choice(
     rank: int,
     training: FileRecord,
     target_modules: list[str] | None = None,
+    rank_pattern: dict[str, int] | None = None,
     scaling: Scaling = NO_SCALING,
 ) -> BasisChoice:
     """Return the basis part of a LoRA-form job's specification, checked as far as possible without the
@@ -46,13 +47,16 @@ async def lora_choice(
     if scaling.is_given and "scale" in request.options:
         message = "adapter.init.options.scale is the same number; give one of them"
         raise InvalidInput(message, param="adapter.alpha" if scaling.scale is None else "adapter.scale")
-    stored_rank = preset.stored_rank(rank)
+    stored_rank = preset.stored_rank(max(rank, *rank_pattern.values()) if rank_pattern else rank)
+    stored_pattern = {key: preset.stored_rank(one) for key, one in (rank_pattern or {}).items()}
     if stored_rank > MAX_RANK:
         message = f"{preset.name} stores rank {rank} as rank {stored_rank}, above the limit of {MAX_RANK}"
         raise InvalidInput(message, param="adapter.rank")
     try:
-        recipe = RecipeRequest(request.method, target_modules=target_modules, names=_NAMES)
-        shapes = await choices.targets(recipe, stored_rank)
+        recipe = RecipeRequest(
+            request.method, target_modules=target_modules, rank_pattern=stored_pattern, names=_NAMES
+        )
+        shapes = await choices.targets(recipe, preset.stored_rank(rank))
     except InvalidInput as error:
         why = "" if stored_rank == rank else f"; {preset.name} stores it as rank {stored_rank}"
         raise InvalidInput(f"{error.message}{why}", param=error.param) from error
@@ -66,6 +70,7 @@ async def lora_choice(
         rank,
         options=request.options,
         target_modules=target_modules,
+        rank_pattern=rank_pattern,
         calibration=OWN_DATA if needs_examples else None,
         calibration_bytes=training.bytes if needs_examples else 0,
         quota_bytes=quota_bytes,

@@ -51,6 +51,8 @@ class RecipeRequest:
     #: `own` (the training data) or the id of a file.
     calibration: str | None = None
     target_modules: list[str] | None = None
+    #: The ranks of modules that have another; None: none has.
+    rank_pattern: dict[str, int] | None = None
     #: Whether the request gives nothing but a name, from which the rest follows.
     is_name: bool = False
     names: ParamNames = field(default_factory=ParamNames)

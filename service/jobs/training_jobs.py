@@ -63,6 +63,8 @@ class JobRequest:
     init: InitRequest | None = None
     #: "core", or "lora" to train A and B, where `init` names the LoRA form.
     form: str = "core"
+    #: The ranks of modules that have another; None: none has.
+    rank_pattern: dict[str, int] | None = None
     #: Patterns of module names, sorted.
     target_modules: list[str] | None = None
     scaling: Scaling = NO_SCALING
@@ -105,6 +107,7 @@ class PlannedJob:
         """Whether its basis is one that all tenants share."""
         spec = self.spec
         is_plain = spec.calibration is None and not spec.basis_options and spec.target_modules is None
+        is_plain = is_plain and spec.rank_pattern is None
         return is_plain and spec.form != LORA_FORM
 
 
@@ -205,6 +208,11 @@ class TrainingJobs:
         if request.init is not None:
             message = "a classifier begins with the base model and a head of zeros; leave adapter.init out"
             raise InvalidInput(message, param="adapter.init")
+        if request.scaling.is_given:
+            message = "a classifier trains cores and head at one rate, with the s of the basis; leave it out"
+            raise InvalidInput(
+                message, param="adapter.alpha" if request.scaling.scale is None else "adapter.scale"
+            )
         basis = await self._basis(tenant, request, training)
         if basis.calibration == OWN_DATA:
             message = (
@@ -231,6 +239,7 @@ class TrainingJobs:
             rank=request.rank or self._settings.rank,
             training=training,
             target_modules=request.target_modules,
+            rank_pattern=request.rank_pattern,
             scaling=request.scaling,
         )
         return _Origin(choice)
@@ -266,6 +275,7 @@ class TrainingJobs:
         else:
             recipe = named_recipe(request.basis) if isinstance(request.basis, str) else request.basis
         _check_scale(recipe, request.scaling)
+        recipe = replace(recipe, rank_pattern=request.rank_pattern)
         if request.target_modules is not None:
             names = replace(recipe.names, target_modules=TARGET_MODULES)
             recipe = replace(recipe, target_modules=request.target_modules, names=names)
@@ -281,6 +291,9 @@ class TrainingJobs:
                 raise InvalidInput(
                     f"{param} is {stored!r} in basis {basis_id}, not {requested!r}", param=param
                 )
+        if request.rank_pattern is not None:
+            message = f"basis {basis_id} says which rank its modules have; leave rank_pattern out"
+            raise InvalidInput(message, param="adapter.rank_pattern")
         if request.target_modules is not None:
             await self._choices.check_targets(basis_id, request.target_modules, param=TARGET_MODULES)
         return choice

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessera.errors import CorruptRecord, InvalidInput
+from tessera.formats.adapter_ref import MAX_RANK
 from tessera.formats.cores import FREE, CoreParametrization, FreeCores, OrthogonalCores, SpannedCores
 from tessera.formats.manifest import FORMAT, ITEM_BYTES, BasisManifest, ModuleShape
 
@@ -167,13 +168,14 @@ def make_basis(
     start: Tensor | None = None,
     core: Mapping[str, Any] | None = None,
     projection: Tensor | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> Basis:
     """Make a canonical basis from any frozen factors (A' [r, d_in], B' [d_out, r]) of each module.
 
     A' = P_in A and B' = B P_out are computed by QR in float64. The diagonals of the triangular factors are
     positive, so that factors that are orthonormal already come back unchanged but for rounding, with P the
     identity. If a module is too narrow for the rank (d = min(d_in, d_out) < r), all rows of A' and columns of
-    B' after the first d must be zero, and stay zero.
+    B' after the first d must be zero, and stay zero. ranks: the same for modules with fewer than r.
 
     start: R'_0 [M, r, r] in the coordinates of these factors; the basis keeps it as P_out R'_0 P_in. core,
     projection: how adapters are trained, unless freely (`BasisManifest.core`, `Basis.projection`). Raises
@@ -184,9 +186,11 @@ def make_basis(
     if dtype not in DTYPES:
         raise InvalidInput(f"a basis can be stored as {', '.join(DTYPES)}, not as {dtype}", param="dtype")
     A, B, P_in, P_out = [], [], [], []
-    for module, (raw_A, raw_B) in factors.items():
-        _check_factors(module, raw_A, raw_B)
-        width = min(len(raw_A), module.d_in, module.d_out)
+    for (module, (raw_A, raw_B)), own in zip(
+        factors.items(), ranks or [MAX_RANK] * len(factors), strict=True
+    ):
+        width = min(len(raw_A), module.d_in, module.d_out, own)
+        _check_factors(module, raw_A, raw_B, width)
         QA, LA = torch.linalg.qr(raw_A[:width].double().T)  # Aᵀ = Q L, so P_in = Lᵀ
         QB, LB = torch.linalg.qr(raw_B[:, :width].double())
         QA, LA = _positive_diagonal(QA, LA)
@@ -243,14 +247,13 @@ def _extend(L: Tensor, rank: int) -> Tensor:
     return whole
 
 
-def _check_factors(module: ModuleShape, A: Tensor, B: Tensor) -> None:
+def _check_factors(module: ModuleShape, A: Tensor, B: Tensor, width: int) -> None:
     rank = A.shape[0]
     if A.shape != (rank, module.d_in) or B.shape != (module.d_out, rank):
         raise InvalidInput(
             f"factors of {module.name} are {list(A.shape)} and {list(B.shape)}, "
             f"expected [r, {module.d_in}] and [{module.d_out}, r]"
         )
-    width = min(module.d_in, module.d_out)
     if bool(A[width:].any()) or bool(B[:, width:].any()):
         raise InvalidInput(
             f"rank {rank} exceeds the smaller side {width} of {module.name}",

@@ -62,6 +62,8 @@ class JobSpec:
     basis_options: dict[str, Any] = field(default_factory=dict)
     #: Name patterns; None: those of the worker's settings.
     target_modules: list[str] | None = None
+    #: The ranks of modules that have another (`tessera/model/rank_pattern.py`); None: none has.
+    rank_pattern: dict[str, int] | None = None
     #: What the job says about its scale (`Scaling`).
     scale: float | None = None
     alpha: float | None = None
@@ -89,6 +91,11 @@ class JobSpec:
     objective: str = "supervised"
     #: Of "dpo": the options that are not "auto".
     objective_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank of the basis, at most: a module may be left out by `target_modules`."""
+        return max(self.rank, *(self.rank_pattern or {}).values()) if self.rank_pattern else self.rank
 
     @property
     def scaling(self) -> Scaling:

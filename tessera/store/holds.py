@@ -35,6 +35,7 @@ def source_key(
     target_modules: Sequence[str] | None,
     calibration: str | None,
     sha256: str,
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> str:
     """Name a recipe by the file that it reads, not by the tokens in that file.
 
@@ -43,6 +44,8 @@ def source_key(
     """
     data = OWN_DATA if calibration == OWN_DATA else "file"
     parts = [method, rank, dict(options), sorted(set(target_modules or [])), data, sha256]
+    if rank_pattern:
+        parts.append(dict(rank_pattern))
     return f"source:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
 

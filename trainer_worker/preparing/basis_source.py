@@ -141,6 +141,7 @@ class BasisSource:
             "method": spec.method,
             "rank": spec.rank,
             "target_modules": tuple(spec.target_modules or self._target_modules),
+            **({"rank_pattern": spec.rank_pattern} if spec.rank_pattern else {}),
             **spec.basis_options,
         }
 
@@ -226,7 +227,7 @@ class BasisSource:
     def _num_bytes(self, spec: JobSpec) -> int:
         modules = iter_target_modules(self._base.model, spec.target_modules or self._target_modules)
         width = sum(m.in_features + m.out_features for _, m in modules)
-        return DTYPES[self._dtype].itemsize * spec.rank * width
+        return DTYPES[self._dtype].itemsize * spec.largest_rank * width
 
     def _cache(self, basis: Basis) -> None:
         self._cached[basis.basis_id] = basis
@@ -243,10 +244,12 @@ def _source_key(spec: JobSpec, calibration: Calibration | None) -> str:
         target_modules=spec.target_modules,
         calibration=spec.calibration,
         sha256="" if calibration is None else calibration.sha256,
+        rank_pattern=spec.rank_pattern,
     )
 
 
 def is_shared(spec: JobSpec, target_modules: Sequence[str]) -> bool:
     """Whether the basis depends only on the base model, a method and a rank."""
     has_default_targets = spec.target_modules is None or tuple(spec.target_modules) == tuple(target_modules)
-    return spec.calibration is None and not spec.basis_options and has_default_targets
+    is_plain = not spec.basis_options and not spec.rank_pattern
+    return spec.calibration is None and is_plain and has_default_targets

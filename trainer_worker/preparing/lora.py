@@ -11,6 +11,7 @@ from tessera.methods.bases import CalibrationSet
 from tessera.methods.forms import find_preset
 from tessera.methods.scaling import Scaling
 from tessera.model.base_model import BaseModel
+from tessera.model.rank_pattern import module_ranks
 from tessera.queue.records import JobSpec
 from tessera.store.holds import BasisHolds
 from trainer_worker.common.model_lock import ModelLock, Progress
@@ -75,12 +76,19 @@ class LoraPreparation:
         preset = find_preset(spec.method)
         preset.check_options(spec.basis_options)
         targets = spec.target_modules or self._target_modules
-        modules = form_modules(self._base, preset, rank=spec.rank, target_modules=targets)
-        A = tuple(torch.zeros(spec.rank, module.d_in) for module in modules)
-        B = tuple(torch.zeros(module.d_out, spec.rank) for module in modules)
+        modules = form_modules(
+            self._base, preset, rank=spec.rank, target_modules=targets, rank_pattern=spec.rank_pattern
+        )
+        ranks = module_ranks([m.name for m in modules], spec.rank, spec.rank_pattern)
+        rank = max(ranks)
+        A = tuple(torch.zeros(rank, module.d_in) for module in modules)
+        B = tuple(torch.zeros(module.d_out, rank) for module in modules)
         recipe = {"form": LORA, "preset": preset.name, "rank": spec.rank, "seed": spec.seed}
         online = preset.local_rule(spec.basis_options)
-        return LoraFactors(preset, spec.rank, spec.seed, modules, A, B, recipe, scaling_of(spec), online)
+        return LoraFactors(
+            preset, rank, spec.seed, modules, A, B, recipe, scaling_of(spec), online,
+            ranks=tuple(ranks) if spec.rank_pattern else (),
+        )  # fmt: skip
 
     def _stored_bytes(self, factors: LoraFactors) -> int:
         item_bytes = DTYPES[storage_dtype(self._base)].itemsize
@@ -91,13 +99,15 @@ class LoraPreparation:
         spec = attempt.job.spec
         preset = find_preset(spec.method)
         targets = tuple(spec.target_modules or self._target_modules)
-        modules = form_modules(self._base, preset, rank=spec.rank, target_modules=targets)
+        modules = form_modules(
+            self._base, preset, rank=spec.rank, target_modules=targets, rank_pattern=spec.rank_pattern
+        )
 
         def work(progress: Progress) -> LoraFactors:
             return initial_factors(
                 self._base, preset, rank=spec.rank, target_modules=targets, seed=spec.seed,
                 calibration=examples if preset.needs_examples(spec.basis_options) else None,
-                progress=progress, scaling=scaling_of(spec),
+                progress=progress, scaling=scaling_of(spec), rank_pattern=spec.rank_pattern,
                 **spec.basis_options,
             )  # fmt: skip
 

@@ -22,6 +22,7 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
+from tessera.model.rank_pattern import module_ranks
 from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
 from trainer_worker.training.objectives.tally import Tally
@@ -121,8 +122,10 @@ def core_scale(basis: Basis, scaling: Scaling) -> Tensor:
     """Return the factor on the s that the basis was built with, for each module, [M] float32."""
     options = basis.manifest.recipe.get("options")
     own = float(options.get("scale", 1.0)) if isinstance(options, dict) else 1.0
-    wanted = scaling.of(basis.rank)
-    return torch.full((basis.num_modules,), 1.0 if wanted is None else wanted / own)
+    recipe, names = basis.manifest.recipe, [module.name for module in basis.manifest.modules]
+    pattern = recipe.get("rank_pattern")
+    ranks = module_ranks(names, int(recipe["rank"]) if pattern else basis.rank, pattern)
+    return torch.tensor([(scaling.of(rank) or own) / own for rank in ranks])
 
 
 class Trainer:

@@ -206,6 +206,7 @@ def _kind_of_names(value: Any) -> str:
 
 
 ModuleName = Annotated[str, Field(min_length=1, max_length=256)]
+ModuleRank = Annotated[int, Field(ge=1, le=512)]
 ModuleNames = Annotated[list[ModuleName], Field(min_length=1, max_length=64)]
 
 
@@ -224,6 +225,9 @@ class AdapterOptions(Request):
     alpha: float | None = Field(default=None, gt=0, le=1e6, description="s = alpha / r in delta_W = s B R A.")
     use_rslora: bool | None = Field(default=None, description="s = alpha / √r, where alpha is r by default.")
     scale: float | None = Field(default=None, gt=0, le=1e6, description="s itself.")
+    rank_pattern: Annotated[dict[ModuleName, ModuleRank], Field(max_length=64)] | None = Field(
+        default=None, description="Ranks of modules that have another, by regular expression, as in PEFT."
+    )
     target_modules: (
         Annotated[
             Annotated[ModuleName, Tag("~name")] | Annotated[ModuleNames, Tag("~list")],
@@ -344,6 +348,7 @@ class TrainedAdapter(Answer):
     form: str
     method: str
     rank: int
+    rank_pattern: dict[str, int] | None
     target_modules: list[str] | None = Field(description="None: those of the basis, or the default ones.")
     alpha: float | None
     use_rslora: bool

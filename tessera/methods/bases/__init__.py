@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tessera.defaults import LLAMA_LINEARS
@@ -87,19 +87,21 @@ def build_basis(
     calibration: CalibrationSet | None = None,
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Basis:
     """Build a basis with one of `METHODS`.
 
     calibration: the examples that the method reads; a `Population` also says which user each one belongs to.
     progress: called as progress(done, total) after each module, and after each step of a method that learns.
-    options: those of the method.
+    rank_pattern: ranks of modules that have another than `rank`, by regular expression, as in PEFT. The basis
+    has the largest, and zero vectors where a module has fewer. options: those of the method.
 
     The base model is not changed, but nobody else may use it during the call. Raises `InvalidInput` (unknown
     method or option, rank out of range, missing or insufficient calibration data, values that are not finite)
     or `UnsupportedModel` (no target module, or one with a quantised or tied weight).
     """
-    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
+    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options, rank_pattern)
     return build(base, find_method(method), request).basis
 
 
@@ -112,6 +114,7 @@ def build_basis_and_step(
     calibration: CalibrationSet | None = None,
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
     **options: Any,
 ) -> BuiltBasis:
     """Build a basis as `build_basis` does, and return it with the method's own first step.
@@ -119,5 +122,5 @@ def build_basis_and_step(
     `make_init` takes that step instead of data. LoRA-SB, LoRA-DA and LoRA-One compute basis and
     initialization from the same gradients, so this saves them a second pass over the data.
     """
-    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options)
+    request = BuildRequest(rank, target_modules, calibration, dtype, progress, options, rank_pattern)
     return build(base, find_method(method), request)

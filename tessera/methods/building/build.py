@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional as F
 
 from tessera.errors import InvalidInput
-from tessera.formats.basis import DTYPES, Basis
+from tessera.formats.basis import DTYPES, Basis, make_basis
 from tessera.formats.manifest import ModuleShape
 from tessera.methods.building.calibration import CalibrationSet
 from tessera.methods.building.collected import Counts, Needs, Statistics
@@ -27,6 +28,7 @@ from tessera.methods.building.method import Method, ModuleData, ModuleFactors
 from tessera.methods.building.targets import Target, find_targets, layer_groups, module_groups
 from tessera.methods.options import Options, fill_options
 from tessera.model.base_model import BaseModel
+from tessera.model.rank_pattern import module_ranks
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class BuildRequest:
     progress: Callable[[int, int], None] | None
     #: The method's options as the caller gave them, not yet checked.
     options: Mapping[str, Any]
+    #: The ranks of modules that have another (`rank_pattern.py`); None: none has.
+    rank_pattern: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,29 @@ def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
     if request.dtype not in DTYPES:
         raise InvalidInput(f"a basis is stored as {', '.join(DTYPES)}, not as {request.dtype}", param="dtype")
     options = fill_options(method.name, method.options, request.options)
-    targets = find_targets(base.model, request.target_modules, request.rank)
-    method.check(request.rank, options)
-    needs = method.needs(request.rank, options)
+    targets = find_targets(base.model, request.target_modules, request.rank, request.rank_pattern)
+    ranks = module_ranks([target.name for target in targets], request.rank, request.rank_pattern)
+    rank = max(ranks)
+    if request.rank_pattern and not (method.assemble is make_basis and method.refinement is None):
+        raise InvalidInput(f"{method.name} gives all modules one rank", param="rank_pattern")
+    for one in sorted(set(ranks)):
+        method.check(one, options)
+    needs = method.needs(rank, options)
     usable = usable_calibration(base, method.name, needs, request.calibration)
-    check_size(usable, request.rank)
+    check_size(usable, rank)
     chosen = None if usable is None else method.select(usable, options)
-    check_size(chosen, request.rank)
+    check_size(chosen, rank)
     refinement = None
     if method.refinement is not None:
-        refinement = method.refinement(usable, request.rank, options)
+        refinement = method.refinement(usable, rank, options)
     total = len(targets) + (0 if refinement is None else refinement.num_steps)
     report = request.progress or (lambda done, total: None)
     found: dict[ModuleShape, ModuleFactors] = {}
-    reading = Reading(chosen, usable, request.rank, options.get("statistics_bytes", 0))
+    reading = Reading(chosen, usable, rank, options.get("statistics_bytes", 0))
+    own_rank = dict(zip((target.name for target in targets), ranks, strict=True))
     for target, statistics in passes(base, targets, needs, reading):
-        found[target.shape] = _factorise(method, target, statistics, request.rank, options)
+        factors_of = _factorise(method, target, statistics, own_rank[target.name], options)
+        found[target.shape] = _padded(factors_of, rank)
         report(len(found), total)
     recipe = _recipe(method, request, options, chosen, found)
     factors = {shape: (f.A, f.B * options["scale"]) for shape, f in found.items()}
@@ -84,6 +95,7 @@ def build(base: BaseModel, method: Method, request: BuildRequest) -> BuiltBasis:
         factors=factors,
         recipe=recipe,
         dtype=request.dtype if refinement is None else "float32",
+        **({"ranks": ranks} if request.rank_pattern else {}),
     )
     if refinement is not None:
         done = len(targets)
@@ -185,6 +197,15 @@ def _factorise(
     return ModuleFactors(A, B, step, factors.notes)
 
 
+def _padded(factors: ModuleFactors, rank: int) -> ModuleFactors:
+    """Return the factors with zero vectors up to `rank`."""
+    more = rank - len(factors.A)
+    if not more:
+        return factors
+    step = None if factors.step is None else F.pad(factors.step, (0, more, 0, more))
+    return ModuleFactors(F.pad(factors.A, (0, 0, 0, more)), F.pad(factors.B, (0, more)), step, factors.notes)
+
+
 def _recipe(
     method: Method,
     request: BuildRequest,
@@ -199,6 +220,7 @@ def _recipe(
         "method": method.name,
         "rank": request.rank,
         "target_modules": list(request.target_modules),
+        **({"rank_pattern": dict(request.rank_pattern)} if request.rank_pattern else {}),
         "options": dict(options),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -5,7 +5,7 @@ This file knows nothing of methods or data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.formats.manifest import ModuleShape
 from tessera.model.base_model import iter_target_modules
+from tessera.model.rank_pattern import module_ranks
 from tessera.model.target_modules import check_rank
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +44,9 @@ class Target:
         return ".".join(parts[: numbers[0] + 1]) if numbers else self.name
 
 
-def find_targets(model: nn.Module, patterns: Sequence[str], rank: int) -> list[Target]:
+def find_targets(
+    model: nn.Module, patterns: Sequence[str], rank: int, rank_pattern: Mapping[str, int] | None = None
+) -> list[Target]:
     """Return all target modules in model order, checked for a basis of this rank.
 
     Raises `UnsupportedModel` (no match, a quantised or a tied weight) or `InvalidInput` (the rank, or a
@@ -54,8 +57,9 @@ def find_targets(model: nn.Module, patterns: Sequence[str], rank: int) -> list[T
     for name, linear in iter_target_modules(model, patterns):
         _check_weight(name, linear, owners)
         targets.append(Target(ModuleShape(name, linear.in_features, linear.out_features), linear))
-    for target in targets:
-        check_rank(rank, target.shape)
+    ranks = module_ranks([target.name for target in targets], rank, rank_pattern)
+    for target, own_rank in zip(targets, ranks, strict=True):
+        check_rank(own_rank, target.shape)
     return targets
 
 

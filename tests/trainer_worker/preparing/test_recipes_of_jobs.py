@@ -24,6 +24,9 @@ CHANGES: dict[str, tuple[dict[str, Any], int]] = {
     "alpha": ({"alpha": 32}, 42),
     "use_rslora": ({"use_rslora": True, "alpha": 128**0.5}, 42),
     "use_rslora alone": ({"use_rslora": True}, 42),
+    "rank_pattern": ({"rank_pattern": {"q_proj": 2, r"layers\.0\.mlp\..*": 12}}, 42),
+    "rank_pattern and alpha": ({"rank_pattern": {"q_proj": 2, r"layers\.0\.mlp\..*": 12}, "alpha": 32}, 42),
+    "rank_pattern without effect": ({"rank_pattern": {".*": 8}}, 42),
     "names": ({"target_modules": ["q_proj", "v_proj"]}, 12),
     "wildcards": ({"target_modules": ["*.mlp.*"]}, 18),
     "whole names": ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, 1),
@@ -36,6 +39,7 @@ SAME = (
     ("alpha", "scale"),
     ("use_rslora", "scale"),
     ("all-linear", "base"),
+    ("rank_pattern without effect", "base"),
 )
 
 

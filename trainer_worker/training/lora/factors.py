@@ -5,12 +5,13 @@ Knows no optimizer and no loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tessera.defaults import LLAMA_LINEARS
 from tessera.errors import InvalidInput
@@ -23,6 +24,7 @@ from tessera.methods.building.targets import find_targets
 from tessera.methods.forms import A_LEARNING_RATE, Given, LoraPreset, find_preset
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
+from tessera.model.rank_pattern import module_ranks
 
 #: The form of such a job in its specification.
 LORA = "lora"
@@ -46,17 +48,28 @@ class LoraFactors:
     scaling: Scaling = NO_SCALING
     #: The local rule that trains A from the layer's inputs, if the form has one.
     online: HebbianConfig | None = None
+    #: The rank of each module, if some have fewer than `rank`: the rows of A and columns of B beyond it are
+    #: zero, and stay zero, because the gradient of either is a multiple of the other. Empty: all have `rank`.
+    ranks: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
         """s in delta_W = s (B A - B_0 A_0)."""
-        return self.scaling.of(self.rank) or self.preset.scale(self.rank)
+        return self._scale(self.rank)
+
+    def scale_of(self, index: int) -> float:
+        """s of one module."""
+        return self._scale(self.ranks[index] if self.ranks else self.rank)
+
+    def _scale(self, rank: int) -> float:
+        return self.scaling.of(rank) or self.preset.scale(rank)
 
     @property
     def num_trained(self) -> int:
         """Number of parameters trained by the gradient."""
-        width = sum(m.d_out + (m.d_in if self.preset.trains_A else 0) for m in self.modules)
-        return self.rank * width
+        ranks = self.ranks or (self.rank,) * len(self.modules)
+        widths = (m.d_out + (m.d_in if self.preset.trains_A else 0) for m in self.modules)
+        return sum(rank * width for rank, width in zip(ranks, widths, strict=True))
 
 
 def initial_factors(
@@ -69,6 +82,7 @@ def initial_factors(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     scaling: Scaling = NO_SCALING,
+    rank_pattern: Mapping[str, int] | None = None,
     **options: Any,
 ) -> LoraFactors:
     """A_0 and B_0 of one LoRA form.
@@ -81,9 +95,11 @@ def initial_factors(
     the result could not be stored: a subtracted product needs 2 r directions.
     """
     chosen = find_preset(preset) if isinstance(preset, str) else preset
-    shapes = form_modules(base, chosen, rank=rank, target_modules=target_modules)
+    shapes = form_modules(base, chosen, rank=rank, target_modules=target_modules, rank_pattern=rank_pattern)
     option = options.pop("scale", None)
     scaling = scaling if scaling.is_given or option is None else Scaling(option)
+    ranks = module_ranks([shape.name for shape in shapes], rank, rank_pattern)
+    given_rank, rank = rank, max(ranks)
     scale = scaling.of(rank) or chosen.scale(rank)
     recipe: dict[str, Any] = {
         "form": "lora",
@@ -97,43 +113,61 @@ def initial_factors(
         recipe[A_LEARNING_RATE] = online.lr
     if chosen.method is None:
         parts: Iterator[tuple[Tensor, Tensor, Tensor | None]] = (
-            (torch.zeros(rank, shape.d_in), torch.zeros(shape.d_out, rank), None) for shape in shapes
+            (torch.zeros(own, shape.d_in), torch.zeros(shape.d_out, own), None)
+            for own, shape in zip(ranks, shapes, strict=True)
         )
     else:
         built = build_basis_and_step(
-            base, method=chosen.method, rank=chosen.rank_factor * rank, target_modules=target_modules,
+            base, method=chosen.method, rank=chosen.rank_factor * given_rank, target_modules=target_modules,
+            rank_pattern={key: chosen.rank_factor * one for key, one in (rank_pattern or {}).items()} or None,
             calibration=calibration, progress=progress, **{"seed": seed, **chosen.method_options(options)},
         )  # fmt: skip
         recipe["basis"] = built.basis.manifest.recipe
         P_in, P_out, steps = built.basis.P_in, built.basis.P_out, built.step
         parts = (
-            (P_in[i] @ built.basis.A[i].float(), built.basis.B[i].float() @ P_out[i],
-             None if steps is None else steps[i].float())
-            for i in range(len(shapes))
+            ((P_in[i] @ built.basis.A[i].float())[:k], (built.basis.B[i].float() @ P_out[i])[:, :k],
+             None if steps is None else steps[i, :k, :k].float())
+            for i, k in enumerate(chosen.rank_factor * own for own in ranks)
         )  # fmt: skip
     pairs = []
-    for shape, (A, B, step) in zip(shapes, parts, strict=True):
-        generator = torch.Generator().manual_seed(module_seed(seed, chosen.name, shape.name, rank))
+    for shape, own, (A, B, step) in zip(shapes, ranks, parts, strict=True):
+        generator = torch.Generator().manual_seed(module_seed(seed, chosen.name, shape.name, own))
         A, B = chosen.initial(Given(A, B, step, generator))
         if bool(B.any()):
-            A, B = (X * (chosen.scale(rank) / scale) ** 0.5 for X in (A, B))
-        pairs.append((A, B))
+            ratio = chosen.scale(own) / (scaling.of(own) or chosen.scale(own))
+            A, B = (X * ratio**0.5 for X in (A, B))
+        pairs.append((F.pad(A, (0, 0, 0, rank - own)), F.pad(B, (0, rank - own))))
     A0, B0 = (tuple(pair[side].float().contiguous() for pair in pairs) for side in (0, 1))
-    return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe, scaling, online)
+    own_ranks = tuple(ranks) if rank_pattern else ()
+    return LoraFactors(chosen, rank, seed, shapes, A0, B0, recipe, scaling, online, own_ranks)
 
 
 def form_modules(
-    base: BaseModel, preset: LoraPreset, *, rank: int, target_modules: Sequence[str]
+    base: BaseModel,
+    preset: LoraPreset,
+    *,
+    rank: int,
+    target_modules: Sequence[str],
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> tuple[ModuleShape, ...]:
     """Return the modules that the form changes. Raises the same errors as `initial_factors`."""
-    shapes = tuple(target.shape for target in find_targets(base.model, target_modules, rank))
-    side, narrow = min((min(shape.d_in, shape.d_out), shape.name) for shape in shapes)
+    targets = find_targets(base.model, target_modules, rank, rank_pattern)
+    shapes = tuple(target.shape for target in targets)
+    ranks = module_ranks([shape.name for shape in shapes], rank, rank_pattern)
+    if rank_pattern and preset.online is not None:
+        raise InvalidInput(f"the local rule of {preset.name} needs one rank", param="rank_pattern")
+    sides = [(min(shape.d_in, shape.d_out), shape.name) for shape in shapes]
+    _, side, narrow, rank = min(
+        (side // preset.stored_rank(1) - own, side, name, own)
+        for (side, name), own in zip(sides, ranks, strict=True)
+    )
     if preset.stored_rank(rank) > side:
         raise InvalidInput(
             f"rank must be at most {side // 2} for {preset.name}, whose result has twice the rank and must "
             f"fit the smaller side {side} of {narrow}; got {rank}",
             param="rank",
         )
+    rank = max(ranks)
     if preset.stored_rank(rank) > MAX_RANK:
         message = f"rank {rank} is stored as {preset.stored_rank(rank)} for {preset.name}, above {MAX_RANK}"
         raise InvalidInput(message, param="rank")

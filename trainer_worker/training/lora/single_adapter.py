@@ -38,13 +38,13 @@ def to_single_adapter(
     """
     changes = {}
     initial = zip(factors.modules, factors.A, factors.B, strict=True)
-    for (A, B), (shape, A0, B0) in zip(trained, initial, strict=True):
+    for index, ((A, B), (shape, A0, B0)) in enumerate(zip(trained, initial, strict=True)):
         A, B = A.detach().cpu(), B.detach().cpu()
         if factors.preset.is_subtracted and not factors.preset.trains_A:
             B = B.double() - B0.double()
         elif factors.preset.is_subtracted:
             A, B = torch.cat([A, A0.to(A)]), torch.cat([B, -B0.to(B)], dim=1)
-        changes[shape] = LowRank(A, B, factors.scale)
+        changes[shape] = LowRank(A, B, factors.scale_of(index))
     return make_single_adapter(
         changes, model_id=model_id, method=METHOD, metadata=metadata, dtype=dtype,
         recipe={**factors.recipe, "learning_rate": learning_rate},

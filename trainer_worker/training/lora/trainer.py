@@ -62,7 +62,9 @@ class LoraRun(TrainRun):
         factors = self.factors
         names = [shape.name for shape in factors.modules]
         parts = ["lora", factors.preset.name, factors.rank, factors.seed, names]
-        return json.dumps([*parts, factors.scale] if factors.scaling.is_given else parts)
+        if factors.scaling.is_given or factors.ranks:
+            parts += [factors.scale, list(factors.ranks)]
+        return json.dumps(parts)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -241,7 +243,6 @@ class LoraTrainer:
     def _make_deltas(self) -> list[LoraDelta]:
         runs, layout = self.runs, self.runs[0].layout
         device, dtype = self._packed.device, self._packed.dtype
-        scale = torch.tensor([run.factors.scale for run in runs], dtype=dtype, device=device)
         trains_A = any(run.factors.preset.trains_A for run in runs)
         offsets = self._offsets()
         leaves, grads = layout.views(self._packed.detach()), layout.views(self._grad)
@@ -253,6 +254,8 @@ class LoraTrainer:
             self._leaves += [(A, grad_A), (B, grad_B)] if trains_A else [(B, grad_B)]
             A0, B0 = (None, None) if offsets is None else offsets[index]
             name = layout.modules[index].name
+            scales = [run.factors.scale_of(index) for run in runs]
+            scale = torch.tensor(scales, dtype=dtype, device=device)
             deltas.append(LoraDelta(name, A, B, scale, self._owners, A0, B0, self._rules_of(index)))
         return deltas
 

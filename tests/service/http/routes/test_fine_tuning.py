@@ -465,6 +465,7 @@ async def test_a_split_beside_a_validation_file_is_refused(client: httpx.AsyncCl
         ({"target_modules": ["v_proj", "q_proj", "v_proj"]}, {"target_modules": ["q_proj", "v_proj"]}),
         ({"lora_target_modules": "v_proj, q_proj"}, {"target_modules": ["q_proj", "v_proj"]}),
         ({"target_modules": "all-linear"}, {"target_modules": ["all-linear"]}),
+        ({"rank_pattern": {"q_proj": 2, ".*mlp.*": 24}}, {"rank_pattern": {"q_proj": 2, ".*mlp.*": 24}}),
         ({"target_modules": ["*.mlp.*"], "rank": 2}, {"target_modules": ["*.mlp.*"], "rank": 2}),
     ],
 )
@@ -506,6 +507,11 @@ async def test_scale_and_modules_of_a_job_reach_the_worker(
             "adapter.alpha",
             "adapter.init.options.scale is the same number",
         ),
+        ({"rank_pattern": {"q_prj": 4}}, "adapter.rank_pattern", "'q_prj' matches no module"),
+        ({"rank_pattern": {"q_proj(": 4}}, "adapter.rank_pattern", "not a regular expression"),
+        ({"rank_pattern": {"q_proj": 0}}, "adapter.rank_pattern.q_proj", "greater than or equal to 1"),
+        ({"rank_pattern": {"q_proj": 300}}, "adapter.rank", "the smaller side"),
+        ({"form": "lora", "rank_pattern": {"q_prj": 4}}, "adapter.rank_pattern", "matches no module"),
         ({"lora_dropout": 0.1}, "adapter.lora_dropout", "there is no dropout"),
     ],
 )
