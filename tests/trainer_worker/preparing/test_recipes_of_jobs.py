@@ -61,7 +61,7 @@ async def test_each_changes_the_training(
             manifest = await BasisStore(world.redis).manifest(job.result["basis_id"])
             assert len(manifest.modules) == CHANGES[name][1], name
             losses[name] = job.result["final_train_loss"]
-            assert job.result["published_step"] > 0, name
+            assert job.result["steps"] > 0, name
 
     for name in CHANGES:
         same = dict(SAME).get(name)
