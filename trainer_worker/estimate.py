@@ -33,12 +33,12 @@ from tessera.processes.child_process import end_with_parent
 from tessera.queue.preference import PreferenceOptions
 from tessera.queue.records import JobSpec
 from tessera.settings import CommonSettings
+from trainer_worker.data.training_data import TrainingData, micro_batches
 from trainer_worker.outcome.payloads import data_counts
 from trainer_worker.preparing.classification import read_job_data
 from trainer_worker.preparing.initialization import InitChoice
 from trainer_worker.preparing.preparation import data_warnings, objective_of, read_files
 from trainer_worker.settings import read_settings
-from trainer_worker.training.data import TrainingData, micro_batches
 from trainer_worker.training.learning_rates import BasisKind, LoraKind
 from trainer_worker.training.lora.factors import LORA
 from trainer_worker.training.plan import TrainingPlan, has_automatic_rate, make_plan

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.population.users import Newcomer
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.lora.factors import LoraFactors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.plan import TrainingPlan, auto_batch_size, auto_epochs

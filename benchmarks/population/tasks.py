@@ -22,7 +22,7 @@ from tessera.formats.basis import Basis
 from tessera.methods.bases import CalibrationSet, Population, build_basis
 from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer

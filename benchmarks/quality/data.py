@@ -12,7 +12,7 @@ from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import parse_examples
 from tessera.methods.bases import CalibrationSet
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.data import VALIDATION_SHARE, TrainingData, encode_data, micro_batches
+from trainer_worker.data.training_data import VALIDATION_SHARE, TrainingData, encode_data, micro_batches
 from trainer_worker.training.trainer import token_losses
 
 #: How far an example may stand from its place by length: batches of about equal lengths, and different ones

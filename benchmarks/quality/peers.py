@@ -21,7 +21,7 @@ from tessera.chat.chat_format import EncodedExample
 from tessera.defaults import LLAMA_LINEARS
 from tessera.methods.bases import CalibrationSet
 from tessera.model.base_model import BaseModel, iter_target_modules
-from trainer_worker.training.data import micro_batches
+from trainer_worker.data.training_data import micro_batches
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import token_losses
 

@@ -12,7 +12,7 @@ from benchmarks.real.tasks.task import Example as Line
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, parse_examples
 from tessera.methods.bases import CalibrationSet, Population
-from trainer_worker.training.data import TrainingData, encode_data
+from trainer_worker.data.training_data import TrainingData, encode_data
 
 MAX_TOKENS = 512
 

@@ -18,7 +18,7 @@ from benchmarks.real.judge import judge
 from benchmarks.real.runs import Setting, plan_of, to_point
 from benchmarks.real.selection import Point, Record
 from tessera.chat.chat_format import EncodedExample
-from trainer_worker.training.data import micro_batches
+from trainer_worker.data.training_data import micro_batches
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import token_losses
 

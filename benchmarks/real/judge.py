@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tessera.chat.chat_format import EncodedExample
-from trainer_worker.training.data import GPU_MIN_TOKENS, micro_batches
+from trainer_worker.data.training_data import GPU_MIN_TOKENS, micro_batches
 from trainer_worker.training.trainer import token_losses
 
 #: Puts what was trained into the model, for rows [S] of these owners.

@@ -21,7 +21,7 @@ from tessera.methods.init import INIT_METHODS, compute_init
 from tessera.methods.init.method import InitInputs
 from tessera.methods.presets import PRESETS, Preset
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.plan import TrainingPlan
 

@@ -65,7 +65,7 @@ def setting_of(base: BaseModel, sizes: Sizes = SIZES) -> Setting:
 
 def test_newcomers_are_nobody_of_the_population(base: BaseModel) -> None:
     cast = setting_of(base).casts["main"]
-    taught = {example[0] for example in cast.population.examples}
+    taught = {tuple(example[0]) for example in cast.population.examples}
 
     assert {newcomer.name for newcomer in cast.newcomers} == {"jargon-0", "devil-0", "devil-1"}
     assert [newcomer.is_new_file for newcomer in cast.newcomers] == [False, True, True]

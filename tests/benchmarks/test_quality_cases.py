@@ -29,7 +29,7 @@ from tessera.chat.chat_format import EncodedExample
 from tessera.errors import InvalidInput
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import VOCABULARY, small_model
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 
 EARLIER = Path(__file__).parents[2] / "benchmarks/results/quality-h100-small"
 MAIN, OTHERS = "jargon", ["foldoc", "devil"]

@@ -31,7 +31,7 @@ from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel, load_base_model
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.lora.factors import initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer

@@ -16,7 +16,7 @@ from tessera.defaults import BUNDLED_MODEL
 from tessera.formats.basis import Basis
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import CoreRun

@@ -14,7 +14,7 @@ from tessera.queue.hyperparameters import SGD
 from tessera.queue.preference import PreferenceOptions
 from tessera.queue.records import Job
 from tessera.store.adapters import AdapterVersion
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.run import RunUpdate, TrainRun
 
 #: A job that still has to publish its result is not done.

@@ -15,10 +15,10 @@ from tessera.model.rank_pattern import module_ranks
 from tessera.queue.records import JobSpec
 from tessera.store.holds import BasisHolds
 from trainer_worker.common.model_lock import ModelLock, Progress
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.outcome.publisher import reservation_id
 from trainer_worker.preparing.basis_source import Attempt
 from trainer_worker.training import checkpoint
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.learning_rates import LoraKind
 from trainer_worker.training.lora.factors import LORA, LoraFactors, form_modules, initial_factors
 from trainer_worker.training.lora.single_adapter import storage_dtype

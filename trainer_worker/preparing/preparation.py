@@ -32,17 +32,17 @@ from tessera.queue.records import OWN_DATA, Job, JobSpec
 from tessera.store.adapters import AdapterStore
 from tessera.store.files import FileStore
 from trainer_worker.common.model_lock import ModelLock, Progress
+from trainer_worker.data.pairs import encode_pairs
+from trainer_worker.data.training_data import TrainingData, encode_data
 from trainer_worker.preparing.basis_source import Attempt, BasisSource, Calibration, JobBasis
 from trainer_worker.preparing.classification import ClassificationPreparation, read_job_data
 from trainer_worker.preparing.initialization import BASE_MODEL, InitChoice, init_message
 from trainer_worker.preparing.lora import LoraPreparation, form_message
 from trainer_worker.preparing.runs import plan_run
 from trainer_worker.training import checkpoint
-from trainer_worker.training.data import TrainingData, encode_data
 from trainer_worker.training.lora.factors import LORA
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective
 from trainer_worker.training.objectives.preference import Preference
-from trainer_worker.training.pairs import encode_pairs
 from trainer_worker.training.plan import TrainingPlan, max_example_tokens, validation_share
 from trainer_worker.training.run import TrainRun
 

@@ -13,8 +13,8 @@ from tessera.formats.basis import Basis
 from tessera.methods.scaling import Scaling
 from tessera.model.base_model import BaseModel
 from tessera.queue.records import JobSpec
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.preparing.initialization import BASE_MODEL, InitChoice
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind
 from trainer_worker.training.objectives.objective import Objective
 from trainer_worker.training.plan import TrainingPlan, has_automatic_rate, make_plan

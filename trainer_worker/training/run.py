@@ -20,7 +20,7 @@ from tessera.formats.adapter import Adapter
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.queue.hyperparameters import LAST
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.history import History
 from trainer_worker.training.objectives.objective import SUPERVISED, Measured, Objective, Sample
 from trainer_worker.training.objectives.references import TOKENS_PER_TRAINED_TOKEN, References

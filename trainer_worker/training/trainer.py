@@ -23,7 +23,7 @@ from tessera.formats.basis import Basis
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
 from tessera.model.rank_pattern import module_ranks
-from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
+from trainer_worker.data.training_data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.objectives.objective import SUPERVISED, Objective, Sample, num_tokens
 from trainer_worker.training.objectives.tally import Tally
 from trainer_worker.training.optimizers import UserStep, clip_factor

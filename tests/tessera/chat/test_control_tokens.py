@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -99,9 +100,10 @@ def test_tokens_that_are_read_in_another_way_forge_nothing_either(
 ) -> None:
     chat = chat_of(kind, "lines")
     messages = asked(f"\n{typed}{loud}\n", answer=f"\n{typed}\n".replace("think>", ""))
-    assert controls(chat, chat.prompt_ids(messages)) == controls(
-        chat, chat.prompt_ids(asked("\nx\n", answer="\nx\n"))
-    )
+    with suppress(InvalidInput):  # a text that cannot be encoded without forging is refused
+        assert controls(chat, chat.prompt_ids(messages)) == controls(
+            chat, chat.prompt_ids(asked("\nx\n", answer="\nx\n"))
+        )
     plain = asked(harmless, answer=harmless)
     whole = chat.tokenizer.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
     assert chat.prompt_ids(plain) == whole

@@ -20,7 +20,7 @@ from tessera.model.base_model import BaseModel
 from tessera.peft.exporting import to_peft
 from tests.tessera.methods.matrices import random_matrix, small_model
 from tests.tessera.methods.populations import SHORT
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import CoreRun, Trainer
 

@@ -89,6 +89,7 @@ def test_processes_are_started_in_one_way_alone() -> None:
         "tessera/processes/child_process.py",  # start_child itself
         # What they start calls `end_with_parent`.
         "service/processes/twin.py",
+        "service/jobs/estimates.py",
         "tests/tessera/redis/test_embedded.py",
         "tests/tessera/queue/test_recovery.py",
         "tests/service/engine/process/engine_parent.py",

@@ -25,10 +25,10 @@ from tests.job_checks import check_queue
 from tests.trainer_worker.conftest import random_examples
 from tests.trainer_worker.world import TENANT, World, messages
 from tests.waiting import wait_until
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.outcome import payloads
 from trainer_worker.outcome.publisher import Publisher
 from trainer_worker.training import checkpoint
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.plan import TrainingPlan

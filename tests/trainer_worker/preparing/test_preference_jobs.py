@@ -20,8 +20,8 @@ from tests.job_checks import check_queue
 from tests.preferences import preference_lines
 from tests.trainer_worker.world import TENANT, World, messages
 from tests.waiting import wait_until
+from trainer_worker.data.pairs import encode_pairs
 from trainer_worker.preparing.preparation import read_data
-from trainer_worker.training.pairs import encode_pairs
 
 DPO = {"objective": "dpo", "early_stopping": {"patience": None}}
 

@@ -11,8 +11,8 @@ from tessera.errors import Conflict, CorruptRecord
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import MakeRun
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training import checkpoint
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.run import TrainRun
 from trainer_worker.training.trainer import Trainer
 

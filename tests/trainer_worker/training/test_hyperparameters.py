@@ -17,8 +17,7 @@ from tests.trainer_worker.world import World
 from trainer_worker.training.plan import ADAM_BETAS, ADAM_EPSILON
 
 #: Ten examples to train on and two held back, in batches of two.
-#: With a rate, so that no search takes place.
-SETTINGS: dict[str, Any] = {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0}
+SETTINGS: dict[str, Any] = {"n_epochs": 2, "batch_size": 2}
 STEPS = 10
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -55,6 +54,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 NOT_IN_THE_STEPS = ("publish",)
 
 
+def settings_of(change: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a job that does not search for its learning rate."""
+    rate = {} if "learning_rate" in change else {"learning_rate_multiplier": 1.0}
+    return SETTINGS | rate | change
+
+
 @pytest.mark.parametrize("form", [{}, {"form": "lora", "method": "lora"}], ids=["core", "lora"])
 async def test_each_changes_the_training(
     redis: Redis, tiny: BaseModel, chat: ChatFormat, tmp_path: Path, form: dict[str, Any]
@@ -63,7 +68,7 @@ async def test_each_changes_the_training(
     jobs = {
         name: await world.submit(
             adapter_id=f"a{index}",
-            hyperparameters=SETTINGS | change,
+            hyperparameters=settings_of(change),
             early_stopping={"patience": None},
             **form,
         )

@@ -10,7 +10,7 @@ from tessera.methods.bases import CalibrationSet, build_basis
 from tessera.methods.scaling import Scaling
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import random_examples
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.lora.factors import initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.plan import TrainingPlan

@@ -10,7 +10,7 @@ from tessera.methods.bases import build_basis
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import random_examples
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.learning_rates import BasisKind, LoraKind
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import CoreRun, Trainer

@@ -20,7 +20,7 @@ from tessera.formats.basis import Basis
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun, random_examples
-from trainer_worker.training.data import TrainingData, micro_batches
+from trainer_worker.data.training_data import TrainingData, micro_batches
 from trainer_worker.training.plan import ADAM_BETAS
 from trainer_worker.training.run import RunUpdate, TrainRun
 from trainer_worker.training.trainer import CoreRun, Trainer, token_losses

@@ -19,7 +19,7 @@ from tessera.data.labels import LabelledText, class_indices, class_names, parse_
 from tessera.data.statistics import count
 from tessera.errors import InvalidTrainingData, LineError
 from tessera.formats.head import REGRESSION
-from trainer_worker.training.data import TrainingData, num_held_back
+from trainer_worker.data.training_data import TrainingData, num_held_back
 
 
 @dataclass(frozen=True)

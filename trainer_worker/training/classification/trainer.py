@@ -24,8 +24,8 @@ from tessera.errors import BasisMismatch
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.model.pooling import pooled_states
+from trainer_worker.data.training_data import GPU_MIN_TOKENS, MicroBatch, micro_batches
 from trainer_worker.training.classification.data import LabelledRow
-from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, micro_batches
 from trainer_worker.training.objectives.objective import Measured, Sample, num_tokens
 from trainer_worker.training.optimizers import BatchedOptimizer, UserStep, clip_factor
 from trainer_worker.training.run import RunUpdate, TokenCounts, TrainRun

@@ -21,7 +21,7 @@ from tessera.errors import InvalidInput
 from tessera.methods.building.decomposition import module_seed
 from tessera.methods.building.hebbian import HebbianRule
 from tessera.model.base_model import BaseModel
-from trainer_worker.training.data import GPU_MIN_TOKENS, MicroBatch, TrainingData
+from trainer_worker.data.training_data import GPU_MIN_TOKENS, MicroBatch, TrainingData
 from trainer_worker.training.lora.factors import LORA, Layout, LoraFactors
 from trainer_worker.training.lora.linear import BatchOwners, LoraDelta
 from trainer_worker.training.lora.single_adapter import METHOD, storage_dtype, to_single_adapter

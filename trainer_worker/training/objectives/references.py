@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.objectives.objective import Sample
 
 #: A pass without a gradient takes about a third of the time of one with it, so this makes a step that

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.chat.chat_format import EncodedExample
-from trainer_worker.training.data import MicroBatch, micro_batches
+from trainer_worker.data.training_data import MicroBatch, micro_batches
 from trainer_worker.training.objectives.objective import Measured, Objective, Sample
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from tessera.formats.basis import Basis
 from tessera.methods.scaling import NO_SCALING, Scaling
 from tessera.queue.hyperparameters import LAST
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.splits import assign_folds
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import EvaluatedState, Progress, RunUpdate
 from trainer_worker.training.search.candidate import Candidate, CandidateRun, rank_candidates
 from trainer_worker.training.search.ladder import Ladder
-from trainer_worker.training.splits import assign_folds
 from trainer_worker.training.trainer import CoreRun
 
 #: Evaluations of a candidate while it is trained.

@@ -106,7 +106,7 @@ def answers(peer: Peer) -> None:
             continue
         for token in range(3):
             finish = "stop" if token == 2 and first != 1 else None
-            row = [request_id, [token], [[token, -1.0, []]], None, finish, None, 0, 1]
+            row = [request_id, [token], [[token, -1.0, []]], None, finish, None, 0, 1, None]
             peer.send("outputs", outputs=[row])
 
 

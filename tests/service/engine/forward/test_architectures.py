@@ -24,7 +24,7 @@ from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel, load_base_model
 from tessera.peft.exporting import to_peft
 from tests.service.engine.driver import Driver
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import CoreRun, Trainer
 

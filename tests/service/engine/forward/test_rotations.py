@@ -24,7 +24,7 @@ from service.engine.wire.messages import SamplingParams
 from tessera.chat.chat_format import EncodedExample
 from tessera.model.base_model import BaseModel, load_base_model
 from tests.service.engine.driver import GREEDY, Driver
-from trainer_worker.training.data import micro_batches
+from trainer_worker.data.training_data import micro_batches
 from trainer_worker.training.trainer import token_losses
 
 ORIGINAL = 32

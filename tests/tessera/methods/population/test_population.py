@@ -18,7 +18,7 @@ from tessera.methods.init import make_init
 from tessera.model.base_model import BaseModel
 from tests.tessera.methods.matrices import small_calibration, small_model
 from tests.tessera.methods.populations import SHORT, personal
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.trainer import CoreRun, Trainer
 

@@ -11,8 +11,8 @@ import pytest
 from tessera.chat.chat_format import ChatFormat
 from tessera.errors import InvalidTrainingData
 from tessera.formats.head import CLASSIFICATION, REGRESSION
+from trainer_worker.data.training_data import num_held_back
 from trainer_worker.training.classification.data import LabelledData, LabelledRow, read_labelled
-from trainer_worker.training.data import num_held_back
 
 
 def content(labels: list[Any], *, text: str = "text number") -> bytes:

@@ -15,9 +15,9 @@ from tessera.model.base_model import BaseModel, load_base_model
 from tessera.model.encoders import ENCODERS
 from tests.encoders import make_classifier
 from tests.trainer_worker.training.classification.test_trainer import PlainAdapter
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.classification.data import LabelledData, LabelledRow
 from trainer_worker.training.classification.run import ClassificationRun
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import ADAM_BETAS, TrainingPlan
 
 WIDTH, SCALE = 32, 3.0

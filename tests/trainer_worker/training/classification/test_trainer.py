@@ -18,12 +18,12 @@ from tessera.formats.basis import Basis, make_basis
 from tessera.methods.bases import build_basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.train_loop import TrainerPool
 from trainer_worker.training import checkpoint
 from trainer_worker.training.classification.data import LabelledData, LabelledRow
 from trainer_worker.training.classification.run import ClassificationRun
 from trainer_worker.training.classification.trainer import ClassificationTrainer
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import ADAM_BETAS, TrainingPlan
 
 WIDTH = 24

@@ -24,8 +24,8 @@ from tessera.model.base_model import BaseModel
 from tessera.queue.records import Job, JobSpec, JobStatus
 from tests.service.engine.driver import Driver
 from tests.trainer_worker.conftest import random_examples
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.outcome.payloads import adapter_metadata
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import LoraFactors, initial_factors
 from trainer_worker.training.lora.linear import RowLinear
 from trainer_worker.training.lora.single_adapter import METHOD, to_single_adapter

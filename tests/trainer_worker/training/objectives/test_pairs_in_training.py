@@ -18,8 +18,8 @@ from tessera.errors import Conflict, CorruptRecord
 from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tests.trainer_worker.conftest import VOCABULARY, MakeRun, random_examples
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training import checkpoint
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.lora.factors import initial_factors
 from trainer_worker.training.lora.trainer import LoraRun, LoraTrainer
 from trainer_worker.training.objectives.preference import Preference

@@ -7,7 +7,7 @@ import torch
 
 from tessera.formats.basis import Basis
 from tests.trainer_worker.conftest import random_examples
-from trainer_worker.training.data import TrainingData
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training.objectives.objective import Measured
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.search.candidate import Candidate, CandidateRun, rank_candidates

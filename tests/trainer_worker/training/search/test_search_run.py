@@ -12,8 +12,8 @@ from tessera.formats.basis import Basis
 from tessera.model.base_model import BaseModel
 from tessera.queue.hyperparameters import LAST
 from tests.trainer_worker.conftest import MakeRun, random_examples
+from trainer_worker.data.training_data import TrainingData
 from trainer_worker.training import checkpoint
-from trainer_worker.training.data import TrainingData
 from trainer_worker.training.plan import TrainingPlan
 from trainer_worker.training.run import RunUpdate
 from trainer_worker.training.search.ladder import MULTIPLES, ONE_RUN, Ladder

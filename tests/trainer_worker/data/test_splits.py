@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from trainer_worker.training.splits import (
+from trainer_worker.data.splits import (
     Answer,
     answer_of,
     are_labels,

@@ -14,7 +14,7 @@ from itertools import chain
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import for_each
 from tessera.data.pairs import Pair
-from trainer_worker.training.data import TrainingData, data_digest, validation_digests
+from trainer_worker.data.training_data import TrainingData, data_digest, validation_digests
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tessera.chat.chat_format import ChatFormat, EncodedExample
 from tessera.data.examples import Example, for_each
 from tessera.data.statistics import DataStatistics
-from trainer_worker.training.splits import Answer, answer_of, group_examples, hold_back
+from trainer_worker.data.splits import Answer, answer_of, group_examples, hold_back
 
 #: With fewer distinct examples, all are used for training, because a validation split would cost more than it
 #: could show.

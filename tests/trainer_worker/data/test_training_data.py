@@ -15,7 +15,7 @@ from tessera.errors import InvalidTrainingData
 from tessera.methods.bases import CalibrationSet
 from tests.tessera.chat.tokenizer_kinds import tokenizer_of
 from tests.trainer_worker.conftest import DATA, random_examples
-from trainer_worker.training.data import MIN_FILL, TrainingData, encode_data, micro_batches
+from trainer_worker.data.training_data import MIN_FILL, TrainingData, encode_data, micro_batches
 
 
 def texts(*words: str) -> list[Example]:
