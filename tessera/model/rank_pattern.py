@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import re2
-
 from tessera.errors import InvalidInput
 
 
@@ -35,6 +33,8 @@ def module_ranks(names: Sequence[str], rank: int, pattern: Mapping[str, int] | N
 
 
 def _compile(key: str) -> Any:
+    import re2  # only jobs with patterns need it
+
     options = re2.Options()
     options.log_errors, options.max_mem = False, 1024 * 1024
     try:

@@ -95,7 +95,7 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(base: BaseModel, chat: 
         out = base.model.generate(
             prompt, do_sample=False, max_new_tokens=row.num_loss_tokens, eos_token_id=list(chat.end_ids)
         )
-        written.append(out[0].tolist() == row.token_ids)
+        written.append(out[0].tolist() == list(row.token_ids))
 
     assert [score.num_exact == 1 for score in scores] == written
     assert together.num_exact == sum(written)

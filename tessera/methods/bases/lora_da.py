@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import InvalidInput
-from tessera.methods.bases.lora_da_guidance import Fisher, guidance_into, invert_fisher, two_sided
+from tessera.methods.algebra.lora_da_guidance import Fisher, guidance_into, invert_fisher, two_sided
 from tessera.methods.building.activations import InputRule, SecondMoment
 from tessera.methods.building.collected import Counts, Needs
 from tessera.methods.building.decomposition import (

@@ -33,8 +33,8 @@ from torch import Tensor
 from tessera.errors import CorruptRecord, InvalidInput
 from tessera.formats.basis import DTYPES, Basis
 from tessera.formats.manifest import BasisManifest, ModuleShape
+from tessera.methods.algebra.loram_sines import dst_columns
 from tessera.methods.bases.loram_reference import REFERENCES, needs_of
-from tessera.methods.bases.loram_sines import dst_columns
 from tessera.methods.building.collected import Needs
 from tessera.methods.building.method import DATA_OPTIONS, Method, ModuleData, ModuleFactors
 from tessera.methods.checks import LOG_FACTORS, check_loram, loram_needs_data, stores_loram

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tessera.methods.bases.lora_da_guidance import Fisher, invert_fisher
+from tessera.methods.algebra.lora_da_guidance import Fisher, invert_fisher
 from tessera.methods.building.activations import SecondMoment
 from tessera.methods.building.collected import Counts
 from tessera.methods.building.method import ModuleData, ModuleFactors

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessera.methods.algebra.lora_da_guidance import guidance, invert_fisher
 from tessera.methods.bases import CalibrationSet
-from tessera.methods.bases.lora_da_guidance import guidance, invert_fisher
 from tessera.methods.building.activations import SecondMoment
 from tessera.methods.building.collected import Counts, Needs
 from tessera.methods.building.decomposition import eigh_bytes, smallest_eigenvectors

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tessera.errors import InvalidInput
+from tessera.methods.algebra.lora_da_guidance import two_sided, two_sided_bound
 from tessera.methods.bases import METHODS, CalibrationSet, build_basis, build_basis_and_step
 from tessera.methods.bases.lora_da import module_step
-from tessera.methods.bases.lora_da_guidance import two_sided, two_sided_bound
 from tessera.methods.building.activations import SecondMoment
 from tessera.methods.building.collected import Counts
 from tessera.methods.building.decomposition import spectral_norm

@@ -14,8 +14,8 @@ from tessera.chat.tokenizer import load_tokenizer
 from tessera.data.examples import parse_examples
 from tessera.defaults import BUNDLED_MODEL
 from tessera.errors import InvalidInput
+from tessera.methods.algebra.lora_da_guidance import damped_inverse, eigen_inverse, invert_fisher
 from tessera.methods.bases import CalibrationSet, build_basis, build_basis_and_step
-from tessera.methods.bases.lora_da_guidance import damped_inverse, eigen_inverse, invert_fisher
 from tessera.methods.building.targets import find_targets
 from tessera.model.base_model import BaseModel, load_base_model
 from tests.tessera.methods.matrices import chordal, orthonormal, random_matrix

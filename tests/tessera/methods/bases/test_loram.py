@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tessera.errors import CorruptRecord, InvalidInput
 from tessera.formats.manifest import BasisManifest
+from tessera.methods.algebra.loram_sines import dst_columns
 from tessera.methods.bases import build_basis
 from tessera.methods.bases.lora_ga import lora_form
 from tessera.methods.bases.loram import log_share, regenerate
-from tessera.methods.bases.loram_sines import dst_columns
 from tessera.methods.building.activations import ScaledMoment
 from tessera.methods.building.method import ModuleData
 from tessera.methods.checks import check_loram
@@ -234,7 +234,7 @@ def test_m5_the_manifest_gives_the_basis_bit_for_bit(small: BaseModel, dtype: st
 
 def test_m5_sines_are_correctly_rounded() -> None:
     """Against math.sin at small angles, where its rounding is the only error, and by symmetry."""
-    from tessera.methods.bases.loram_sines import _sines
+    from tessera.methods.algebra.loram_sines import _sines
 
     width = 1023
     sines = _sines(width)
