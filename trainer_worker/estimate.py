@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig
 
 from tessera.chat.chat_format import ChatFormat, load_chat_format
-from tessera.errors import InvalidTrainingData, TesseraError
+from tessera.errors import CorruptRecord, InvalidTrainingData, TesseraError
 from tessera.formats.basis import Basis
 from tessera.formats.manifest import BasisManifest
 from tessera.methods.forms import find_preset
@@ -145,7 +145,10 @@ def kind_of(spec: JobSpec, manifest: str | None, preconditioner: bytes) -> HasRa
         return UnknownRate()
     numbers = torch.frombuffer(bytearray(preconditioner), dtype=torch.float32)[: 2 * M * r * r]
     P_in, P_out = numbers.view(2, M, r, r)
-    basis = Basis(found, (), (), P_in, P_out)
+    try:
+        basis = Basis(found, (), (), P_in, P_out)
+    except CorruptRecord:  # of a method that trains fewer numbers, whose vectors were not sent
+        return UnknownRate()
     return BasisKind.of(
         basis,
         start=InitChoice.of(spec).method,

@@ -138,12 +138,15 @@ def iter_target_modules(
     patterns may match nothing. `check_patterns` checks the patterns that a user gives.
     """
     linears = linear_layers(model)
+    exact = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
     chosen = set(choose_targets(list(linears), patterns))
     for name, module in model.named_modules():
         if name not in chosen and (is_plain_linear(module) or not is_named(name, patterns)):
             continue
         if not hasattr(module, "weight") or _HEADS & set(name.split(".")):
             continue
+        if _is_no_matrix(module) and not is_named(name, exact):
+            continue  # a norm or an embedding, which a wildcard does not mean
         if not is_plain_linear(module) or not module.weight.is_floating_point():
             raise UnsupportedModel(
                 f"target module {name} is a {type(module).__name__} with {module.weight.dtype} weights; "
@@ -153,6 +156,10 @@ def iter_target_modules(
         yield name, module
     if not chosen:
         check_patterns(list(linears), patterns)
+
+
+def _is_no_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or getattr(module.weight, "ndim", 2) != 2
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -343,8 +343,11 @@ class TrainRun(ABC):
         elif progress.initial_valid_loss is None:
             progress.initial_valid_loss = valid_loss
             self._keep(valid_loss)
-        elif progress.best_valid_loss is None or valid_loss < progress.best_valid_loss - self.plan.min_delta:
+        elif progress.best_valid_loss is None or valid_loss < progress.best_valid_loss:
+            best, num_bad = progress.best_valid_loss, progress.num_bad_evaluations
             self._keep(valid_loss)
+            if best is not None and valid_loss >= best - self.plan.min_delta:
+                progress.num_bad_evaluations = num_bad + 1
         else:
             progress.num_bad_evaluations += 1
         if progress.step >= self.plan.total_steps:

@@ -222,9 +222,11 @@ class AdapterOptions(Request):
         default="core", description="lora: train A and B as `init` says, which makes a private basis."
     )
     rank: int | None = Field(default=None, ge=1, le=512)
-    alpha: float | None = Field(default=None, gt=0, le=1e6, description="s = alpha / r in delta_W = s B R A.")
+    alpha: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="s = alpha / r in delta_W = s B R A."
+    )
     use_rslora: bool | None = Field(default=None, description="s = alpha / √r, where alpha is r by default.")
-    scale: float | None = Field(default=None, gt=0, le=1e6, description="s itself.")
+    scale: float | None = Field(default=None, ge=1e-6, le=1e6, description="s itself.")
     rank_pattern: Annotated[dict[ModuleName, ModuleRank], Field(max_length=64)] | None = Field(
         default=None, description="Ranks of modules that have another, by regular expression, as in PEFT."
     )

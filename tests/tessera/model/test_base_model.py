@@ -25,6 +25,7 @@ from tessera.errors import InvalidInput, UnsupportedModel
 from tessera.model.base_model import (
     BaseModel,
     iter_target_modules,
+    linear_layers,
     load_base_model,
     replace_module,
     resolve_device,
@@ -32,6 +33,7 @@ from tessera.model.base_model import (
 )
 from tessera.model.files import model_digest, model_folder, model_name, public_source
 from tessera.model.quantised import check_loaded
+from tessera.model.target_modules import choose_targets
 
 ROOT = Path(__file__).parents[3]
 WIDTHS = {
@@ -325,3 +327,11 @@ def test_replace_module_puts_the_new_one_in_the_place_of_the_old(tiny: BaseModel
     token_ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         torch.testing.assert_close(model(token_ids).logits, tiny.model(token_ids).logits)
+
+
+@pytest.mark.parametrize("patterns", [["*"], ["model.layers.0.*"]])
+def test_wildcards_choose_among_linear_layers(patterns: list[str]) -> None:
+    model = random_model("llama", **WIDTHS)
+    names = [name for name, _ in iter_target_modules(model, patterns)]
+    assert names == choose_targets(list(linear_layers(model)), patterns)
+    assert names

@@ -112,10 +112,11 @@ class _Pairs:
                 counts = [row.num_loss_tokens for row in sample.rows]
                 lengths.append((sum(counts[:first]), sum(counts[first:])))
                 reference.append(sample.reference)
-        self._places = torch.tensor(places)  # [rows, 2]
+        self._places = torch.tensor(places, dtype=torch.int64).view(-1, 2)  # [rows, 2]
         self._lengths = _columns(lengths, device)
         self._reference = _columns(reference, device)
-        self._num_pairs = slot_sizes.double()[torch.tensor(self._slots, device=device)]  # of each pair's slot
+        slots_of_pairs = torch.tensor(self._slots, dtype=torch.int64, device=device)
+        self._num_pairs = slot_sizes.double()[slots_of_pairs]  # of each pair's slot
         self._logps = torch.zeros_like(self._lengths)
         self._slopes = torch.zeros_like(self._lengths)
         self._found: dict[str, Tensor] = {}
@@ -164,7 +165,7 @@ class _Pairs:
         }
 
     def logps_by_slot(self) -> dict[int, Tensor]:
-        logps, slots = self._logps.T.cpu(), torch.tensor(self._slots)
+        logps, slots = self._logps.T.cpu(), torch.tensor(self._slots, dtype=torch.int64)
         return {slot: logps[slots == slot] for slot in dict.fromkeys(self._slots)}
 
     def _means(self, values: Tensor) -> dict[int, float]:
@@ -179,4 +180,4 @@ class _Pairs:
 
 def _columns(rows: Sequence[tuple[float, float]], device: torch.device) -> Tensor:
     """[2, len(rows)]."""
-    return torch.tensor(rows, dtype=torch.float64, device=device).T.contiguous()
+    return torch.tensor(rows, dtype=torch.float64, device=device).view(-1, 2).T.contiguous()

@@ -17,7 +17,7 @@ MIN_EXACT = 0.1
 #: Losses that differ by at most this share, and these nats, count as equal. Of equal ones a later state is
 #: preferred, because the learning rate has fallen meanwhile, and a smaller learning rate: a state between two
 #: large steps may be an unlucky one.
-EQUAL_SHARE, EQUAL_NATS = 0.05, 0.01
+EQUAL_SHARE, EQUAL_NATS = 0.05, 0.002
 #: The run on all examples must fit them at least about as well as the folds' runs fit examples that they have
 #: not seen. With ten times the tables' rate one was seen at 1.95 nats where the folds had 0.06.
 UNSTABLE_SHARE, UNSTABLE_NATS = 1.25, 0.02
@@ -107,10 +107,13 @@ class Candidate:
     def num_answers(self) -> int:
         return sum(len(judge.data.valid) for judge in self.judges)
 
-    @property
-    def num_bad_evaluations(self) -> int:
-        """Evaluations since the one with the lowest loss."""
-        return 0 if self.best is None else sum(other.step > self.best.step for other in self.evaluations)
+    def num_bad_evaluations(self, min_delta: float) -> int:
+        """Return the number of evaluations since the loss has last fallen by more than min_delta."""
+        lowest, num_bad = math.inf, 0
+        for evaluation in self.evaluations:
+            is_gain = lowest == math.inf or evaluation.loss < lowest - min_delta
+            lowest, num_bad = (evaluation.loss, 0) if is_gain else (lowest, num_bad + 1)
+        return num_bad
 
     def record_evaluation(self, *, keep_last: bool) -> Evaluation:
         """Take the evaluations of the runs, and keep the published run's R if it is the one to publish.

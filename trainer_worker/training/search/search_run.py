@@ -32,12 +32,6 @@ from trainer_worker.training.search.candidate import Candidate, CandidateRun, ra
 from trainer_worker.training.search.ladder import Ladder
 from trainer_worker.training.trainer import CoreRun
 
-#: Evaluations of a candidate while it is trained.
-NUM_EVALUATIONS = 12
-#: A candidate stays in the race after its last improvement for this much longer than a job without a search,
-#: because it is evaluated more often.
-MORE_PATIENCE = 2
-
 
 @dataclass(frozen=True)
 class Start:
@@ -109,16 +103,19 @@ class SearchRun(CoreRun):
 
     @property
     def published_step(self) -> int:
-        return self.progress.best_step
+        kept = self.leader.kept
+        return 0 if kept is None or self._publishes_base else kept.step
 
     @property
     def published_valid_loss(self) -> float | None:
-        return self.progress.best_valid_loss
+        if self._publishes_base:
+            return self.progress.base_valid_loss
+        return None if self.leader.kept is None else self.leader.kept.loss
 
     @property
     def published_valid_accuracy(self) -> float | None:
         kept = self.leader.kept
-        if kept is None or kept.step != self.progress.best_step:  # the base model is published
+        if kept is None or self._publishes_base:
             return super().published_valid_accuracy
         return kept.accuracy
 
@@ -146,6 +143,14 @@ class SearchRun(CoreRun):
         if self.is_finished:
             settled[-1].finish_reason = progress.finish_reason
         return settled
+
+    @property
+    def _publishes_base(self) -> bool:
+        """Whether no candidate is better than the base model, with which training did not begin."""
+        base, kept = self.progress.base_valid_loss, self.leader.kept
+        if base is None or self._start.is_adapter or self.plan.publish == LAST:
+            return False
+        return kept is None or kept.loss >= base
 
     def state(self) -> dict[str, Tensor]:
         running = [run for run in self.members if not run.is_finished]
@@ -210,12 +215,12 @@ class SearchRun(CoreRun):
         for candidate in contenders[self._num_kept(step) :]:
             candidate.drop(step)
             notes.append(self._drop_note(candidate))
-        patience = self.plan.patience
+        patience, min_delta = self.plan.patience, self.plan.min_delta
         for candidate in contenders:
-            if patience is not None and candidate.num_bad_evaluations >= patience + MORE_PATIENCE:
+            if patience is not None and candidate.num_bad_evaluations(min_delta) >= patience:
                 candidate.end("early_stop")
         progress = self.progress
-        progress.evaluated_at, progress.num_bad_evaluations = step, self.leader.num_bad_evaluations
+        progress.evaluated_at, progress.num_bad_evaluations = step, self.leader.num_bad_evaluations(min_delta)
         progress.valid_loss = self.leader.evaluations[-1].loss
         if progress.initial_valid_loss is None:
             progress.initial_valid_loss = progress.valid_loss
@@ -240,8 +245,8 @@ class SearchRun(CoreRun):
     def _evaluation_update(self, notes: list[tuple[str, dict[str, Any]]]) -> RunUpdate:
         progress, evaluation = self.progress, self.leader.evaluations[-1]
         step = max(candidate.evaluations[-1].step for candidate in self.candidates if candidate.evaluations)
-        if self.leader.best is not None and self.leader.kept is not None:
-            progress.best_valid_loss, progress.best_step = self.leader.kept.loss, self.leader.kept.step
+        if self.leader.best is not None:
+            progress.best_valid_loss, progress.best_step = self.leader.best.loss, self.leader.best.step
         self.best_R = self.leader.final.best_R
         update = self.update()
         update.step = step
@@ -260,17 +265,14 @@ class SearchRun(CoreRun):
         else:
             is_whole = self.leader.final.progress.step >= self.plan.total_steps
             progress.finish_reason = "completed" if is_whole else "early_stop"
-        base, best = progress.base_valid_loss, progress.best_valid_loss
-        if base is not None and best is not None and best >= base and not self._start.is_adapter:
+        if self._publishes_base:
             self.best_R = torch.zeros_like(self.best_R)
-            progress.best_valid_loss, progress.best_step = base, 0
         update.finish_reason = progress.finish_reason
         update.notes.append(self._choice_note())
         return update
 
     def _make_candidate(self, multiple: float) -> Candidate:
-        every = max(1, math.ceil(self.plan.total_steps / NUM_EVALUATIONS))
-        plan = replace(self.plan, learning_rate=self.plan.learning_rate * multiple, evaluate_every=every)
+        plan = replace(self.plan, learning_rate=self.plan.learning_rate * multiple)
 
         def make(name: str, data: TrainingData) -> CandidateRun:
             run_id = f"{self.run_id}/{multiple:g}/{name}"

@@ -342,3 +342,18 @@ def test_lora_forms_learn_from_pairs(small: BaseModel, form: str) -> None:
     rows, first = run.data.train_examples[0], run.data.train_chosen[0]
     expected = [answer_logp(small.model, side)[0].item() for side in (rows[:first], rows[first:])]
     assert run.references.logps[0].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_pairs_without_held_out_ones_train_to_the_end(
+    small: BaseModel, small_basis: Basis, make_run: MakeRun
+) -> None:
+    data = pair_data("few", num_train=2, num_valid=0)
+    plan = TrainingPlan(**PLAN)
+    run, beside = CoreRun("few", data, plan, small_basis, objective=Preference()), make_run("beside")
+    assert isinstance(beside, CoreRun)
+    trainer = Trainer(small, small_basis, max_runs=2, token_budget=512)
+    trainer.join(run)
+    trainer.join(beside)
+    finish(trainer, run, beside)
+    assert run.progress.finish_reason == "completed"
+    assert run.published_R.any()

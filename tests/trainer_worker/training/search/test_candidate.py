@@ -45,7 +45,7 @@ def evaluate(candidate: Candidate, *measured: tuple[float, float]) -> None:
         ((0.2, 0.3), (0.5, 0.9), 1),  # many more right answers
         ((0.2, 0.9), (0.5, 0.93), 0),  # one more right answer may be luck
         ((0.5, 0.0), (0.2, 0.05), 1),  # hardly any right answer: texts, so that the loss counts
-        ((1.0, 0.5), (0.995, 0.5), 0),  # equal: the smaller rate
+        ((1.0, 0.5), (0.999, 0.5), 0),  # equal: the smaller rate
     ],
 )
 def test_whole_answers_and_then_losses_decide(
@@ -60,12 +60,13 @@ def test_whole_answers_and_then_losses_decide(
 
 def test_the_lowest_loss_is_kept_and_a_later_equal_one_preferred(small_basis: Basis) -> None:
     candidate = make_candidate(small_basis)
-    evaluate(candidate, (3.0, 0.0), (1.0, 0.5), (1.005, 0.5), (1.2, 0.5), (1.003, 0.4))
+    evaluate(candidate, (3.0, 0.0), (1.0, 0.5), (1.001, 0.5), (1.2, 0.5), (1.0005, 0.4))
     assert candidate.best is not None
     assert candidate.kept is not None
     assert (candidate.best.step, candidate.kept.step) == (10, 20)
     assert torch.equal(candidate.final.best_R, torch.full_like(candidate.final.R, 2.0))
-    assert candidate.num_bad_evaluations == 3
+    assert candidate.num_bad_evaluations(0.0) == 3
+    assert candidate.num_bad_evaluations(2.5) == 4
 
 
 def test_a_state_that_does_not_fit_its_own_examples_is_not_kept(small_basis: Basis) -> None:

@@ -38,7 +38,14 @@ def make_search(
     start: Start = FROM_BASE,
     **plan: Any,
 ) -> SearchRun:
-    fields = {"num_epochs": 1, "batch_size": 4, "total_steps": STEPS, "learning_rate": 1e-2, "seed": 3}
+    fields = {
+        "num_epochs": 1,
+        "batch_size": 4,
+        "total_steps": STEPS,
+        "learning_rate": 1e-2,
+        "seed": 3,
+        "evaluate_every": 2,
+    }
     made = TrainingPlan(**{**fields, **plan})
     return SearchRun("job", make_data(ladder.num_folds), made, basis, ladder, start=start)
 
