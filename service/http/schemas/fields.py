@@ -217,7 +217,7 @@ FINE_TUNING_NEUTRAL: Mapping[str, Neutral] = {
 }
 
 METHOD_NEUTRAL: Mapping[str, Neutral] = {
-    "reinforcement": Neutral(advice="the methods are supervised and dpo"),
+    "reinforcement": Neutral(advice="the methods are supervised, dpo and classification"),
 }
 
 HYPERPARAMETER_NEUTRAL: Mapping[str, Neutral] = {
