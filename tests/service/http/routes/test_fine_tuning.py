@@ -489,7 +489,7 @@ async def test_scale_and_modules_of_a_job_reach_the_worker(
     [
         ({"alpha": 8, "scale": 1.0}, "adapter.alpha", "scale is s itself"),
         ({"use_rslora": True, "scale": 1.0}, "adapter.use_rslora", "scale is s itself"),
-        ({"alpha": 0}, "adapter.alpha", "greater than 0"),
+        ({"alpha": 0}, "adapter.alpha", "greater than or equal to 0.000001"),
         ({"lora_alpha": "x"}, "adapter.lora_alpha", "valid number"),
         ({"alfa": 8}, "adapter.alfa", "did you mean alpha?"),
         ({"target_modules": ["q_prj"]}, "adapter.target_modules", "no linear layer matches ['q_prj']"),
