@@ -25,7 +25,7 @@ from tessera.data.examples import Example, for_each
 from tessera.data.statistics import DataStatistics
 from trainer_worker.data.splits import Answer, answer_of, group_examples, hold_back
 
-#: With fewer distinct examples, all are used for training, because a validation split would cost more than it
+#: With fewer examples, all are used for training, because a validation split would cost more than it
 #: could show.
 MIN_EXAMPLES_TO_SPLIT = 10
 VALIDATION_SHARE = 0.1
@@ -159,7 +159,7 @@ def encode_data(
 ) -> TrainingData:
     """Encode a training file, and split off validation examples unless there is a validation file.
 
-    share: of the distinct examples, to be split off; 0: none; None: decided by their number.
+    share: of the examples, to be split off; 0: none; None: decided by their number.
 
     The split follows from the contents of the examples, so the same file gives the same split, and examples
     with the same answer stay on one side where answers are texts (`splits.py`). Raises `InvalidTrainingData`

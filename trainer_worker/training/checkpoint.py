@@ -61,7 +61,7 @@ def restore(run: TrainRun, content: bytes) -> None:
     progress = _progress(state.get("progress"))
     try:
         run.restore_state(tensors)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, IndexError) as error:  # also of another release
         raise CorruptRecord(f"the checkpoint lacks a part, or one has another shape: {error}") from error
     run.progress = progress
     run.init_notes = state.get("start")

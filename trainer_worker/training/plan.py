@@ -39,7 +39,7 @@ MIN_AUTO_BATCHES = 8
 AUTO_STEPS = 90
 #: With an epoch of at most this many steps, fewer than 100 examples, there are about AUTO_STEPS_FEW.
 #: SmolLM2, 60 tickets with five labels, right answers of 30 at the best of three rates: LoRA-XS 28 after 45
-#: steps and 30 after 135; LoRA-SB 26 and 29. Where fewer steps are better, an early stop ends them.
+#: steps and 30 after 135; LoRA-SB 24 and 29. Where fewer steps are better, an early stop ends them.
 FEW_STEPS_PER_EPOCH, AUTO_STEPS_FEW = 12, 135
 MAX_AUTO_EPOCHS = 15
 

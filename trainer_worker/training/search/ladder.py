@@ -13,10 +13,8 @@ MAX_EXAMPLES = 500
 #: With fewer examples each one is needed for training and for judging: candidates are judged on folds.
 MAX_EXAMPLES_FOR_FOLDS = 100
 MAX_FOLDS = 3
-#: Multiples of the tables' rate, by falling importance: a smaller search tries the first ones.
+#: Multiples of the tables' rate. The first one leads until the candidates are first compared.
 MULTIPLES = (1.0, 3.0, 10.0, 0.3)
-#: Candidates of a search for which the device has no idle part.
-NUM_CANDIDATES_ONE_SPLIT = 4
 #: Tokens per step that a GPU trains in about the time of a few: 8,192 for a model of up to 2e9 parameters,
 #: 2,048 for 8e9. Measured on an H200 with SmolLM2 (1.3e8, float32), runs of 302 tokens a step: 1 / 4 / 8 / 16
 #: / 24 runs take 172 / 214 / 199 / 212 / 220 ms.
@@ -69,4 +67,4 @@ def choose_ladder(
                 return ladder
         if not has_held_out:  # too few to hold some back: the folds at least say when to stop
             return Ladder(MULTIPLES[:1], 2)
-    return Ladder(MULTIPLES[:NUM_CANDIDATES_ONE_SPLIT], 0) if has_held_out else None
+    return Ladder(MULTIPLES, 0) if has_held_out else None

@@ -65,7 +65,8 @@ class SearchRun(CoreRun):
     ) -> None:
         """data: with folds all examples, otherwise with the held-out ones that judge.
 
-        plan: its learning rate is the one that `ladder.multiples` multiply.
+        plan: its learning rate is the one that `ladder.multiples` multiply. Raises `InvalidInput` if the core
+        of `start` has another shape.
         """
         super().__init__(run_id, data, plan, basis, start=start.core, scaling=scaling)
         self._scaling = scaling
@@ -120,8 +121,10 @@ class SearchRun(CoreRun):
         return kept.accuracy
 
     @property
-    def search_report(self) -> dict[str, Any]:
-        """Return the candidates and what became of them, as JSON."""
+    def search_report(self) -> dict[str, Any] | None:
+        """Return the candidates and what became of them, as JSON; None for one run at a given rate."""
+        if not self._is_search:
+            return None
         return {
             "folds": self.ladder.num_folds,
             "candidates": [self._report(candidate) for candidate in self.candidates],
@@ -143,6 +146,11 @@ class SearchRun(CoreRun):
         if self.is_finished:
             settled[-1].finish_reason = progress.finish_reason
         return settled
+
+    @property
+    def _is_search(self) -> bool:
+        """Whether there is more than one run that is only compared with the base model."""
+        return self.ladder.num_runs > 1
 
     @property
     def _publishes_base(self) -> bool:
@@ -266,9 +274,11 @@ class SearchRun(CoreRun):
             is_whole = self.leader.final.progress.step >= self.plan.total_steps
             progress.finish_reason = "completed" if is_whole else "early_stop"
         if self._publishes_base:
-            self.best_R = torch.zeros_like(self.best_R)
+            assert self._base_run is not None
+            self.best_R = self._base_run.R.clone()
         update.finish_reason = progress.finish_reason
-        update.notes.append(self._choice_note())
+        if self._is_search:
+            update.notes.append(self._choice_note())
         return update
 
     def _make_candidate(self, multiple: float) -> Candidate:
